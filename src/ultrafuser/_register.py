@@ -1,0 +1,51 @@
+"""Make transformers' Auto classes know fused checkpoints, without importing transformers before somebody else does."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+_AUTO = "transformers.models.auto.modeling_auto"
+
+
+def when_transformers_loads() -> None:
+    """Register now if the Auto classes are loaded already, otherwise right after they are."""
+    if _AUTO in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _register() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
+    from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+
+    AutoConfig.register(UltraFuserConfig.model_type, UltraFuserConfig, exist_ok=True)
+    AutoModelForCausalLM.register(UltraFuserConfig, UltraFuserForCausalLM, exist_ok=True)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds `_AUTO` as everyone else would, and registers when its code has run."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _AUTO:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_then_register(module: ModuleType) -> None:
+                run(module)
+                _register()
+
+            spec.loader.exec_module = run_then_register  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,1 @@
+"""Rows, sources, balanced batches."""

@@ -1,0 +1,65 @@
+"""Lists of token sequences -> the padded tensors that the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ultrafuser.templates import Rendered, Renderer
+
+
+def collate_rows(rows: Sequence[Rendered], pad_id: int = 0) -> dict[str, torch.Tensor]:
+    """Training rows as one batch, padded on the right: a causal model then needs no mask.
+
+    Returns:
+        specialist_input_ids (B, K, T), response_index (B, K, R), labels (B, R) with -100 as padding.
+    """
+    size, num_specialists = len(rows), len(rows[0].input_ids)
+    longest, responses = max(row.num_tokens for row in rows), max(len(row.labels) for row in rows)
+    ids = torch.full((size, num_specialists, longest), pad_id, dtype=torch.long)
+    index = torch.zeros(size, num_specialists, responses, dtype=torch.long)
+    for b, row in enumerate(rows):
+        for k, (tokens, positions) in enumerate(zip(row.input_ids, row.response_index, strict=True)):
+            ids[b, k, : len(tokens)] = torch.tensor(tokens)
+            index[b, k, : len(positions)] = torch.tensor(positions)
+    return {"specialist_input_ids": ids, "response_index": index, "labels": pad_labels(rows)}
+
+
+def pad_labels(rows: Sequence[Rendered]) -> torch.Tensor:
+    """Response tokens (B, R), padded with -100."""
+    labels = torch.full((len(rows), max(len(row.labels) for row in rows)), -100, dtype=torch.long)
+    for b, row in enumerate(rows):
+        labels[b, : len(row.labels)] = torch.tensor(row.labels)
+    return labels
+
+
+def prompt_inputs(
+    renderer: Renderer, conversations: Sequence[Sequence[Mapping[str, str]]], device: Any = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Prompts for `generate`, padded on the left to one length over conversations and specialists.
+
+    The new tokens then have the same index for every specialist, whatever its template.
+
+    Returns:
+        input_ids, attention_mask (B, T), the first specialist's view; specialist_input_ids,
+        specialist_attention_mask (B, K, T).
+    """
+    prompts = [renderer.prompt(messages) for messages in conversations]
+    longest = max(len(ids) for own in prompts for ids in own)
+    pad_id = renderer.tokenizer.pad_token_id
+    pad_id = renderer.tokenizer.eos_token_id if pad_id is None else pad_id
+    ids = torch.full((len(prompts), len(prompts[0]), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for b, own in enumerate(prompts):
+        for k, tokens in enumerate(own):
+            ids[b, k, longest - len(tokens) :] = torch.tensor(tokens)
+            mask[b, k, longest - len(tokens) :] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    return {
+        "input_ids": ids[:, 0],
+        "attention_mask": mask[:, 0],
+        "specialist_input_ids": ids,
+        "specialist_attention_mask": mask,
+    }

@@ -1,0 +1,135 @@
+"""Read rows from JSONL, JSON, CSV and Parquet files, folders, globs, package data, and hub data sets."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultrafuser.data.schema import Row, parse_row
+from ultrafuser.errors import DataError
+from ultrafuser.model.references import package_path
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def load_rows(
+    path: str,
+    *,
+    domain: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    revision: str | None = None,
+) -> list[Row]:
+    """Read every row of one source.
+
+    Args:
+        path: a file, a folder of files, a glob, `package:MODULE/FILE`, or a hub data set id (`owner/name`).
+        domain: the stratum of all its rows; by default each row's own.
+        split, revision: of a hub data set.
+        limit: the first so many rows.
+
+    Raises:
+        DataError: nothing there, an unreadable file, or a malformed row (with file and line number).
+    """
+    rows = []
+    for raw, where in _records(path, split, revision):
+        rows.append(parse_row(raw, where, domain))
+        if limit is not None and len(rows) >= limit:
+            break
+    if not rows:
+        raise DataError(f"{path}: no rows")
+    return rows
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as JSONL, one object a line."""
+    path.write_text("".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _records(path: str, split: str, revision: str | None) -> Iterator[tuple[Any, str]]:
+    """Raw records with the place each comes from."""
+    if path.startswith("package:"):
+        path = str(package_path(path))
+    files = _files(path)
+    if files:
+        for file in files:
+            yield from _read_file(file)
+    elif path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith(SUFFIXES):
+        yield from _read_hub(path, split, revision)
+    else:
+        raise DataError(f"{path}: no such file; expected {', '.join(SUFFIXES)}, a folder of them, a glob, or a hub id")
+
+
+def _files(path: str) -> list[Path]:
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return sorted(file for file in local.iterdir() if file.suffix in SUFFIXES)
+    if local.is_file():
+        return [local]
+    return [Path(found) for found in sorted(glob.glob(str(local), recursive=True))] if glob.has_magic(path) else []
+
+
+def _read_file(file: Path) -> Iterator[tuple[Any, str]]:
+    if file.suffix not in SUFFIXES:
+        raise DataError(f"{file}: unknown kind of file {file.suffix!r}; expected one of {', '.join(SUFFIXES)}")
+    try:
+        if file.suffix == ".jsonl":
+            with file.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    where = f"{file}:{number}"
+                    if not line.strip():
+                        raise DataError(f"{where}: empty line; expected one JSON object")
+                    yield _parse_json(line, where), where
+        elif file.suffix == ".json":
+            records = _parse_json(file.read_text(encoding="utf-8"), str(file))
+            if not isinstance(records, list):
+                raise DataError(f"{file}: expected a JSON list of rows, got {type(records).__name__}")
+            yield from ((record, f"{file}[{number}]") for number, record in enumerate(records))
+        elif file.suffix == ".csv":
+            with file.open(encoding="utf-8", newline="") as lines:
+                reader = csv.DictReader(lines)
+                for record in reader:
+                    yield record, f"{file}:{reader.line_num}"
+        else:
+            yield from _read_parquet(file)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 at byte {error.start}; convert the file") from error
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[Any, str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{file}: not a readable Parquet file: {error}") from error
+    number = 0
+    for batch in table.iter_batches():
+        for record in batch.to_pylist():
+            yield record, f"{file}[{number}]"
+            number += 1
+
+
+def _read_hub(path: str, split: str, revision: str | None) -> Iterator[tuple[Any, str]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(path, split=split, revision=revision)
+    except (OSError, ValueError) as error:  # not found, no such split, no network: all arrive as one of these
+        raise DataError(
+            f"{path}: no such local file, and the hub data set could not be loaded (split {split!r}): {error}"
+        ) from error
+    for number, record in enumerate(rows):
+        yield record, f"{path}[{split}][{number}]"

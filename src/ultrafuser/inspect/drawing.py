@@ -1,0 +1,128 @@
+"""What the figures share: matplotlib imported late, sizes and inks, and a figure as SVG or PNG.
+
+matplotlib's object-oriented `Figure` is used throughout: pyplot, its backends and windows play no part.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ultrafuser.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# PAPER is one off white, so that `svg` can tell it from the white of a label on a dark bar.
+INK, MUTED, RULE, PAPER = "#24292f", "#6e7781", "#d0d7de", "#fffffe"
+_CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--paper"}
+
+WIDTH = 9.0  # inches: one point is close to 1.5 pixels in the report's column
+TEXT, SMALL = 9.5, 8.5  # points
+
+
+def matplotlib_module() -> Any:
+    """matplotlib, or a `MissingExtraError` with the command that installs it."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "report", "drawing figures") from error
+    return matplotlib
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
+    matplotlib_module()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
+def finished(figure: Figure) -> Figure:
+    """The figure with mathematics switched off in every text: a token may hold dollar signs."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # type: ignore[attr-defined]
+    return figure
+
+
+def inset(
+    figure: Figure, *, left: float, right: float, bottom: float, top: float
+) -> tuple[float, float, float, float]:
+    """A rectangle for `add_axes`, from its four margins in inches."""
+    width, height = figure.get_size_inches()
+    return left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height
+
+
+def plain_axes(axes: Axes, *, spines: Sequence[str] = ()) -> None:
+    """Only the named spines, no tick marks, small muted tick labels."""
+    axes.set_facecolor("none")
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in spines)
+        spine.set_color(RULE)
+    axes.tick_params(length=0, labelsize=SMALL, labelcolor=MUTED)
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Label the rows 0, 1, ... of the y axis."""
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", labelsize=TEXT, labelcolor=INK)
+
+
+def legend_row(figure: Figure, handles: Sequence[Any], x: float, y: float) -> None:
+    """A legend in one row, its upper left corner at (x, y), in inches from the figure's lower left corner."""
+    width, height = figure.get_size_inches()
+    figure.legend(
+        handles=list(handles),
+        loc="upper left",
+        bbox_to_anchor=(x / width, y / height),
+        ncols=max(1, len(handles)),
+        fontsize=TEXT,
+        labelcolor=INK,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=1.0,
+        handleheight=0.9,
+        handletextpad=0.5,
+        columnspacing=1.6,
+    )
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an `<svg>` element without a prolog, equal for equal figures.
+
+    Text stays text; ink follows the page's --ink, --muted, --rule and --paper where it has them (dark mode).
+    """
+    buffer = io.StringIO()
+    with (
+        matplotlib_module().rc_context({"svg.fonttype": "none", "svg.hashsalt": "ultrafuser"}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # ids such as figure_1 would repeat within a page
+    # DejaVu Sans, with which the layout was made, is wider than the system's font: nothing can overlap.
+    text = re.sub(r"'DejaVu Sans'(?:, [^;\"]*)?", "system-ui, 'DejaVu Sans', sans-serif", text)
+    for ink, variable in _CSS_VARIABLES.items():
+        text = text.replace(ink, f"var({variable}, {ink})")
+    return text.strip()
+
+
+def png_bytes(figure: Figure, *, dpi: int = 200) -> bytes:
+    """The figure as the bytes of a PNG file on white, `dpi` pixels an inch."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing"
+        )  # no font has every script: boxes instead
+        figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    return buffer.getvalue()

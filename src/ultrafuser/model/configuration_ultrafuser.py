@@ -1,0 +1,107 @@
+"""What a fused checkpoint is: its specialists, where their weights are, the gate, and how outputs are mixed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from .errors import CheckpointError
+
+MIXINGS = ("logits", "probabilities")
+
+
+class UltraFuserConfig(PreTrainedConfig):
+    """The manifest of a fused model.
+
+    Args:
+        specialists: one dictionary each, all plain JSON:
+            `name`, `domain`;
+            `source`: where the weights are: `model` (hub id, folder, `package:MODULE/FILE`), `revision`,
+            `gguf_file`, `adapter`, `adapter_revision`; folders inside the checkpoint are relative to it;
+            `files`: size and SHA-256 of each local weight file, by path;
+            `config`: the specialist's own model configuration;
+            `chat_template`: the Jinja text it was trained with;
+            `dtype`, `device_map`, `quantization`: how to load it, where that differs from the others.
+        gate_hidden_size: width of the gate's hidden layer; the paper's is 512.
+        mixing: `logits` (Eq. 1 of the paper) or `probabilities`.
+        share_base: whether adapters on one base share its weights.
+        vocab_size: tokens of the common tokenizer; rows of embedding tables beyond them are padding.
+
+    Raises:
+        CheckpointError: no specialist, a repeated name, or an unknown mixing.
+
+    Source: section 3.1 and appendix B of arXiv 2403.08281.
+    """
+
+    model_type = "ultrafuser"
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        specialists: list[dict[str, Any]] | None = None,
+        gate_hidden_size: int = 512,
+        mixing: str = "probabilities",
+        share_base: bool = True,
+        vocab_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # a list of config objects would break save_pretrained, so the sub-configurations stay plain dictionaries
+        self.specialists = copy.deepcopy(list(specialists or []))
+        self.gate_hidden_size = gate_hidden_size
+        self.mixing = mixing
+        self.share_base = share_base
+        self._check()
+        tables = [config.get_text_config().vocab_size for config in self.specialist_configs()]
+        self.vocab_size = vocab_size if vocab_size is not None else min(tables, default=0)
+        if any(rows < self.vocab_size for rows in tables):
+            raise CheckpointError(f"vocab_size is {self.vocab_size}, but an embedding table has {min(tables)} rows only")
+        kwargs.setdefault("tie_word_embeddings", False)  # whatever the specialists do stays within them
+        super().__init__(**kwargs)
+
+    def _check(self) -> None:
+        if self.mixing not in MIXINGS:
+            raise CheckpointError(f"mixing is {self.mixing!r}, expected one of {', '.join(MIXINGS)}")
+        names = self.names
+        repeated = {name for name in names if names.count(name) > 1}
+        if repeated:
+            raise CheckpointError(f"specialists must have names of their own; repeated: {', '.join(sorted(repeated))}")
+
+    @property
+    def names(self) -> list[str]:
+        """The K names, in order."""
+        return [specialist["name"] for specialist in self.specialists]
+
+    @property
+    def domains(self) -> list[str]:
+        """The K domains, in order."""
+        return [specialist.get("domain") or specialist["name"] for specialist in self.specialists]
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Tokens that every specialist can read: the smallest of their contexts."""
+        contexts = [
+            getattr(config.get_text_config(), "max_position_embeddings", None) for config in self.specialist_configs()
+        ]
+        return min((context for context in contexts if context), default=2**31 - 1)
+
+    def specialist_configs(self) -> list[PreTrainedConfig]:
+        """K configuration objects, rebuilt from their dictionaries."""
+        out = []
+        for specialist in self.specialists:
+            fields = dict(specialist["config"])
+            out.append(AutoConfig.for_model(fields.pop("model_type"), **fields))
+        return out
+
+    def groups(self) -> list[list[int]]:
+        """Which specialists run as rows of one batch: adapters on the same base, loaded in the same way."""
+        groups: dict[str, list[int]] = {}
+        for k, specialist in enumerate(self.specialists):
+            source = specialist["source"]
+            shared = self.share_base and source.get("adapter") and not specialist.get("separate")
+            key = [source.get("model"), source.get("revision"), source.get("gguf_file")]
+            key += [specialist.get(field) for field in ("dtype", "device_map", "quantization")]
+            groups.setdefault(repr(key) if shared else f"alone-{k}", []).append(k)
+        return list(groups.values())
+

@@ -1,0 +1,44 @@
+"""The gate: hidden states of K specialists -> token weights (Eq. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+class Gate(nn.Module):
+    """A two-layer perceptron shared by all specialists: `w = softmax([g(h_1), ..., g(h_K)])`.
+
+    `g` is Linear(D, hidden_size), ReLU, Linear(hidden_size, 1). Where the specialists' widths differ, each state
+    first goes through a linear projection of its own to the largest of them.
+
+    Source: section 3.1 and appendix B. Appendix E writes `g: R^D -> R^3`; Eq. 1 needs one number for each
+    specialist, and Eq. 1 is what stands here.
+    """
+
+    def __init__(self, widths: Sequence[int], hidden_size: int = 512) -> None:
+        super().__init__()
+        width = max(widths)
+        self.projections = (
+            nn.ModuleList(nn.Linear(d, width, bias=False) for d in widths) if len(set(widths)) > 1 else None
+        )
+        self.hidden = nn.Linear(width, hidden_size)
+        self.score = nn.Linear(hidden_size, 1)
+
+    def forward(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Log weights of the specialists.
+
+        Args:
+            states: K last hidden states, each (..., D_k).
+
+        Returns:
+            (..., K), in the gate's own precision; `exp` of it sums to one over K.
+        """
+        home = self.hidden.weight
+        moved = [state.to(home.device, home.dtype) for state in states]
+        if self.projections is not None:
+            moved = [project(state) for project, state in zip(self.projections, moved, strict=True)]
+        scores = [self.score(torch.relu(self.hidden(state))) for state in moved]  # K x (..., 1)
+        return torch.cat(scores, dim=-1).log_softmax(dim=-1)

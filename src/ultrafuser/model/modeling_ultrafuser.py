@@ -1,0 +1,381 @@
+"""UltraFuserForCausalLM: run the specialists, weigh them token by token, mix what they predict.
+
+Shapes are written as: K specialists, B batch, T tokens, R response tokens, N labelled tokens, V vocabulary,
+D hidden (D_k where specialists differ).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .cache import UltraFuserCache
+from .checkpoint import load_fused, plain_model, save_fused
+from .configuration_ultrafuser import UltraFuserConfig
+from .errors import CheckpointError, UltraFuserError
+from .gate import Gate
+from .loss import label_log_prob, mixed_log_prob
+from .shared_base import SpecialistGroup
+
+
+@dataclass
+class UltraFuserOutput(ModelOutput):
+    """What a forward pass gives.
+
+    Attributes:
+        loss: mean cross entropy of the labels in nats, when labels are given.
+        logits: (B, T, V); with probability mixing these are log-probabilities. None when labels are given, since the
+            loss never holds them; ask for the logits without labels.
+        past_key_values: the cache of all specialists.
+        gate_weights: (B, T, K), or (B, R, K) at the labels; with `output_gate_weights=True`.
+        token_loss: (B, R) nats at the labels, zero where there is none; with `output_gate_weights=True`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    gate_weights: torch.FloatTensor | None = None
+    token_loss: torch.FloatTensor | None = None
+
+
+class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
+    """K causal language models fused at the token level by a gate.
+
+    A `PreTrainedModel` with everything users expect of one: `from_pretrained`, `save_pretrained`, `generate`. Each
+    specialist may read a prompt of its own (`specialist_input_ids`), and stays an ordinary model: see `specialist`.
+
+    Source: section 3.1 of arXiv 2403.08281.
+    """
+
+    config_class = UltraFuserConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: UltraFuserConfig, groups: Sequence[SpecialistGroup] | None = None) -> None:
+        """
+        Args:
+            groups: the loaded specialists; by default they start from random weights, as the configuration says.
+
+        Raises:
+            CheckpointError: no specialist (K = 0).
+        """
+        if not config.specialists:
+            raise CheckpointError("a fused model needs at least one specialist, got none (K = 0); add some to the recipe")
+        super().__init__(config)
+        configs = config.specialist_configs()
+        self.groups = nn.ModuleList(
+            groups
+            if groups is not None
+            else [
+                SpecialistGroup(AutoModelForCausalLM.from_config(own), [name])
+                for own, name in zip(configs, config.names, strict=True)
+            ]
+        )
+        # where each specialist is: (group, row in the group)
+        self._places = {name: (g, i) for g, group in enumerate(self.groups) for i, name in enumerate(group.names)}
+        self._order = [self._places[name] for name in config.names]
+        contexts = [getattr(own.get_text_config(), "max_position_embeddings", None) for own in configs]
+        self._contexts = {name: n for name, n in zip(config.names, contexts, strict=True) if n}
+        widths = [self.groups[g].width for g, _ in self._order]
+        self.gate = Gate(widths, config.gate_hidden_size)
+        self._set_generation_defaults()
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Every part has initialised or loaded itself; starting over here would destroy the specialists."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The first specialist's; each has its own."""
+        return self.groups[0].model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> None:
+        """None: there are K output layers, see `heads`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go in."""
+        return self.groups[0].device
+
+    def heads(self) -> list:
+        """The K output layers, without padding rows."""
+        return [self.groups[g].head(self.config.vocab_size) for g, _ in self._order]
+
+    # ---------------------------------------------------------------- run, weigh, mix
+
+    def specialist_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: UltraFuserCache | None = None,
+    ) -> list[torch.Tensor]:
+        """Last hidden states of every specialist.
+
+        Args:
+            input_ids: (B, T) for all alike, or (B, K, T).
+            attention_mask: the same shape, with the cached tokens before; None where nothing is padded on the left.
+
+        Returns:
+            K tensors (B, T, D_k).
+        """
+        states: dict[tuple[int, int], torch.Tensor] = {}
+        for g, group in enumerate(self.groups):
+            mine = [self.config.names.index(name) for name in group.names]
+            ids = _per_specialist(input_ids, mine)  # (k, B, T)
+            mask = None if attention_mask is None else _per_specialist(attention_mask, mine)
+            out = group(ids, mask, None if cache is None else cache.groups[g])
+            states |= {(g, i): out[i] for i in range(group.size)}
+        return [states[place] for place in self._order]
+
+    def mix(self, states: Sequence[torch.Tensor], log_weights: torch.Tensor) -> torch.Tensor:
+        """Mixed logits: Eq. 1, or the log of the mixed probabilities.
+
+        Args:
+            states: K tensors (..., D_k).
+            log_weights: (..., K).
+
+        Returns:
+            (..., V), in float32 at least.
+        """
+        mixed = None
+        for k, (state, head) in enumerate(zip(states, self.heads(), strict=True)):
+            log_w = log_weights[..., k, None]
+            own = head.logits(state).to(log_w.device)  # (..., V)
+            if self.config.mixing == "logits":
+                own = log_w.exp() * own
+                mixed = own if mixed is None else mixed.add_(own) if not own.requires_grad else mixed + own
+            else:
+                own = log_w + own.log_softmax(-1)
+                mixed = own if mixed is None else torch.logaddexp(mixed, own)
+        return mixed
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        specialist_input_ids: torch.LongTensor | None = None,
+        specialist_attention_mask: torch.Tensor | None = None,
+        response_index: torch.LongTensor | None = None,
+        specialist_hidden_states: Sequence[torch.Tensor] | None = None,
+        specialist_log_probs: torch.Tensor | None = None,
+        output_gate_weights: bool = False,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> UltraFuserOutput | tuple:
+        """Run every specialist, weigh them, and mix.
+
+        Args:
+            input_ids, attention_mask: (B, T), the same tokens for every specialist.
+            specialist_input_ids, specialist_attention_mask: (B, K, T), each specialist's own rendering instead.
+            labels: (B, T) as usual (shifted here), or (B, R) with `response_index`; -100 is ignored.
+            response_index: (B, K, R), where each specialist's state predicts the r-th label.
+            specialist_hidden_states: K tensors (B, R, D_k) computed before (the feature cache): no specialist runs.
+            specialist_log_probs: (B, R, K) log-probabilities of the labels computed before; with probability mixing
+                they replace the output layers.
+            logits_to_keep: compute logits for so many last tokens only (0: all).
+            num_items_in_batch: divide the summed loss by this instead of by the number of labels here.
+
+        Raises:
+            UltraFuserError: neither kind of input ids, or a sequence longer than the smallest context.
+        """
+        return_dict = return_dict if return_dict is not None else self.config.return_dict
+        cache = self._cache(past_key_values, use_cache)
+        if specialist_hidden_states is not None:
+            states = list(specialist_hidden_states)
+        else:
+            ids = specialist_input_ids if specialist_input_ids is not None else input_ids
+            mask = specialist_attention_mask if specialist_input_ids is not None else attention_mask
+            if ids is None:
+                raise UltraFuserError("forward needs input_ids (B, T) or specialist_input_ids (B, K, T), got neither")
+            self._check_length(ids, cache)
+            states = self.specialist_states(ids, mask, cache)  # K x (B, T, D_k)
+
+        if labels is not None:
+            out = self._loss(states, labels, response_index, specialist_log_probs, num_items_in_batch,
+                             from_cache=specialist_hidden_states is not None)  # fmt: skip
+            out.past_key_values = cache
+            if not output_gate_weights:
+                out.gate_weights = out.token_loss = None
+        else:
+            if isinstance(logits_to_keep, torch.Tensor):
+                states = [state[:, logits_to_keep] for state in states]
+            elif logits_to_keep:
+                states = [state[:, -logits_to_keep:] for state in states]
+            log_weights = self.gate(states)  # (B, T, K)
+            out = UltraFuserOutput(
+                logits=self.mix(states, log_weights),
+                past_key_values=cache,
+                gate_weights=log_weights.exp() if output_gate_weights else None,
+            )
+        return out if return_dict else out.to_tuple()
+
+    def _loss(
+        self,
+        states: list[torch.Tensor],
+        labels: torch.Tensor,
+        response_index: torch.Tensor | None,
+        log_probs: torch.Tensor | None,
+        num_items: int | torch.Tensor | None,
+        from_cache: bool,
+    ) -> UltraFuserOutput:
+        """Cross entropy of the labels (Eq. 2), on the labelled tokens alone."""
+        if response_index is not None and not from_cache:  # each specialist's own positions
+            states = [
+                state.gather(1, index.to(state.device)[..., None].expand(-1, -1, state.shape[-1]))
+                for state, index in zip(states, response_index.unbind(1), strict=True)
+            ]  # K x (B, R, D_k)
+        elif not from_cache:
+            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        labels = labels.to(self.gate.score.weight.device)
+        kept = labels != -100  # (B, R)
+        flat = [state[kept.to(state.device)] for state in states]  # K x (N, D_k)
+        log_weights = self.gate(flat)  # (N, K)
+        if log_probs is not None and self.config.mixing == "probabilities":
+            log_p = torch.logsumexp(log_weights + log_probs[kept].to(log_weights), dim=-1)
+        else:
+            log_p = mixed_log_prob(flat, self.heads(), log_weights, labels[kept], self.config.mixing)
+        count = kept.sum() if num_items is None else num_items
+        token_loss = log_p.new_zeros(labels.shape)
+        token_loss[kept] = -log_p.detach()
+        gate_weights = log_p.new_zeros(*labels.shape, len(states))
+        gate_weights[kept] = log_weights.detach().exp().to(gate_weights)
+        return UltraFuserOutput(loss=-log_p.sum() / count, gate_weights=gate_weights, token_loss=token_loss)
+
+    @torch.no_grad()
+    def specialist_log_probs(self, states: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each label under every specialist alone: K x (N, D_k), (N,) -> (N, K), in nats."""
+        each = [label_log_prob(state, head, labels) for state, head in zip(states, self.heads(), strict=True)]
+        return torch.stack([ell.to(labels.device) for ell in each], dim=-1)
+
+    def _check_length(self, ids: torch.Tensor, cache: UltraFuserCache | None) -> None:
+        length = ids.shape[-1] + (cache.get_seq_length() if cache is not None else 0)
+        for name, context in self._contexts.items():
+            if length > context:
+                raise UltraFuserError(
+                    f"specialist {name!r}: {length} tokens do not fit into its context of {context}; shorten the prompt "
+                    "or lower max_length / max_new_tokens"
+                )
+
+    # ---------------------------------------------------------------- generation
+
+    def _cache(self, given: Cache | None, use_cache: bool | None) -> UltraFuserCache | None:
+        if isinstance(given, UltraFuserCache):
+            return given
+        if given is not None and given.get_seq_length():
+            raise UltraFuserError(f"past_key_values is a {type(given).__name__}; pass the UltraFuserCache that forward gave")
+        return self.new_cache() if use_cache else None
+
+    def new_cache(self, offloading: bool = False) -> UltraFuserCache:
+        """An empty cache for every specialist."""
+        configs = [group.model.config.get_text_config(decoder=True) for group in self.groups]
+        return UltraFuserCache(configs, [group.size for group in self.groups], offloading=offloading)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
+            raise UltraFuserError(f"cache_implementation={kind!r} is not available for fused models; use 'dynamic' or 'offloaded'")
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return
+        model_kwargs["past_key_values"] = self.new_cache(offloading=kind == "offloaded")
+        if generation_config.is_assistant:
+            model_kwargs["past_key_values"].activate_past_recording()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        specialist_input_ids: torch.LongTensor | None = None,
+        specialist_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Continue each specialist's own prompt with the tokens generated so far, the same ones for all."""
+        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        if specialist_input_ids is None:
+            return inputs
+        prompt = specialist_input_ids.shape[-1]
+        new = input_ids[:, None, prompt:].expand(-1, specialist_input_ids.shape[1], -1)  # (B, K, new)
+        ids = torch.cat([specialist_input_ids, new], dim=-1)
+        inputs["specialist_input_ids"] = ids[..., -inputs["input_ids"].shape[1] :]
+        if specialist_attention_mask is not None:
+            mask = torch.cat([specialist_attention_mask, torch.ones_like(new)], dim=-1)
+            inputs["specialist_attention_mask"] = mask
+        inputs.pop("attention_mask", None)
+        return inputs
+
+    def _set_generation_defaults(self) -> None:
+        first = self.groups[0].model.generation_config
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self.generation_config, key, None) is None:
+                setattr(self.generation_config, key, getattr(first, key, None))
+
+    # ---------------------------------------------------------------- specialists, loading, saving
+
+    def specialist(self, name: str) -> PreTrainedModel:
+        """One specialist as an ordinary transformers model, e.g. to draft for the fused one.
+
+        A specialist that shares its base with others is a merged copy; any other is the very model that runs here.
+
+        Raises:
+            UltraFuserError: there is none of that name.
+        """
+        if name not in self._places:
+            raise UltraFuserError(f"no specialist {name!r}; there are: {', '.join(self.config.names)}")
+        g, i = self._places[name]
+        group = self.groups[g]
+        return group.model if not group.loras else plain_model(group, {i: 1.0})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any
+    ) -> UltraFuserForCausalLM:
+        """Load a fused checkpoint: its manifest, every specialist from where it is, and the gate.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a hub id (then `revision`, `token`, `cache_dir`,
+                `local_files_only`, `subfolder` apply).
+            dtype, device_map, quantization_config, attn_implementation, trust_remote_code: go to every specialist
+                that says nothing else in the manifest. Weights are read from safetensors or GGUF only, and a
+                specialist's own code never runs unless `trust_remote_code=True`.
+
+        Raises:
+            CheckpointError: half-written folder, reference gone, checksum differs, pickled weights.
+        """
+        return load_fused(cls, pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write the manifest, the gate, and the specialists that changed; the others stay references.
+
+        Args:
+            save_directory: created if needed; either the whole checkpoint is there afterwards, or what was before.
+            copy: also copy the specialists that did not change.
+
+        Raises:
+            CheckpointError: the disk is full, or weights that several specialists share were changed.
+        """
+        save_fused(self, save_directory, **kwargs)
+
+
+def _per_specialist(tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
+    """(B, T) or (B, K, T) -> (k, B, T)."""
+    if tensor.dim() == 2:
+        return tensor.expand(len(which), *tensor.shape)
+    return tensor[:, list(which)].transpose(0, 1)
+

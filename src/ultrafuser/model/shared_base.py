@@ -1,0 +1,270 @@
+"""A group of specialists on one set of weights: k adapters as rows of one batch (k = 1 without adapters: a plain model)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .errors import CheckpointError
+from .loss import Head
+
+
+@dataclass
+class AdapterWeights:
+    """One LoRA adapter: for each adapted layer A (r, in) and B (out, r); its output is scaling * B A x."""
+
+    layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    scaling: float = 1.0
+
+
+class GroupedLora(nn.Module):
+    """k LoRA adapters on one linear layer: row block i of the input goes through adapter i.
+
+    y_i = base(x_i) + scaling_i * B_i A_i x_i, with x (k * B, T, in), A (k, r, in), B (k, out, r): two batched products
+    for all adapters together, with gradients for each. Adapters of smaller rank are padded with zeros, which stay zero.
+
+    Source: LoRA, arXiv 2106.09685, equation 3.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
+        scalings: Sequence[float],
+        dropout: float,
+        rows: _Rows,
+    ) -> None:
+        """
+        Args:
+            pairs: (A, B) of each adapter, None where it leaves this layer alone.
+            rows: which adapters the coming rows belong to, shared by all layers of a group.
+        """
+        super().__init__()
+        self.base = base
+        given = [pair for pair in pairs if pair is not None]
+        rank = max(a.shape[0] for a, _ in given)
+        a0, b0 = given[0]
+        lora_a = a0.new_zeros(len(pairs), rank, a0.shape[1])
+        lora_b = b0.new_zeros(len(pairs), b0.shape[0], rank)
+        for i, pair in enumerate(pairs):
+            if pair is not None:
+                lora_a[i, : pair[0].shape[0]], lora_b[i, :, : pair[1].shape[1]] = pair
+        self.lora_A = nn.Parameter(lora_a)
+        self.lora_B = nn.Parameter(lora_b)
+        self.ranks = [0 if pair is None else pair[0].shape[0] for pair in pairs]
+        self.scalings = tuple(scalings)
+        self.dropout = nn.Dropout(dropout)
+        self._rows = rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(k * B, T, in) -> (k * B, T, out)."""
+        y = self.base(x)
+        active = self._rows.active
+        if not active:
+            return y
+        lora_a, lora_b = self.lora_A, self.lora_B
+        if len(active) < len(self.ranks):
+            lora_a, lora_b = lora_a[active], lora_b[active]
+        scale = lora_a.new_tensor([self.scalings[i] for i in active])[:, None, None]
+        grouped = self.dropout(x).to(lora_a.dtype).reshape(len(active), -1, x.shape[-1])  # (k, B * T, in)
+        low = torch.bmm(grouped, lora_a.transpose(1, 2)) * scale  # (k, B * T, r)
+        return y + torch.bmm(low, lora_b.transpose(1, 2)).reshape(y.shape).to(y.dtype)
+
+    def delta(self, coefficients: Sequence[float]) -> torch.Tensor:
+        """sum_i c_i * scaling_i * B_i A_i: (out, in)."""
+        c = self.lora_A.new_tensor([c * s for c, s in zip(coefficients, self.scalings, strict=True)])
+        return torch.einsum("k,kor,kri->oi", c, self.lora_B, self.lora_A)
+
+
+@dataclass
+class _Rows:
+    """Which adapters the rows of the next batch belong to; empty: none, the bare base."""
+
+    active: list[int]
+
+
+class SpecialistGroup(nn.Module):
+    """One causal language model that serves k specialists in one pass.
+
+    Attributes:
+        model: the transformers model; ordinary, and usable by itself.
+        names: the k specialists.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, names: Sequence[str], adapters: Sequence[AdapterWeights | None] = ()
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.names = list(names)
+        self.loras: dict[str, GroupedLora] = {}
+        self._rows = _Rows(list(range(len(self.names))))
+        parameters = inspect.signature(model.base_model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        if "past_key_values" not in parameters:
+            raise CheckpointError(
+                f"specialist {self.names[0]!r}: {type(model).__name__} keeps no key-value cache (no past_key_values in "
+                "its forward); ultrafuser runs causal models with attention caches"
+            )
+        if any(adapter is not None for adapter in adapters):
+            self.add_adapters(adapters)
+
+    @property
+    def size(self) -> int:
+        """Specialists served, k."""
+        return len(self.names)
+
+    @property
+    def width(self) -> int:
+        """Size of the last hidden state, D."""
+        return self.model.get_output_embeddings().weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens go in."""
+        return self.model.get_input_embeddings().weight.device
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: object | None = None,
+    ) -> torch.Tensor:
+        """Last hidden states of the active specialists.
+
+        Args:
+            input_ids: (k, B, T).
+            attention_mask: (k, B, T with the cached tokens), or None where nothing is padded on the left.
+
+        Returns:
+            (k, B, T, D).
+        """
+        rows = input_ids.flatten(0, 1).to(self.device)  # (k * B, T)
+        inputs = {"input_ids": rows, "past_key_values": cache, "use_cache": cache is not None}
+        if attention_mask is not None:
+            mask = attention_mask.flatten(0, 1).to(self.device)
+            inputs["attention_mask"] = mask
+            if self._takes_positions:
+                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -rows.shape[1] :]
+        states = self.model.base_model(**inputs).last_hidden_state
+        return states.unflatten(0, input_ids.shape[:2])  # (k, B, T, D)
+
+    def head(self, vocab_size: int) -> Head:
+        """The output layer, without padding rows."""
+        layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        bias = getattr(layer, "bias", None)
+        scale = getattr(config, "logit_scale", None)  # Cohere
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            scale = 1.0 / divisor
+        return Head(
+            layer.weight[:vocab_size],
+            None if bias is None else bias[:vocab_size],
+            1.0 if scale is None else float(scale),
+            getattr(config, "final_logit_softcapping", None),  # Gemma 2
+        )
+
+    @contextmanager
+    def only(self, active: Sequence[int]) -> Iterator[None]:
+        """Run the adapters `active` alone (none: the bare base) within the context."""
+        before, self._rows.active = self._rows.active, list(active)
+        try:
+            yield
+        finally:
+            self._rows.active = before
+
+    def add_adapters(self, adapters: Sequence[AdapterWeights | None], dropout: float = 0.0) -> None:
+        """Put k adapters beside the linear layers of the base; None leaves a specialist as the bare base.
+
+        Raises:
+            CheckpointError: an adapter names a layer that the base does not have, or has in another shape.
+        """
+        names = sorted({name for adapter in adapters if adapter for name in adapter.layers})
+        modules = dict(self.model.named_modules())
+        for name in names:
+            layer = modules.get(name)
+            shape = linear_shape(layer) if layer is not None else None
+            pairs = [adapter.layers.get(name) if adapter else None for adapter in adapters]
+            for owner, pair in zip(self.names, pairs, strict=True):
+                if pair is not None and (shape is None or (pair[0].shape[1], pair[1].shape[0]) != shape):
+                    got = "no such linear layer" if shape is None else f"a layer of {shape}"
+                    raise CheckpointError(
+                        f"specialist {owner!r}: its adapter changes {name!r} from {pair[0].shape[1]} to "
+                        f"{pair[1].shape[0]} features, but its base has {got}; is it the right base?"
+                    )
+            parent, _, leaf = name.rpartition(".")
+            scalings = [adapter.scaling if adapter else 0.0 for adapter in adapters]
+            device = next(layer.parameters()).device
+            pairs = [pair and (pair[0].to(device), pair[1].to(device)) for pair in pairs]
+            self.loras[name] = GroupedLora(layer, pairs, scalings, dropout, self._rows)
+            setattr(modules[parent], leaf, self.loras[name])
+
+    def new_adapters(self, r: int, alpha: float, dropout: float, target_modules: str | Sequence[str]) -> None:
+        """Start a fresh adapter for the one specialist of this group: A random, B zero, so that nothing changes yet.
+
+        Raises:
+            CheckpointError: no layer has one of the given names.
+        """
+        backbone = self.model.base_model
+        prefix = next(name for name, module in self.model.named_modules() if module is backbone)
+        layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for name, module in backbone.named_modules():
+            shape = linear_shape(module)
+            chosen = target_modules == "all-linear" or name.rpartition(".")[2] in target_modules
+            if shape is None or not chosen:
+                continue
+            weight = next(module.parameters())
+            dtype = weight.dtype if weight.is_floating_point() else torch.float32
+            a = torch.empty(r, shape[0], dtype=dtype, device=weight.device)
+            nn.init.kaiming_uniform_(a, a=5**0.5)
+            layers[f"{prefix}.{name}" if prefix else name] = (a, a.new_zeros(shape[1], r))
+        if not layers:
+            raise CheckpointError(f"specialist {self.names[0]!r}: no linear layer is called {target_modules!r}")
+        self.add_adapters([AdapterWeights(layers, alpha / r)], dropout)
+
+    def adapter(self, i: int) -> AdapterWeights:
+        """Adapter i as it is now, without the padding."""
+        out = AdapterWeights()
+        for name, lora in self.loras.items():
+            if rank := lora.ranks[i]:
+                out.layers[name] = (lora.lora_A[i, :rank].detach(), lora.lora_B[i, :, :rank].detach())
+                out.scaling = lora.scalings[i]
+        return out
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The weights of all adapters."""
+        return [p for lora in self.loras.values() for p in (lora.lora_A, lora.lora_B)]
+
+    def base_state(self, coefficients: Mapping[int, float] | None = None) -> dict[str, torch.Tensor]:
+        """Weights of the base by their ordinary names, with adapters added by `coefficients`, if given.
+
+        This is one specialist with its adapter merged ({i: 1}), or an average of several ({0: 1/3, 1: 1/3, ...}).
+        """
+        adapter_weights = {id(p) for p in self.adapter_parameters()}
+        out = {
+            name.replace(".base.", ".") if any(name.startswith(f"{own}.base.") for own in self.loras) else name: tensor
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if id(tensor) not in adapter_weights
+        }
+        if coefficients:
+            for name, lora in self.loras.items():
+                delta = lora.delta([coefficients.get(i, 0.0) for i in range(self.size)])
+                weight = out[f"{name}.weight"]
+                delta = delta.T if isinstance(lora.base, Conv1D) else delta
+                out[f"{name}.weight"] = weight.detach() + delta.detach().to(weight.dtype)
+        return {name: tensor.detach() for name, tensor in out.items()}
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear layer of any kind, plain, quantised or GPT-2's transposed one; None for other modules."""
+    if isinstance(layer, Conv1D):
+        return tuple(layer.weight.shape)
+    if isinstance(layer, nn.Linear) or (hasattr(layer, "in_features") and hasattr(layer, "out_features")):
+        return layer.in_features, layer.out_features
+    return None

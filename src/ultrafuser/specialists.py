@@ -1,0 +1,237 @@
+"""From a recipe's specialists to a fused model: find each one, compare the tokenizers, put a fresh gate on top."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from ultrafuser.errors import CheckpointError, TokenizerMismatchError
+from ultrafuser.model.checkpoint import (
+    fused_folder,
+    is_plain_lora,
+    load_groups,
+    mark_unchanged,
+    read_adapter_config,
+)
+from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.references import PACKAGE, record_files, resolve
+from ultrafuser.model.shared_base import SpecialistGroup
+from ultrafuser.recipe import Recipe, SpecialistRecipe
+from ultrafuser.templates import Renderer, resolve_template
+
+_TOKENS_SHOWN = 5
+
+
+def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
+    """Load the recipe's specialists and put an untrained gate on top.
+
+    Raises:
+        CheckpointError: a specialist cannot be loaded.
+        TokenizerMismatchError: tokenizers that differ, with the tokens in which they do.
+        DataError: a specialist without a chat template.
+    """
+    specs = [_describe(specialist) for specialist in recipe.specialists]
+    tokenizers = {spec["name"]: load_tokenizer(spec) for spec in specs}
+    compare_tokenizers(tokenizers)
+    tokenizer = tokenizers[specs[0]["name"]]
+    for spec, specialist in zip(specs, recipe.specialists, strict=True):
+        spec["chat_template"] = resolve_template(
+            specialist.chat_template, tokenizers[spec["name"]], specialist.name
+        )
+    tokenizer.chat_template = specs[0]["chat_template"]
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config = UltraFuserConfig(
+        specialists=specs,
+        gate_hidden_size=recipe.gate.hidden_size,
+        mixing=recipe.mixing,
+        share_base=recipe.share_base,
+        vocab_size=len(tokenizer),
+    )
+    groups = load_groups(config, None, verify=False, dtype=recipe.dtype, device_map=pick_device(recipe.device))
+    _pin_sources(config, groups)
+    for group in groups:
+        check_head(group, config.vocab_size)
+    torch.manual_seed(recipe.seed)
+    model = UltraFuserForCausalLM(config, groups)
+    model.gate.to(model.device)
+    mark_unchanged(model, None)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def load(folder: str | Path, **kwargs: Any) -> tuple[UltraFuserForCausalLM, Renderer]:
+    """A fused checkpoint and the renderer of its prompts.
+
+    Args:
+        folder: a folder or a hub id.
+        kwargs: of `UltraFuserForCausalLM.from_pretrained`, e.g. `dtype`, `device_map`.
+
+    Raises:
+        CheckpointError: see `UltraFuserForCausalLM.from_pretrained`.
+    """
+    kwargs.setdefault("device_map", pick_device("auto"))
+    local = fused_folder(folder, kwargs)
+    model = UltraFuserForCausalLM.from_pretrained(local, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(local)
+    templates = [spec["chat_template"] for spec in model.config.specialists]
+    return model, Renderer(tokenizer, templates)
+
+
+def pick_device(device: str) -> str:
+    """`auto` is a GPU where there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_tokenizer(spec: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer that comes with a specialist's model (its base, when it is an adapter).
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    where, options = _source_options(spec)
+    try:
+        return AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError) as error:  # transformers raises all three for files that are not there
+        raise CheckpointError(
+            f"specialist {spec['name']!r}: no tokenizer in {spec['source']['model']}: {error}"
+        ) from error
+
+
+def compare_tokenizers(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
+    """Refuse specialists that do not read and write the same tokens.
+
+    Raises:
+        TokenizerMismatchError: names the tokens, merges or special tokens in which two tokenizers differ.
+    """
+    (first_name, first), *others = tokenizers.items()
+    for name, other in others:
+        problem = _difference(first, other)
+        if problem:
+            raise TokenizerMismatchError(
+                f"specialist {name!r}: its tokenizer differs from that of {first_name!r}: {problem}; fused models need "
+                "one tokenizer (cross-tokenizer fusion is not available)"
+            )
+
+
+def _difference(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    ours, theirs = first.get_vocab(), other.get_vocab()
+    added = set(first.get_added_vocab()) ^ set(other.get_added_vocab())
+    if added:
+        return f"added special tokens that only one of them has: {_some(sorted(added))}"
+    if ours != theirs:
+        only = sorted(set(ours) ^ set(theirs))
+        if only:
+            return f"vocabulary of {len(theirs)}, expected {len(ours)}; tokens that only one of them has: {_some(only)}"
+        moved = sorted(token for token in ours if ours[token] != theirs[token])
+        return f"the same tokens have other ids: {_some(f'{t} ({ours[t]} and {theirs[t]})' for t in moved)}"
+    rules, other_rules = _rules(first), _rules(other)
+    if rules.get("merges") != other_rules.get("merges"):
+        pairs = zip(rules.get("merges") or [], other_rules.get("merges") or [], strict=False)
+        where = next((i for i, (a, b) in enumerate(pairs) if a != b), "the end")
+        return f"their merges differ from merge {where} on"
+    if rules != other_rules:
+        return "they split or normalise text differently"
+    return None
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return {}
+    parts = json.loads(backend.to_str())
+    rules = {key: parts.get(key) for key in ("normalizer", "pre_tokenizer")}
+    return rules | {"merges": parts.get("model", {}).get("merges")}
+
+
+def _some(tokens: Any) -> str:
+    tokens = list(tokens)
+    more = f" and {len(tokens) - _TOKENS_SHOWN} more" if len(tokens) > _TOKENS_SHOWN else ""
+    return ", ".join(map(repr, tokens[:_TOKENS_SHOWN])) + more
+
+
+def _describe(specialist: SpecialistRecipe) -> dict[str, Any]:
+    """A recipe's specialist as a manifest entry."""
+    fields = ("model", "revision", "gguf_file", "adapter", "adapter_revision")
+    source = {key: value for key in fields if (value := getattr(specialist, key)) is not None}
+    for part in ("model", "adapter"):  # local folders are kept with their full path
+        if part in source and not source[part].startswith(PACKAGE):
+            source[part] = str(resolve(source[part], None, specialist.name))
+    spec: dict[str, Any] = {"name": specialist.name, "domain": specialist.domain, "source": source}
+    for key in ("dtype", "device_map", "quantization"):
+        if getattr(specialist, key) is not None:
+            spec[key] = getattr(specialist, key)
+    adapter = read_adapter_config(spec, None)
+    if adapter is not None and not is_plain_lora(adapter[1]):
+        spec["separate"] = True
+    where, options = _source_options(spec)
+    try:
+        config = AutoConfig.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"specialist {specialist.name!r}: no model in {source['model']}: {error}"
+        ) from error
+    spec["config"] = {k: v for k, v in config.to_dict().items() if k != "quantization_config" or not _gguf(spec)}
+    return spec
+
+
+def _gguf(spec: Mapping[str, Any]) -> bool:
+    source = spec["source"]
+    return bool(source.get("gguf_file")) or source["model"].endswith(".gguf")
+
+
+def _source_options(spec: Mapping[str, Any]) -> tuple[Path | str, dict[str, Any]]:
+    """What transformers' `from_pretrained` needs to find a specialist's model."""
+    source = spec["source"]
+    where = resolve(source["model"], None, spec["name"])
+    options = {key: source[key] for key in ("revision", "gguf_file") if source.get(key)}
+    if isinstance(where, Path) and where.suffix == ".gguf":
+        options["gguf_file"] = where.name
+        where = where.parent
+    return where, options
+
+
+def _pin_sources(config: UltraFuserConfig, groups: Sequence[SpecialistGroup]) -> None:
+    """Record checksums of local weights, and the commit of hub models, so that a change is noticed."""
+    models = {name: group.model for group in groups for name in group.names}
+    hashed: dict[Path, dict[str, Any]] = {}
+    for spec in config.specialists:
+        source, files = spec["source"], {}
+        for part in ("model", "adapter"):
+            if not source.get(part):
+                continue
+            where = resolve(source[part], None, spec["name"])
+            if isinstance(where, Path):
+                if where not in hashed:
+                    hashed[where] = record_files(where)
+                files[part] = hashed[where]
+            elif part == "model":
+                source["revision"] = getattr(models[spec["name"]].config, "_commit_hash", None) or source.get("revision")
+        spec["files"] = files
+
+
+@torch.no_grad()
+def check_head(group: SpecialistGroup, vocab_size: int) -> None:
+    """Compare our path to the logits (last hidden state, output layer) with the model's own, on a few tokens.
+
+    Raises:
+        CheckpointError: they differ, because the architecture does something more in between.
+    """
+    ids = torch.arange(3, 11, device=group.device).remainder(vocab_size).expand(group.size, 1, -1)
+    ours = group.head(vocab_size).logits(group(ids))
+    theirs = group.model(ids.flatten(0, 1)).logits[..., :vocab_size].reshape(ours.shape).to(ours)
+    scale = theirs.abs().max().clamp(min=1e-6)
+    if (ours - theirs).abs().max() > 2e-2 * scale:
+        raise CheckpointError(
+            f"specialist {group.names[0]!r}: {type(group.model).__name__} changes its logits after the output layer in a "
+            "way that ultrafuser does not know, so they cannot be mixed; please report the architecture"
+        )

@@ -1,0 +1,1 @@
+"""Two-stage training: the gate alone, then the gate and the specialists."""

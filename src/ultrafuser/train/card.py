@@ -1,0 +1,62 @@
+"""The model card of a fused checkpoint, from its manifest, recipe and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
+from ultrafuser.recipe import Recipe
+
+
+def write_card(
+    folder: Path, config: UltraFuserConfig, recipe: Recipe | None, metrics: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write README.md into a checkpoint's folder."""
+    names = ", ".join(config.names)
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [ultrafuser, model-fusion]",
+        "---",
+        "",
+        f"# {folder.resolve().name.strip('.').split('.')[0]}: {names} fused at the token level",
+        "",
+        f"{len(config.specialists)} specialists; a gate weighs them at every token and their {config.mixing} are mixed.",
+        "",
+        "| specialist | domain | model | adapter |",
+        "|---|---|---|---|",
+    ]
+    for spec in config.specialists:
+        source = spec["source"]
+        revision = f" at `{source['revision']}`" if source.get("revision") else ""
+        adapter = f"`{source['adapter']}`" if source.get("adapter") else ""
+        lines.append(f"| {spec['name']} | {spec.get('domain', '')} | `{source['model']}`{revision} | {adapter} |")
+    lines += [
+        "",
+        "```python",
+        "import ultrafuser",
+        "",
+        f'model, renderer = ultrafuser.load("{folder.name if not folder.name.startswith(".") else "fused"}")',
+        'inputs = ultrafuser.prompt_inputs(renderer, [[{"role": "user", "content": "Hello"}]], model.device)',
+        "print(renderer.tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+        "```",
+        "",
+    ]
+    if recipe is not None:
+        stages = "; ".join(
+            f"{s.name}: {s.steps} steps, {s.samples_per_domain} rows a domain, lr {s.lr:g}" for s in recipe.stages
+        )
+        lines += ["## Training", "", f"{stages}. The whole recipe is in `recipe.yaml`, its course in `metrics.jsonl`.", ""]
+    last = {row["stage"]: row for row in metrics if "eval_loss" in row}
+    if last:
+        domains = sorted({key.removeprefix("eval_loss/") for row in last.values() for key in row if "eval_loss/" in key})
+        lines += ["Validation loss after each stage, nats a response token:", ""]
+        lines += [f"| stage | {' | '.join(domains)} |", f"|---|{'---|' * len(domains)}"]
+        for stage, row in last.items():
+            lines.append(f"| {stage} | " + " | ".join(f"{row[f'eval_loss/{d}']:.4f}" for d in domains) + " |")
+        lines.append("")
+    lines += ["The specialists' own licences apply.", ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

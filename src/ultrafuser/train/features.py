@@ -1,0 +1,193 @@
+"""The feature cache: while specialists are frozen, their states at the response tokens are computed once and reused.
+
+With probability mixing a token is then K states and K log-probabilities, and training the gate touches no output layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ultrafuser.data.collate import collate_rows, pad_labels
+from ultrafuser.errors import TrainingError
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.progress import Progress
+from ultrafuser.templates import Rendered
+
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
+
+
+@dataclass(frozen=True)
+class RowFeatures:
+    """One row as the gate sees it.
+
+    Attributes:
+        states: K tensors (R, D_k), the last hidden states that predict the response tokens.
+        log_probs: (R, K), log-probability of each response token under each specialist, in nats.
+    """
+
+    row: Rendered
+    states: list[torch.Tensor]
+    log_probs: torch.Tensor
+
+
+class FeatureStore(Sequence[RowFeatures]):
+    """Features of many rows in files that are mapped into memory; an interrupted computation goes on where it was.
+
+    The states keep the specialists' own precision, so losses are the same with the cache and without.
+    """
+
+    def __init__(self, folder: Path, rows: Sequence[Rendered], widths: Sequence[int], dtypes: Sequence[torch.dtype]):
+        self.folder, self.rows = folder, list(rows)
+        ends = torch.tensor([len(row.labels) for row in rows]).cumsum(0).tolist()
+        self.offsets = [0, *ends]
+        total, size = self.offsets[-1], len(widths)
+        self.states = [
+            torch.from_file(str(folder / f"states-{k}.bin"), shared=True, size=total * d, dtype=dtype).view(total, d)
+            for k, (d, dtype) in enumerate(zip(widths, dtypes, strict=True))
+        ]
+        self.log_probs = torch.from_file(str(folder / "log-probs.bin"), shared=True, size=total * size).view(total, size)
+        self.done = torch.from_file(str(folder / "done.bin"), shared=True, size=len(rows), dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: Any) -> Any:
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        return RowFeatures(self.rows[i], [own[part] for own in self.states], self.log_probs[part])
+
+    @classmethod
+    def build(
+        cls,
+        model: UltraFuserForCausalLM,
+        rows: Sequence[Rendered],
+        folder: Path,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        barrier: Callable[[], None] = lambda: None,
+        progress: Progress | None = None,
+    ) -> FeatureStore:
+        """Compute what is missing of the features, every rank its share.
+
+        Args:
+            folder: where the files go; it may hold those of an earlier run, which are reused when they belong to the
+                same specialists and rows, and replaced when not.
+
+        Raises:
+            TrainingError: the disk has no room for them.
+        """
+        widths = [head.weight.shape[1] for head in model.heads()]
+        dtypes = [head.weight.dtype for head in model.heads()]
+        identity = _identity(model, rows)
+        if rank == 0:
+            _prepare_folder(folder, identity, _size_bytes(rows, widths, dtypes))
+        barrier()
+        store = cls(folder, rows, widths, dtypes)
+        mine = [i for i in range(rank, len(rows), num_ranks) if not store.done[i]]
+        _compute(model, store, mine, progress or Progress())
+        barrier()
+        return store
+
+
+def estimate_size_bytes(model: UltraFuserForCausalLM, rows: Sequence[Rendered]) -> int:
+    """Bytes that the features of these rows take."""
+    heads = model.heads()
+    return _size_bytes(rows, [head.weight.shape[1] for head in heads], [head.weight.dtype for head in heads])
+
+
+def _size_bytes(rows: Sequence[Rendered], widths: Sequence[int], dtypes: Sequence[torch.dtype]) -> int:
+    per_token = sum(d * dtype.itemsize + 4 for d, dtype in zip(widths, dtypes, strict=True))
+    return sum(len(row.labels) for row in rows) * per_token
+
+
+def _prepare_folder(folder: Path, identity: str, size_bytes: int) -> None:
+    facts = folder / "identity.json"
+    if facts.is_file() and json.loads(facts.read_text())["identity"] == identity:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    free = shutil.disk_usage(folder).free
+    if size_bytes > free:
+        raise TrainingError(
+            f"{folder}: the feature cache needs {size_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; make "
+            "room, or set cache_features: false"
+        )
+    facts.write_text(json.dumps({"identity": identity, "size_bytes": size_bytes}))
+
+
+def _identity(model: UltraFuserForCausalLM, rows: Sequence[Rendered]) -> str:
+    """A fingerprint of the rows' tokens and of the specialists' weights (a sample of each tensor)."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.row_id, row.input_ids, row.labels)).encode())
+    for name, parameter in model.groups.named_parameters():
+        values = parameter.detach().flatten()
+        sample = values[:: max(1, values.numel() // 64)][:64].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{sample.tolist()}".encode())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _compute(model: UltraFuserForCausalLM, store: FeatureStore, mine: Sequence[int], progress: Progress) -> None:
+    """Rows of similar length together, at most so many padded tokens a batch."""
+    budget = TOKENS_PER_BATCH.get(model.device.type, TOKENS_PER_BATCH["cuda"])
+    progress.start("specialists read the rows", sum(store.rows[i].num_tokens for i in mine))
+    was_training = model.training
+    model.eval()
+    for batch in length_batches([store.rows[i].num_tokens for i in mine], budget):
+        indices = [mine[j] for j in batch]
+        rows = [store.rows[i] for i in indices]
+        inputs = {key: value.to(model.device) for key, value in collate_rows(rows).items()}
+        states = model.specialist_states(inputs["specialist_input_ids"])  # K x (B, T, D_k)
+        kept = inputs["labels"] != -100  # (B, R)
+        flat = [
+            own.gather(1, index.to(own.device)[..., None].expand(-1, -1, own.shape[-1]))[kept.to(own.device)]
+            for own, index in zip(states, inputs["response_index"].unbind(1), strict=True)
+        ]  # K x (N, D_k)
+        log_probs = model.specialist_log_probs(flat, inputs["labels"][kept])  # (N, K)
+        start = 0
+        for i, row in zip(indices, rows, strict=True):
+            part, end = slice(store.offsets[i], store.offsets[i + 1]), start + len(row.labels)
+            for own, values in zip(store.states, flat, strict=True):
+                own[part] = values[start:end].cpu()
+            store.log_probs[part] = log_probs[start:end].cpu()
+            store.done[i] = 1
+            start = end
+        progress.advance(sum(row.num_tokens for row in rows))
+    model.train(was_training)
+    progress.finish()
+
+
+def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Indices in batches of similar length, each of at most `tokens_per_batch` padded tokens."""
+    out: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not out or (len(out[-1]) + 1) * lengths[out[-1][0]] > tokens_per_batch:
+            out.append([])
+        out[-1].append(i)
+    return out
+
+
+def collate_features(items: Sequence[RowFeatures]) -> dict[str, Any]:
+    """A batch for `UltraFuserForCausalLM.forward` in which no specialist needs to run."""
+    longest = max(len(item.log_probs) for item in items)
+
+    def pad(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        out = tensors[0].new_zeros(len(tensors), longest, tensors[0].shape[1])
+        for b, tensor in enumerate(tensors):
+            out[b, : len(tensor)] = tensor
+        return out
+
+    return {
+        "specialist_hidden_states": [pad(states) for states in zip(*(item.states for item in items), strict=True)],
+        "specialist_log_probs": pad([item.log_probs for item in items]),
+        "labels": pad_labels([item.row for item in items]),
+    }

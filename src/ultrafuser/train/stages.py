@@ -1,0 +1,288 @@
+"""The two stages: the gate alone over frozen specialists, then the gate and the specialists together.
+
+Source: algorithm 1 and appendix B of arXiv 2403.08281.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ultrafuser.data.balance import BalancedBatchSampler
+from ultrafuser.data.schema import Row
+from ultrafuser.data.sources import load_rows
+from ultrafuser.errors import DataError, TrainingError
+from ultrafuser.model.checkpoint import staging
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.progress import Progress
+from ultrafuser.recipe import Recipe, SourceRecipe, StageRecipe, dump_recipe
+from ultrafuser.specialists import fuse, load
+from ultrafuser.templates import Rendered, Renderer
+from ultrafuser.train.card import write_card
+from ultrafuser.train.features import FeatureStore, estimate_size_bytes
+from ultrafuser.train.trainer import FusionTrainer, Rows, save_trainable
+
+FINISHED = "finished.safetensors"
+# The cache pays once rows come up again; its size is bounded so that a large run does not fill the disk by surprise.
+_CACHE_LIMIT_BYTES = 200 << 30
+
+
+def train(recipe: Recipe, *, resume: bool = False, progress: Progress | None = None) -> Path:
+    """Everything a recipe says, from loading to the fused checkpoint.
+
+    Args:
+        resume: go on with an interrupted run in `recipe.output`.
+
+    Returns:
+        The folder of the fused checkpoint, `<output>/fused`.
+
+    Raises:
+        TrainingError: there is a run in the folder already, or nothing to resume, or the loss is not finite.
+        DataError: no rows, or rows that do not fit.
+    """
+    progress = progress or Progress()
+    output = Path(recipe.output)
+    _open_output(output, recipe, resume)
+    model, tokenizer = _build(recipe)
+    renderer = Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], recipe.data.max_length)
+    rows = read_sources(recipe.data.train, renderer, progress, "training")
+    validation = read_sources(recipe.data.validation, renderer, progress, "validation") if recipe.data.validation else []
+    for number, stage in enumerate(recipe.stages, 1):
+        run_stage(model, stage, recipe, rows, validation, output / f"{number}-{stage.name}", progress=progress)
+    return save_fused_folder(model, tokenizer, recipe, output)
+
+
+def save_fused_folder(
+    model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, output: Path
+) -> Path:
+    """The checkpoint with its tokenizer, recipe, metrics and model card, all or nothing, as `<output>/fused`."""
+    folder = output / "fused"
+    if PartialState().is_main_process:
+        with staging(folder) as draft:
+            model.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
+            (draft / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+            if (output / "metrics.jsonl").is_file():
+                shutil.copy(output / "metrics.jsonl", draft)
+            write_card(draft, model.config, recipe, read_metrics(output / "metrics.jsonl"))
+    PartialState().wait_for_everyone()
+    return folder
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; none where there is no file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def read_sources(
+    sources: Sequence[SourceRecipe], renderer: Renderer, progress: Progress, what: str
+) -> list[Rendered]:
+    """Rows of all sources as token sequences.
+
+    Raises:
+        DataError: no sources, or a domain of which no row fits.
+    """
+    if not sources:
+        raise DataError(f"the recipe names no {what} data; add sources under data.train")
+    rows: list[Row] = []
+    for source in sources:
+        rows += load_rows(
+            source.path, domain=source.domain, split=source.split, limit=source.limit, revision=source.revision
+        )
+    rendered, stats = renderer.render_all(rows)
+    counts = {domain: sum(row.domain == domain for row in rendered) for domain in sorted({r.domain for r in rows})}
+    for domain, count in counts.items():
+        if count == 0:
+            raise DataError(
+                f"domain {domain!r} has no {what} row left: the prompts alone fill max_length={renderer.max_length} "
+                "tokens; raise data.max_length"
+            )
+    progress.say(f"{what} rows: " + ", ".join(f"{count} {domain}" for domain, count in counts.items()) + f" ({stats})")
+    return rendered
+
+
+def run_stage(
+    model: UltraFuserForCausalLM,
+    stage: StageRecipe,
+    recipe: Recipe,
+    rows: Rows,
+    validation: Rows,
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Train one stage in place, or load what it gave when it is finished already.
+
+    Args:
+        rows, validation: rendered rows, or feature stores of them (gate stage only).
+        folder: of this stage; checkpoints in it are resumed from.
+    """
+    progress = progress or Progress()
+    (prepare_gate if stage.name == "gate" else prepare_joint)(model, stage)
+    if (folder / FINISHED).is_file():
+        model.load_state_dict(load_file(folder / FINISHED), strict=False)
+        progress.say(f"stage {stage.name}: finished before")
+        return
+    args = _arguments(stage, recipe, folder, bool(validation))
+    if stage.name == "gate" and not isinstance(rows, FeatureStore) and _caching_pays(model, stage, recipe, rows):
+        rows = _store(model, rows, folder.parent / "features" / "train", args, progress)
+        if validation:
+            validation = _store(model, validation, folder.parent / "features" / "validation", args, progress)
+    plain = rows.rows if isinstance(rows, FeatureStore) else rows
+    sampler = BalancedBatchSampler(
+        [row.domain for row in plain],
+        stage.samples_per_domain,
+        stage.steps,
+        rows_per_device=stage.rows_per_device,
+        num_ranks=args.world_size,
+        lengths=[row.num_tokens for row in plain],
+        seed=recipe.seed,
+        balanced=recipe.balanced,
+    )
+    args.per_device_train_batch_size = sampler.micro_size
+    args.gradient_accumulation_steps = sampler.num_accumulation
+    patience = recipe.early_stop_patience
+    trainer = FusionTrainer(
+        model, args, rows, validation or None, sampler,
+        stage=stage.name,
+        metrics_file=folder.parent / "metrics.jsonl",
+        specialist_lr=stage.specialist_lr if stage.name == "joint" else None,
+        progress=progress,
+        callbacks=[EarlyStoppingCallback(patience)] if patience and validation else [],
+    )  # fmt: skip
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last:
+        _forget_after(folder.parent / "metrics.jsonl", stage.name, int(last.rpartition("-")[2]))
+    trainer.train(resume_from_checkpoint=last)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    if trainer.is_world_process_zero():
+        save_trainable(model, folder / FINISHED, state)
+    trainer.accelerator.wait_for_everyone()
+
+
+def prepare_gate(model: UltraFuserForCausalLM, stage: StageRecipe | None = None) -> None:
+    """Stage 1: nothing but the gate learns, and the specialists stay in eval mode."""
+    model.requires_grad_(False)
+    model.gate.requires_grad_(True)
+
+
+def prepare_joint(model: UltraFuserForCausalLM, stage: StageRecipe) -> None:
+    """Stage 2: the gate and the specialists learn: their adapters (new ones where they have none), or all weights.
+
+    Raises:
+        TrainingError: `specialists: full` where several specialists share one base.
+    """
+    model.requires_grad_(False)
+    model.gate.requires_grad_(True)
+    for group in model.groups:
+        if stage.specialists == "full":
+            if group.size > 1:
+                raise TrainingError(
+                    f"specialists {', '.join(group.names)} share one base, so training all its weights would tie them; "
+                    "use stages.joint.specialists=lora, or share_base=false"
+                )
+            group.requires_grad_(True)
+            continue
+        if not group.loras:
+            group.new_adapters(stage.lora.r, stage.lora.alpha, stage.lora.dropout, stage.lora.target_modules)
+        for lora in group.loras.values():
+            lora.dropout.p = stage.lora.dropout
+        for parameter in group.adapter_parameters():
+            parameter.data = parameter.data.float()  # AdamW's small steps vanish in bfloat16
+            parameter.requires_grad_(True)
+
+
+def _arguments(stage: StageRecipe, recipe: Recipe, folder: Path, validates: bool) -> TrainingArguments:
+    every = recipe.eval_every or stage.steps
+    keeps_best = recipe.keep_best and validates
+    on_cpu = recipe.device == "cpu" or (recipe.device == "auto" and not torch.cuda.is_available())
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=stage.steps,
+        learning_rate=stage.lr,
+        lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[stage.schedule],
+        warmup_steps=round(stage.warmup_ratio * stage.steps),
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        logging_strategy="steps",
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if validates else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every if keeps_best else recipe.save_every or stage.steps,
+        save_total_limit=2,
+        load_best_model_at_end=keeps_best,
+        metric_for_best_model="eval_loss" if keeps_best else None,
+        greater_is_better=False if keeps_best else None,
+        report_to=recipe.report_to or "none",
+        seed=recipe.seed,
+        use_cpu=on_cpu,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _caching_pays(model: UltraFuserForCausalLM, stage: StageRecipe, recipe: Recipe, rows: Sequence[Rendered]) -> bool:
+    if recipe.cache_features != "auto":
+        return bool(recipe.cache_features)
+    drawn = stage.steps * stage.samples_per_domain * len({row.domain for row in rows})
+    return drawn > len(rows) and estimate_size_bytes(model, rows) < _CACHE_LIMIT_BYTES
+
+
+def _store(
+    model: UltraFuserForCausalLM, rows: Rows, folder: Path, args: TrainingArguments, progress: Progress
+) -> FeatureStore:
+    device = args.device  # also starts the process group, where there is one
+    model.to(device)
+    barrier = PartialState().wait_for_everyone
+    return FeatureStore.build(
+        model, rows, folder, rank=args.process_index, num_ranks=args.world_size, barrier=barrier, progress=progress
+    )
+
+
+def _build(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
+    if recipe.fused is None:
+        return fuse(recipe)
+    options = {"dtype": recipe.dtype} if recipe.dtype != "auto" else {}
+    model, renderer = load(recipe.fused, **options)
+    return model, renderer.tokenizer
+
+
+def _open_output(output: Path, recipe: Recipe, resume: bool) -> None:
+    """Write the recipe down, or check that the run to be resumed has the same one."""
+    if not PartialState().is_main_process:
+        return
+    kept, text = output / "recipe.yaml", dump_recipe(recipe)
+    if not resume:
+        if kept.exists():
+            raise TrainingError(f"{output} holds a run already; go on with it by --resume, or choose another output=")
+        output.mkdir(parents=True, exist_ok=True)
+        kept.write_text(text, encoding="utf-8")
+    elif not kept.is_file():
+        raise TrainingError(f"{output}: no run to resume there (no recipe.yaml); start it without --resume")
+    elif kept.read_text(encoding="utf-8") != text:
+        old, new = kept.read_text(encoding="utf-8").splitlines(), text.splitlines()
+        changed = [line.strip() for line in new if line not in old][:3] or [line.strip() for line in old if line not in new][:3]
+        raise TrainingError(
+            f"{output}: the run there has another recipe (differs in: {'; '.join(changed)}); resume with the same one, or "
+            "choose another output="
+        )
+
+
+def _forget_after(file: Path, stage: str, step: int) -> None:
+    """Drop the metrics of steps that will be trained again."""
+    if PartialState().is_main_process and file.is_file():
+        rows = [row for row in read_metrics(file) if row["stage"] != stage or row["step"] <= step]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

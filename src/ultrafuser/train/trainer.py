@@ -1,0 +1,237 @@
+"""transformers' Trainer with balanced batches, losses by domain, and checkpoints of what is trained alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ultrafuser.data.balance import BalancedBatchSampler
+from ultrafuser.data.collate import collate_rows
+from ultrafuser.errors import TrainingError
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.progress import Progress
+from ultrafuser.templates import Rendered
+from ultrafuser.train.features import FeatureStore, RowFeatures, collate_features, length_batches
+
+Rows = Sequence[Rendered] | FeatureStore
+
+
+class FusionTrainer(Trainer):
+    """Trains whatever of a fused model requires gradients.
+
+    It logs, for each logged step: loss (nats a response token), loss by domain, mean gate weight of each specialist,
+    entropy of the gate (nats), response tokens per second.
+    """
+
+    def __init__(
+        self,
+        model: UltraFuserForCausalLM,
+        args: TrainingArguments,
+        train_rows: Rows,
+        validation_rows: Rows | None,
+        sampler: BalancedBatchSampler,
+        *,
+        stage: str,
+        metrics_file: Path,
+        specialist_lr: float | None = None,
+        progress: Progress | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.domains = sorted({_rendered(row).domain for row in [*train_rows, *(validation_rows or [])]})
+        self.sampler, self.stage, self.metrics_file = sampler, stage, metrics_file
+        self.specialist_lr = specialist_lr
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=validation_rows,
+            data_collator=self._collate,
+            callbacks=[_Bar(progress or Progress(), stage), *callbacks],
+        )
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = False  # our labels stand at their own positions
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self._reset_totals()
+
+    # ---------------------------------------------------------------- batches
+
+    def _collate(self, items: Sequence[Rendered] | Sequence[RowFeatures]) -> dict[str, Any]:
+        rows = [_rendered(item) for item in items]
+        batch = collate_features(items) if isinstance(items[0], RowFeatures) else collate_rows(rows)
+        batch["domain_ids"] = torch.tensor([self.domains.index(row.domain) for row in rows])
+        batch["row_ids"] = [row.row_id for row in rows]
+        return batch
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=self._collate)
+        return self.accelerator.prepare(loader)
+
+    # ---------------------------------------------------------------- loss and what is known about it
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        row_ids, domain_ids = inputs.pop("row_ids"), inputs.pop("domain_ids")
+        out = model(**inputs, output_gate_weights=True, num_items_in_batch=num_items_in_batch)
+        if not torch.isfinite(out.loss):
+            raise self._not_finite(out.loss.item(), inputs, row_ids)
+        self._count(inputs["labels"], domain_ids, out)
+        loss = out.loss
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # ranks average their gradients; the sum is what counts
+        return (loss, out) if return_outputs else loss
+
+    def _not_finite(self, loss: float, inputs: dict[str, Any], row_ids: Sequence[str]) -> TrainingError:
+        file = Path(self.args.output_dir) / f"not-finite-step{self.state.global_step}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {key: value.cpu().contiguous() for key, value in inputs.items() if torch.is_tensor(value)}
+        for k, states in enumerate(inputs.get("specialist_hidden_states") or []):
+            tensors[f"specialist_hidden_states.{k}"] = states.cpu().contiguous()
+        save_file(tensors, file, metadata={"row_ids": json.dumps(list(row_ids))})
+        return TrainingError(
+            f"stage {self.stage!r}, step {self.state.global_step}: the loss is {loss} on the rows {', '.join(row_ids)}; "
+            f"the batch is in {file}; lower the learning rate, or look at those rows, then go on with --resume"
+        )
+
+    def _reset_totals(self) -> None:
+        num_domains, num_specialists = len(self.domains), len(self.model.config.specialists)
+        # per domain: nats, tokens; per specialist: weight; entropy; all summed over tokens
+        self._totals = torch.zeros(2 * num_domains + num_specialists + 1, dtype=torch.float64)
+        self._since = time.monotonic()
+
+    @torch.no_grad()
+    def _count(self, labels: torch.Tensor, domain_ids: torch.Tensor, out: Any) -> None:
+        self._totals += domain_totals(labels, domain_ids, out, len(self.domains)).cpu()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            totals = self.accelerator.reduce(self._totals.to(self.args.device, torch.float32), "sum").cpu()
+            elapsed = time.monotonic() - self._since
+            known = read_totals(totals, self.domains, self.model.config.names)
+            logs |= known | {"tokens_per_s": float(totals[1 : 2 * len(self.domains) : 2].sum()) / max(elapsed, 1e-9)}
+            self._reset_totals()
+        super().log(logs, start_time)
+        if self.is_world_process_zero() and "train_runtime" not in logs:
+            row = {"stage": self.stage, "step": self.state.global_step, **logs}
+            self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    # ---------------------------------------------------------------- validation
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss by domain on all validation rows; `eval_loss` is the mean over the domains."""
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        was_training = self.model.training
+        self.model.eval()
+        mine = range(self.args.process_index, len(rows), self.args.world_size)
+        totals = torch.zeros_like(self._totals)
+        for batch in length_batches([_rendered(rows[i]).num_tokens for i in mine], 2048):
+            inputs = self._prepare_inputs(self._collate([rows[mine[j]] for j in batch]))
+            inputs.pop("row_ids")
+            domain_ids = inputs.pop("domain_ids")
+            out = self.model(**inputs, output_gate_weights=True)
+            totals += domain_totals(inputs["labels"], domain_ids, out, len(self.domains)).cpu()
+        self.model.train(was_training)
+        totals = self.accelerator.reduce(totals.to(self.args.device, torch.float32), "sum").cpu()
+        known = read_totals(totals, self.domains, self.model.config.names)
+        losses = [value for key, value in known.items() if key.startswith("loss/")]
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in known.items()}
+        metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---------------------------------------------------------------- optimizer and checkpoints
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            gate = [p for n, p in self.model.named_parameters() if p.requires_grad and n.startswith("gate.")]
+            rest = [p for n, p in self.model.named_parameters() if p.requires_grad and not n.startswith("gate.")]
+            groups = [{"params": gate, "lr": self.args.learning_rate}]
+            if rest:
+                groups.append({"params": rest, "lr": self.specialist_lr or self.args.learning_rate})
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """What is trained, and nothing else: the frozen part is where it was."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_trainable(self.model, folder / "model.safetensors", state_dict)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Checkpoints lack the frozen weights on purpose."""
+
+
+def save_trainable(model: torch.nn.Module, file: Path, state: dict[str, Any] | None = None) -> None:
+    """The weights that require gradients, by name."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = model.state_dict() if state is None else state
+    save_file({name: state[name].detach().cpu().contiguous() for name in names}, file, metadata={"format": "pt"})
+
+
+def domain_totals(labels: torch.Tensor, domain_ids: torch.Tensor, out: Any, num_domains: int) -> torch.Tensor:
+    """Sums over tokens: nats and tokens of each domain, weight of each specialist, entropy of the gate."""
+    kept = labels != -100  # (B, R)
+    totals = torch.zeros(num_domains, 2, dtype=torch.float64, device=labels.device)
+    rows = torch.stack([out.token_loss.double().sum(1).to(labels.device), kept.double().sum(1)], dim=1)  # (B, 2)
+    totals.index_add_(0, domain_ids.to(labels.device), rows)
+    w = out.gate_weights[kept.to(out.gate_weights.device)].double()  # (N, K)
+    entropy = torch.special.entr(w).sum()
+    return torch.cat([totals.flatten(), w.sum(0).to(labels.device), entropy[None].to(labels.device)])
+
+
+def read_totals(totals: torch.Tensor, domains: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    """Means from the sums of `domain_totals`."""
+    num = len(domains)
+    by_domain, rest = totals[: 2 * num].view(num, 2).tolist(), totals[2 * num :].tolist()
+    tokens = max(sum(count for _, count in by_domain), 1.0)
+    out = {f"loss/{d}": nats / count for d, (nats, count) in zip(domains, by_domain, strict=True) if count}
+    out |= {f"gate_weight/{name}": weight / tokens for name, weight in zip(names, rest[:-1], strict=True)}
+    return out | {"gate_entropy": rest[-1] / tokens}
+
+
+def _rendered(item: Rendered | RowFeatures) -> Rendered:
+    return item.row if isinstance(item, RowFeatures) else item
+
+
+class _Bar(TrainerCallback):
+    """Shows each step with its losses."""
+
+    def __init__(self, progress: Progress, stage: str) -> None:
+        self.progress, self.stage, self.note = progress, stage, ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.start(f"stage {self.stage}", state.max_steps)
+        if state.global_step:
+            self.progress.advance(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        short = {key.removeprefix("loss/"): value for key, value in (logs or {}).items() if key.startswith("loss/")}
+        if short:
+            self.note = " ".join(f"{domain} {value:.3f}" for domain, value in short.items())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.advance(1, self.note)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.finish()

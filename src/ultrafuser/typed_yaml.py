@@ -1,0 +1,311 @@
+"""YAML files and command-line overrides for a typed tree of pydantic models; knows nothing of recipes.
+
+A YAML scalar stays text until the type of its field is known, so `no` and `2e-5` are never misread.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from ultrafuser.errors import RecipeError
+
+
+class Scalar(str):
+    """The text of a YAML scalar, what YAML takes it for, and the folder of its file (None: an override)."""
+
+    natural: Any
+    folder: Path | None
+
+
+def natural(value: Any) -> Any:
+    """The value as YAML itself reads it, for free-form fields, which have no type to coerce by."""
+    if isinstance(value, Mapping):
+        return {str(key): natural(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [natural(item) for item in value]
+    return getattr(value, "natural", value)
+
+
+FreeForm = Annotated[dict[str, Any], BeforeValidator(natural)]
+
+
+class Node(BaseModel):
+    """A mapping of the tree: unknown keys are errors, and a bare string may stand for one of its fields."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    shorthand: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        return {cls.shorthand: value} if cls.shorthand and isinstance(value, str) else value
+
+
+# --- YAML text <-> dict, list, None and Scalar.
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars: only true and false are booleans, and 2e-5 is a number."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would take for a number."""
+
+
+_TAG = "tag:yaml.org,2002:"
+_FLOAT = re.compile(r"[-+]?(?:\d*\.\d+|\d+\.\d*|\d+(?=[eE]))(?:[eE][-+]?\d+)?$", re.ASCII)
+_Loader.yaml_implicit_resolvers = {}
+_Loader.add_implicit_resolver(_TAG + "null", re.compile(r"(?:~|null|Null|NULL|)$"), None)
+_Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), None)
+_Loader.add_implicit_resolver(_TAG + "int", re.compile(r"[-+]?(?:0|[1-9]\d*)$", re.ASCII), None)
+_Loader.add_implicit_resolver(_TAG + "float", _FLOAT, None)
+_Dumper.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
+_SCALARS: dict[str, Callable[[str], Any]] = {
+    _TAG + "str": str,
+    _TAG + "bool": lambda text: text.lower() == "true",
+    _TAG + "int": int,
+    _TAG + "float": float,
+}
+
+
+def parse(text: str, where: str, folder: Path | None = None) -> Any:
+    """The YAML text as dict, list, None and `Scalar`.
+
+    Raises:
+        RecipeError: the text is not YAML, or uses tags, repeated keys or keys that are not text.
+    """
+    try:
+        node = yaml.compose(text, _Loader)
+        return None if node is None else _build(node, folder, ())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        parts = [getattr(error, "context", None), getattr(error, "problem", None)]
+        problem = ", ".join(filter(None, parts)) or str(error).splitlines()[0]
+        raise RecipeError(f"{where}: {place}not valid YAML: {problem}") from None
+
+
+def _build(node: yaml.Node, folder: Path | None, above: tuple[yaml.Node, ...]) -> Any:
+    if node in above:
+        raise _refusal(node, "an alias inside its own anchor")
+    if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+        return [_build(item, folder, (*above, node)) for item in node.value]
+    if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+        mapping: dict[str, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _refusal(
+                    key, "a key must be text; put quotes around text that holds braces or brackets"
+                )
+            if key.value in mapping:
+                raise _refusal(key, f"the key {key.value!r} is given twice")
+            mapping[key.value] = _build(value, folder, (*above, node))
+        return mapping
+    if node.tag == _TAG + "null":
+        return None
+    if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS:
+        raise _refusal(node, f"the tag {node.tag!r} is not supported")
+    scalar = Scalar(node.value)
+    try:
+        scalar.natural, scalar.folder = _SCALARS[node.tag](node.value), folder
+    except ValueError:
+        raise _refusal(node, f"{_got(node.value)} is not a number") from None
+    return scalar
+
+
+def _refusal(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def dump(tree: Mapping[str, Any]) -> str:
+    """YAML text that `parse` reads back to the same values."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+# --- Overrides.
+
+
+def apply_override(root: type[Node], tree: dict[str, Any], override: str) -> str:
+    """Write `a.b.c=VALUE` into the tree; return the path, with the names of list items replaced by indices.
+
+    Raises:
+        RecipeError: no `=`, a path that does not exist, or a value that is not YAML.
+    """
+    where = f"override {override!r}"
+    path, equals, text = override.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or not all(keys):
+        raise RecipeError(f"{where}: expected KEY=VALUE, e.g. stages.0.lr=2e-5")
+    value = parse(text, where)
+    node: Any = tree
+    kind: Any = root
+    at: list[str] = []
+    for depth, key in enumerate(keys, start=1):
+        slot: Any = _index(node, key, f"{where}: {'.'.join(at)}") if isinstance(node, list) else key
+        inner = _child(kind, slot)
+        if inner is None:
+            raise RecipeError(f"{where}: {'.'.join([*at, key])}: {_unknown(key, kind)}")
+        at.append(str(slot))
+        if depth == len(keys):
+            node[slot] = value
+        else:
+            child = node[slot] if isinstance(node, list) else node.get(slot)
+            node[slot] = _container(child, inner, f"{where}: {'.'.join(at)}")
+            node, kind = node[slot], inner
+    return ".".join(at)
+
+
+def _container(value: Any, kind: Any, where: str) -> Any:
+    """The mapping or list that `value` is, stands for or, when it is absent, would be."""
+    for option in _options(kind):
+        is_list = get_origin(option) is list
+        is_mapping = get_origin(option) is dict or _is_node(option)
+        if isinstance(value, dict) and (is_mapping or option is Any):
+            return value
+        if isinstance(value, list) and (is_list or option is Any):
+            return value
+        if isinstance(value, str) and _is_node(option) and option.shorthand:
+            return {option.shorthand: value}
+        if value is None and (is_mapping or is_list or option is Any):
+            return [] if is_list else {}
+    now = "" if value is None else f" (here {_got(value)})"
+    raise RecipeError(f"{where}: expected {_in_words(kind)}{now}, so nothing inside it can be set")
+
+
+def _index(items: list[Any], key: str, where: str) -> int:
+    if key.isdecimal():
+        if int(key) < len(items):
+            return int(key)
+        have = f"the last index is {len(items) - 1}" if items else "the list is empty"
+        raise RecipeError(f"{where}: index {key} is out of range; {have}")
+    names = [item.get("name") if isinstance(item, dict) else item for item in items]
+    if key in names:
+        return names.index(key)
+    known = [name for name in names if isinstance(name, str)]
+    raise RecipeError(f"{where}: no item named {key!r}; {_nearest(key, known)}; an index from 0 works too")
+
+
+# --- Types and errors in words.
+
+
+def explain(root: type[Node], error: ValidationError) -> tuple[str, str]:
+    """The dotted path and the problem of the first error; an unknown key goes first, as it causes others."""
+    found = [item for item in error.errors() if item["type"] != "default_factory_not_called"]
+    first = min(found, key=lambda item: item["type"] != "extra_forbidden")
+    kind: Any = root
+    path: list[str] = []
+    for part in first["loc"]:
+        inner = _child(kind, part)
+        if inner is None or inner is Any:
+            break  # an unknown key, or pydantic's name for a member of a union
+        path, kind = [*path, str(part)], inner
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        return ".".join([*path, key]), _unknown(key, kind)
+    if first["type"] == "missing":
+        problem = f"missing, expected {_in_words(kind)}"
+    elif first["type"] == "value_error":
+        problem = str(first["ctx"]["error"])
+    else:
+        problem = f"got {_got(first['input'])}, expected {_in_words(kind)}"
+    return ".".join(path), problem
+
+
+def describe(model: type[Node], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(path, type, default, description) of every field below `model`."""
+    for name, field in model.model_fields.items():
+        path, kind = prefix + name, field.rebuild_annotation()
+        yield path, _in_words(kind), _default_in_words(field), field.description or ""
+        item = _child(kind, 0)  # not None: a list
+        for option in _options(kind if item is None else item):
+            if _is_node(option):
+                yield from describe(option, f"{path}." if item is None else f"{path}[].")
+
+
+def _default_in_words(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default_factory_takes_validated_data:  # it depends on other fields: its docstring says how
+        return field.default_factory.__doc__ or ""
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, Node):
+        return "its fields' own"
+    if isinstance(default, list):
+        return f"[{', '.join(item.name for item in default)}]"
+    if default is None or isinstance(default, bool):
+        return "null" if default is None else str(default).lower()
+    return str(default)
+
+
+def _is_node(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Node)
+
+
+def _options(kind: Any) -> list[Any]:
+    """The members of a union, without annotations."""
+    if get_origin(kind) is Annotated:
+        return _options(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [option for arg in get_args(kind) for option in _options(arg)]
+    return [kind]
+
+
+def _child(kind: Any, key: str | int) -> Any:
+    """The type at `key` inside `kind`; None when there is none."""
+    for option in _options(kind):
+        if _is_node(option):
+            field = option.model_fields.get(key)
+            return field and field.rebuild_annotation()
+        if get_origin(option) is list and isinstance(key, int):
+            return get_args(option)[0]
+        if option is Any or (get_origin(option) is dict and isinstance(key, str)):
+            return Any
+    return None
+
+
+_WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def _in_words(kind: Any, metadata: Sequence[Any] = ()) -> str:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _in_words(args[0], args[1:])
+    if origin in (Union, UnionType):
+        return " or ".join(_in_words(arg) for arg in args)
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if origin is list:
+        return "list" if _is_node(args[0]) else f"list of {_in_words(args[0])}"
+    if origin is dict or _is_node(kind):
+        return "mapping"
+    limits = [limit for item in metadata for limit in getattr(item, "metadata", [item])]
+    bounds = [f"{sign} {getattr(x, key)}" for x in limits for key, sign in _BOUNDS.items() if hasattr(x, key)]
+    return " ".join([_WORDS[kind], " and ".join(bounds)]).strip()
+
+
+def _got(value: Any) -> str:
+    text = "null" if value is None else repr(natural(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    words = key.lower().split("_")
+    initials = "".join(word[:1] for word in words)  # learning_rate: lr
+    near = [name for name in known if name == initials or name in words]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known) or 'none'}"
+
+
+def _unknown(key: str, kind: Any) -> str:
+    known = [name for option in _options(kind) if _is_node(option) for name in option.model_fields]
+    return f"unknown key; {_nearest(key, known)}"
