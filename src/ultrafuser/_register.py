@@ -7,9 +7,11 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 
 _AUTO = "transformers.models.auto.modeling_auto"
+_IMPORTERS = ("configuration_ultrafuser", "shared_base", "cache", "checkpoint", "modeling_ultrafuser")
 
 
 def when_transformers_loads() -> None:
@@ -21,13 +23,9 @@ def when_transformers_loads() -> None:
 
 
 def _register() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
-    from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
-
-    AutoConfig.register(UltraFuserConfig.model_type, UltraFuserConfig, exist_ok=True)
-    AutoModelForCausalLM.register(UltraFuserConfig, UltraFuserForCausalLM, exist_ok=True)
+    """Import the model, which registers itself; where it is what is importing transformers, it will do so anyway."""
+    if not any(f"ultrafuser.model.{name}" in sys.modules for name in _IMPORTERS):
+        import_module("ultrafuser.model.modeling_ultrafuser")
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

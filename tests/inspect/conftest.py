@@ -12,7 +12,23 @@ from ultrafuser.inspect.trace import TokenTrace
 SPECIALISTS = ["text", "code", "math"]
 DOMAINS = ["text", "code", "math", "mixed"]
 # Markup of HTML and of rich, mathematics, an escape sequence, wide characters, and every kind of white space.
-TOKENS = ["Let", " $x_1", "$", ":\n", "\n", "\tif", "    a", "<script>", " &amp;", "[bold]", '"', "\x1b[31m", "数", "  \n", "end"]
+TOKENS = [
+    "Let",
+    " $x_1",
+    "$",
+    ":\n",
+    "\n",
+    "\tif",
+    "    a",
+    "<script>",
+    " &amp;",
+    "[bold]",
+    '"',
+    "\x1b[31m",
+    "数",
+    "  \n",
+    "end",
+]
 LEADERS = [0, 2, 2, 0, 1, 1, 1, 1, 0, 2, 0, 1, 0, 1, 0]
 
 LOSSES = {
@@ -33,7 +49,9 @@ def weights_for(leaders: list[int], lead: float = 0.8) -> list[list[float]]:
 
 @pytest.fixture
 def trace() -> TokenTrace:
-    return TokenTrace(TOKENS, weights_for(LEADERS), SPECIALISTS, prompt="<b>why</b> [red]", domain="mixed", title="A & B")
+    return TokenTrace(
+        TOKENS, weights_for(LEADERS), SPECIALISTS, prompt="<b>why</b> [red]", domain="mixed", title="A & B"
+    )
 
 
 @pytest.fixture
@@ -46,13 +64,19 @@ def results() -> dict[str, Any]:
         for name, losses in LOSSES.items()
     }
     gate = [[0.877, 0.071, 0.052], [0.131, 0.808, 0.061], [0.058, 0.093, 0.849], [0.412, 0.379, 0.209]]
-    paired = [("text", -0.0007, -0.0046, 0.0031), ("code", 0.0023, 0.0009, 0.0057), ("math", -0.0014, -0.0062, 0.0035)]
+    paired = [
+        ("text", -0.0007, -0.0046, 0.0031),
+        ("code", 0.0023, 0.0009, 0.0057),
+        ("math", -0.0014, -0.0062, 0.0035),
+    ]
     paired.append(("text", -0.0587, -0.0811, -0.0374))
     return copy.deepcopy(
         {
             "domains": DOMAINS,
             "systems": systems,
-            "gate_weights": {d: dict(zip(SPECIALISTS, row, strict=True)) for d, row in zip(DOMAINS, gate, strict=True)},
+            "gate_weights": {
+                d: dict(zip(SPECIALISTS, row, strict=True)) for d, row in zip(DOMAINS, gate, strict=True)
+            },
             "paired": {
                 domain: {"versus": versus, "difference": difference, "ci95": [low, high]}
                 for domain, (versus, difference, low, high) in zip(DOMAINS, paired, strict=True)
@@ -70,7 +94,10 @@ def metrics() -> list[dict[str, Any]]:
         for step in range(1, steps + 1):
             row: dict[str, Any] = {"stage": stage, "step": step, "loss": 1.2, "gate_entropy": 1 / step}
             row |= {f"loss/{domain}": 1.0 + n + 1 / step for n, domain in enumerate(DOMAINS)}
-            row |= {f"gate_weight/{name}": weight for name, weight in zip(SPECIALISTS, (0.4, 0.35, 0.25), strict=True)}
+            row |= {
+                f"gate_weight/{name}": weight
+                for name, weight in zip(SPECIALISTS, (0.4, 0.35, 0.25), strict=True)
+            }
             rows.append(row)
         rows.append({"stage": stage, "step": steps} | {f"eval_loss/{domain}": 1.1 for domain in DOMAINS})
     return rows

@@ -1,4 +1,4 @@
-"""The palette: published colours first, different ones for any number of specialists, readable text on each."""
+"""The palette: published colours first, then as many as needed, and readable text on each."""
 
 from __future__ import annotations
 

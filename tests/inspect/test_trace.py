@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from ultrafuser.errors import DataError
-from ultrafuser.inspect.trace import TokenTrace, leader, mean_weights, mean_weights_by_domain, on_one_line, printable
+from ultrafuser.inspect.trace import (
+    TokenTrace,
+    leader,
+    mean_weights,
+    mean_weights_by_domain,
+    on_one_line,
+    printable,
+)
 
 
 def test_json_loses_nothing(trace: TokenTrace) -> None:
@@ -38,7 +45,9 @@ def test_weights_rounded_to_bfloat16_are_taken() -> None:
         (["a", "\n"], [[0.5, 0.5], [math.nan, 0.5]], r"token 1 \('\\n'\).*finite"),
     ],
 )
-def test_weights_that_do_not_fit_name_the_token(tokens: list[str], weights: list[list[float]], message: str) -> None:
+def test_weights_that_do_not_fit_name_the_token(
+    tokens: list[str], weights: list[list[float]], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         TokenTrace(tokens, weights, ["x", "y"])
 

@@ -48,7 +48,14 @@ def test_a_browser_reads_every_token_in_order_with_its_whitespace(trace: TokenTr
 @pytest.mark.parametrize("field", ["tokens", "specialists", "prompt", "title", "domain"])
 def test_markup_never_appears_raw(field: str) -> None:
     evil = "<script>\"'&</script>"
-    parts = {"tokens": ["a"], "weights": [[1.0]], "specialists": ["x"], "prompt": "p", "title": "t", "domain": "d"}
+    parts = {
+        "tokens": ["a"],
+        "weights": [[1.0]],
+        "specialists": ["x"],
+        "prompt": "p",
+        "title": "t",
+        "domain": "d",
+    }
     parts[field] = [evil] if isinstance(parts[field], list) else evil
     html = trace_html(TokenTrace(**parts))  # type: ignore[arg-type]
     assert "<script" not in html
@@ -82,7 +89,12 @@ def test_style_can_be_left_out(trace: TokenTrace) -> None:
 
 @pytest.mark.parametrize(
     ("text", "domain", "expected"),
-    [("Plain prose.", "text", False), ("See:\n```\nx\n```", "text", True), ("a:\n    b", None, True), ("x", "code", True)],
+    [
+        ("Plain prose.", "text", False),
+        ("See:\n```\nx\n```", "text", True),
+        ("a:\n    b", None, True),
+        ("x", "code", True),
+    ],
 )
 def test_code_is_set_in_a_fixed_width_font(text: str, domain: str | None, expected: bool) -> None:
     trace = TokenTrace([text], [[1.0]], ["x"], domain=domain)

@@ -47,7 +47,7 @@ def finished(figure: Figure) -> Figure:
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # type: ignore[attr-defined]
+        text.set_parse_math(False)
     return figure
 
 
@@ -74,14 +74,25 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.tick_params(axis="y", labelsize=TEXT, labelcolor=INK)
 
 
-def legend_row(figure: Figure, handles: Sequence[Any], x: float, y: float) -> None:
-    """A legend in one row, its upper left corner at (x, y), in inches from the figure's lower left corner."""
+def name_width(names: Sequence[str]) -> float:
+    """Inches that the longest of some names takes at size TEXT, generously."""
+    return 0.085 * max((len(name) for name in names), default=0)
+
+
+def legend_shape(names: Sequence[str], width: float) -> tuple[int, float]:
+    """How many columns of a legend fit into a width, and how high the legend gets; in inches."""
+    columns = max(1, min(len(names), int(width / (name_width(names) + 0.4))))
+    return columns, 0.21 * -(-len(names) // columns)
+
+
+def draw_legend(figure: Figure, handles: Sequence[Any], columns: int, x: float, y: float) -> None:
+    """A legend with its upper left corner at (x, y), in inches from the figure's lower left corner."""
     width, height = figure.get_size_inches()
     figure.legend(
         handles=list(handles),
         loc="upper left",
         bbox_to_anchor=(x / width, y / height),
-        ncols=max(1, len(handles)),
+        ncols=columns,
         fontsize=TEXT,
         labelcolor=INK,
         frameon=False,

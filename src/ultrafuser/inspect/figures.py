@@ -15,10 +15,12 @@ from ultrafuser.inspect.drawing import (
     SMALL,
     TEXT,
     WIDTH,
+    draw_legend,
     finished,
     inset,
-    legend_row,
+    legend_shape,
     name_rows,
+    name_width,
     new_figure,
     plain_axes,
     png_bytes,
@@ -55,8 +57,10 @@ def weights_by_domain(gate_weights: Mapping[str, Mapping[str, float]]) -> Figure
         DataError: no domains, or domains that name different specialists.
     """
     domains, specialists = _domains_and_specialists(gate_weights, "weights_by_domain")
-    figure = new_figure(WIDTH, 0.8 + 0.42 * len(domains))
-    axes = figure.add_axes(inset(figure, left=1.15, right=0.15, bottom=0.42, top=0.38))
+    margin = _left_margin(domains)
+    columns, legend_height = legend_shape(specialists, WIDTH - margin)
+    figure = new_figure(WIDTH, 0.6 + legend_height + 0.42 * len(domains))
+    axes = figure.add_axes(inset(figure, left=margin, right=0.15, bottom=0.42, top=0.18 + legend_height))
     left = [0.0] * len(domains)
     for name, shade in colours(specialists).items():
         widths = [gate_weights[domain][name] for domain in domains]
@@ -72,7 +76,8 @@ def weights_by_domain(gate_weights: Mapping[str, Mapping[str, float]]) -> Figure
     axes.set_xlabel("mean gate weight on the data of each domain", size=SMALL, color=MUTED)
     plain_axes(axes)
     name_rows(axes, domains)
-    legend_row(figure, axes.get_legend_handles_labels()[0], 1.15, figure.get_figheight() - 0.08)
+    handles, _ = axes.get_legend_handles_labels()
+    draw_legend(figure, handles, columns, margin, figure.get_figheight() - 0.08)
     return finished(figure)
 
 
@@ -91,9 +96,11 @@ def weights_heatmap(sample_weights: Mapping[str, Sequence[Mapping[str, float]]])
     _, specialists = _domains_and_specialists(every, "weights_heatmap")
 
     figure = new_figure(WIDTH, 0.85 + 0.36 * len(specialists))
-    left, bottom, width, height = inset(figure, left=1.15, right=0.95, bottom=0.32, top=0.3)
+    left, bottom, width, height = inset(
+        figure, left=_left_margin(specialists), right=0.95, bottom=0.32, top=0.3
+    )
     # A domain of few samples is widened until its name fits above it.
-    sizes = [max(len(samples), 0.09 * len(every)) for samples in sample_weights.values()]
+    sizes = [max(len(samples), 0.12 * len(every)) for samples in sample_weights.values()]
     gap = 0.01 * width
     unit = (width - gap * (len(sizes) - 1)) / sum(sizes)
     for (domain, samples), size in zip(sample_weights.items(), sizes, strict=True):
@@ -132,9 +139,9 @@ def loss_bars(results: Mapping[str, Any]) -> Figure:
     figure = new_figure(WIDTH, down * (0.72 + 0.27 * len(systems)))
     high = figure.get_figheight()
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
-    figure.subplots_adjust(
-        1.32 / WIDTH, 0.44 / high, 1 - 0.1 / WIDTH, 1 - 0.28 / high, wspace=0.12, hspace=0.4
-    )
+    labels = [system_label(system) for system in systems]
+    left = _left_margin(labels) / WIDTH
+    figure.subplots_adjust(left, 0.44 / high, 1 - 0.1 / WIDTH, 1 - 0.28 / high, wspace=0.12, hspace=0.4)
     for axes in grid.flat[len(domains) :]:
         axes.set_visible(False)
     for axes, domain in zip(grid.flat, domains, strict=False):
@@ -145,7 +152,7 @@ def loss_bars(results: Mapping[str, Any]) -> Figure:
         axes.grid(axis="x", color=RULE, linewidth=0.6)
         axes.set_axisbelow(True)
         plain_axes(axes, spines=("bottom",))
-        name_rows(axes, [system_label(system) for system in systems])
+        name_rows(axes, labels)
     note = "nats per response token (95% interval); lower is better"
     figure.supxlabel(note, size=SMALL, color=MUTED, y=0.06 / high, va="bottom")
     return finished(figure)
@@ -175,7 +182,7 @@ def training_curves(metrics: Rows) -> Figure:
     if any("gate_entropy" in row for row in metrics):
         tall["entropy"] = 0.85
 
-    grid = _stage_grid(steps_of, tall)
+    grid = _stage_grid(steps_of, tall, right=0.6 + name_width([*domains, *specialists, "mixed"]))
     for axes, rows in zip(grid[0], steps_of.values(), strict=True):
         for domain, shade in (domain_colours(domains, specialists) or {"": INK}).items():
             suffix = f"/{domain}" if domain else ""
@@ -213,6 +220,11 @@ def _domains_and_specialists(
     return list(table), list(table[first])
 
 
+def _left_margin(names: Sequence[str]) -> float:
+    """Inches left of a y axis that names its rows."""
+    return max(1.15, 0.15 + name_width(names))
+
+
 def _intervals(axes: Axes, cells: Mapping[str, Mapping[str, Any]], shades: Mapping[str, str]) -> None:
     """One row per system: its loss as a point, its interval as a line, the number at the right."""
     for row, (system, cell) in enumerate(cells.items()):
@@ -236,7 +248,7 @@ def _intervals(axes: Axes, cells: Mapping[str, Mapping[str, Any]], shades: Mappi
     axes.set(xlim=(low, high + 0.38 * (high - low)), ylim=(len(cells) - 0.5, -0.5))  # room for the numbers
 
 
-def _stage_grid(steps_of: Mapping[str, Rows], tall: Mapping[str, float]) -> Any:
+def _stage_grid(steps_of: Mapping[str, Rows], tall: Mapping[str, float], *, right: float) -> Any:
     """Axes, a row per panel and a column per stage, wide as the stage is long, within reason."""
     lengths = [len({row["step"] for row in rows}) for rows in steps_of.values()]
     figure = new_figure(WIDTH, sum(tall.values()) + 0.28 * (len(tall) - 1) + 0.8)
@@ -250,7 +262,7 @@ def _stage_grid(steps_of: Mapping[str, Rows], tall: Mapping[str, float]) -> Any:
         height_ratios=list(tall.values()),
         width_ratios=[max(length, 0.45 * max(lengths)) for length in lengths],
     )
-    figure.subplots_adjust(0.75 / WIDTH, 0.45 / high, 1 - 1.25 / WIDTH, 1 - 0.32 / high, wspace=0.05)
+    figure.subplots_adjust(0.75 / WIDTH, 0.45 / high, 1 - right / WIDTH, 1 - 0.32 / high, wspace=0.05)
     for number, (stage, axes) in enumerate(zip(steps_of, grid[0], strict=True), start=1):
         axes.set_title(f"stage {number}: {stage}", size=TEXT, weight="bold", color=INK, pad=6)
     for axes in grid[-1]:

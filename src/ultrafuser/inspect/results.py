@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import HORIZONTALS
 from rich.table import Table
 from rich.text import Text
 
@@ -77,7 +78,7 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """The systems and domains for the terminal: loss over its 95% interval, the best of each column in bold.
+    """The systems and domains for the terminal, in 80 columns; the best of each column in bold.
 
     Raises:
         DataError: as `check_results`.
@@ -85,7 +86,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
     check_results(results)
     domains, systems = results["domains"], results["systems"]
     best = {domain: best_system(results, domain) for domain in domains}
-    table = Table(title="nats per response token, lower is better", title_justify="left", header_style="bold")
+    title = "nats per response token over its 95% interval; lower is better"
+    table = Table(title=title, title_justify="left", header_style="bold", box=HORIZONTALS)
     table.add_column(Text("system"), no_wrap=True)
     for name in (*domains, "mean"):
         table.add_column(Text(name), justify="right", no_wrap=True)
@@ -98,22 +100,21 @@ def results_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def interval(bounds: Sequence[float], digits: int = 4, *, signed: bool = False) -> str:
+def interval(bounds: Sequence[float], *, signed: bool = False) -> str:
     """An interval as `[low, high]`, with signs for a difference."""
-    sign = "+" if signed else ""
-    return "[" + ", ".join(f"{bound:{sign}.{digits}f}" for bound in bounds) + "]"
+    low, high = bounds
+    return f"[{low:+.4f}, {high:+.4f}]" if signed else f"[{low:.4f}, {high:.4f}]"
 
 
 def _loss_cell(cell: Mapping[str, Any], *, bold: bool) -> Text:
-    text = Text(f"{cell['nll']:.4f}", "bold" if bold else "")
-    return text + Text("\n" + interval(cell["ci95"], 2), "dim")
+    low, high = cell["ci95"]
+    return Text(f"{cell['nll']:.4f}", "bold" if bold else "") + Text(f"\n{low:.2f}–{high:.2f}", "dim")
 
 
 def _difference_cell(pair: Mapping[str, Any]) -> Text:
     text = Text(f"{pair['difference']:+.4f}", {"better": "green", "worse": "red", "level": ""}[verdict(pair)])
-    return text + Text(
-        f"\n{interval(pair['ci95'], 3, signed=True)}\nvs {system_label(pair['versus'])}", "dim"
-    )
+    low, high = pair["ci95"]
+    return text + Text(f"\n{low:+.4f} to\n{high:+.4f}\nvs {system_label(pair['versus'])}", "dim")
 
 
 def _mean_sentence(results: Mapping[str, Any]) -> str:
@@ -151,17 +152,20 @@ def _rival_sentences(results: Mapping[str, Any]) -> list[str]:
         if rival in systems:
             lower = tuple(d for d in domains if systems["fused"][d]["nll"] < systems[rival][d]["nll"])
             outcomes.setdefault(lower, []).append(words)
-    sentences = []
-    for lower, rivals in outcomes.items():
-        rest = [domain for domain in domains if domain not in lower]
-        where = f"on {_all_domains(results)}" if not rest else f"on {_listed(lower)}, not on {_listed(rest)}"
-        how = (
-            f"lower than {_listed(rivals)} {where}"
-            if lower
-            else f"not lower than {_listed(rivals)} on any domain"
-        )
-        sentences.append(f"Its loss is {how}.")
-    return sentences
+    return [
+        f"Its loss is {_outcome(lower, domains)} {_listed(rivals)}." for lower, rivals in outcomes.items()
+    ]
+
+
+def _outcome(lower: Sequence[str], domains: Sequence[str]) -> str:
+    rest = [domain for domain in domains if domain not in lower]
+    if not lower:
+        return "on no domain lower than"
+    return (
+        f"lower on {_listed(lower)}, but not on {_listed(rest)}, than"
+        if rest
+        else "lower on every domain than"
+    )
 
 
 def _all_domains(results: Mapping[str, Any]) -> str:

@@ -16,8 +16,10 @@ from ultrafuser.inspect.drawing import (
     MUTED,
     SMALL,
     TEXT,
+    draw_legend,
     finished,
-    legend_row,
+    legend_shape,
+    matplotlib_module,
     new_figure,
     plain_axes,
     png_bytes,
@@ -34,22 +36,30 @@ _FONT = 9.0  # points
 # All lengths below are inches.
 _CHARACTER = 0.602 * _FONT / 72  # DejaVu Sans Mono, which matplotlib brings, advances by 0.602 em
 _LINE = 1.7 * _FONT / 72
-_HEADING, _LEGEND, _STRIP, _FOOT = 0.26, 0.32, 0.85, 0.52
+_HEADING, _STRIP, _FOOT = 0.26, 0.85, 0.52
 _LEFT, _RIGHT = 0.55, 0.3
-_GAP = 0.3  # between the response and the strip
+_GAP = 0.3  # below the response; half of it above
 
 Owned = list[tuple[str, int]]  # characters, each with the index of its token
 
 
 def trace_figure(trace: TokenTrace) -> Figure:
     """The response on the leaders' colours, paler the less clearly they lead, over a strip of all weights."""
+    matplotlib_module()
+    from matplotlib.patches import Patch
+
     lines = wrap(trace.tokens, _COLUMNS)
+    labels = _legend_labels(trace)
+    columns, legend_height = legend_shape(labels, _COLUMNS * _CHARACTER)
     num_headings = bool(trace.title) + bool(trace.prompt)
     text_width, text_height = _COLUMNS * _CHARACTER, max(1, len(lines)) * _LINE
     width = _LEFT + text_width + _RIGHT
-    height = 0.1 + num_headings * _HEADING + _LEGEND + text_height + _GAP + _STRIP + _FOOT
+    head = 0.1 + num_headings * _HEADING + legend_height + _GAP / 2
+    height = head + text_height + _GAP + _STRIP + _FOOT
     figure = new_figure(width, height)
-    _headings(figure, trace, height)
+    legend_top = _headings(figure, trace, height)
+    patches = [Patch(color=colour(k), label=label) for k, label in enumerate(labels)]
+    draw_legend(figure, patches, columns, _LEFT, legend_top)
 
     def axes_at(bottom: float, tall: float) -> Axes:
         return figure.add_axes((_LEFT / width, bottom / height, text_width / width, tall / height))
@@ -104,9 +114,13 @@ def _cells(run: Owned) -> int:
     )
 
 
-def _headings(figure: Figure, trace: TokenTrace, height: float) -> None:
-    from matplotlib.patches import Patch
+def _legend_labels(trace: TokenTrace) -> list[str]:
+    means = mean_weights([trace]) if trace.tokens else {}
+    return [printable(name) + (f"  {means[name]:.2f}" if means else "") for name in trace.specialists]
 
+
+def _headings(figure: Figure, trace: TokenTrace, height: float) -> float:
+    """Title and prompt; returns the height in inches at which they end."""
     left, y = _LEFT / figure.get_figwidth(), height - 0.1
     if trace.title:
         figure.text(left, y / height, printable(trace.title), size=11, weight="bold", color=INK, va="top")
@@ -115,9 +129,7 @@ def _headings(figure: Figure, trace: TokenTrace, height: float) -> None:
         prompt = shorten(printable(trace.prompt), 105, placeholder=" …")
         figure.text(left, y / height, prompt, size=TEXT, style="italic", color=MUTED, va="top")
         y -= _HEADING
-    means = mean_weights([trace]) if trace.tokens else {}
-    labels = [printable(name) + (f"  {means[name]:.2f}" if means else "") for name in trace.specialists]
-    legend_row(figure, [Patch(color=colour(k), label=label) for k, label in enumerate(labels)], _LEFT, y)
+    return y
 
 
 def _response(axes: Axes, trace: TokenTrace, lines: list[list[tuple[int, int, str, int]]]) -> None:

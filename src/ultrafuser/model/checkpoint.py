@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy as copying
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,11 @@ GATE_FILE = "model.safetensors"
 CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "references", "shared_base", "gate", "cache",
         "loss", "errors")  # fmt: skip
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+# Settings of PEFT's LoraConfig that make an adapter more than y = W x + scaling * B A x with one rank and scaling.
+_OTHER_LORAS = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
+                "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+                "arrow_config", "kasa_config", "monteclora_config", "velora_config")  # fmt: skip
+_OUTER_LAYERS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte")
 
 
 # ---------------------------------------------------------------- loading
@@ -192,15 +198,17 @@ def read_adapter_config(spec: Mapping[str, Any], folder: Path | None) -> tuple[P
 def is_plain_lora(adapter_config: Mapping[str, Any]) -> bool:
     """Whether an adapter can run beside others on one base; other kinds are merged into a base of their own."""
     targets = adapter_config.get("target_modules") or []
+    if isinstance(targets, str):  # PEFT reads it as a regular expression over whole names
+        outer = any(re.fullmatch(targets, name) for name in _OUTER_LAYERS)
+    else:
+        outer = any(name.rpartition(".")[2] in _OUTER_LAYERS for name in targets)
     return (
         adapter_config.get("peft_type") == "LORA"
         and adapter_config.get("bias", "none") == "none"
-        and not any(
-            adapter_config.get(key)
-            for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
-                        "target_parameters", "trainable_token_indices")  # fmt: skip
-        )
-        and not {"lm_head", "embed_tokens", "wte"} & set([targets] if isinstance(targets, str) else targets)
+        # PiSSA, OLoRA and the like also change the base when they start
+        and adapter_config.get("init_lora_weights", True) in (True, False, None, "gaussian", "orthogonal", "eva")
+        and not any(adapter_config.get(key) for key in _OTHER_LORAS)
+        and not outer
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .cache import UltraFuserCache
@@ -250,7 +250,7 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             log_p = torch.logsumexp(log_weights + log_probs[kept].to(log_weights), dim=-1)
         else:
             log_p = mixed_log_prob(flat, self.heads(), log_weights, labels[kept], self.config.mixing)
-        count = kept.sum() if num_items is None else num_items
+        count = kept.sum().clamp(min=1) if num_items is None else num_items  # no label at all: a loss of 0, not NaN
         token_loss = log_p.new_zeros(labels.shape)
         token_loss[kept] = -log_p.detach()
         gate_weights = log_p.new_zeros(*labels.shape, len(states))
@@ -311,6 +311,11 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         if specialist_input_ids is None:
             return inputs
         prompt = specialist_input_ids.shape[-1]
+        if input_ids.shape[1] < prompt:
+            raise UltraFuserError(
+                f"specialist_input_ids holds prompts of {prompt} tokens, but input_ids has {input_ids.shape[1]}; pass input_ids "
+                "of the same length, e.g. one specialist's prompts"
+            )
         new = input_ids[:, None, prompt:].expand(-1, specialist_input_ids.shape[1], -1)  # (B, K, new)
         ids = torch.cat([specialist_input_ids, new], dim=-1)
         inputs["specialist_input_ids"] = ids[..., -inputs["input_ids"].shape[1] :]
@@ -379,3 +384,6 @@ def _per_specialist(tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         return tensor.expand(len(which), *tensor.shape)
     return tensor[:, list(which)].transpose(0, 1)
 
+
+AutoConfig.register(UltraFuserConfig.model_type, UltraFuserConfig, exist_ok=True)
+AutoModelForCausalLM.register(UltraFuserConfig, UltraFuserForCausalLM, exist_ok=True)

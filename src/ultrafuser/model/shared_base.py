@@ -189,6 +189,11 @@ class SpecialistGroup(nn.Module):
         modules = dict(self.model.named_modules())
         for name in names:
             layer = modules.get(name)
+            if layer is not None and layer is self.model.get_output_embeddings():
+                raise CheckpointError(
+                    f"specialist {self.names[0]!r}: an adapter changes {name!r}, the output layer, which the mixture reads "
+                    "directly; merge that adapter into its base with PEFT (merge_and_unload) and fuse the result"
+                )
             shape = linear_shape(layer) if layer is not None else None
             pairs = [adapter.layers.get(name) if adapter else None for adapter in adapters]
             for owner, pair in zip(self.names, pairs, strict=True):

@@ -11,9 +11,13 @@ from ultrafuser.recipe import Recipe
 
 
 def write_card(
-    folder: Path, config: UltraFuserConfig, recipe: Recipe | None, metrics: Sequence[Mapping[str, Any]]
+    folder: Path,
+    config: UltraFuserConfig,
+    recipe: Recipe | None,
+    metrics: Sequence[Mapping[str, Any]],
+    title: str,
 ) -> None:
-    """Write README.md into a checkpoint's folder."""
+    """Write README.md into a checkpoint's folder; `title` is its name."""
     names = ", ".join(config.names)
     lines = [
         "---",
@@ -22,7 +26,7 @@ def write_card(
         "tags: [ultrafuser, model-fusion]",
         "---",
         "",
-        f"# {folder.resolve().name.strip('.').split('.')[0]}: {names} fused at the token level",
+        f"# {title}: {names} fused at the token level",
         "",
         f"{len(config.specialists)} specialists; a gate weighs them at every token and their {config.mixing} are mixed.",
         "",
@@ -39,7 +43,7 @@ def write_card(
         "```python",
         "import ultrafuser",
         "",
-        f'model, renderer = ultrafuser.load("{folder.name if not folder.name.startswith(".") else "fused"}")',
+        f'model, renderer = ultrafuser.load("{title}")',
         'inputs = ultrafuser.prompt_inputs(renderer, [[{"role": "user", "content": "Hello"}]], model.device)',
         "print(renderer.tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
         "```",

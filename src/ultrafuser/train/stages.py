@@ -73,7 +73,7 @@ def save_fused_folder(
             (draft / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
             if (output / "metrics.jsonl").is_file():
                 shutil.copy(output / "metrics.jsonl", draft)
-            write_card(draft, model.config, recipe, read_metrics(output / "metrics.jsonl"))
+            write_card(draft, model.config, recipe, read_metrics(output / "metrics.jsonl"), title="fused")
     PartialState().wait_for_everyone()
     return folder
 

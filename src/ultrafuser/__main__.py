@@ -1,0 +1,5 @@
+"""`python -m ultrafuser`."""
+
+from ultrafuser.cli import main
+
+main()

@@ -1,0 +1,82 @@
+"""What is in a fused checkpoint: specialists, references, sizes, and whether they are all still there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ultrafuser.errors import CheckpointError
+from ultrafuser.model.checkpoint import GATE_FILE, fused_folder, read_manifest
+from ultrafuser.model.references import check_files, is_inside, resolve
+
+
+def describe(folder: str | Path, *, verify: bool = False) -> dict[str, Any]:
+    """Facts about a fused checkpoint, without loading it.
+
+    Args:
+        verify: compare every file with its recorded checksum, large ones too.
+
+    Raises:
+        CheckpointError: no checkpoint, or with `verify` a file that differs.
+    """
+    home = fused_folder(folder, {})
+    config = read_manifest(home)
+    groups = config.groups()
+    specialists = [_specialist(spec, home, verify) for spec in config.specialists]
+    for k, facts in enumerate(specialists):
+        mates = next(group for group in groups if k in group)
+        facts["shares_base_with"] = [config.names[other] for other in mates if other != k]
+    if verify:
+        check_files(home, config.gate_files, "the gate")
+    files = [file for file in home.rglob("*") if file.is_file()]
+    return {
+        "folder": str(home),
+        "mixing": config.mixing,
+        "gate_hidden_size": config.gate_hidden_size,
+        "gate_size_bytes": (home / GATE_FILE).stat().st_size if (home / GATE_FILE).is_file() else None,
+        "vocab_size": config.vocab_size,
+        "context": config.max_position_embeddings,
+        "size_bytes": sum(file.stat().st_size for file in files),
+        "referenced_size_bytes": _referenced(specialists),
+        "specialists": specialists,
+        "has_recipe": (home / "recipe.yaml").is_file(),
+        "verified": verify,
+    }
+
+
+def _specialist(spec: dict[str, Any], home: Path, verify: bool) -> dict[str, Any]:
+    source, parts = spec["source"], {}
+    for part in ("model", "adapter"):
+        if not source.get(part):
+            continue
+        recorded = (spec.get("files") or {}).get(part) or {}
+        facts: dict[str, Any] = {"source": source[part], "size_bytes": sum(f["size_bytes"] for f in recorded.values())}
+        try:
+            where = resolve(source[part], home, spec["name"])
+            facts["inside"] = isinstance(where, Path) and is_inside(where, home)
+            facts["status"] = "here" if isinstance(where, Path) else "on the hub"
+            if verify and isinstance(where, Path):
+                check_files(where, recorded, f"specialist {spec['name']!r}", every=True)
+        except CheckpointError as error:
+            if verify:
+                raise
+            facts |= {"inside": False, "status": "gone", "problem": str(error)}
+        parts[part] = facts
+    return {
+        "name": spec["name"],
+        "domain": spec.get("domain"),
+        "architecture": spec["config"].get("model_type"),
+        "revision": source.get("revision"),
+        **parts,
+    }
+
+
+def _referenced(specialists: list[dict[str, Any]]) -> int:
+    """Bytes that lie elsewhere; a base that several share counts once."""
+    seen = {
+        facts[part]["source"]: facts[part]["size_bytes"]
+        for facts in specialists
+        for part in ("model", "adapter")
+        if part in facts and not facts[part]["inside"]
+    }
+    return sum(seen.values())

@@ -1,0 +1,264 @@
+"""generate() behaves as users of transformers expect, for every way of decoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from specimens import VOCAB, force_gate, fuse, left_pad, one_hot, tiny, tokens
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
+
+from ultrafuser.errors import UltraFuserError
+
+both = pytest.mark.parametrize("mixing", ["logits", "probabilities"])
+KINDS = ["llama", "qwen2", "mistral", "gemma", "gemma2", "gpt2"]
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "several beams": {"num_beams": 4, "num_return_sequences": 2, "do_sample": False},
+    "several samples": {"do_sample": True, "num_return_sequences": 3},
+    "penalised": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
+
+
+def three(**options):
+    return fuse([tiny("llama", 1), tiny("gpt2", 2, n_embd=48), tiny("gemma2", 3, hidden_size=16)], **options)
+
+
+def generate(model, ids, seed=0, new=8, **options):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return model.generate(ids, max_new_tokens=new, **options)
+
+
+def naive_greedy(model, ids, new=8, eos=1):
+    """The oracle: one sequence, no cache, no padding, no batch."""
+    ids = ids.clone()
+    with torch.no_grad():
+        for _ in range(new):
+            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+            if ids[0, -1] == eos:
+                break
+    return ids
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_specialist_generates_what_the_plain_model_generates(kind, way):
+    plain = tiny(kind)
+    ids = tokens(2, 5)
+    expected = generate(plain, ids, **WAYS[way])
+    assert generate(fuse([plain], mixing="logits"), ids, **WAYS[way]).tolist() == expected.tolist()
+    if way in ("greedy", "beams"):
+        assert generate(fuse([plain]), ids, **WAYS[way]).tolist() == expected.tolist()
+
+
+@both
+def test_greedy_is_the_naive_loop(mixing):
+    model, ids = three(mixing=mixing), tokens(1, 5)
+    assert generate(model, ids, new=12).tolist() == naive_greedy(model, ids, new=12).tolist()
+
+
+@both
+@pytest.mark.parametrize("way", WAYS)
+def test_cached_equals_uncached(mixing, way):
+    model, ids = three(mixing=mixing), tokens(2, 5)
+    cached = generate(model, ids, use_cache=True, **WAYS[way])
+    assert cached.tolist() == generate(model, ids, use_cache=False, **WAYS[way]).tolist()
+
+
+@both
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_unequal_prompts_in_a_batch(mixing, num_beams):
+    model = three(mixing=mixing)
+    rows = [tokens(1, n, seed=n)[0] for n in (3, 9, 6)]
+    ids, mask = left_pad(rows)
+    out = generate(model, ids, attention_mask=mask, num_beams=num_beams, do_sample=False, eos_token_id=None)
+    for row, prompt in enumerate(rows):
+        alone = generate(model, prompt[None], num_beams=num_beams, do_sample=False, eos_token_id=None)
+        assert out[row, ids.shape[1] :].tolist() == alone[0, len(prompt) :].tolist()
+
+
+@both
+def test_finished_rows_are_padded(mixing):
+    """One row ends early; the others go on as if it were not there."""
+    model = three(mixing=mixing)
+    ids = tokens(3, 5)
+    free = generate(model, ids, new=10, eos_token_id=None)[:, 5:]
+    stop = int(free[0, 3])
+    out = generate(model, ids, new=10, eos_token_id=stop, pad_token_id=2)[:, 5:]
+    for got, own in zip(out.tolist(), free.tolist(), strict=True):
+        end = own.index(stop) + 1 if stop in own else len(own)
+        assert got[:end] == own[:end] and set(got[end:]) <= {2}
+
+
+def test_sampling_follows_the_seed():
+    model, ids = three(), tokens(2, 5)
+    first = generate(model, ids, do_sample=True, seed=3)
+    assert first.tolist() == generate(model, ids, do_sample=True, seed=3).tolist()
+    assert first.tolist() != generate(model, ids, do_sample=True, seed=4).tolist()
+
+
+@both
+def test_sampling_follows_the_fused_distribution(mixing):
+    model, ids = three(mixing=mixing), tokens(1, 4)
+    with torch.no_grad():
+        p = model(ids).logits[0, -1].softmax(-1)
+    n = 4000
+    draws = generate(model, ids, new=1, do_sample=True, top_k=0, top_p=1.0, num_return_sequences=n)[:, -1]
+    observed = torch.bincount(draws, minlength=VOCAB) / n
+    assert (observed - p).abs().max() < 5 * (0.25 / n) ** 0.5
+
+
+def test_output_logits_are_those_of_forward():
+    model, ids = three(), tokens(2, 5)
+    out = generate(model, ids, return_dict_in_generate=True, output_logits=True, output_scores=True, eos_token_id=None)
+    with torch.no_grad():
+        expected = model(out.sequences).logits[:, 4:-1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), expected, rtol=1e-4, atol=1e-4)
+    assert len(out.scores) == 8 and out.scores[0].shape == (2, VOCAB)
+
+
+def test_streaming(tokenizer, capsys):
+    rows = len(tokenizer)
+    model = fuse([tiny(seed=s, vocab_size=rows) for s in range(2)])
+    ids = tokenizer("def add(a", return_tensors="pt").input_ids
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    out = generate(model, ids, streamer=streamer, do_sample=False)
+    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(out[0, ids.shape[1] :]).rstrip("\n")
+
+
+def test_stop_strings(tokenizer):
+    model = fuse([tiny(seed=s, vocab_size=len(tokenizer)) for s in range(2)])
+    ids = tokenizer("x", return_tensors="pt").input_ids
+    free = generate(model, ids, new=12, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
+    stop = tokenizer.decode(free[4:5])
+    first = next(n for n in range(1, 13) if stop in tokenizer.decode(free[:n]))
+    out = generate(model, ids, new=12, do_sample=False, eos_token_id=None, stop_strings=[stop], tokenizer=tokenizer)
+    assert out[0, ids.shape[1] :].tolist() == free[:first].tolist()
+
+
+def test_max_new_tokens_and_logits_processor():
+    class Only(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.full_like(scores, -float("inf")).index_fill(1, torch.tensor([7]), 0.0)
+
+    out = generate(three(), tokens(1, 4), new=5, logits_processor=LogitsProcessorList([Only()]))
+    assert out[0, 4:].tolist() == [7] * 5
+
+
+def test_eos_comes_from_the_first_specialist():
+    model = three()
+    assert model.generation_config.eos_token_id == 1 and model.generation_config.pad_token_id == 2
+
+
+# ---------------------------------------------------------------- a prompt for each specialist
+
+
+@both
+@pytest.mark.parametrize("way", ["greedy", "beams", "several beams", "sampling"])
+def test_each_specialist_continues_its_own_prompt(mixing, way):
+    """Equal prompts given one by one are the same as one prompt for all."""
+    model, ids = three(mixing=mixing), tokens(2, 5)
+    own = ids[:, None].expand(-1, 3, -1)
+    expected = generate(model, ids, **WAYS[way])
+    got = generate(model, ids, specialist_input_ids=own, specialist_attention_mask=torch.ones_like(own), **WAYS[way])
+    assert got.tolist() == expected.tolist()
+
+
+@both
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prompts_of_different_lengths(mixing, use_cache):
+    model = three(mixing=mixing)
+    prompts = [[tokens(1, n + 2 * b, seed=10 * b + n)[0] for n in (4, 9, 6)] for b in range(2)]
+    flat, mask = left_pad([prompt for row in prompts for prompt in row])
+    ids, mask = flat.unflatten(0, (2, 3)), mask.unflatten(0, (2, 3))
+    out = generate(model, ids[:, 0], new=6, attention_mask=mask[:, 0], specialist_input_ids=ids,
+                   specialist_attention_mask=mask, use_cache=use_cache, do_sample=False, eos_token_id=None)  # fmt: skip
+    new = out[:, ids.shape[-1] :]
+    with torch.no_grad():
+        for b in range(2):
+            for step in range(6):
+                rows = [torch.cat([prompt, new[b, :step]]) for prompt in prompts[b]]
+                padded, its_mask = left_pad(rows)
+                logits = model(specialist_input_ids=padded[None], specialist_attention_mask=its_mask[None]).logits
+                assert logits[0, -1].argmax() == new[b, step]
+
+
+def test_specialist_prompts_need_matching_input_ids():
+    model = three()
+    own = tokens(2, 6)[:, None].expand(-1, 3, -1)
+    with pytest.raises(UltraFuserError, match="input_ids"):
+        generate(model, None, specialist_input_ids=own)
+    with pytest.raises(UltraFuserError, match="input_ids"):
+        generate(model, tokens(2, 4), specialist_input_ids=own)
+
+
+# ---------------------------------------------------------------- assistants
+
+
+@both
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "mistral"])
+def test_a_specialist_may_draft(mixing, kind):
+    sliding = {"sliding_window": 8} if kind == "mistral" else {}
+    model = fuse([tiny(kind, s, **sliding) for s in range(3)], mixing=mixing, names=["a", "b", "c"])
+    ids = tokens(1, 6)
+    expected = generate(model, ids, new=20, do_sample=False)
+    for name in model.config.names:
+        got = generate(model, ids, new=20, do_sample=False, assistant_model=model.specialist(name))
+        assert got.tolist() == expected.tolist()
+
+
+def test_a_specialist_may_draft_for_prompts_of_its_own():
+    model = fuse([tiny(seed=s) for s in range(2)], names=["a", "b"])
+    prompts, mask = left_pad([tokens(1, 4, seed=1)[0], tokens(1, 7, seed=2)[0]])
+    own = {"specialist_input_ids": prompts[None], "specialist_attention_mask": mask[None]}
+    ids = prompts[None, 0]
+    expected = generate(model, ids, do_sample=False, attention_mask=mask[None, 0], **own)
+    got = generate(model, ids, do_sample=False, attention_mask=mask[None, 0], assistant_model=model.specialist("a"), **own)
+    assert got.tolist() == expected.tolist()
+
+
+def test_a_specialist_with_a_padded_table_may_draft():
+    model = fuse([tiny(seed=0), tiny(seed=1, vocab_size=VOCAB + 8)], names=["a", "b"])
+    ids = tokens(1, 6)
+    expected = generate(model, ids, do_sample=False)
+    got = generate(model, ids, do_sample=False, assistant_model=model.specialist("b"))
+    assert got.tolist() == expected.tolist()
+
+
+def test_prompt_lookup():
+    model, ids = three(), tokens(1, 6).repeat(1, 3)
+    expected = generate(model, ids, new=12, do_sample=False)
+    assert generate(model, ids, new=12, do_sample=False, prompt_lookup_num_tokens=3).tolist() == expected.tolist()
+
+
+# ---------------------------------------------------------------- caches
+
+
+def test_a_conversation_goes_on_with_its_cache():
+    model, ids = three(), tokens(1, 5)
+    first = generate(model, ids, new=4, do_sample=False, return_dict_in_generate=True, eos_token_id=None)
+    longer = torch.cat([first.sequences, tokens(1, 3, seed=9)], dim=1)
+    reused = generate(model, longer, new=4, do_sample=False, past_key_values=first.past_key_values, eos_token_id=None)
+    assert reused.tolist() == generate(model, longer, new=4, do_sample=False, eos_token_id=None).tolist()
+
+
+def test_a_static_cache_is_refused():
+    with pytest.raises(UltraFuserError, match="cache_implementation='static'.*'dynamic'"):
+        generate(three(), tokens(1, 4), cache_implementation="static")
+
+
+def test_too_long_is_an_error_that_names_the_specialist():
+    model = fuse([tiny(), tiny("gpt2", n_positions=12)], names=["long", "short"])
+    with pytest.raises(UltraFuserError, match="specialist 'short': 13 tokens do not fit"):
+        generate(model, tokens(1, 10), new=8, eos_token_id=None)
+    with pytest.raises(UltraFuserError, match="specialist 'short': 20 tokens do not fit"):
+        generate(model, tokens(1, 20))
+
+
+def test_one_hot_gate_generates_what_that_specialist_generates():
+    model, ids = three(), tokens(2, 5)
+    for k, name in enumerate(model.config.names):
+        plain = generate(model.specialist(name), ids, do_sample=False, eos_token_id=1, pad_token_id=2)
+        assert generate(force_gate(model, one_hot(k, 3)), ids, do_sample=False).tolist() == plain.tolist()
