@@ -62,7 +62,9 @@ def training_rows(spec: dict[str, Any], data: Path) -> list[Row]:
         raise SystemExit(f"{data / spec['data']}: no training rows of source {', '.join(sorted(unknown))}")
     out = []
     for source, factor in spec["sources"].items():
-        own = sorted((row for row in rows if row.source == source), key=lambda row: hashlib.md5(row.id.encode()).digest())
+        own = sorted(
+            (row for row in rows if row.source == source), key=lambda row: hashlib.md5(row.id.encode()).digest()
+        )
         whole, part = divmod(factor, 1)
         out += own * int(whole) + own[: round(part * len(own))]
     return out
@@ -175,7 +177,11 @@ def train(spec: dict[str, Any], data: Path, output: Path, base: torch.nn.Module,
     card = {
         "recipe": spec,
         "nats_per_response_token": {"base": before, "adapter": after},
-        "rows": {"train": dict(Counter(row.source for row in rows)), "validation": len(validation), "held_out": len(held_out)},
+        "rows": {
+            "train": dict(Counter(row.source for row in rows)),
+            "validation": len(validation),
+            "held_out": len(held_out),
+        },
         "licences": {row.source: row.licence for row in rows},
         "truncation": str(stats),
         "training_tokens_per_epoch": {

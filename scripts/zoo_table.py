@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from train_specialist import load_base, permissive_rows, row_losses
 
+from train_specialist import load_base, permissive_rows, row_losses
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
 from ultrafuser.templates import BUILTIN, Renderer
@@ -39,7 +39,9 @@ def test_sets(data: Path, split: str) -> dict[tuple[str, str], list[Row]]:
 
 def load_systems(adapters: Path, device: str) -> tuple[PeftModel, Any]:
     """The base with the three adapters on it, and the tokenizer."""
-    references = {json.loads((adapters / home / "adapter_config.json").read_text())["base_model_name_or_path"] for home in HOMES}
+    references = {
+        json.loads((adapters / home / "adapter_config.json").read_text())["base_model_name_or_path"] for home in HOMES
+    }
     if len(references) != 1:
         raise SystemExit(f"{adapters}: the adapters name different bases: {', '.join(sorted(references))}")
     base, tokenizer = load_base(references.pop(), device)
@@ -66,7 +68,9 @@ def bootstrap(sums: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
     return {"nats": float(sums.sum() / tokens.sum()), "ci95": [float(low), float(high)]}
 
 
-def measure(model: PeftModel, tokenizer: Any, sets: dict[tuple[str, str], list[Row]], max_length: int) -> dict[str, Any]:
+def measure(
+    model: PeftModel, tokenizer: Any, sets: dict[tuple[str, str], list[Row]], max_length: int
+) -> dict[str, Any]:
     """The whole table: {set: {domain: {rows, tokens, systems: {...}, differences: {...}}}}."""
     renderer = Renderer(tokenizer, [BUILTIN["chatml"]], max_length)
     table: dict[str, Any] = {"shared": {}, "zoo": {}}
@@ -82,7 +86,9 @@ def measure(model: PeftModel, tokenizer: Any, sets: dict[tuple[str, str], list[R
             "systems": {system: bootstrap(sums, tokens) for system, sums in found.items()},
             # the same resampled rows for both, so that what rows share cancels
             "differences": {
-                f"{domain} - {rival}": bootstrap(found[domain] - found[rival], tokens) for rival in rivals if domain in HOMES
+                f"{domain} - {rival}": bootstrap(found[domain] - found[rival], tokens)
+                for rival in rivals
+                if domain in HOMES
             },
         }
     return table
@@ -104,7 +110,11 @@ def markdown(table: dict[str, Any]) -> str:
     out = []
     for name, domains in table.items():
         out += [f"## {TITLES[name]}", "", "| system | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
-        out.append("| rows / response tokens | " + " | ".join(f"{d['rows']} / {d['tokens']:,}" for d in domains.values()) + " |")
+        out.append(
+            "| rows / response tokens | "
+            + " | ".join(f"{d['rows']} / {d['tokens']:,}" for d in domains.values())
+            + " |"
+        )
         for system in ("base", *HOMES):
             cells = []
             for result in domains.values():

@@ -40,7 +40,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     special = ["<|bos|>", "<|im_end|>", "<|pad|>", "<|im_start|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator(_SENTENCES, trainer)
     return PreTrainedTokenizerFast(
@@ -71,7 +74,11 @@ def shared(save: Callable[..., Path], tmp_path: Path) -> UltraFuserForCausalLM:
     """Three adapters of different ranks and target modules on one base, fused."""
     base = save("base")
     plain = tiny()
-    kinds = {"text": (4, ["q_proj", "v_proj"]), "code": (2, ["q_proj", "up_proj"]), "math": (8, ["o_proj", "down_proj"])}
+    kinds = {
+        "text": (4, ["q_proj", "v_proj"]),
+        "code": (2, ["q_proj", "up_proj"]),
+        "math": (8, ["o_proj", "down_proj"]),
+    }
     adapters = {
         name: save_adapter(plain, tmp_path / f"{name}-lora", seed=10 + rank, r=rank, targets=targets)
         for name, (rank, targets) in kinds.items()

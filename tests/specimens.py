@@ -131,11 +131,22 @@ def naive_mix(logits: Sequence[torch.Tensor], weights: torch.Tensor, mixing: str
 
 
 def save_adapter(
-    base: PreTrainedModel, folder: Path, seed: int = 0, r: int = 4, targets: Sequence[str] | str = ("q_proj", "v_proj"), **options: Any
+    base: PreTrainedModel,
+    folder: Path,
+    seed: int = 0,
+    r: int = 4,
+    targets: Sequence[str] | str = ("q_proj", "v_proj"),
+    **options: Any,
 ) -> Path:
     """Write an ordinary PEFT LoRA adapter whose B is random; the base itself stays as it was."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets if isinstance(targets, str) else list(targets), task_type="CAUSAL_LM", **options)
+    config = peft.LoraConfig(
+        r=r,
+        lora_alpha=2 * r,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+        **options,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = peft.get_peft_model(copy.deepcopy(base), config)

@@ -32,13 +32,18 @@ Dtype = Annotated[str, typer.Option(help="Precision of the specialists: auto, fl
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, or another torch device.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Recipe fields to change, e.g. stages.gate.lr=2e-5 or stages=[joint].", metavar="[KEY=VALUE]..."),
+    typer.Argument(
+        help="Recipe fields to change, e.g. stages.gate.lr=2e-5 or stages=[joint].", metavar="[KEY=VALUE]..."
+    ),
 ]
 Prompt = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What the user says; may be repeated.")]
 System = Annotated[str | None, typer.Option(help="A system message before every prompt.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the likeliest token.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens with this total probability.")]
+TopP = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens with this total probability."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers.")]
 
 
@@ -61,7 +66,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -79,7 +86,9 @@ def fuse_command(
     ] = None,
     template: Annotated[
         list[str] | None,
-        typer.Option("--template", "-t", help="NAME=TEMPLATE: chatml, plain, inst, alpaca, a Jinja file or Jinja text."),
+        typer.Option(
+            "--template", "-t", help="NAME=TEMPLATE: chatml, plain, inst, alpaca, a Jinja file or Jinja text."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the fused checkpoint.")] = Path("fused"),
     mixing: Annotated[str | None, typer.Option(help="logits or probabilities; default: the recipe's.")] = None,
@@ -233,7 +242,12 @@ def generate(
             progress.advance(len(chats))
         progress.finish()
     if as_json:
-        _say(json.dumps([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)], ensure_ascii=False))
+        _say(
+            json.dumps(
+                [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)],
+                ensure_ascii=False,
+            )
+        )
         return
     for question, text in zip(prompts, answers, strict=True):
         _say(f"> {question}\n{text}\n" if len(prompts) > 1 else text)
@@ -289,12 +303,16 @@ def inspect(
     folder: Folder,
     prompt: Prompt = None,
     response: Annotated[str | None, typer.Option(help="Weigh this answer instead of generating one.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Rows (JSONL, JSON, CSV, Parquet): weigh the answers they hold.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Rows (JSONL, JSON, CSV, Parquet): weigh the answers they hold.")
+    ] = None,
     domain: Annotated[str | None, typer.Option(help="The domain of the rows in --file; default: their own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many rows of --file.")] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Also print the weights of every token.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with coloured tokens.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write a figure: the first answer, or weights by domain of --file.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Write a figure: the first answer, or weights by domain of --file.")
+    ] = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,

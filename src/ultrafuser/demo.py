@@ -154,7 +154,10 @@ def _results(
     paired = {}
     for domain in DOMAINS:
         best = min(names, key=lambda name: systems[name][domain]["nll"])
-        paired[domain] = {"versus": best, **paired_difference(losses["fused"], losses[best], domain, recipe.seed)}
+        paired[domain] = {
+            "versus": best,
+            **paired_difference(losses["fused"], losses[best], domain, recipe.seed),
+        }
     return {
         "domains": DOMAINS,
         "systems": systems,
@@ -176,9 +179,7 @@ def _results(
 _RSS_UNITS_PER_MB = 1024 if sys.platform != "darwin" else 1024 * 1024
 
 
-def _mean_weights(
-    weights: list[list[float]], rows: list[Rendered], names: list[str]
-) -> dict[str, dict[str, float]]:
+def _mean_weights(weights: list[list[float]], rows: list[Rendered], names: list[str]) -> dict[str, dict[str, float]]:
     """Mean weight of each specialist over the response tokens of each domain (table 6)."""
     out = {}
     for domain in DOMAINS:
@@ -189,7 +190,11 @@ def _mean_weights(
 
 
 def _write(
-    output: Path, results: dict[str, Any], traces: list[TokenTrace], weights: list[list[float]], rows: list[Rendered]
+    output: Path,
+    results: dict[str, Any],
+    traces: list[TokenTrace],
+    weights: list[list[float]],
+    rows: list[Rendered],
 ) -> None:
     names = list(next(iter(results["gate_weights"].values())))
     by_domain: dict[str, list[dict[str, float]]] = {domain: [] for domain in DOMAINS}

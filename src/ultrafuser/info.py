@@ -50,7 +50,10 @@ def _specialist(spec: dict[str, Any], home: Path, verify: bool) -> dict[str, Any
         if not source.get(part):
             continue
         recorded = (spec.get("files") or {}).get(part) or {}
-        facts: dict[str, Any] = {"source": source[part], "size_bytes": sum(f["size_bytes"] for f in recorded.values())}
+        facts: dict[str, Any] = {
+            "source": source[part],
+            "size_bytes": sum(f["size_bytes"] for f in recorded.values()),
+        }
         try:
             where = resolve(source[part], home, spec["name"])
             facts["inside"] = isinstance(where, Path) and is_inside(where, home)

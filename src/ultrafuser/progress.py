@@ -37,7 +37,13 @@ class ConsoleProgress(Progress):
         self._what, self._total, self._done, self._began, self._last_line = "", 0, 0, 0.0, 0.0
 
     def start(self, what: str, total: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as Bars
 
         self._what, self._total, self._done = what, total, 0

@@ -89,20 +89,14 @@ class SpecialistRecipe(Node):
         default=None,
         description="PEFT adapter on `model`: hub id, local folder or `package:MODULE/FOLDER`.",
     )
-    adapter_revision: str | None = Field(
-        default=None, description="Branch, tag or commit of `adapter` on the hub."
-    )
+    adapter_revision: str | None = Field(default=None, description="Branch, tag or commit of `adapter` on the hub.")
     chat_template: LocalPath | None = Field(
         default=None,
         description="`chatml`, `plain`, `inst`, `alpaca`, a Jinja file or Jinja text; null: the tokenizer's.",
     )
     dtype: Dtype | None = Field(default=None, description="Type of its weights; null: the run's `dtype`.")
-    device_map: str | FreeForm | None = Field(
-        default=None, description="Passed to transformers as `device_map`."
-    )
-    quantization: FreeForm | None = Field(
-        default=None, description="Passed to transformers as `quantization_config`."
-    )
+    device_map: str | FreeForm | None = Field(default=None, description="Passed to transformers as `device_map`.")
+    quantization: FreeForm | None = Field(default=None, description="Passed to transformers as `quantization_config`.")
 
 
 class GateRecipe(Node):
@@ -128,18 +122,14 @@ class DataRecipe(Node):
 
     train: list[SourceRecipe] = Field(default=[], description="Sources of the training rows.")
     validation: list[SourceRecipe] = Field(default=[], description="Sources of the validation rows.")
-    max_length: PositiveInt = Field(
-        default=1024, description="Tokens kept of a row, prompt and response together."
-    )
+    max_length: PositiveInt = Field(default=1024, description="Tokens kept of a row, prompt and response together.")
 
 
 class LoraRecipe(Node):
     """The adapters that the joint stage trains when its specialists are `lora`."""
 
     r: PositiveInt = Field(default=16, description="Rank of the adapters.")
-    alpha: PositiveFloat = Field(
-        default=32.0, description="Scale: an adapter's output is multiplied by alpha / r."
-    )
+    alpha: PositiveFloat = Field(default=32.0, description="Scale: an adapter's output is multiplied by alpha / r.")
     dropout: Fraction = Field(default=0.0, description="Dropout before the adapters.")
     target_modules: Literal["all-linear"] | list[str] = Field(
         default="all-linear", description="The layers that get an adapter, by name."
@@ -171,13 +161,9 @@ class StageRecipe(Node):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="How the learning rate decays."
     )
-    warmup_ratio: Fraction = Field(
-        default=0.0, description="Share of the steps over which the learning rate rises."
-    )
+    warmup_ratio: Fraction = Field(default=0.0, description="Share of the steps over which the learning rate rises.")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="Weight decay of AdamW.")
-    max_grad_norm: NonNegativeFloat = Field(
-        default=1.0, description="Norm to which gradients are clipped; 0: never."
-    )
+    max_grad_norm: NonNegativeFloat = Field(default=1.0, description="Norm to which gradients are clipped; 0: never.")
     specialists: Literal["lora", "full"] = Field(
         default="lora", description="Joint stage only: train adapters, or all weights, of the specialists."
     )
@@ -223,20 +209,14 @@ class Recipe(Node):
         description="Compute the specialists' states once for the whole gate stage; `auto`: when it pays.",
     )
     seed: NonNegativeInt = Field(default=0, description="Seed of initialisation, sampling and dropout.")
-    output: str = Field(
-        default="runs/ultrafuser", description="Folder of the run, seen from the working folder."
-    )
+    output: str = Field(default="runs/ultrafuser", description="Folder of the run, seen from the working folder.")
     eval_every: PositiveInt | None = Field(
         default=None, description="Steps between validations; null: at each stage's end."
     )
-    save_every: PositiveInt | None = Field(
-        default=None, description="Steps between saves; null: at each stage's end."
-    )
+    save_every: PositiveInt | None = Field(default=None, description="Steps between saves; null: at each stage's end.")
     keep_best: bool = Field(default=True, description="Keep the checkpoint with the lowest validation loss.")
     log_every: PositiveInt = Field(default=1, description="Steps between rows of metrics.")
-    report_to: list[str] = Field(
-        default=[], description="Trackers of the metrics, e.g. `tensorboard`, `wandb`."
-    )
+    report_to: list[str] = Field(default=[], description="Trackers of the metrics, e.g. `tensorboard`, `wandb`.")
     early_stop_patience: PositiveInt | None = Field(
         default=None, description="Validations without a lower loss after which a stage stops; null: never."
     )

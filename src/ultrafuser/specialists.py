@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,14 +37,13 @@ def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase
         TokenizerMismatchError: tokenizers that differ, with the tokens in which they do.
         DataError: a specialist without a chat template.
     """
-    specs = [_describe(specialist) for specialist in recipe.specialists]
-    tokenizers = {spec["name"]: load_tokenizer(spec) for spec in specs}
+    configs: dict[str, dict[str, Any]] = {}
+    specs = [_describe(specialist, configs) for specialist in recipe.specialists]
+    tokenizers = _tokenizers(specs)
     compare_tokenizers(tokenizers)
     tokenizer = tokenizers[specs[0]["name"]]
     for spec, specialist in zip(specs, recipe.specialists, strict=True):
-        spec["chat_template"] = resolve_template(
-            specialist.chat_template, tokenizers[spec["name"]], specialist.name
-        )
+        spec["chat_template"] = resolve_template(specialist.chat_template, tokenizers[spec["name"]], specialist.name)
     tokenizer.chat_template = specs[0]["chat_template"]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -55,7 +55,7 @@ def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase
         vocab_size=len(tokenizer),
     )
     groups = load_groups(config, None, verify=False, dtype=recipe.dtype, device_map=pick_device(recipe.device))
-    _pin_sources(config, groups)
+    _record_files(config)
     for group in groups:
         check_head(group, config.vocab_size)
     torch.manual_seed(recipe.seed)
@@ -92,16 +92,25 @@ def pick_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_tokenizer(spec: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer that comes with a specialist's model (its base, when it is an adapter).
+def _tokenizers(specs: Sequence[Mapping[str, Any]]) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizer that comes with each specialist's model (its base, when it is an adapter), each source once."""
+    read: dict[str, PreTrainedTokenizerBase] = {}
+    for spec in specs:
+        key = repr(_source_options(spec))
+        if key not in read:
+            read[key] = _load_tokenizer(spec)
+    return {spec["name"]: read[repr(_source_options(spec))] for spec in specs}
 
-    Raises:
-        CheckpointError: there is none.
-    """
+
+def _load_tokenizer(spec: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     where, options = _source_options(spec)
     try:
         return AutoTokenizer.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError) as error:  # transformers raises all three for files that are not there
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+    ) as error:  # transformers raises all three for files that are not there
         raise CheckpointError(
             f"specialist {spec['name']!r}: no tokenizer in {spec['source']['model']}: {error}"
         ) from error
@@ -159,8 +168,8 @@ def _some(tokens: Any) -> str:
     return ", ".join(map(repr, tokens[:_TOKENS_SHOWN])) + more
 
 
-def _describe(specialist: SpecialistRecipe) -> dict[str, Any]:
-    """A recipe's specialist as a manifest entry."""
+def _describe(specialist: SpecialistRecipe, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A recipe's specialist as a manifest entry; `configs` keeps what was read of sources that several share."""
     fields = ("model", "revision", "gguf_file", "adapter", "adapter_revision")
     source = {key: value for key in fields if (value := getattr(specialist, key)) is not None}
     for part in ("model", "adapter"):  # local folders are kept with their full path
@@ -174,19 +183,25 @@ def _describe(specialist: SpecialistRecipe) -> dict[str, Any]:
     if adapter is not None and not is_plain_lora(adapter[1]):
         spec["separate"] = True
     where, options = _source_options(spec)
-    try:
-        config = AutoConfig.from_pretrained(where, **options)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"specialist {specialist.name!r}: no model in {source['model']}: {error}"
-        ) from error
-    spec["config"] = {k: v for k, v in config.to_dict().items() if k != "quantization_config" or not _gguf(spec)}
+    key = repr((where, options))
+    if key not in configs:  # a GGUF file takes seconds to parse
+        configs[key] = _read_config(where, options, specialist.name)
+    spec["config"] = copy.deepcopy(configs[key])
+    if commit := spec["config"].pop("_commit_hash", None):
+        source["revision"] = commit  # of a hub model: a later push must not change this fusion
     return spec
 
 
-def _gguf(spec: Mapping[str, Any]) -> bool:
-    source = spec["source"]
-    return bool(source.get("gguf_file")) or source["model"].endswith(".gguf")
+def _read_config(where: Path | str, options: Mapping[str, str], name: str) -> dict[str, Any]:
+    """A model's configuration as plain JSON."""
+    try:
+        config = AutoConfig.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"specialist {name!r}: no model in {where}: {error}") from error
+    fields = config.to_dict()
+    if "gguf_file" in options:
+        fields.pop("quantization_config", None)  # transformers decompresses it
+    return fields | {"_commit_hash": getattr(config, "_commit_hash", None)}
 
 
 def _source_options(spec: Mapping[str, Any]) -> tuple[Path | str, dict[str, Any]]:
@@ -200,23 +215,19 @@ def _source_options(spec: Mapping[str, Any]) -> tuple[Path | str, dict[str, Any]
     return where, options
 
 
-def _pin_sources(config: UltraFuserConfig, groups: Sequence[SpecialistGroup]) -> None:
-    """Record checksums of local weights, and the commit of hub models, so that a change is noticed."""
-    models = {name: group.model for group in groups for name in group.names}
+def _record_files(config: UltraFuserConfig) -> None:
+    """Record checksums of local weights, so that a change is noticed; hub models are pinned to a commit instead."""
     hashed: dict[Path, dict[str, Any]] = {}
     for spec in config.specialists:
-        source, files = spec["source"], {}
+        spec["files"] = {}
         for part in ("model", "adapter"):
-            if not source.get(part):
+            if not spec["source"].get(part):
                 continue
-            where = resolve(source[part], None, spec["name"])
+            where = resolve(spec["source"][part], None, spec["name"])
             if isinstance(where, Path):
                 if where not in hashed:
                     hashed[where] = record_files(where)
-                files[part] = hashed[where]
-            elif part == "model":
-                source["revision"] = getattr(models[spec["name"]].config, "_commit_hash", None) or source.get("revision")
-        spec["files"] = files
+                spec["files"][part] = hashed[where]
 
 
 @torch.no_grad()

@@ -167,7 +167,9 @@ class Renderer:
             positions.append(index)
         labels = [token for response in responses for token in response]
         if min(index[0] for index in positions) < 0:
-            raise DataError(f"row {row.id!r}: a chat template gives an empty prompt, so nothing predicts its first token")
+            raise DataError(
+                f"row {row.id!r}: a chat template gives an empty prompt, so nothing predicts its first token"
+            )
         limit = self.max_length or max(map(len, sequences))
         # the hidden state that predicts a token lies one before it: the last token itself is never read
         kept = min(sum(position < limit for position in index) for index in positions)

@@ -103,9 +103,7 @@ def _build(node: yaml.Node, folder: Path | None, above: tuple[yaml.Node, ...]) -
         mapping: dict[str, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise _refusal(
-                    key, "a key must be text; put quotes around text that holds braces or brackets"
-                )
+                raise _refusal(key, "a key must be text; put quotes around text that holds braces or brackets")
             if key.value in mapping:
                 raise _refusal(key, f"the key {key.value!r} is given twice")
             mapping[key.value] = _build(value, folder, (*above, node))

@@ -74,9 +74,7 @@ def results() -> dict[str, Any]:
         {
             "domains": DOMAINS,
             "systems": systems,
-            "gate_weights": {
-                d: dict(zip(SPECIALISTS, row, strict=True)) for d, row in zip(DOMAINS, gate, strict=True)
-            },
+            "gate_weights": {d: dict(zip(SPECIALISTS, row, strict=True)) for d, row in zip(DOMAINS, gate, strict=True)},
             "paired": {
                 domain: {"versus": versus, "difference": difference, "ci95": [low, high]}
                 for domain, (versus, difference, low, high) in zip(DOMAINS, paired, strict=True)
@@ -94,10 +92,7 @@ def metrics() -> list[dict[str, Any]]:
         for step in range(1, steps + 1):
             row: dict[str, Any] = {"stage": stage, "step": step, "loss": 1.2, "gate_entropy": 1 / step}
             row |= {f"loss/{domain}": 1.0 + n + 1 / step for n, domain in enumerate(DOMAINS)}
-            row |= {
-                f"gate_weight/{name}": weight
-                for name, weight in zip(SPECIALISTS, (0.4, 0.35, 0.25), strict=True)
-            }
+            row |= {f"gate_weight/{name}": weight for name, weight in zip(SPECIALISTS, (0.4, 0.35, 0.25), strict=True)}
             rows.append(row)
         rows.append({"stage": stage, "step": steps} | {f"eval_loss/{domain}": 1.1 for domain in DOMAINS})
     return rows

@@ -28,11 +28,7 @@ def html(results: dict[str, Any], metrics: list[dict[str, Any]], trace: TokenTra
 def table_rows(html: str) -> dict[str, list[str]]:
     """The first table: its cells as plain text, by the head of each row."""
     body = html[html.index("<tbody>") : html.index("</tbody>")]
-    rows = [
-        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)
-        for row in body.split("</tr>")
-        if "<tr" in row
-    ]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in body.split("</tr>") if "<tr" in row]
     plain = [[re.sub(r"<[^>]+>", " ", cell).strip() for cell in row] for row in rows]
     return {row[0]: row[1:] for row in plain}
 
@@ -73,9 +69,7 @@ def test_the_table_has_every_number_in_its_place(html: str, results: dict[str, A
 def test_the_best_of_each_column_is_bold(html: str, results: dict[str, Any]) -> None:
     bold = re.findall(r"<b>(\d\.\d{4})</b>", html)
     best = [results["systems"][best_system(results, d)][d]["nll"] for d in results["domains"]]
-    assert sorted(bold) == sorted(
-        f"{value:.4f}" for value in [*best, mean_nll(results, best_system(results))]
-    )
+    assert sorted(bold) == sorted(f"{value:.4f}" for value in [*best, mean_nll(results, best_system(results))])
     assert best == [2.2108, 0.4216, 0.8307, 1.2206]
 
 
@@ -149,9 +143,7 @@ def test_the_terminal_table_has_every_number_in_80_columns(results: dict[str, An
         (("gate_weights", "text"), "'gate_weights' lacks domain 'text'"),
     ],
 )
-def test_results_of_another_form_are_refused(
-    results: dict[str, Any], path: tuple[str, ...], message: str
-) -> None:
+def test_results_of_another_form_are_refused(results: dict[str, Any], path: tuple[str, ...], message: str) -> None:
     parent = results
     for key in path[:-1]:
         parent = parent[key]

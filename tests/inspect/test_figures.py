@@ -31,9 +31,7 @@ def texts(figure: Figure) -> list[str]:
 
 
 def lines_of(axes: Any, shade: str) -> list[Any]:
-    return [
-        line for line in axes.lines if colors.same_color(line.get_color(), shade) and len(line.get_xdata())
-    ]
+    return [line for line in axes.lines if colors.same_color(line.get_color(), shade) and len(line.get_xdata())]
 
 
 def test_wrapping_keeps_tokens_columns_and_order() -> None:
@@ -54,8 +52,7 @@ def test_the_trace_shows_each_token_on_the_leaders_colour(trace: TokenTrace) -> 
     boxes = {(box.get_x(), box.get_y()): colors.to_hex(box.get_facecolor()) for box in response.patches}  # type: ignore[attr-defined]
     shades = [blend("#ffffff", colour(index), 0.06 + 0.94 * margin) for index, margin in trace.leaders]
     drawn = [
-        boxes[text.get_position()[0] + 0.04, round(text.get_position()[1] - 0.68) + 0.06]
-        for text in response.texts
+        boxes[text.get_position()[0] + 0.04, round(text.get_position()[1] - 0.68) + 0.06] for text in response.texts
     ]
     assert drawn == [shade for shade, word in zip(shades, words, strict=True) if word]
     tops = np.array([patch.get_data().values for patch in strip.patches])  # type: ignore[attr-defined]
@@ -118,9 +115,7 @@ def test_training_curves_have_a_column_per_stage(metrics: list[dict[str, Any]]) 
 
 
 def test_of_a_step_logged_twice_the_later_row_counts_and_gaps_are_skipped() -> None:
-    rows = [
-        {"stage": "gate", "step": step, "loss/a": value} for step, value in ((1, 5.0), (2, 4.0), (2, 3.0))
-    ]
+    rows = [{"stage": "gate", "step": step, "loss/a": value} for step, value in ((1, 5.0), (2, 4.0), (2, 3.0))]
     rows += [
         {"stage": "gate", "step": 3},
         {"stage": "gate", "step": 4, "loss/a": float("nan")},
@@ -150,9 +145,7 @@ def test_data_that_cannot_be_drawn_is_refused(draw: Any, data: Any, message: str
         draw(data)
 
 
-def test_svg_is_well_formed_repeatable_and_follows_the_page(
-    results: dict[str, Any], trace: TokenTrace
-) -> None:
+def test_svg_is_well_formed_repeatable_and_follows_the_page(results: dict[str, Any], trace: TokenTrace) -> None:
     once, again = (figures.svg(figures.loss_bars(results)) for _ in range(2))
     assert once == again
     assert ElementTree.fromstring(once).tag.endswith("svg")

@@ -27,9 +27,7 @@ def response(trace: TokenTrace) -> Text:
 
 def test_each_token_has_its_leaders_colour_and_its_own_text(trace: TokenTrace) -> None:
     text = response(trace)
-    assert [text.plain[span.start : span.end] for span in text.spans] == [
-        printable(token) for token in trace.tokens
-    ]
+    assert [text.plain[span.start : span.end] for span in text.spans] == [printable(token) for token in trace.tokens]
     backgrounds = [span.style.bgcolor.triplet.hex for span in text.spans]  # type: ignore[union-attr]
     assert backgrounds == [blend(NEUTRAL, colour(index), margin) for index, margin in trace.leaders]
 

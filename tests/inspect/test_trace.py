@@ -45,9 +45,7 @@ def test_weights_rounded_to_bfloat16_are_taken() -> None:
         (["a", "\n"], [[0.5, 0.5], [math.nan, 0.5]], r"token 1 \('\\n'\).*finite"),
     ],
 )
-def test_weights_that_do_not_fit_name_the_token(
-    tokens: list[str], weights: list[list[float]], message: str
-) -> None:
+def test_weights_that_do_not_fit_name_the_token(tokens: list[str], weights: list[list[float]], message: str) -> None:
     with pytest.raises(DataError, match=message):
         TokenTrace(tokens, weights, ["x", "y"])
 

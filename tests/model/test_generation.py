@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specimens import VOCAB, force_gate, fuse, left_pad, one_hot, tiny, tokens
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
+from specimens import VOCAB, force_gate, fuse, left_pad, one_hot, tiny, tokens
 from ultrafuser.errors import UltraFuserError
 
 both = pytest.mark.parametrize("mixing", ["logits", "probabilities"])
@@ -215,7 +215,9 @@ def test_a_specialist_may_draft_for_prompts_of_its_own():
     own = {"specialist_input_ids": prompts[None], "specialist_attention_mask": mask[None]}
     ids = prompts[None, 0]
     expected = generate(model, ids, do_sample=False, attention_mask=mask[None, 0], **own)
-    got = generate(model, ids, do_sample=False, attention_mask=mask[None, 0], assistant_model=model.specialist("a"), **own)
+    got = generate(
+        model, ids, do_sample=False, attention_mask=mask[None, 0], assistant_model=model.specialist("a"), **own
+    )
     assert got.tolist() == expected.tolist()
 
 

@@ -107,7 +107,9 @@ def test_gate_is_equation_one():
     torch.manual_seed(0)
     gate = Gate([8, 8, 8], hidden_size=6).double()
     states = [torch.randn(2, 5, 8).double() for _ in range(3)]
-    scores = [torch.relu(h @ gate.hidden.weight.T + gate.hidden.bias) @ gate.score.weight.T + gate.score.bias for h in states]
+    scores = [
+        torch.relu(h @ gate.hidden.weight.T + gate.hidden.bias) @ gate.score.weight.T + gate.score.bias for h in states
+    ]
     torch.testing.assert_close(gate(states).exp(), torch.cat(scores, -1).softmax(-1))
 
 

@@ -7,6 +7,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
 from specimens import (
     entry,
     force_gate,
@@ -20,9 +23,6 @@ from specimens import (
     tiny,
     tokens,
 )
-from torch import nn
-from transformers import AutoModelForCausalLM
-
 from ultrafuser.errors import CheckpointError
 from ultrafuser.model.checkpoint import is_plain_lora, plain_model
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
@@ -228,7 +228,10 @@ def test_an_adapter_may_draft(shared):
     ids = tokens(1, 6)
     expected = shared.generate(ids, max_new_tokens=16)
     for name in NAMES:
-        assert shared.generate(ids, max_new_tokens=16, assistant_model=shared.specialist(name)).tolist() == expected.tolist()
+        assert (
+            shared.generate(ids, max_new_tokens=16, assistant_model=shared.specialist(name)).tolist()
+            == expected.tolist()
+        )
 
 
 # Kinds of LoRA: whether each runs beside others on one base, or is merged into a base of its own.
@@ -240,7 +243,7 @@ LORAS = {
     "ranks": ({"rank_pattern": {"q_proj": 2}}, False),
     "alphas": ({"alpha_pattern": {"q_proj": 2}}, False),
     "dora": ({"use_dora": True}, False),
-    "bias of B": ({"lora_bias": True}, False),
+    "bias of B": ({"lora_bias": True, "kind": "qwen2"}, False),
     "base biases": ({"bias": "all", "kind": "qwen2"}, False),
     "saved modules": ({"modules_to_save": ["norm"]}, False),
     "output layer": ({"targets": ["q_proj", "lm_head"]}, False),
@@ -391,6 +394,12 @@ def test_an_adapter_of_the_output_layer_is_refused(save, tmp_path):
     save_file(only_lora, adapter / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="specialist 'text'.*lm_head"):
         fuse_entries([entry("text", base, adapter)])
+
+
+def test_an_adapter_that_peft_cannot_merge(save, tmp_path):
+    adapter = save_adapter(tiny(), tmp_path / "lora", lora_bias=True)  # a bias beside layers that have none
+    with pytest.raises(CheckpointError, match="specialist 'text': PEFT cannot merge .* base layer has no bias"):
+        fuse_entries([entry("text", save("base"), adapter, separate=True)])
 
 
 def test_a_model_without_a_key_value_cache_is_refused():

@@ -34,7 +34,7 @@ FENCE = re.compile(r"```[^\n]*\n.*?```", re.DOTALL)
 
 # Runs in a child process: reads rows (one JSON object a line) from the file
 # named by its first argument and writes {row id: error} to the second.
-RUNNER = r'''
+RUNNER = r"""
 import contextlib, io, json, re, sys, traceback
 
 CODE = re.compile(r"```python[^\n]*\n(.*?)```", re.DOTALL)
@@ -66,7 +66,7 @@ with open(sys.argv[1], encoding="utf-8") as lines:
             failed[row["id"]] = f"{type(err).__name__}: {err} ({last.filename}, line {last.lineno})"
 with open(sys.argv[2], "w", encoding="utf-8") as out:
     json.dump(failed, out)
-'''
+"""
 
 
 @cache

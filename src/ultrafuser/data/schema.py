@@ -10,7 +10,13 @@ from typing import Any
 from ultrafuser.errors import DataError
 
 ROLES = ("system", "user", "assistant")
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 # (instruction, input, answer) columns of the layouts found on the hub, tried in this order.
 _PAIR_LAYOUTS = (
     ("instruction", "input", "output"),

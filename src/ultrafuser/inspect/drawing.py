@@ -51,9 +51,7 @@ def finished(figure: Figure) -> Figure:
     return figure
 
 
-def inset(
-    figure: Figure, *, left: float, right: float, bottom: float, top: float
-) -> tuple[float, float, float, float]:
+def inset(figure: Figure, *, left: float, right: float, bottom: float, top: float) -> tuple[float, float, float, float]:
     """A rectangle for `add_axes`, from its four margins in inches."""
     width, height = figure.get_size_inches()
     return left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height
@@ -132,8 +130,6 @@ def png_bytes(figure: Figure, *, dpi: int = 200) -> bytes:
     """The figure as the bytes of a PNG file on white, `dpi` pixels an inch."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing"
-        )  # no font has every script: boxes instead
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font has every script: boxes instead
         figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
     return buffer.getvalue()

@@ -68,9 +68,7 @@ def weights_by_domain(gate_weights: Mapping[str, Mapping[str, float]]) -> Figure
         for row, (start, size) in enumerate(zip(left, widths, strict=True)):
             if size >= 0.045:  # narrower than its number
                 middle = start + size / 2
-                axes.text(
-                    middle, row, f"{size:.2f}", ha="center", va="center", size=TEXT, color=ink_on(shade)
-                )
+                axes.text(middle, row, f"{size:.2f}", ha="center", va="center", size=TEXT, color=ink_on(shade))
         left = [start + size for start, size in zip(left, widths, strict=True)]
     axes.set(xlim=(0, 1), ylim=(len(domains) - 0.5, -0.5))
     axes.set_xlabel("mean gate weight on the data of each domain", size=SMALL, color=MUTED)
@@ -96,9 +94,7 @@ def weights_heatmap(sample_weights: Mapping[str, Sequence[Mapping[str, float]]])
     _, specialists = _domains_and_specialists(every, "weights_heatmap")
 
     figure = new_figure(WIDTH, 0.85 + 0.36 * len(specialists))
-    left, bottom, width, height = inset(
-        figure, left=_left_margin(specialists), right=0.95, bottom=0.32, top=0.3
-    )
+    left, bottom, width, height = inset(figure, left=_left_margin(specialists), right=0.95, bottom=0.32, top=0.3)
     # A domain of few samples is widened until its name fits above it.
     sizes = [max(len(samples), 0.12 * len(every)) for samples in sample_weights.values()]
     gap = 0.01 * width
@@ -205,9 +201,7 @@ def training_curves(metrics: Rows) -> Figure:
     return finished(figure)
 
 
-def _domains_and_specialists(
-    table: Mapping[str, Mapping[str, float]], what: str
-) -> tuple[list[str], list[str]]:
+def _domains_and_specialists(table: Mapping[str, Mapping[str, float]], what: str) -> tuple[list[str], list[str]]:
     if not table:
         raise DataError(f"{what}: no domains; expected at least one")
     first, *rest = table

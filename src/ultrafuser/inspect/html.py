@@ -120,8 +120,7 @@ def legend_html(trace: TokenTrace) -> str:
         for k, name in enumerate(trace.specialists)
     ]
     bars = [
-        f'<i style="{_colour_variable(k)};width:{100 * weight:.2f}%"></i>'
-        for k, weight in enumerate(means.values())
+        f'<i style="{_colour_variable(k)};width:{100 * weight:.2f}%"></i>' for k, weight in enumerate(means.values())
     ]
     bar = f'\n<div class="uf-bar" aria-hidden="true">{"".join(bars)}</div>' if bars else ""
     return f'<div class="uf-legend">{"".join(keys)}</div>{bar}'
@@ -137,13 +136,9 @@ def page(title: str, sections: Sequence[tuple[str, str]], *, lead: str = "", foo
 
     sections: pairs of a heading and its content, which is HTML and taken as it is; all else is plain text.
     """
-    links = "".join(
-        f'<a href="#s{n}">{escape(heading)}</a>' for n, (heading, _) in enumerate(sections) if heading
-    )
+    links = "".join(f'<a href="#s{n}">{escape(heading)}</a>' for n, (heading, _) in enumerate(sections) if heading)
     body = "\n".join(
-        f'<section id="s{n}">\n'
-        + (f"<h2>{escape(heading)}</h2>\n" if heading else "")
-        + f"{content}\n</section>"
+        f'<section id="s{n}">\n' + (f"<h2>{escape(heading)}</h2>\n" if heading else "") + f"{content}\n</section>"
         for n, (heading, content) in enumerate(sections)
     )
     return f"""<!DOCTYPE html>

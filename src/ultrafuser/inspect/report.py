@@ -100,9 +100,7 @@ def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
     """A table that scrolls sideways on a narrow screen; heads and rows are HTML."""
     cells = "".join(f'<th scope="col">{head}</th>' for head in heads)
     body = "\n".join(rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
-    )
+    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
 
 
 def _row(head: str, cells: Sequence[str], kind: str = "") -> str:
@@ -137,8 +135,7 @@ def _gate_table(results: Mapping[str, Any]) -> str:
 
 def _costs(results: Mapping[str, Any]) -> str:
     rows = [
-        _row(escape(phase.replace("_", " ")), [f"{seconds:,.1f} s"])
-        for phase, seconds in results["seconds"].items()
+        _row(escape(phase.replace("_", " ")), [f"{seconds:,.1f} s"]) for phase, seconds in results["seconds"].items()
     ]
     config = json.dumps(results["config"], indent=2, ensure_ascii=False, default=str)
     return f'<div class="pair">{_table(["phase", "time"], rows)}<pre>{escape(config)}</pre></div>'
@@ -163,8 +160,7 @@ _TERMS = {
         "sum to 1; means over response tokens are shown."
     ),
     "gate entropy": (
-        "How undecided the gate is, in nats: 0 when one specialist has all the weight, ln K when all K "
-        "have the same."
+        "How undecided the gate is, in nats: 0 when one specialist has all the weight, ln K when all K have the same."
     ),
 }
 _SYSTEMS = {

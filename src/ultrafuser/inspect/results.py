@@ -25,9 +25,7 @@ def check_results(results: Mapping[str, Any]) -> None:
     """
     missing = [key for key in _KEYS if key not in results]
     if missing:
-        raise DataError(
-            f"results: missing keys {missing}, expected {list(_KEYS)}; run `ultrafuser demo` again"
-        )
+        raise DataError(f"results: missing keys {missing}, expected {list(_KEYS)}; run `ultrafuser demo` again")
     if not results["domains"]:
         raise DataError("results: 'domains' is empty, expected at least one domain")
     if "fused" not in results["systems"]:
@@ -152,20 +150,14 @@ def _rival_sentences(results: Mapping[str, Any]) -> list[str]:
         if rival in systems:
             lower = tuple(d for d in domains if systems["fused"][d]["nll"] < systems[rival][d]["nll"])
             outcomes.setdefault(lower, []).append(words)
-    return [
-        f"Its loss is {_outcome(lower, domains)} {_listed(rivals)}." for lower, rivals in outcomes.items()
-    ]
+    return [f"Its loss is {_outcome(lower, domains)} {_listed(rivals)}." for lower, rivals in outcomes.items()]
 
 
 def _outcome(lower: Sequence[str], domains: Sequence[str]) -> str:
     rest = [domain for domain in domains if domain not in lower]
     if not lower:
         return "on no domain lower than"
-    return (
-        f"lower on {_listed(lower)}, but not on {_listed(rest)}, than"
-        if rest
-        else "lower on every domain than"
-    )
+    return f"lower on {_listed(lower)}, but not on {_listed(rest)}, than" if rest else "lower on every domain than"
 
 
 def _all_domains(results: Mapping[str, Any]) -> str:

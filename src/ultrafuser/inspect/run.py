@@ -62,9 +62,7 @@ def trace_tokens(
     return _trace(model, renderer, row, question, title)
 
 
-def trace_rows(
-    model: UltraFuserForCausalLM, renderer: Renderer, rows: Sequence[Row]
-) -> Iterator[TokenTrace]:
+def trace_rows(model: UltraFuserForCausalLM, renderer: Renderer, rows: Sequence[Row]) -> Iterator[TokenTrace]:
     """The weights over the answers that rows of a data set hold; rows that do not fit are left out."""
     for row in rows:
         rendered = renderer.render(row)
@@ -73,9 +71,7 @@ def trace_rows(
                 yield _trace(model, renderer, rendered, row.messages[-2][1], row.id)
 
 
-def _trace(
-    model: UltraFuserForCausalLM, renderer: Renderer, row: Rendered, prompt: str, title: str
-) -> TokenTrace:
+def _trace(model: UltraFuserForCausalLM, renderer: Renderer, row: Rendered, prompt: str, title: str) -> TokenTrace:
     inputs = {key: value.to(model.device) for key, value in collate_rows([row]).items()}
     weights = model(**inputs, output_gate_weights=True).gate_weights[0]  # (R, K)
     return TokenTrace(

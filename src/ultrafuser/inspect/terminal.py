@@ -61,9 +61,6 @@ def _weights_table(trace: TokenTrace) -> Table:
     for name in trace.specialists:
         table.add_column(Text(printable(name)), justify="right", no_wrap=True)
     for token, row, (index, margin) in zip(trace.tokens, trace.weights, trace.leaders, strict=True):
-        cells = [
-            Text(f"{w:.3f}", style=token_style(index, margin) if k == index else "")
-            for k, w in enumerate(row)
-        ]
+        cells = [Text(f"{w:.3f}", style=token_style(index, margin) if k == index else "") for k, w in enumerate(row)]
         table.add_row(Text(on_one_line(token)), *cells)
     return table

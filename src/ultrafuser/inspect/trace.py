@@ -116,15 +116,12 @@ def mean_weights(traces: Iterable[TokenTrace]) -> dict[str, float]:
     traces = list(traces)
     rows = [row for trace in traces for row in trace.weights]
     if not rows:
-        raise DataError(
-            f"mean weights: {len(traces)} traces without a single token; expected at least one token"
-        )
+        raise DataError(f"mean weights: {len(traces)} traces without a single token; expected at least one token")
     specialists = traces[0].specialists
     for index, trace in enumerate(traces):
         if trace.specialists != specialists:
             raise DataError(
-                f"mean weights: trace {index} has specialists {trace.specialists}, expected {specialists} "
-                "as in trace 0"
+                f"mean weights: trace {index} has specialists {trace.specialists}, expected {specialists} as in trace 0"
             )
     return {name: math.fsum(row[k] for row in rows) / len(rows) for k, name in enumerate(specialists)}
 

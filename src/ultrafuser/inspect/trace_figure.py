@@ -109,8 +109,7 @@ def _runs(line: Owned) -> Iterator[tuple[int, int, str, int]]:
 def _cells(run: Owned) -> int:
     """Width on a fixed grid: combining marks take no cell, wide East Asian characters two."""
     return sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
-        for char, _ in run
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char, _ in run
     )
 
 

@@ -1,10 +1,10 @@
 """Fused checkpoints on disk: load specialists from where they are, write a manifest, the gate, and what changed.
 
-    my-fused/
-      config.json          the manifest; written last, so that a folder without it is half written
-      model.safetensors    the gate
-      specialists/<name>/  ordinary HF checkpoints or PEFT adapters: what training changed, or `copy` asked for
-      *.py                 this package, so that trust_remote_code works where ultrafuser is not installed
+my-fused/
+  config.json          the manifest; written last, so that a folder without it is half written
+  model.safetensors    the gate
+  specialists/<name>/  ordinary HF checkpoints or PEFT adapters: what training changed, or `copy` asked for
+  *.py                 this package, so that trust_remote_code works where ultrafuser is not installed
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError
@@ -33,6 +33,7 @@ from .shared_base import AdapterWeights, SpecialistGroup
 GATE_FILE = "model.safetensors"
 CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "references", "shared_base", "gate", "cache",
         "loss", "errors")  # fmt: skip
+_SAMPLES = 1024  # values of each tensor that are remembered, to see whether training changed it
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 # Settings of PEFT's LoraConfig that make an adapter more than y = W x + scaling * B A x with one rank and scaling.
 _OTHER_LORAS = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
@@ -51,21 +52,25 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
     if not isinstance(config, UltraFuserConfig):
         config = read_manifest(folder)
     config.name_or_path = str(name_or_path)
-    if (overrides := {key: kwargs.pop(key) for key in ("mixing",) if key in kwargs}):
+    if overrides := {key: kwargs.pop(key) for key in ("mixing",) if key in kwargs}:
         for key, value in overrides.items():
             setattr(config, key, value)
+        config.check()
+    kwargs.pop("adapter_kwargs", None)  # of the Auto class, about this folder; the specialists have their own adapters
     info = kwargs.pop("output_loading_info", False)
     groups = load_groups(config, folder, **kwargs)
     model = cls(config, groups)
     state = _read_safetensors(folder / GATE_FILE)
     check_files(folder, getattr(config, "gate_files", None) or {}, "the gate")
-    missing, unexpected = model.gate.load_state_dict({k.removeprefix("gate."): v for k, v in state.items()}, strict=False)
-    if missing or unexpected:
+    try:
+        model.gate.load_state_dict({k.removeprefix("gate."): v for k, v in state.items()})
+    except RuntimeError as error:  # names or shapes
         raise CheckpointError(
-            f"{folder / GATE_FILE}: does not fit the manifest: missing {missing or 'nothing'}, unexpected "
-            f"{unexpected or 'nothing'}; was it written by another fusion?"
-        )
+            f"{folder / GATE_FILE}: does not fit the manifest: {error}; was it written by another fusion?"
+        ) from error
     model.gate.to(model.device)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     mark_unchanged(model, folder)
     model.eval()
     report = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
@@ -104,11 +109,15 @@ def read_manifest(folder: Path) -> UltraFuserConfig:
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder}/config.json: not JSON: {error}") from error
     if kind != UltraFuserConfig.model_type:
-        raise CheckpointError(f"{folder}: model_type is {kind!r}, expected 'ultrafuser'; fuse it with `ultrafuser fuse`")
+        raise CheckpointError(
+            f"{folder}: model_type is {kind!r}, expected 'ultrafuser'; fuse it with `ultrafuser fuse`"
+        )
     return UltraFuserConfig.from_pretrained(folder)
 
 
-def load_groups(config: UltraFuserConfig, folder: Path | None, verify: bool = True, **kwargs: Any) -> list[SpecialistGroup]:
+def load_groups(
+    config: UltraFuserConfig, folder: Path | None, verify: bool = True, **kwargs: Any
+) -> list[SpecialistGroup]:
     """Load every specialist from where the manifest says it is; adapters on one base load that base once.
 
     Args:
@@ -144,7 +153,11 @@ def load_base(spec: Mapping[str, Any], folder: Path | None, **kwargs: Any) -> Pr
     where = resolve(source["model"], folder, name)
     options = dict(kwargs)
     options.setdefault("dtype", options.pop("torch_dtype", None) or "auto")
-    for field, option in (("dtype", "dtype"), ("device_map", "device_map"), ("quantization", "quantization_config")):
+    for field, option in (
+        ("dtype", "dtype"),
+        ("device_map", "device_map"),
+        ("quantization", "quantization_config"),
+    ):
         if spec.get(field) is not None:
             options[option] = spec[field]
     if isinstance(options.get("quantization_config"), dict):
@@ -153,6 +166,8 @@ def load_base(spec: Mapping[str, Any], folder: Path | None, **kwargs: Any) -> Pr
         options["quantization_config"] = AutoQuantizationConfig.from_dict(options["quantization_config"])
     if source.get("revision"):
         options["revision"] = source["revision"]
+    fields = dict(spec["config"])
+    options["config"] = AutoConfig.for_model(fields.pop("model_type"), **fields)  # parsing a GGUF file for it is slow
     gguf = source.get("gguf_file")
     if isinstance(where, Path):
         if where.suffix == ".gguf":
@@ -164,11 +179,19 @@ def load_base(spec: Mapping[str, Any], folder: Path | None, **kwargs: Any) -> Pr
         if options["dtype"] == "auto":
             options["dtype"] = torch.float32  # a GGUF file is decompressed; it has no data type of its own
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            where, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"specialist {name!r}: its weights could not be loaded from {source['model']}: {error}"
         ) from error
+    # transformers fills what it does not find with random numbers and a warning
+    if lost := sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"]):
+        raise CheckpointError(
+            f"specialist {name!r}: {source['model']} lacks {len(lost)} weights of a {type(model).__name__}, or has them in "
+            f"another shape: {', '.join(lost[:3])}; it is half written, or belongs to another configuration"
+        )
     if gguf and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # decompressed: saving must not claim otherwise
     return model
@@ -183,14 +206,18 @@ def read_adapter_config(spec: Mapping[str, Any], folder: Path | None) -> tuple[P
     if not isinstance(where, Path):
         try:
             where = Path(
-                snapshot_download(str(where), revision=spec["source"].get("adapter_revision"), allow_patterns="adapter_*")
+                snapshot_download(
+                    str(where), revision=spec["source"].get("adapter_revision"), allow_patterns="adapter_*"
+                )
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"specialist {spec['name']!r}: no folder {reference!r}, and the hub did not give it: {error}"
             ) from error
     if not (where / "adapter_config.json").is_file():
-        raise CheckpointError(f"specialist {spec['name']!r}: {where} has no adapter_config.json; expected a PEFT adapter")
+        raise CheckpointError(
+            f"specialist {spec['name']!r}: {where} has no adapter_config.json; expected a PEFT adapter"
+        )
     _refuse_pickles(where, spec["name"])
     return where, json.loads((where / "adapter_config.json").read_text(encoding="utf-8"))
 
@@ -239,7 +266,18 @@ def _merge_with_peft(model: PreTrainedModel, spec: Mapping[str, Any], folder: Pa
     from peft import PeftModel
 
     found = read_adapter_config(spec, folder)
-    return model if found is None else PeftModel.from_pretrained(model, found[0]).merge_and_unload()
+    if found is None:
+        return model
+    try:
+        return PeftModel.from_pretrained(model, found[0]).merge_and_unload()
+    except (
+        RuntimeError,
+        ValueError,
+        NotImplementedError,
+    ) as error:  # PEFT's own words for what cannot be merged
+        raise CheckpointError(
+            f"specialist {spec['name']!r}: PEFT cannot merge its adapter {found[0]} into its base: {error}"
+        ) from error
 
 
 def _refuse_pickles(where: Path, name: str) -> None:
@@ -278,14 +316,29 @@ def mark_unchanged(model: Any, folder: Path | None) -> None:
         group._fingerprint = _fingerprint(group)
 
 
-def _fingerprint(group: SpecialistGroup) -> list[tuple[int, int]]:
-    """Which tensors, and how often each was written to: optimizers and load_state_dict count, moving devices does not."""
-    return [(id(parameter), parameter._version) for parameter in group.parameters()]
+def _fingerprint(group: SpecialistGroup) -> dict[int, tuple[int, torch.Tensor]]:
+    """How often each tensor was written to, and a sample of it; moving devices or casting changes neither.
+
+    The counter alone misses writes through `.data` and by fused optimizers, transformers' default; the sample sees them.
+    """
+    return {id(parameter): (parameter._version, _sample(parameter)) for parameter in group.parameters()}
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLES)].cpu().clone()
+
+
+def _is_written(parameter: torch.Tensor, before: Mapping[int, tuple[int, torch.Tensor]]) -> bool:
+    version, sample = before.get(id(parameter), (None, None))
+    return version != parameter._version or not torch.equal(sample.to(parameter.dtype), _sample(parameter))
 
 
 def is_changed(group: SpecialistGroup) -> bool:
     """Whether a group's weights may differ from their sources; a group that was never loaded counts as changed."""
-    return getattr(group, "_fingerprint", None) != _fingerprint(group)
+    before = getattr(group, "_fingerprint", {})
+    now = list(group.parameters())
+    return set(before) != {id(p) for p in now} or any(_is_written(p, before) for p in now)
 
 
 def plain_model(group: SpecialistGroup, coefficients: Mapping[int, float]) -> PreTrainedModel:
@@ -380,8 +433,8 @@ def _write_group(
 def _base_changed(group: SpecialistGroup) -> bool:
     """Whether more than adapters changed; adapters that are new since loading do not count."""
     adapters = {id(parameter) for parameter in group.adapter_parameters()}
-    before = dict(getattr(group, "_fingerprint", []))
-    return any(before.get(id(p)) != p._version for p in group.parameters() if id(p) not in adapters)
+    before = getattr(group, "_fingerprint", {})
+    return any(_is_written(p, before) for p in group.parameters() if id(p) not in adapters)
 
 
 def write_adapter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -52,18 +53,25 @@ class UltraFuserConfig(PreTrainedConfig):
         self.gate_hidden_size = gate_hidden_size
         self.mixing = mixing
         self.share_base = share_base
-        self._check()
+        self.check()
         tables = [config.get_text_config().vocab_size for config in self.specialist_configs()]
         self.vocab_size = vocab_size if vocab_size is not None else min(tables, default=0)
         if any(rows < self.vocab_size for rows in tables):
-            raise CheckpointError(f"vocab_size is {self.vocab_size}, but an embedding table has {min(tables)} rows only")
+            raise CheckpointError(
+                f"vocab_size is {self.vocab_size}, but an embedding table has {min(tables)} rows only"
+            )
         kwargs.setdefault("tie_word_embeddings", False)  # whatever the specialists do stays within them
         super().__init__(**kwargs)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises CheckpointError: an unknown mixing, or names that are repeated or cannot be folders."""
         if self.mixing not in MIXINGS:
             raise CheckpointError(f"mixing is {self.mixing!r}, expected one of {', '.join(MIXINGS)}")
         names = self.names
+        if odd := [name for name in names if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]:
+            raise CheckpointError(
+                f"specialist name {odd[0]!r}: expected letters, digits, '_' or '-', as it becomes a folder of the checkpoint"
+            )
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
             raise CheckpointError(f"specialists must have names of their own; repeated: {', '.join(sorted(repeated))}")
@@ -104,4 +112,3 @@ class UltraFuserConfig(PreTrainedConfig):
             key += [specialist.get(field) for field in ("dtype", "device_map", "quantization")]
             groups.setdefault(repr(key) if shared else f"alone-{k}", []).append(k)
         return list(groups.values())
-

@@ -72,7 +72,9 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             CheckpointError: no specialist (K = 0).
         """
         if not config.specialists:
-            raise CheckpointError("a fused model needs at least one specialist, got none (K = 0); add some to the recipe")
+            raise CheckpointError(
+                "a fused model needs at least one specialist, got none (K = 0); add some to the recipe"
+            )
         super().__init__(config)
         configs = config.specialist_configs()
         self.groups = nn.ModuleList(
@@ -278,7 +280,9 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(given, UltraFuserCache):
             return given
         if given is not None and given.get_seq_length():
-            raise UltraFuserError(f"past_key_values is a {type(given).__name__}; pass the UltraFuserCache that forward gave")
+            raise UltraFuserError(
+                f"past_key_values is a {type(given).__name__}; pass the UltraFuserCache that forward gave"
+            )
         return self.new_cache() if use_cache else None
 
     def new_cache(self, offloading: bool = False) -> UltraFuserCache:
@@ -287,11 +291,18 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         return UltraFuserCache(configs, [group.size for group in self.groups], offloading=offloading)
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+        self,
+        generation_config: Any,
+        model_kwargs: dict,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
-            raise UltraFuserError(f"cache_implementation={kind!r} is not available for fused models; use 'dynamic' or 'offloaded'")
+            raise UltraFuserError(
+                f"cache_implementation={kind!r} is not available for fused models; use 'dynamic' or 'offloaded'"
+            )
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             return
         model_kwargs["past_key_values"] = self.new_cache(offloading=kind == "offloaded")

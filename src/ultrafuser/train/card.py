@@ -53,10 +53,17 @@ def write_card(
         stages = "; ".join(
             f"{s.name}: {s.steps} steps, {s.samples_per_domain} rows a domain, lr {s.lr:g}" for s in recipe.stages
         )
-        lines += ["## Training", "", f"{stages}. The whole recipe is in `recipe.yaml`, its course in `metrics.jsonl`.", ""]
+        lines += [
+            "## Training",
+            "",
+            f"{stages}. The whole recipe is in `recipe.yaml`, its course in `metrics.jsonl`.",
+            "",
+        ]
     last = {row["stage"]: row for row in metrics if "eval_loss" in row}
     if last:
-        domains = sorted({key.removeprefix("eval_loss/") for row in last.values() for key in row if "eval_loss/" in key})
+        domains = sorted(
+            {key.removeprefix("eval_loss/") for row in last.values() for key in row if "eval_loss/" in key}
+        )
         lines += ["Validation loss after each stage, nats a response token:", ""]
         lines += [f"| stage | {' | '.join(domains)} |", f"|---|{'---|' * len(domains)}"]
         for stage, row in last.items():

@@ -53,7 +53,9 @@ class FeatureStore(Sequence[RowFeatures]):
             torch.from_file(str(folder / f"states-{k}.bin"), shared=True, size=total * d, dtype=dtype).view(total, d)
             for k, (d, dtype) in enumerate(zip(widths, dtypes, strict=True))
         ]
-        self.log_probs = torch.from_file(str(folder / "log-probs.bin"), shared=True, size=total * size).view(total, size)
+        self.log_probs = torch.from_file(str(folder / "log-probs.bin"), shared=True, size=total * size).view(
+            total, size
+        )
         self.done = torch.from_file(str(folder / "done.bin"), shared=True, size=len(rows), dtype=torch.uint8)
 
     def __len__(self) -> int:

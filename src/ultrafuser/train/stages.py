@@ -55,7 +55,9 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Progress | None = N
     model, tokenizer = _build(recipe)
     renderer = Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], recipe.data.max_length)
     rows = read_sources(recipe.data.train, renderer, progress, "training")
-    validation = read_sources(recipe.data.validation, renderer, progress, "validation") if recipe.data.validation else []
+    validation = (
+        read_sources(recipe.data.validation, renderer, progress, "validation") if recipe.data.validation else []
+    )
     for number, stage in enumerate(recipe.stages, 1):
         run_stage(model, stage, recipe, rows, validation, output / f"{number}-{stage.name}", progress=progress)
     return save_fused_folder(model, tokenizer, recipe, output)
@@ -83,9 +85,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
-def read_sources(
-    sources: Sequence[SourceRecipe], renderer: Renderer, progress: Progress, what: str
-) -> list[Rendered]:
+def read_sources(sources: Sequence[SourceRecipe], renderer: Renderer, progress: Progress, what: str) -> list[Rendered]:
     """Rows of all sources as token sequences.
 
     Raises:
@@ -96,7 +96,11 @@ def read_sources(
     rows: list[Row] = []
     for source in sources:
         rows += load_rows(
-            source.path, domain=source.domain, split=source.split, limit=source.limit, revision=source.revision
+            source.path,
+            domain=source.domain,
+            split=source.split,
+            limit=source.limit,
+            revision=source.revision,
         )
     rendered, stats = renderer.render_all(rows)
     counts = {domain: sum(row.domain == domain for row in rendered) for domain in sorted({r.domain for r in rows})}
@@ -248,7 +252,13 @@ def _store(
     model.to(device)
     barrier = PartialState().wait_for_everyone
     return FeatureStore.build(
-        model, rows, folder, rank=args.process_index, num_ranks=args.world_size, barrier=barrier, progress=progress
+        model,
+        rows,
+        folder,
+        rank=args.process_index,
+        num_ranks=args.world_size,
+        barrier=barrier,
+        progress=progress,
     )
 
 
@@ -274,7 +284,9 @@ def _open_output(output: Path, recipe: Recipe, resume: bool) -> None:
         raise TrainingError(f"{output}: no run to resume there (no recipe.yaml); start it without --resume")
     elif kept.read_text(encoding="utf-8") != text:
         old, new = kept.read_text(encoding="utf-8").splitlines(), text.splitlines()
-        changed = [line.strip() for line in new if line not in old][:3] or [line.strip() for line in old if line not in new][:3]
+        changed = [line.strip() for line in new if line not in old][:3] or [
+            line.strip() for line in old if line not in new
+        ][:3]
         raise TrainingError(
             f"{output}: the run there has another recipe (differs in: {'; '.join(changed)}); resume with the same one, or "
             "choose another output="
