@@ -108,6 +108,8 @@ class RenderStats:
     dropped_rows: int = 0
 
     def __str__(self) -> str:
+        if not self.truncated_rows and not self.dropped_rows:
+            return "all of them whole"
         return (
             f"{self.rows} rows kept; {self.truncated_rows} of them lost {self.truncated_tokens} response tokens at the "
             f"end; {self.dropped_rows} rows dropped because their prompt alone fills max_length"

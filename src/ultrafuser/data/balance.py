@@ -65,9 +65,10 @@ class BalancedBatchSampler:
         return self.num_batches * self.num_micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
+        lengths = self.lengths
         for rows in self.global_batches():
-            if self.lengths is not None:
-                rows = sorted(rows, key=lambda row: self.lengths[row])
+            if lengths is not None:
+                rows = sorted(rows, key=lengths.__getitem__)
             for start in range(0, self.global_batch_size, self.micro_size):
                 yield rows[start : start + self.micro_size]
 

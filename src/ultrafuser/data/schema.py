@@ -87,7 +87,8 @@ def parse_row(raw: Mapping[str, Any], where: str, domain: str | None = None) -> 
         domain=domain,
         messages=messages,
         **{key: str(raw.get(key) or "") for key in ("source", "licence", "topic", "subtopic")},
-        **{key: raw.get(key) or None for key in ("tests", "check")},
+        tests=raw.get("tests") or None,
+        check=raw.get("check") or None,
     )
 
 

@@ -73,7 +73,7 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
         model.generation_config = GenerationConfig.from_pretrained(folder)
     mark_unchanged(model, folder)
     model.eval()
-    report = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    report: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model, report) if info else model
 
 

