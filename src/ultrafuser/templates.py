@@ -7,6 +7,7 @@ on their own, and put into every sequence as the same tokens, so that the specia
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ BUILTIN = {
     "alpaca": (
         "{{ bos_token or '' }}{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}"
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "{% endif %}\n\n{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
+        "{% endif %}{{ '\n\n' }}{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
         "{% elif m.role == 'assistant' %}### Response:\n{{ m.content }}{{ eos_token or '' }}\n\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}### Response:\n{% endif %}"
     ),
@@ -66,7 +67,7 @@ def resolve_template(template: str | None, tokenizer: Any, specialist: str) -> s
         return BUILTIN[template]
     if "{{" in template or "{%" in template:
         return template
-    if Path(template).is_file():
+    if os.path.isfile(template):  # False, not an error, for text too long for a path
         return Path(template).read_text(encoding="utf-8")
     raise DataError(
         f"specialist {specialist!r}: chat template {template!r} is neither built in ({', '.join(BUILTIN)}), "

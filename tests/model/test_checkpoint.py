@@ -523,7 +523,7 @@ def test_a_gate_of_another_fusion(fused, save, tmp_path):
     facts = manifest(fused)
     facts["gate_files"] = manifest(tmp_path / "other")["gate_files"]
     (fused / "config.json").write_text(json.dumps(facts))
-    refuses(fused, r"does not fit the manifest: .*unexpected .*projections.*another fusion")
+    refuses(fused, r"does not fit the manifest: .*Unexpected key.*projections.*another fusion")
 
 
 def test_a_gate_of_another_width(fused):

@@ -283,9 +283,12 @@ def rendered():
 
 
 @both
-def test_response_index_lines_up_different_templates(mixing):
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "no mask"])
+def test_response_index_lines_up_different_templates(mixing, masked):
+    """Padded on the right, a causal model needs no mask."""
     model = model_of(mixing)
     prompts, answers, ids, mask, index, labels = rendered()
+    mask = mask if masked else None
     with torch.no_grad():
         out = model(specialist_input_ids=ids, specialist_attention_mask=mask, response_index=index, labels=labels,
                     output_gate_weights=True)  # fmt: skip

@@ -22,6 +22,8 @@ _PAIR_LAYOUTS = (
     ("instruction", "input", "output"),
     ("instruction", "input", "response"),
     ("instruction", "context", "response"),
+    ("instruction", None, "output"),
+    ("instruction", None, "response"),
     ("prompt", None, "completion"),
     ("prompt", None, "response"),
     ("query", None, "response"),
@@ -82,8 +84,9 @@ def parse_row(raw: Mapping[str, Any], where: str, domain: str | None = None) -> 
     if not domain or not isinstance(domain, str):
         raise DataError(f"{where}: no domain; add a 'domain' column or give the source one in the recipe")
     text = "\x1f".join(content for _, content in messages)
+    given = raw.get("id")
     return Row(
-        id=str(raw.get("id") or hashlib.sha256(text.encode()).hexdigest()[:12]),
+        id=hashlib.sha256(text.encode()).hexdigest()[:12] if given in (None, "") else str(given),
         domain=domain,
         messages=messages,
         **{key: str(raw.get(key) or "") for key in ("source", "licence", "topic", "subtopic")},
@@ -111,7 +114,7 @@ def _messages(raw: Mapping[str, Any], where: str) -> tuple[tuple[str, str], ...]
             found.append((str(role), content.strip()))
         return tuple(found)
     for asked, extra, answered in _PAIR_LAYOUTS:
-        if asked in raw and answered in raw:
+        if asked in raw and answered in raw and (extra is None or extra in raw):
             question, answer = raw[asked], raw[answered]
             for column, value in ((asked, question), (answered, answer)):
                 if not isinstance(value, str) or not value.strip():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrafuser.data.schema import Row, parse_row
-from ultrafuser.errors import DataError
+from ultrafuser.errors import CheckpointError, DataError
 from ultrafuser.model.references import package_path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -53,7 +53,10 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
 def _records(path: str, split: str, revision: str | None) -> Iterator[tuple[Any, str]]:
     """Raw records with the place each comes from."""
     if path.startswith("package:"):
-        path = str(package_path(path))
+        try:
+            path = str(package_path(path))
+        except CheckpointError as error:
+            raise DataError(str(error)) from error
     files = _files(path)
     if files:
         for file in files:
@@ -78,19 +81,19 @@ def _read_file(file: Path) -> Iterator[tuple[Any, str]]:
         raise DataError(f"{file}: unknown kind of file {file.suffix!r}; expected one of {', '.join(SUFFIXES)}")
     try:
         if file.suffix == ".jsonl":
-            with file.open(encoding="utf-8") as lines:
+            with file.open(encoding="utf-8-sig") as lines:
                 for number, line in enumerate(lines, 1):
                     where = f"{file}:{number}"
                     if not line.strip():
                         raise DataError(f"{where}: empty line; expected one JSON object")
                     yield _parse_json(line, where), where
         elif file.suffix == ".json":
-            records = _parse_json(file.read_text(encoding="utf-8"), str(file))
+            records = _parse_json(file.read_text(encoding="utf-8-sig"), str(file))
             if not isinstance(records, list):
                 raise DataError(f"{file}: expected a JSON list of rows, got {type(records).__name__}")
             yield from ((record, f"{file}[{number}]") for number, record in enumerate(records))
         elif file.suffix == ".csv":
-            with file.open(encoding="utf-8", newline="") as lines:
+            with file.open(encoding="utf-8-sig", newline="") as lines:
                 reader = csv.DictReader(lines)
                 for record in reader:
                     yield record, f"{file}:{reader.line_num}"

@@ -66,7 +66,8 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
         model.gate.load_state_dict({k.removeprefix("gate."): v for k, v in state.items()})
     except RuntimeError as error:  # names or shapes
         raise CheckpointError(
-            f"{folder / GATE_FILE}: does not fit the manifest: {error}; was it written by another fusion?"
+            f"{folder / GATE_FILE}: does not fit the manifest: {' '.join(str(error).split())}; was it written by another "
+            "fusion?"
         ) from error
     model.gate.to(model.device)
     if (folder / "generation_config.json").is_file():

@@ -346,6 +346,12 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         kwargs["model_kwargs"] = {key: value for key, value in kwargs["model_kwargs"].items() if key not in own}
         return super()._get_candidate_generator(*args, **kwargs)
 
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict, **kwargs: Any) -> Any:
+        """A drafting model is an ordinary one: it reads `input_ids`, whatever the specialists read."""
+        own = ("specialist_input_ids", "specialist_attention_mask", "output_gate_weights")
+        plain = {key: value for key, value in model_kwargs.items() if key not in own}
+        return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)
+
     def _set_generation_defaults(self) -> None:
         first = self.groups[0].model.generation_config
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

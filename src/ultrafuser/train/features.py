@@ -62,6 +62,7 @@ class FeatureStore(Sequence[RowFeatures]):
         return len(self.rows)
 
     def __getitem__(self, i: Any) -> Any:
+        i = range(len(self))[i]
         part = slice(self.offsets[i], self.offsets[i + 1])
         return RowFeatures(self.rows[i], [own[part] for own in self.states], self.log_probs[part])
 

@@ -25,7 +25,7 @@ from ultrafuser.model.checkpoint import staging
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import Recipe, SourceRecipe, StageRecipe, dump_recipe
-from ultrafuser.specialists import fuse, load
+from ultrafuser.specialists import fuse, load, pick_device
 from ultrafuser.templates import Rendered, Renderer
 from ultrafuser.train.card import write_card
 from ultrafuser.train.features import FeatureStore, estimate_size_bytes
@@ -51,13 +51,19 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Progress | None = N
     """
     progress = progress or Progress()
     output = Path(recipe.output)
-    _open_output(output, recipe, resume)
+    if recipe.early_stop_patience and not recipe.data.validation:
+        raise TrainingError("early_stop_patience needs validation rows; add sources under data.validation")
+    _check_output(output, recipe, resume)
     model, tokenizer = _build(recipe)
-    renderer = Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], recipe.data.max_length)
+    max_length = min(recipe.data.max_length, model.config.max_position_embeddings)
+    renderer = Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], max_length)
     rows = read_sources(recipe.data.train, renderer, progress, "training")
     validation = (
         read_sources(recipe.data.validation, renderer, progress, "validation") if recipe.data.validation else []
     )
+    if PartialState().is_main_process:  # from here on there is something to resume
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     for number, stage in enumerate(recipe.stages, 1):
         run_stage(model, stage, recipe, rows, validation, output / f"{number}-{stage.name}", progress=progress)
     return save_fused_folder(model, tokenizer, recipe, output)
@@ -131,6 +137,7 @@ def run_stage(
         folder: of this stage; checkpoints in it are resumed from.
     """
     progress = progress or Progress()
+    torch.manual_seed(recipe.seed)  # new adapters start alike whether the stage before ran now or in an earlier run
     (prepare_gate if stage.name == "gate" else prepare_joint)(model, stage)
     if (folder / FINISHED).is_file():
         model.load_state_dict(load_file(folder / FINISHED), strict=False)
@@ -163,9 +170,8 @@ def run_stage(
         progress=progress,
         callbacks=[EarlyStoppingCallback(patience)] if patience and validation else [],
     )  # fmt: skip
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if last:
-        _forget_after(folder.parent / "metrics.jsonl", stage.name, int(last.rpartition("-")[2]))
+    last = _last_checkpoint(folder)
+    _forget_after(folder.parent / "metrics.jsonl", stage.name, int(last.rpartition("-")[2]) if last else 0)
     trainer.train(resume_from_checkpoint=last)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
@@ -226,14 +232,16 @@ def _arguments(stage: StageRecipe, recipe: Recipe, folder: Path, validates: bool
         save_steps=every if keeps_best else recipe.save_every or stage.steps,
         save_total_limit=2,
         load_best_model_at_end=keeps_best,
-        metric_for_best_model="eval_loss" if keeps_best else None,
-        greater_is_better=False if keeps_best else None,
+        metric_for_best_model="eval_loss" if validates else None,
+        greater_is_better=False if validates else None,
+        restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
         report_to=recipe.report_to or "none",
         seed=recipe.seed,
         use_cpu=on_cpu,
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
+        use_cache=True,  # the Trainer writes it into the model's configuration, and so into the checkpoint
         ddp_find_unused_parameters=False,
     )
 
@@ -265,21 +273,18 @@ def _store(
 def _build(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
     if recipe.fused is None:
         return fuse(recipe)
-    options = {"dtype": recipe.dtype} if recipe.dtype != "auto" else {}
-    model, renderer = load(recipe.fused, **options)
+    model, renderer = load(recipe.fused, dtype=recipe.dtype, device_map=pick_device(recipe.device))
     return model, renderer.tokenizer
 
 
-def _open_output(output: Path, recipe: Recipe, resume: bool) -> None:
-    """Write the recipe down, or check that the run to be resumed has the same one."""
+def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
+    """Check that no run is overwritten, and that the one to be resumed has the same recipe."""
     if not PartialState().is_main_process:
         return
     kept, text = output / "recipe.yaml", dump_recipe(recipe)
     if not resume:
         if kept.exists():
             raise TrainingError(f"{output} holds a run already; go on with it by --resume, or choose another output=")
-        output.mkdir(parents=True, exist_ok=True)
-        kept.write_text(text, encoding="utf-8")
     elif not kept.is_file():
         raise TrainingError(f"{output}: no run to resume there (no recipe.yaml); start it without --resume")
     elif kept.read_text(encoding="utf-8") != text:
@@ -291,6 +296,15 @@ def _open_output(output: Path, recipe: Recipe, resume: bool) -> None:
             f"{output}: the run there has another recipe (differs in: {'; '.join(changed)}); resume with the same one, or "
             "choose another output="
         )
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint of a stage; one whose saving was interrupted lacks the state that is written last."""
+    for draft in folder.glob("checkpoint-*"):
+        if PartialState().is_main_process and not (draft / "trainer_state.json").is_file():
+            shutil.rmtree(draft)
+    PartialState().wait_for_everyone()
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def _forget_after(file: Path, stage: str, step: int) -> None:

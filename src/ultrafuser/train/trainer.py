@@ -92,6 +92,9 @@ class FusionTrainer(Trainer):
     ) -> Any:
         inputs = dict(inputs)
         row_ids, domain_ids = inputs.pop("row_ids"), inputs.pop("domain_ids")
+        for group in self.model.groups:  # the Trainer has put everything into training mode
+            if not any(parameter.requires_grad for parameter in group.parameters()):
+                group.eval()
         out = model(**inputs, output_gate_weights=True, num_items_in_batch=num_items_in_batch)
         if not torch.isfinite(out.loss):
             raise self._not_finite(out.loss.item(), inputs, row_ids)

@@ -1,0 +1,64 @@
+"""Write the README's result table from a kept run of the demo: python scripts/readme_table.py [--check]
+
+To renew it: `ultrafuser demo --full --output runs/demo`, copy runs/demo/results.json to docs/results/demo.json, run this.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- demo:start -->", "<!-- demo:end -->"
+LABELS = {
+    "base": "base, no specialist",
+    "weight_average": "average of the weights",
+    "uniform": "equal mixture of the outputs",
+    "fused_stage1": "**fused, stage 1** (gate only)",
+    "fused": "**fused, stage 2** (joint)",
+}
+
+
+def table(results: dict) -> str:
+    """Markdown: one line a system, the best of each column in bold, then the paired differences."""
+    domains, systems = results["domains"], results["systems"]
+    means = {name: sum(own[d]["nll"] for d in domains) / len(domains) for name, own in systems.items()}
+    best = {d: min(own[d]["nll"] for own in systems.values()) for d in domains} | {"mean": min(means.values())}
+    lines = [f"| nats a response token | {' | '.join(domains)} | mean |", "|---|" + "---:|" * (len(domains) + 1)]
+    for name, own in systems.items():
+        values = {d: own[d]["nll"] for d in domains} | {"mean": means[name]}
+        cells = [f"**{v:.4f}**" if v == best[c] else f"{v:.4f}" for c, v in values.items()]
+        lines.append(f"| {LABELS.get(name, f'{name} specialist')} | {' | '.join(cells)} |")
+    cells = []
+    for d in domains:
+        pair = results["paired"][d]
+        low, high = pair["ci95"]
+        cells.append(f"{pair['difference']:+.4f} ({low:+.4f} to {high:+.4f})")
+    lines.append(f"| fused minus best single specialist, 95% interval | {' | '.join(cells)} | |")
+    counts = ", ".join(f"{systems['fused'][d]['samples']} {d}" for d in domains)
+    tokens = sum(systems["fused"][d]["tokens"] for d in domains)
+    config, seconds = results["config"], results["seconds"]["total"]
+    lines += [
+        "",
+        f"Held-out rows: {counts} ({tokens:,} response tokens), the same for every system; intervals are paired "
+        f"bootstraps over rows. {config['threads']} CPU cores (AVX2, float32), {seconds / 60:.0f} minutes, "
+        f"{config['peak_memory_mb'] / 1000:.1f} GB.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    results = json.loads((ROOT / "docs/results/demo.json").read_text())
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    head, _, rest = text.partition(START)
+    _, _, tail = rest.partition(END)
+    new = f"{head}{START}\n{table(results)}\n{END}{tail}"
+    if "--check" in sys.argv:
+        sys.exit(0 if new == text else "README.md: the table is not that of docs/results/demo.json; run this script")
+    readme.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

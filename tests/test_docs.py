@@ -1,0 +1,210 @@
+"""The documentation cannot drift: its Python runs, its commands, options and paths exist, its tables are fresh."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from specimens import tiny
+from ultrafuser.cli import main as command_line
+from ultrafuser.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.is_file()]
+# What pages name that is on the hub, and the tiny stand-ins that the test makes.
+STAND_INS = {
+    "Qwen/Qwen2.5-1.5B-Instruct": "models/text",
+    "Qwen/Qwen2.5-Coder-1.5B-Instruct": "models/code",
+    "Qwen/Qwen2.5-Math-1.5B-Instruct": "models/math",
+    "runs/demo/fused": "my-fused",
+    "runs/qwen2.5-1.5b/fused": "my-fused",
+}
+GLOBAL_OPTIONS = {"--version", "--install-completion", "--show-completion", "--help", "-h"}
+OTHER_PROGRAMS = {"--no-deps", "--strict", "--check"}  # options of pip, mkdocs and our scripts that pages mention
+PATHS = re.compile(r"(?<![\w/.:-])(?:src|recipes|docs|scripts|benchmarks|examples|tests)/[\w./*-]+")
+DOMAINS = ("text", "code", "math", "mixed")
+
+
+def script(name: str) -> Any:
+    """A script of this repository as a module."""
+    spec = importlib.util.spec_from_file_location(name, next(ROOT.glob(f"*/{name}.py")))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str, int]]:
+    """(language, text, line number) of every fenced block."""
+    for match in re.finditer(r"^```(\w*)[^\n]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+        yield match[1], match[2], page.read_text(encoding="utf-8")[: match.start()].count("\n") + 2
+
+
+def code(page: Path) -> list[str]:
+    """Inline code, and the lines of blocks that are not Python; a line that ends in a backslash goes on."""
+    text = page.read_text(encoding="utf-8")
+    fenced = [body for language, body, _ in blocks(page) if language != "python"]
+    lines = [line.strip() for body in fenced for line in body.replace("\\\n", " ").splitlines()]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    return lines + [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+
+
+@pytest.fixture(scope="module")
+def workplace(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder as the pages have it: models/, data/, recipes/, my-fused/."""
+    home = tmp_path_factory.mktemp("docs")
+    for seed, name in enumerate(("text", "code", "math")):
+        folder = home / "models" / name
+        tiny(seed=seed, vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    (home / "data").mkdir()
+    rows = {domain: [row(domain, number) for number in range(4)] for domain in DOMAINS}
+    for domain, own in rows.items():
+        (home / "data" / f"{domain}.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in own))
+    validation = [json.dumps(one) for own in rows.values() for one in own]
+    (home / "data" / "validation.jsonl").write_text("\n".join(validation) + "\n")
+    (home / "recipes").mkdir()
+    recipe = yaml.safe_load((ROOT / "recipes" / "qwen2.5-1.5b.yaml").read_text())
+    for specialist in recipe["specialists"]:
+        specialist["model"] = STAND_INS[specialist["model"]]
+    gate = {"name": "gate", "steps": 2, "samples_per_domain": 2}
+    joint = {"name": "joint", "steps": 1, "samples_per_domain": 1}
+    recipe |= {"dtype": "float32", "stages": [gate, joint]}
+    (home / "recipes" / "qwen2.5-1.5b.yaml").write_text(yaml.safe_dump(recipe))
+    specialists = [{"name": name, "model": str(home / "models" / name)} for name in ("text", "code", "math")]
+    fuse(load_recipe({"specialists": specialists, "device": "cpu"}), home / "my-fused")
+    return home
+
+
+def row(domain: str, number: int) -> dict[str, Any]:
+    question, answer = f"Question {number}?", f"{domain} {number}."
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"id": f"{domain}-{number}", "domain": domain, "messages": turns}
+
+
+def fuse(recipe: Any, folder: Path) -> None:
+    from ultrafuser.specialists import fuse
+
+    model, tokenizer = fuse(recipe)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+WITH_PYTHON = [page for page in PAGES if any(language == "python" for language, _, _ in blocks(page))]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_python_blocks_run(page, workplace, tmp_path, monkeypatch):
+    home = tmp_path / "work"
+    shutil.copytree(workplace, home)
+    monkeypatch.chdir(home)
+    names: dict[str, Any] = {"__name__": "docs"}
+    for language, text, line in blocks(page):
+        if language == "python":
+            for name, stand_in in STAND_INS.items():
+                text = text.replace(name, stand_in)
+            program = compile("\n" * (line - 1) + text, str(page), "exec")
+            exec(program, names)
+
+
+def command_options() -> dict[str, set[str]]:
+    """The options of every command; those that stand before a command under ""."""
+    cli_docs = script("cli_docs")
+    found = {c: {name for one in cli_docs.parameters(c) for name in one.names} for c in cli_docs.commands()}
+    return {command: options | {"--help", "-h"} for command, options in found.items()} | {"": GLOBAL_OPTIONS}
+
+
+def calls(line: str) -> Iterator[tuple[str, list[str]]]:
+    """(command, options) of each `ultrafuser ...` in a line of code; the command is "" where none is given."""
+    if line.startswith(("import ", "from ", "pip ")):
+        return
+    plain = re.sub(r"\"[^\"]*\"|'[^']*'| #.*", "", line)
+    for match in re.finditer(r"(?:^|[\s/])ultrafuser(?: ([a-z]+))?((?: [^|;&]*)?)", plain):
+        yield match[1] or "", re.findall(r" (--?[a-z][a-z-]*)", match[2])
+
+
+def test_the_pages_commands_and_options_exist():
+    options, unknown, seen = command_options(), [], set()
+    everywhere = set().union(*options.values(), OTHER_PROGRAMS)
+    for page in PAGES:
+        for line in code(page):
+            if (alone := re.match(r"--[a-z-]+", line)) and alone[0] not in everywhere:
+                unknown.append(f"{page.name}: {line}")
+            for command, given in calls(line):
+                seen.add(command)
+                wrong = [one for one in given if one not in options.get(command, ())]
+                if command not in options or wrong:
+                    unknown.append(f"{page.name}: {line}")
+    assert not unknown
+    assert seen >= set(options)  # every command is shown somewhere
+
+
+def test_the_pages_paths_exist():
+    missing = []
+    for page in PAGES:
+        for line in code(page):
+            for path in PATHS.findall(line):
+                if not list(ROOT.glob(path.rstrip("./"))):
+                    missing.append(f"{page.name}: {path}")
+    assert not missing
+
+
+def test_links_between_pages_lead_somewhere():
+    missing = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not target.startswith(("http:", "https:")) and not (page.parent / target).exists():
+                missing.append(f"{page.name}: {target}")
+    assert not missing
+
+
+@pytest.mark.parametrize("name", ["cli_docs", "recipe_docs", "readme_table"])
+def test_generated_pages_are_fresh(name, monkeypatch):
+    if name == "readme_table" and not (ROOT / "docs" / "results" / "demo.json").is_file():
+        pytest.skip("no kept run of the demo")
+    monkeypatch.setattr(sys, "argv", [name, "--check"])
+    try:
+        script(name).main()
+    except SystemExit as exit:
+        assert not exit.code
+
+
+def test_the_checkpoint_page_names_every_field_of_a_manifest(workplace):
+    page = ROOT / "docs" / "checkpoint.md"
+    example = json.loads(next(text for language, text, _ in blocks(page) if language == "json"))
+    real = json.loads((workplace / "my-fused" / "config.json").read_text())
+    assert set(real) == set(example)
+    assert set(real["specialists"][0]) <= set(example["specialists"][0])
+    assert set(real["specialists"][0]["source"]) <= set(example["specialists"][0]["source"])
+
+
+def test_the_command_page_is_what_help_says(capsys, monkeypatch):
+    """Every option of the page is in --help and the other way round."""
+    for command in script("cli_docs").commands():
+        monkeypatch.setattr(sys, "argv", ["ultrafuser", command, "--help"])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit):
+            command_line()
+        helped = set(re.findall(r"^[^\w-]*(--[a-z-]+)", capsys.readouterr().out, re.M)) - {"--help"}
+        listed = {name for one in script("cli_docs").parameters(command) for name in one.names if name.startswith("--")}
+        assert listed == helped
+
+
+def test_the_example_runs(workplace, tmp_path):
+    specialists = [f"{name}={workplace / 'models' / name}" for name in ("text", "code")]
+    command = [sys.executable, str(ROOT / "examples" / "fuse_and_chat.py"), *specialists]
+    command += ["--prompt", "Hello?", "--max-new-tokens", "8", "--output", str(tmp_path / "fused")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    weights = [line.split()[:2] for line in shown.splitlines()[1:9]]
+    assert all(abs(float(a) + float(b) - 1) < 2e-3 for a, b in weights)
+    assert (tmp_path / "fused" / "config.json").is_file()

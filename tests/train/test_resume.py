@@ -1,0 +1,241 @@
+"""A run that was interrupted and goes on equals the one that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ultrafuser.errors import DataError, TrainingError
+from ultrafuser.train import stages
+from ultrafuser.train.features import FeatureStore
+from ultrafuser.train.trainer import FusionTrainer
+from workbench import GATE, JOINT, NAMES, Interruption, Spoken, StopAt, Workshop, metrics, trained_weights
+
+# Dropout draws random numbers, which a resumed run must draw alike.
+STAGES = [GATE, JOINT | {"lora": JOINT["lora"] | {"dropout": 0.3}}]
+
+
+def options(workshop: Workshop) -> dict[str, Any]:
+    return {"save_every": 1, "eval_every": 1, "data": {"validation": [str(workshop.folder / "held-out.jsonl")]}}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return workshop.train(tmp_path_factory.mktemp("resume") / "whole", STAGES, **options(workshop))
+
+
+def assert_equal_runs(output: Path, other: Path) -> None:
+    assert metrics(output) == metrics(other)
+    ours, theirs = trained_weights(output), trained_weights(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert (output / "fused" / "model.safetensors").read_bytes() == (other / "fused" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("stage", "step"), [("gate", 1), ("gate", 3), ("joint", 1), ("joint", 3)])
+def test_a_resumed_run_equals_the_uninterrupted_one(workshop, tmp_path, uninterrupted, stage, step):
+    with pytest.raises(Interruption):
+        workshop.train(tmp_path, STAGES, progress=StopAt(stage, step), **options(workshop))
+    assert not (tmp_path / "fused").exists()
+    workshop.train(tmp_path, STAGES, resume=True, **options(workshop))
+    assert_equal_runs(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("method", ["_save_checkpoint", "_save_rng_state"], ids=["before-save", "mid-save"])
+def test_an_interruption_around_saving_is_survived(workshop, tmp_path, uninterrupted, method, monkeypatch):
+    """Logged but not saved: the row of metrics must not come twice. Half saved: the checkpoint must not be used."""
+    real = getattr(FusionTrainer, method)
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise Interruption(method)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(FusionTrainer, method, stop)
+    with pytest.raises(Interruption):
+        workshop.train(tmp_path, STAGES, **options(workshop))
+    monkeypatch.undo()
+    workshop.train(tmp_path, STAGES, resume=True, **options(workshop))
+    assert_equal_runs(tmp_path, uninterrupted)
+
+
+def test_an_interruption_before_the_first_checkpoint_leaves_no_double_rows(workshop, tmp_path):
+    whole = workshop.train(tmp_path / "whole")
+    with pytest.raises(Interruption):
+        workshop.train(tmp_path / "run", progress=StopAt("gate", 3))
+    assert metrics(tmp_path / "run")
+    workshop.train(tmp_path / "run", resume=True)
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_an_interruption_between_a_stages_end_and_the_next(workshop, tmp_path, uninterrupted, monkeypatch):
+    def stop(model, file, *args):
+        raise Interruption("save_trainable")
+
+    monkeypatch.setattr(stages, "save_trainable", stop)
+    with pytest.raises(Interruption):
+        workshop.train(tmp_path, STAGES, **options(workshop))
+    monkeypatch.undo()
+    workshop.train(tmp_path, STAGES, resume=True, **options(workshop))
+    assert_equal_runs(tmp_path, uninterrupted)
+
+
+def test_an_interruption_while_writing_the_checkpoint(workshop, tmp_path, uninterrupted, monkeypatch):
+    def stop(*args, **kwargs):
+        raise Interruption("card")
+
+    monkeypatch.setattr(stages, "write_card", stop)
+    with pytest.raises(Interruption):
+        workshop.train(tmp_path, STAGES, **options(workshop))
+    monkeypatch.undo()
+    assert not (tmp_path / "fused").exists()
+    said = Spoken()
+    workshop.train(tmp_path, STAGES, resume=True, progress=said, **options(workshop))
+    assert_equal_runs(tmp_path, uninterrupted)
+    assert [text for text in said.news if "finished before" in text] == [
+        "stage gate: finished before", "stage joint: finished before",
+    ]  # fmt: skip
+
+
+def test_resume_with_accumulation_and_metrics_every_other_step(workshop, tmp_path):
+    stage, often = GATE | {"rows_per_device": 2}, {"save_every": 1, "log_every": 2}
+    whole = workshop.train(tmp_path / "whole", [stage], **often)
+    with pytest.raises(Interruption):
+        workshop.train(tmp_path / "run", [stage], progress=StopAt("gate", 3), **often)
+    workshop.train(tmp_path / "run", [stage], resume=True, **often)
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_early_stopping_remembers_how_long_it_waited(workshop, tmp_path):
+    wild = GATE | {"lr": 3.0, "steps": 30, "schedule": "constant", "max_grad_norm": 0}
+    known = options(workshop) | {"early_stop_patience": 3, "cache_features": True}
+    whole = workshop.train(tmp_path / "whole", [wild], **known)
+    last = max(row["step"] for row in metrics(whole))
+    assert last < 30
+    with pytest.raises(Interruption):
+        workshop.train(tmp_path / "run", [wild], progress=StopAt("gate", last), **known)
+    workshop.train(tmp_path / "run", [wild], resume=True, **known)
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_nothing_to_resume(workshop, tmp_path):
+    with pytest.raises(TrainingError, match=r"run: no run to resume there \(no recipe.yaml\); start it without --resume"):
+        workshop.train(tmp_path / "run", resume=True)
+
+
+def test_another_recipe_is_not_resumed(workshop, tmp_path):
+    workshop.train(tmp_path / "run", [GATE | {"steps": 1}])
+    with pytest.raises(TrainingError, match=r"has another recipe \(differs in: steps: 2\)"):
+        workshop.train(tmp_path / "run", [GATE | {"steps": 2}], resume=True)
+
+
+def test_a_run_is_not_overwritten(workshop, tmp_path):
+    workshop.train(tmp_path / "run", [GATE | {"steps": 1}])
+    with pytest.raises(TrainingError, match=r"holds a run already; go on with it by --resume, or choose another output="):
+        workshop.train(tmp_path / "run", [GATE | {"steps": 1}])
+
+
+def test_a_recipe_that_failed_before_training_can_be_mended_and_run(workshop, tmp_path):
+    with pytest.raises(DataError):
+        workshop.train(tmp_path / "run", data={"train": [str(tmp_path / "typo.jsonl")]})
+    workshop.train(tmp_path / "run", [GATE | {"steps": 1}])
+
+
+# ---------------------------------------------------------------- the feature cache
+
+
+def test_an_interrupted_computation_of_features_goes_on(workshop, tmp_path, monkeypatch):
+    from ultrafuser.train import features
+
+    monkeypatch.setitem(features.TOKENS_PER_BATCH, "cpu", 1)  # row by row
+    with pytest.raises(Interruption):
+        workshop.train(tmp_path / "run", progress=StopReading(after=6), cache_features=True)
+    said = Spoken()
+    output = workshop.train(tmp_path / "run", resume=True, progress=said, cache_features=True)
+    whole_said = Spoken()
+    whole = workshop.train(tmp_path / "whole", progress=whole_said, cache_features=True)
+    [left], [everything] = ([n for what, n in one.started if "read the rows" in what] for one in (said, whole_said))
+    assert 0 < left < everything
+    assert_equal_runs(output, whole)
+
+
+class StopReading(Spoken):
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after, self.rows = after, 0
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.rows += 1
+        if self.rows > self.after:
+            raise Interruption("reading")
+
+
+def test_features_are_computed_once_and_again_when_specialists_change(workshop, tmp_path):
+    recipe = workshop.recipe(tmp_path)
+    model, rows = _model_and_rows(workshop, recipe)
+    first, second, third, fourth = Spoken(), Spoken(), Spoken(), Spoken()
+    total = sum(row.num_tokens for row in rows)
+    FeatureStore.build(model, rows, tmp_path / "f", progress=first)
+    FeatureStore.build(model, rows, tmp_path / "f", progress=second)
+    with torch.no_grad():
+        model.groups[1].model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    store = FeatureStore.build(model, rows, tmp_path / "f", progress=third)
+    FeatureStore.build(model, rows[:4], tmp_path / "f", progress=fourth)
+    assert [said.started[0][1] for said in (first, second, third)] == [total, 0, total]
+    assert fourth.started[0][1] == sum(row.num_tokens for row in rows[:4])
+    assert len(store) == len(rows)
+
+
+def test_features_are_the_states_that_the_model_gives(workshop, tmp_path):
+    model, rows = _model_and_rows(workshop, workshop.recipe(tmp_path))
+    store = FeatureStore.build(model, rows, tmp_path / "f")
+    assert [item.row.row_id for item in store] == [row.row_id for row in rows]
+    assert store[-1].row is rows[-1] and len(store[-1].log_probs) == len(rows[-1].labels)
+    for item in store:
+        with torch.no_grad():
+            for k, ids in enumerate(item.row.input_ids):
+                out = model.groups[k].model(torch.tensor([ids]), output_hidden_states=True)
+                at = list(item.row.response_index[k])
+                torch.testing.assert_close(item.states[k], out.hidden_states[-1][0, at], atol=1e-4, rtol=1e-4)
+                log_p = out.logits[0, at].log_softmax(-1)[range(len(at)), list(item.row.labels)]
+                torch.testing.assert_close(item.log_probs[:, k], log_p, atol=1e-4, rtol=1e-4)
+
+
+def test_features_of_several_ranks_fill_one_store(workshop, tmp_path):
+    model, rows = _model_and_rows(workshop, workshop.recipe(tmp_path))
+    alone = FeatureStore.build(model, rows, tmp_path / "alone")
+    said = [Spoken(), Spoken()]
+    for rank in range(2):
+        together = FeatureStore.build(model, rows, tmp_path / "two", rank=rank, num_ranks=2, progress=said[rank])
+    assert together.done.all()
+    assert sum(one.started[0][1] for one in said) == sum(row.num_tokens for row in rows)
+    torch.testing.assert_close(together.log_probs, alone.log_probs)
+
+
+def test_a_disk_too_small_for_the_features_is_an_error(workshop, tmp_path, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(TrainingError, match=r"the feature cache needs .* GB, the disk has 0.0 GB free.*cache_features: false"):
+        workshop.train(tmp_path / "run", cache_features=True)
+
+
+def test_auto_caches_only_what_is_read_more_than_once(workshop, tmp_path):
+    once = workshop.train(tmp_path / "once", [GATE | {"steps": 2}])  # 12 rows drawn of 15
+    often = workshop.train(tmp_path / "often", [GATE | {"steps": 3}])  # 18
+    assert not (once / "features").exists()
+    assert (often / "features").exists()
+
+
+def _model_and_rows(workshop: Workshop, recipe: Any) -> tuple[Any, list]:
+    model, tokenizer = stages.fuse(recipe)
+    renderer = stages.Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], 128)
+    assert model.config.names == list(NAMES)
+    return model, stages.read_sources(recipe.data.train, renderer, Spoken(), "training")

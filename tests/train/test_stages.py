@@ -1,0 +1,407 @@
+"""Two stages: what moves, what stays, and that no way of running them changes the trajectory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import ultrafuser
+from specimens import save_adapter
+from ultrafuser.errors import DataError, TrainingError
+from ultrafuser.recipe import StageRecipe
+from ultrafuser.specialists import fuse
+from ultrafuser.templates import Renderer
+from ultrafuser.train.stages import prepare_gate, prepare_joint, read_sources, run_stage
+from workbench import GATE, JOINT, NAMES, Spoken, Workshop, losses, metrics, trained_weights
+
+FULL = {key: value for key, value in JOINT.items() if key != "lora"} | {"specialists": "full", "lr": 1e-3}
+
+
+def by_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def fused_and_rows(workshop: Workshop, output: Path, **changes: Any) -> tuple[Any, list, Any]:
+    recipe = workshop.recipe(output, **changes)
+    model, tokenizer = fuse(recipe)
+    renderer = Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], recipe.data.max_length)
+    return model, read_sources(recipe.data.train, renderer, Spoken(), "training"), recipe
+
+
+def assert_close(a: list, b: list, atol: float = 1e-5) -> None:
+    assert [row[:2] for row in a] == [row[:2] for row in b]
+    for (*where, ours), (*_, theirs) in zip(a, b, strict=True):
+        assert ours == pytest.approx(theirs, abs=atol, rel=atol), where
+
+
+# ---------------------------------------------------------------- what moves
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
+def test_stage_1_moves_the_gate_and_leaves_the_specialists_bitwise_unchanged(workshop, tmp_path, cache):
+    model, rows, recipe = fused_and_rows(workshop, tmp_path, cache_features=cache)
+    before = by_name(model)
+    run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-gate")
+    after = by_name(model)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if name.startswith("gate.")
+    }
+    assert {name for name, p in model.named_parameters() if p.grad is not None or p.requires_grad} <= {
+        name for name in before if name.startswith("gate.")
+    }
+
+
+def test_stage_1_keeps_the_specialists_in_eval_mode(workshop, tmp_path):
+    """Dropout in a frozen specialist would feed the gate noise, and the cache would give other losses than none."""
+    for seed, name in enumerate(NAMES):
+        workshop.specialist(f"{name}-dropout", seed=seed, attention_dropout=0.9)
+    specialists = [{"name": n, "model": str(workshop.folder / f"{n}-dropout")} for n in NAMES]
+    runs = {
+        cache: losses(workshop.train(tmp_path / str(cache), cache_features=cache, specialists=specialists))
+        for cache in (True, False)
+    }
+    assert_close(runs[True], runs[False])
+
+
+def test_stage_2_lora_moves_adapters_and_gate_and_nothing_else(workshop, tmp_path):
+    model, rows, recipe = fused_and_rows(workshop, tmp_path, stages=[JOINT])
+    stage = recipe.stages[0]
+    prepare_joint(model, stage)  # creates the adapters
+    before = by_name(model)
+    run_stage(model, stage, recipe, rows, [], tmp_path / "1-joint")
+    after = by_name(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.startswith("gate.") or "lora_" in name}
+    assert any("lora_" in name for name in moved)
+
+
+def test_stage_2_full_moves_all_weights(workshop, tmp_path):
+    model, rows, recipe = fused_and_rows(workshop, tmp_path, stages=[FULL])
+    before = by_name(model)
+    run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint")
+    assert not [name for name, parameter in model.named_parameters() if torch.equal(before[name], parameter)]
+
+
+def test_stage_2_moves_the_adapters_of_a_shared_base_and_not_the_base(workshop, tmp_path):
+    specialists = workshop.adapter_recipe(tmp_path, save_adapter)
+    model, rows, recipe = fused_and_rows(workshop, tmp_path / "run", stages=[JOINT], specialists=specialists)
+    before = by_name(model)
+    run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "run" / "1-joint")
+    after = by_name(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.startswith("gate.") or "lora_" in name}
+
+
+def test_stage_2_full_on_a_shared_base_is_refused(workshop, tmp_path):
+    specialists = workshop.adapter_recipe(tmp_path, save_adapter)
+    with pytest.raises(TrainingError, match=r"text, code, math share one base.*specialists=lora.*share_base=false"):
+        workshop.train(tmp_path / "run", [FULL], specialists=specialists)
+
+
+def test_stage_2_full_with_copies_of_the_base_trains(workshop, tmp_path):
+    specialists = workshop.adapter_recipe(tmp_path, save_adapter)
+    output = workshop.train(tmp_path / "run", [FULL | {"steps": 1}], specialists=specialists, share_base=False)
+    model, _ = ultrafuser.load(output / "fused", device_map="cpu")
+    assert not model.groups[0].loras
+    assert all((output / "fused" / "specialists" / name / "model.safetensors").is_file() for name in NAMES)
+
+
+def test_specialists_have_a_learning_rate_of_their_own(workshop, tmp_path):
+    model, rows, recipe = fused_and_rows(
+        workshop, tmp_path, stages=[JOINT | {"specialist_lr": 1e-12, "lr": 0.01, "schedule": "constant"}]
+    )
+    prepare_joint(model, recipe.stages[0])
+    before = by_name(model)
+    run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint")
+    for name, parameter in model.named_parameters():
+        distance = (parameter - before[name]).abs().max()
+        assert distance > 1e-3 if name.startswith("gate.") else distance < 1e-10, name
+
+
+def test_prepare_gate_undoes_prepare_joint(workshop, tmp_path):
+    model, *_ = fused_and_rows(workshop, tmp_path)
+    prepare_joint(model, StageRecipe(**FULL))
+    prepare_gate(model)
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"gate"}
+
+
+def test_adapters_learn_in_float32_on_a_bfloat16_model(workshop, tmp_path):
+    output = workshop.train(tmp_path / "run", [GATE, JOINT], dtype="bfloat16")
+    weights = trained_weights(output)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    model, _ = ultrafuser.load(output / "fused", dtype="bfloat16", device_map="cpu")
+    assert model.groups[0].model.dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- one trajectory
+
+
+@pytest.mark.parametrize("mixing", ["logits", "probabilities"])
+def test_the_feature_cache_does_not_change_a_loss(workshop, tmp_path, mixing):
+    runs = [
+        workshop.train(
+            tmp_path / f"{cache}", mixing=mixing, cache_features=cache, eval_every=2,
+            data={"validation": [str(workshop.folder / "held-out.jsonl")]},
+        )
+        for cache in (True, False)
+    ]  # fmt: skip
+    assert (runs[0] / "features" / "train" / "identity.json").is_file()
+    assert not (runs[1] / "features").exists()
+    assert_close(losses(runs[0]), losses(runs[1]))
+    ours, theirs = (trained_weights(run) for run in runs)
+    for name, tensor in ours.items():
+        if not name.endswith("score.bias"):  # the softmax cancels it: its gradient is rounding alone
+            torch.testing.assert_close(tensor, theirs[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["cached", "uncached", "joint"])
+def test_accumulation_gives_one_trajectory(workshop, tmp_path, case):
+    stage = (JOINT if case == "joint" else GATE) | {"steps": 3}
+    runs = {
+        size: losses(
+            workshop.train(
+                tmp_path / str(size), [stage | {"rows_per_device": size}], cache_features=case == "cached"
+            )
+        )
+        for size in (1, 2, None)
+    }
+    assert_close(runs[1], runs[None])
+    assert_close(runs[2], runs[None])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_does_not(workshop, tmp_path):
+    dropout = JOINT | {"lora": JOINT["lora"] | {"dropout": 0.5}}
+    one, two, other = (
+        workshop.train(tmp_path / name, [GATE, dropout], seed=seed) for name, seed in [("a", 0), ("b", 0), ("c", 1)]
+    )
+    assert metrics(one) == metrics(two)
+    assert all(torch.equal(tensor, trained_weights(two)[name]) for name, tensor in trained_weights(one).items())
+    assert metrics(one) != metrics(other)
+
+
+def test_joint_training_from_the_start_and_unbalanced_batches_are_switches(workshop, tmp_path):
+    output = workshop.train(tmp_path / "run", [JOINT], balanced=False)
+    assert [row["stage"] for row in metrics(output)] == ["joint"] * JOINT["steps"]
+
+
+# ---------------------------------------------------------------- the loss is right
+
+
+def test_a_logged_loss_is_the_mean_over_response_tokens_of_plain_transformers(workshop, tmp_path):
+    """The oracle: each specialist by itself in transformers, mixed by hand, over the rows of the first batch."""
+    stage = {**GATE, "steps": 1, "samples_per_domain": 5}  # every row once
+    model, rows, recipe = fused_and_rows(workshop, tmp_path, stages=[stage])
+    plain = [AutoModelForCausalLM.from_pretrained(workshop.folder / name).eval() for name in NAMES]
+    gate, nats, tokens = copy.deepcopy(model.gate), {}, {}
+    with torch.no_grad():
+        for row in rows:
+            outs = [m(torch.tensor([ids]), output_hidden_states=True) for m, ids in zip(plain, row.input_ids, strict=True)]
+            states = [out.hidden_states[-1][0, list(at)] for out, at in zip(outs, row.response_index, strict=True)]
+            logits = [out.logits[0, list(at)] for out, at in zip(outs, row.response_index, strict=True)]
+            w = gate(states).exp()
+            p = sum(w[:, k, None] * own.softmax(-1) for k, own in enumerate(logits))
+            label_p = p[range(len(row.labels)), list(row.labels)]
+            nats[row.domain] = nats.get(row.domain, 0) - label_p.log().sum().item()
+            tokens[row.domain] = tokens.get(row.domain, 0) + len(row.labels)
+    run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-gate")
+    [logged] = metrics(tmp_path)
+    assert logged["loss"] == pytest.approx(sum(nats.values()) / sum(tokens.values()), rel=1e-5)
+    for name in NAMES:
+        assert logged[f"loss/{name}"] == pytest.approx(nats[name] / tokens[name], rel=1e-5)
+
+
+def test_a_row_of_metrics_holds_what_is_promised(workshop, tmp_path):
+    output = workshop.train(tmp_path / "run", eval_every=2, data={"validation": [str(workshop.folder / "held-out.jsonl")]})
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in lines if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    for row in steps:
+        assert {f"loss/{n}" for n in NAMES} | {f"gate_weight/{n}" for n in NAMES} <= set(row)
+        assert sum(row[f"gate_weight/{n}"] for n in NAMES) == pytest.approx(1, abs=1e-5)
+        assert 0 <= row["gate_entropy"] <= 1.0987
+        assert row["tokens_per_s"] > 0
+    evaluations = [row for row in lines if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [2, 4]
+    for row in evaluations:
+        assert row["eval_loss"] == pytest.approx(sum(row[f"eval_loss/{n}"] for n in NAMES) / 3)
+    assert (output / "fused" / "metrics.jsonl").read_text() == (output / "metrics.jsonl").read_text()
+
+
+def test_rows_of_metrics_cover_all_steps_since_the_last_one(workshop, tmp_path):
+    every = workshop.train(tmp_path / "every")
+    second = workshop.train(tmp_path / "second", log_every=2)
+    each, pairs = metrics(every), metrics(second)
+    assert [row["step"] for row in pairs] == [2, 4]
+    assert pairs[0]["loss"] == pytest.approx((each[0]["loss"] + each[1]["loss"]) / 2, rel=1e-5)
+
+
+# ---------------------------------------------------------------- validation, best checkpoint, early stop
+
+
+def test_the_best_checkpoint_is_kept(workshop, tmp_path):
+    """A learning rate so high that validation gets worse and worse: the first evaluation is the best."""
+    wild = GATE | {"lr": 3.0, "steps": 6, "schedule": "constant", "max_grad_norm": 0}
+    options = {"cache_features": True, "data": {"validation": [str(workshop.folder / "held-out.jsonl")]}}
+    output = workshop.train(tmp_path / "run", [wild], eval_every=1, **options)
+    evaluations = {row["step"]: row["eval_loss"] for row in metrics(output) if "eval_loss" in row}
+    best = min(evaluations, key=evaluations.get)
+    assert best < 6
+    again = workshop.train(tmp_path / "again", [wild | {"steps": best}], **options)
+    for name, tensor in trained_weights(again).items():
+        assert torch.equal(tensor, trained_weights(output)[name]), name
+
+
+def test_without_keep_best_the_last_weights_count(workshop, tmp_path):
+    wild = GATE | {"lr": 3.0, "schedule": "constant", "max_grad_norm": 0}
+    validation = {"validation": [str(workshop.folder / "held-out.jsonl")]}
+    last = workshop.train(tmp_path / "last", [wild], eval_every=1, keep_best=False, data=validation)
+    plain = workshop.train(tmp_path / "plain", [wild])
+    for name, tensor in trained_weights(last).items():
+        assert torch.equal(tensor, trained_weights(plain)[name]), name
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_a_stage_stops_early_when_validation_gets_no_better(workshop, tmp_path, keep_best):
+    wild = GATE | {"lr": 3.0, "steps": 30, "schedule": "constant", "max_grad_norm": 0}
+    output = workshop.train(
+        tmp_path / "run", [wild], eval_every=1, early_stop_patience=2, keep_best=keep_best,
+        data={"validation": [str(workshop.folder / "held-out.jsonl")]},
+    )  # fmt: skip
+    evaluations = [row["eval_loss"] for row in metrics(output) if "eval_loss" in row]
+    assert 3 <= len(evaluations) < 30
+    assert min(evaluations[-2:]) >= min(evaluations[:-2])
+
+
+def test_early_stop_without_validation_rows_is_an_error(workshop, tmp_path):
+    with pytest.raises(TrainingError, match=r"early_stop_patience.*validation"):
+        workshop.train(tmp_path / "run", early_stop_patience=2)
+
+
+# ---------------------------------------------------------------- a loss that is no number
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(workshop, tmp_path, monkeypatch):
+    from ultrafuser.train.trainer import FusionTrainer
+
+    real = FusionTrainer.compute_loss
+
+    def broken(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == 2:
+            with torch.no_grad():
+                self.model.gate.score.bias.fill_(float("nan"))
+        return real(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(FusionTrainer, "compute_loss", broken)
+    with pytest.raises(TrainingError, match=r"stage 'gate', step 2: the loss is nan on the rows .*--resume") as caught:
+        workshop.train(tmp_path / "run", save_every=1)
+    [file] = (tmp_path / "run" / "1-gate").glob("not-finite*.safetensors")
+    assert str(file) in str(caught.value)
+    with safe_open(file, "pt") as kept:
+        row_ids = json.loads(kept.metadata()["row_ids"])
+        assert kept.get_tensor("labels").shape[0] == len(row_ids) == 6
+    assert all(row_id in str(caught.value) for row_id in row_ids)
+
+    monkeypatch.setattr(FusionTrainer, "compute_loss", real)
+    workshop.train(tmp_path / "run", save_every=1, resume=True)
+    plain = workshop.train(tmp_path / "plain", save_every=1)
+    assert metrics(tmp_path / "run") == metrics(plain)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_a_domain_whose_rows_are_all_too_long_is_an_error(workshop, tmp_path):
+    file = tmp_path / "long.jsonl"
+    messages = [{"role": "user", "content": "many " * 200}, {"role": "assistant", "content": "ok"}]
+    file.write_text(json.dumps({"domain": "long", "messages": messages}) + "\n")
+    with pytest.raises(DataError, match=r"domain 'long' has no training row left.*max_length=128"):
+        workshop.train(tmp_path / "run", data={"train": [str(workshop.folder / "text.jsonl"), str(file)]})
+
+
+def test_no_data_is_an_error(workshop, tmp_path):
+    with pytest.raises(DataError, match="names no training data.*data.train"):
+        workshop.train(tmp_path / "run", data={"train": []})
+
+
+def test_truncation_is_reported(workshop, tmp_path):
+    said = Spoken()
+    file = tmp_path / "long.jsonl"
+    messages = [{"role": "user", "content": "many"}, {"role": "assistant", "content": "fox " * 200}]
+    file.write_text(json.dumps({"domain": "text", "messages": messages}) + "\n")
+    workshop.train(tmp_path / "run", data={"train": [str(workshop.folder / "text.jsonl"), str(file)]}, progress=said)
+    [news] = [text for text in said.news if text.startswith("training rows")]
+    assert "6 text" in news
+    assert "1 of them lost" in news
+
+
+def test_rows_longer_than_a_specialists_context_are_cut_to_it(workshop, tmp_path):
+    """max_length defaults to 1024; a context of 192 must not break a run in its middle."""
+    said = Spoken()
+    file = tmp_path / "long.jsonl"
+    messages = [{"role": "user", "content": "many"}, {"role": "assistant", "content": "fox " * 300}]
+    file.write_text(json.dumps({"domain": "text", "messages": messages}) + "\n")
+    workshop.train(tmp_path / "run", [GATE | {"steps": 1}], data={"train": [str(file)], "max_length": 1024}, progress=said)
+    assert any("1 of them lost" in text for text in said.news)
+
+
+# ---------------------------------------------------------------- what is left behind
+
+
+def test_the_fused_folder_is_a_whole_checkpoint(workshop, tmp_path):
+    output = workshop.train(
+        tmp_path / "run", [GATE, JOINT], data={"validation": [str(workshop.folder / "held-out.jsonl")]}
+    )
+    fused = output / "fused"
+    assert {"README.md", "recipe.yaml", "metrics.jsonl", "tokenizer.json", "config.json", "model.safetensors"} <= {
+        file.name for file in fused.iterdir()
+    }
+    assert all((fused / "specialists" / name / "adapter_model.safetensors").is_file() for name in NAMES)
+    model, renderer = ultrafuser.load(fused, device_map="cpu")
+    assert getattr(model.config, "use_cache", True), "the Trainer's use_cache=False must not stay in the checkpoint"
+    weights = trained_weights(output)
+    for name, tensor in model.gate.state_dict().items():
+        assert torch.equal(tensor, weights[f"2-joint/gate.{name}"])
+    card = (fused / "README.md").read_text()
+    assert "Validation loss" in card and "joint: 3 steps" in card
+    assert [list(map(len, renderer.prompt([{"role": "user", "content": "hi"}])))]
+
+
+def test_a_stage_1_result_references_its_specialists(workshop, tmp_path):
+    fused = workshop.train(tmp_path / "run") / "fused"
+    assert not (fused / "specialists").exists()
+    assert (fused / "model.safetensors").stat().st_size < 20_000
+
+
+def test_training_goes_on_from_a_fused_folder(workshop, tmp_path):
+    first = workshop.train(tmp_path / "first")
+    fields = workshop.fields(tmp_path / "second", [JOINT], fused=str(first / "fused"))
+    fields.pop("specialists")
+    from ultrafuser.recipe import load_recipe
+    from ultrafuser.train.stages import train
+
+    train(load_recipe(fields))
+    both = workshop.train(tmp_path / "both", [GATE, JOINT])
+    ours = [row for row in losses(both) if row[0] == "joint"]
+    assert_close(ours, losses(tmp_path / "second"))
+
+
+def test_tensorboard_gets_the_metrics(workshop, tmp_path):
+    if not os.environ.get("CI"):
+        pytest.importorskip("tensorboard", reason="the dev extra is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = workshop.train(tmp_path / "run", report_to=["tensorboard"])
+    files = list(output.rglob("events.out.tfevents.*"))
+    assert files, sorted(output.rglob("*"))
+    events = EventAccumulator(str(files[0].parent))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert "train/loss" in tags and "train/loss/text" in tags and "train/gate_entropy" in tags
