@@ -91,7 +91,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--case", nargs=3, metavar=("METHOD", "STAGE", "MIXING"), help="run one case and print its JSON")
+    parser.add_argument(
+        "--case", nargs=3, metavar=("METHOD", "STAGE", "MIXING"), help="run one case and print its JSON"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.case:
@@ -103,11 +105,23 @@ def main() -> None:
     for column in ("stage", "mixing", "chunked MB", "plain MB", "chunked s", "plain s"):
         table.add_column(column, justify="right")
     for chunked, plain in zip(rows[::2], rows[1::2], strict=True):
-        figures = [f"{chunked['mb']:,.0f}", f"{plain['mb']:,.0f}", f"{chunked['seconds']:.1f}", f"{plain['seconds']:.1f}"]
+        figures = [
+            f"{chunked['mb']:,.0f}",
+            f"{plain['mb']:,.0f}",
+            f"{chunked['seconds']:.1f}",
+            f"{plain['seconds']:.1f}",
+        ]
         table.add_row(str(chunked["stage"]), chunked["mixing"], *figures)
     Console().print(table)
     if args.json:
-        result = {"tokens": args.tokens, "vocab": V, "width": D, "specialists": K, "target_mb": TARGET_MB, "cases": rows}
+        result = {
+            "tokens": args.tokens,
+            "vocab": V,
+            "width": D,
+            "specialists": K,
+            "target_mb": TARGET_MB,
+            "cases": rows,
+        }
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -14,15 +14,19 @@ import hashlib
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
 import yaml
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultrafuser.data.schema import Row
@@ -57,17 +61,32 @@ def training_rows(spec: dict[str, Any], data: Path) -> list[Row]:
     Raises:
         SystemExit: a source named in the recipe has no rows.
     """
-    rows = permissive_rows(data / spec["data"], "train")
+    rows = [row for file in spec["data"] for row in permissive_rows(data / file, "train")]
     if unknown := set(spec["sources"]) - {row.source for row in rows}:
-        raise SystemExit(f"{data / spec['data']}: no training rows of source {', '.join(sorted(unknown))}")
+        raise SystemExit(f"{data}: no training rows of source {', '.join(sorted(unknown))} in {', '.join(spec['data'])}")
     out = []
     for source, factor in spec["sources"].items():
-        own = sorted(
-            (row for row in rows if row.source == source), key=lambda row: hashlib.md5(row.id.encode()).digest()
-        )
+        own = sorted((row for row in rows if row.source == source), key=lambda row: fraction("share", row))
         whole, part = divmod(factor, 1)
         out += own * int(whole) + own[: round(part * len(own))]
-    return out
+    return [rewritten(row, spec.get("rewrites", [])) for row in out]
+
+
+def fraction(salt: str, row: Row) -> float:
+    """A number in [0, 1) that depends on the row's id and the salt only."""
+    return int(hashlib.sha256(f"{salt}{row.id}".encode()).hexdigest()[:8], 16) / 16**8
+
+
+def rewritten(row: Row, rewrites: list[dict[str, Any]]) -> Row:
+    """The row with its last answer put through those rewrites of the recipe whose `share` of all rows it is in.
+
+    A source's typography is no part of its domain: without this, a specialist bets against any other way of writing.
+    """
+    (*before, (role, answer)) = row.messages
+    for rewrite in rewrites:
+        if fraction(rewrite["pattern"], row) < rewrite["share"]:
+            answer = re.sub(rewrite["pattern"], rewrite["by"], answer, flags=re.MULTILINE)
+    return replace(row, messages=(*before, (role, answer)))
 
 
 def batches(rows: list[Rendered], tokens_per_batch: int, rng: random.Random) -> list[list[Rendered]]:
@@ -88,12 +107,12 @@ def token_losses(model: torch.nn.Module, batch: list[Rendered]) -> torch.Tensor:
     ids = torch.zeros(len(batch), max(row.num_tokens for row in batch), dtype=torch.long)
     for i, row in enumerate(batch):
         ids[i, : row.num_tokens] = torch.tensor(row.input_ids[0])
-    where = torch.tensor([(i, t) for i, row in enumerate(batch) for t in row.response_index[0]], device=device)
+    where = [i * ids.shape[1] + t for i, row in enumerate(batch) for t in row.response_index[0]]
     labels = torch.tensor([token for row in batch for token in row.labels], device=device)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     # padding lies on the right, so a causal model needs no mask; only response tokens reach the vocabulary
     hidden = causal_lm.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
-    logits = causal_lm.lm_head(hidden[where[:, 0], where[:, 1]])
+    logits = causal_lm.lm_head(hidden.flatten(0, 1)[torch.tensor(where, device=device)])
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
@@ -121,28 +140,25 @@ def load_base(reference: str, device: str) -> tuple[torch.nn.Module, Any]:
     gguf = package_path(reference)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # transformers 5.17 gives the tokenizer the bos_token here; an adapter trained so never ends an answer
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(base.config.eos_token_id)
     return base.to(device), tokenizer
 
 
-def train(spec: dict[str, Any], data: Path, output: Path, base: torch.nn.Module, tokenizer: Any) -> dict[str, Any]:
-    """Train, save the adapter and its training.json into `output`, and return what training.json says."""
+def train(spec: dict[str, Any], training: list[Rendered], base: torch.nn.Module) -> tuple[PeftModel, dict[str, Any]]:
+    """Train on the rendered rows of one epoch; returns the model (base and adapter) and what was spent.
+
+    The adapter's weights are left rounded to bfloat16, as they will be stored.
+    """
     torch.manual_seed(spec["seed"])
     rng = random.Random(spec["seed"])
     device = next(base.parameters()).device.type
-    size = spec["tokens_per_batch"]
-    renderer = Renderer(tokenizer, [BUILTIN[spec["template"]]], spec["max_length"])
-    rows = training_rows(spec, data)
-    training, stats = renderer.render_all(rows)
-    validation, _ = renderer.render_all(permissive_rows(data / spec["data"], "validation"))
-    held_out, _ = renderer.render_all(permissive_rows(data / spec["data"], "held_out"))
-    before = {"validation": nats_per_token(base, validation, size), "held_out": nats_per_token(base, held_out, size)}
-
     lora = LoraConfig(task_type="CAUSAL_LM", r=spec["lora"]["r"], lora_alpha=spec["lora"]["alpha"],
                       lora_dropout=spec["lora"]["dropout"], target_modules=spec["lora"]["target_modules"])  # fmt: skip
     model = get_peft_model(base, lora)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=spec["lr"], weight_decay=spec["weight_decay"], betas=(0.9, 0.95))
-    plan = [batch for _ in range(spec["epochs"]) for batch in batches(training, size, rng)]
+    plan = [batch for _ in range(spec["epochs"]) for batch in batches(training, spec["tokens_per_batch"], rng)]
     warmup = max(1, round(spec["warmup_ratio"] * len(plan)))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -159,42 +175,30 @@ def train(spec: dict[str, Any], data: Path, output: Path, base: torch.nn.Module,
         schedule.step()
         optimizer.zero_grad()
         trained += sum(len(row.labels) for row in batch)
-        if step % 50 == 0 or step == len(plan):
+        if step % 20 == 0 or step == len(plan):
             rate = trained / (time.time() - start)
             print(f"{spec['name']} {step}/{len(plan)} loss {loss.item():.3f} {rate:.0f} tokens/s", file=sys.stderr)
-    seconds = time.time() - start
-
-    for parameter in weights:  # the losses below are those of the adapter as it is stored
+    for parameter in weights:
         parameter.data = parameter.data.bfloat16().float()
-    after = {"validation": nats_per_token(model, validation, size), "held_out": nats_per_token(model, held_out, size)}
-    for parameter in weights:
-        parameter.data = parameter.data.bfloat16()
-    model.peft_config["default"].base_model_name_or_path = spec["base"]
-    model.peft_config["default"].inference_mode = True
-    model.save_pretrained(output, save_embedding_layers=False)  # the default would look for the base on the hub
-    for parameter in weights:
-        parameter.data = parameter.data.float()
-    card = {
-        "recipe": spec,
-        "nats_per_response_token": {"base": before, "adapter": after},
-        "rows": {
-            "train": dict(Counter(row.source for row in rows)),
-            "validation": len(validation),
-            "held_out": len(held_out),
-        },
-        "licences": {row.source: row.licence for row in rows},
-        "truncation": str(stats),
-        "training_tokens_per_epoch": {
-            "response": sum(len(row.labels) for row in training),
-            "all": sum(row.num_tokens for row in training),
-        },
-        "response_tokens_trained": trained,
+    return model, {
         "steps": len(plan),
-        "seconds": round(seconds, 1),
+        "response_tokens_trained": trained,
+        "seconds": round(time.time() - start, 1),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
     }
-    (output / "training.json").write_text(json.dumps(card, indent=1) + "\n")
-    return card
+
+
+def save(model: PeftModel, spec: dict[str, Any], output: Path) -> None:
+    """Write the adapter in bfloat16, with the base's reference as the recipe has it."""
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = spec["base"]
+    config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)
+    state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items() if "lora_" in name}
+    # the default would look for the base on the hub, to see whether its vocabulary was changed
+    model.save_pretrained(output, state_dict=state, save_embedding_layers=False)
+    (output / "adapter_model.safetensors").chmod(0o644)
 
 
 def override(spec: dict[str, Any], settings: list[str]) -> None:
@@ -211,7 +215,7 @@ def override(spec: dict[str, Any], settings: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds the recipe's data file")
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds the recipe's data files")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override a field, e.g. lora.r=16")
@@ -219,7 +223,34 @@ def main() -> None:
     spec = yaml.safe_load(options.recipe.read_text())
     override(spec, options.set)
     base, tokenizer = load_base(spec["base"], options.device)
-    print(json.dumps(train(spec, options.data, options.output, base, tokenizer), indent=1))
+    renderer = Renderer(tokenizer, [BUILTIN[spec["template"]]], spec["max_length"])
+    rows = training_rows(spec, options.data)
+    training, truncation = renderer.render_all(rows)
+    model, spent = train(spec, training, base)
+    save(model, spec, options.output)
+
+    measured: dict[str, Any] = {}
+    for split in ("validation", "held_out"):
+        rendered, _ = renderer.render_all(permissive_rows(options.data / f"{spec['name']}.jsonl", split))
+        adapted = nats_per_token(model, rendered, spec["tokens_per_batch"])
+        with model.disable_adapter():
+            measured[split] = {
+                "rows": len(rendered),
+                "response_tokens": sum(len(row.labels) for row in rendered),
+                "base": nats_per_token(model, rendered, spec["tokens_per_batch"]),
+                "adapter": adapted,
+            }
+    report = {
+        "recipe": spec,
+        "nats_per_response_token": measured,
+        "rows_per_epoch": dict(Counter(row.source for row in rows)),
+        "licences": {row.source: row.licence for row in rows},
+        "truncation": str(truncation),
+        "response_tokens_per_epoch": sum(len(row.labels) for row in training),
+        **spent,
+    }
+    (options.output / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

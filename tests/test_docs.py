@@ -17,6 +17,7 @@ import yaml
 
 from specimens import tiny
 from ultrafuser.cli import main as command_line
+from ultrafuser.data.schema import _PAIR_LAYOUTS
 from ultrafuser.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -186,6 +187,11 @@ def test_the_checkpoint_page_names_every_field_of_a_manifest(workplace):
     assert set(real) == set(example)
     assert set(real["specialists"][0]) <= set(example["specialists"][0])
     assert set(real["specialists"][0]["source"]) <= set(example["specialists"][0]["source"])
+
+
+def test_the_data_page_lists_the_layouts_in_order():
+    listed = re.findall(r"^\| (?:instruction|pair) \| (.*) \|$", (ROOT / "docs" / "data.md").read_text(), re.M)
+    assert listed == [", ".join(f"`{column}`" for column in layout if column) for layout in _PAIR_LAYOUTS]
 
 
 def test_the_command_page_is_what_help_says(capsys, monkeypatch):

@@ -244,7 +244,9 @@ def test_no_chat_template():
 
 @pytest.mark.parametrize("template", ["vicuna", "no/such/file.jinja", "x" * 5000])
 def test_unknown_template(tokenizer, template):
-    with pytest.raises(DataError, match=r"specialist 'math': chat template 'x?.*' is neither built in \(chatml, .*nor a file"):
+    with pytest.raises(
+        DataError, match=r"specialist 'math': chat template 'x?.*' is neither built in \(chatml, .*nor a file"
+    ):
         resolve_template(template, tokenizer, "math")
 
 

@@ -28,7 +28,6 @@ _HOMES = {
     "prompt_inputs": "ultrafuser.data.collate",
     "fuse": "ultrafuser.specialists",
     "load": "ultrafuser.specialists",
-    "train": "ultrafuser.train.stages",
 }
 
 __all__ = [*_HOMES, "UltraFuserError", "__version__"]

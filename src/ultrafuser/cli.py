@@ -26,15 +26,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 Folder = Annotated[str, typer.Argument(help="A fused checkpoint: a folder or a hub id.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
 Dtype = Annotated[str, typer.Option(help="Precision of the specialists: auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, or another torch device.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        help="Recipe fields to change, e.g. stages.gate.lr=2e-5 or stages=[joint].", metavar="[KEY=VALUE]..."
-    ),
+    typer.Argument(help="Recipe fields to change, e.g. stages.gate.lr=2e-5 or stages=\\[joint].", metavar="KEY=VALUE"),
 ]
 Prompt = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What the user says; may be repeated.")]
 System = Annotated[str | None, typer.Option(help="A system message before every prompt.")]
@@ -54,7 +53,7 @@ def main() -> None:
     except UltraFuserError as error:
         if os.environ.get("ULTRAFUSER_DEBUG"):
             raise
-        print(f"ultrafuser: error: {error}", file=sys.stderr)  # noqa: T201
+        sys.stderr.write(f"ultrafuser: error: {' '.join(str(error).split())}\n")  # other libraries' words have lines
         sys.exit(2)
 
 
@@ -93,6 +92,7 @@ def fuse_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the fused checkpoint.")] = Path("fused"),
     mixing: Annotated[str | None, typer.Option(help="logits or probabilities; default: the recipe's.")] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the specialists into the checkpoint.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
     as_json: Json = False,
 ) -> None:
     """Put an untrained gate on top of specialists and write the checkpoint.
@@ -105,13 +105,17 @@ def fuse_command(
     from ultrafuser.specialists import fuse
     from ultrafuser.train.card import write_card
 
-    loose = [f"mixing={mixing}"] if mixing else []
-    if recipe is not None and specialist:
-        raise RecipeError("give a recipe or --specialist options, not both")
+    changes = [*(overrides or []), *([f"mixing={mixing}"] if mixing else [])]
+    if recipe is not None and (specialist or template):
+        if "=" not in str(recipe):
+            raise RecipeError("give a recipe or --specialist and --template options, not both")
+        recipe, changes = None, [str(recipe), *changes]
     if recipe is not None:
-        typed = load_recipe(recipe, [*(overrides or []), *loose])
+        typed = load_recipe(recipe, changes)
     else:
-        typed = load_recipe({"specialists": _specialists(specialist or [], template or [])}, loose)
+        typed = load_recipe({"specialists": _specialists(specialist or [], template or [])}, changes)
+    if not force and (output / "config.json").exists():
+        raise RecipeError(f"{output} holds a checkpoint already; replace it with --force, or choose another --output")
     if typed.fused is not None:
         raise RecipeError(f"{recipe}: it starts from the fused folder {typed.fused}; `fuse` needs specialists")
     with _quiet():
@@ -131,7 +135,9 @@ def _specialists(given: list[str], templates: list[str]) -> list[dict[str, Any]]
         name, separator, source = text.partition("=")
         if not separator or not source:
             raise RecipeError(f"--specialist {text!r}: expected NAME=MODEL or NAME=BASE+ADAPTER")
-        model, _, adapter = source.partition("+")
+        if name in out:
+            raise RecipeError(f"--specialist {text!r}: there is another one named {name!r}; names must differ")
+        model, _, adapter = (source, "", "") if Path(source).exists() else source.partition("+")
         out[name] = {"name": name, "model": model} | ({"adapter": adapter} if adapter else {})
     for text in templates:
         name, separator, value = text.partition("=")
@@ -149,15 +155,16 @@ def train_command(
     as_json: Json = False,
 ) -> None:
     """Train a recipe's stages: the gate, then the gate and the specialists."""
-    from ultrafuser.progress import ConsoleProgress
+    from ultrafuser.progress import ConsoleProgress, Progress
     from ultrafuser.recipe import load_recipe
 
     typed = load_recipe(recipe, overrides or [])
+    speaks = int(os.environ.get("RANK", "0")) == 0  # of several processes, the first alone
     with _quiet():
         from ultrafuser.train.stages import read_metrics, train
 
-        folder = train(typed, resume=resume, progress=ConsoleProgress())
-    if int(os.environ.get("RANK", "0")):
+        folder = train(typed, resume=resume, progress=ConsoleProgress() if speaks else Progress())
+    if not speaks:
         return
     last = {row["stage"]: row for row in read_metrics(folder / "metrics.jsonl")}
     if as_json:
@@ -200,7 +207,8 @@ def demo_command(
         console.print(render_terminal(traces[-1]))
     fused = output / "fused"
     _say(
-        f"\n{results['seconds']['total']:.0f} s, {results['config']['peak_memory_mb']} MB; report: {output}/report.html\n"
+        f"\n{results['seconds']['total']:.0f} s, {results['config']['peak_memory_mb']} MB\n"
+        f"report: {output}/report.html\n"
         f"next:\n  ultrafuser chat {fused}\n  ultrafuser inspect {fused} --prompt 'What is 15% of 80?' --weights\n"
         f"  ultrafuser info {fused}"
     )
@@ -213,7 +221,10 @@ def demo_command(
 def generate(
     folder: Folder,
     prompt: Prompt = None,
-    file: Annotated[Path | None, typer.Option(help="A text file with one prompt a line, or rows (JSONL).")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="A text file (or standard input) with one prompt a line, or rows (JSONL) to answer anew."),
+    ] = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -226,7 +237,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer prompts, in batches."""
-    prompts = _prompts(prompt, file)
+    chats = _conversations(prompt, file, system)
     with _quiet():
         model, renderer = _load(folder, dtype, device, seed)
         from ultrafuser.inspect.run import answer
@@ -234,13 +245,14 @@ def generate(
 
         options = _sampling(max_new_tokens, temperature, top_p) | {"num_beams": num_beams}
         progress = ConsoleProgress()
-        progress.start("answers", len(prompts))
+        progress.start("answers", len(chats))
         answers: list[str] = []
-        for start in range(0, len(prompts), batch_size):
-            chats = [_chat(text, system) for text in prompts[start : start + batch_size]]
-            answers += [renderer.tokenizer.decode(ids) for ids in answer(model, renderer, chats, **options)]
-            progress.advance(len(chats))
+        for start in range(0, len(chats), batch_size):
+            batch = chats[start : start + batch_size]
+            answers += [renderer.tokenizer.decode(ids) for ids in answer(model, renderer, batch, **options)]
+            progress.advance(len(batch))
         progress.finish()
+    prompts = [chat[-1]["content"] for chat in chats]
     if as_json:
         _say(
             json.dumps(
@@ -302,6 +314,7 @@ def chat(
 def inspect(
     folder: Folder,
     prompt: Prompt = None,
+    system: System = None,
     response: Annotated[str | None, typer.Option(help="Weigh this answer instead of generating one.")] = None,
     file: Annotated[
         Path | None, typer.Option(help="Rows (JSONL, JSON, CSV, Parquet): weigh the answers they hold.")
@@ -337,7 +350,7 @@ def inspect(
         if file:
             traces = list(trace_rows(model, renderer, rows))
         else:
-            chats = [_chat(text, None) for text in prompt or []]
+            chats = [_chat(text, system) for text in prompt or []]
             if response is not None:
                 answers = [renderer.tokenizer.encode(response, add_special_tokens=False)]
             else:
@@ -396,6 +409,8 @@ def _load(folder: str, dtype: str, device: str, seed: int) -> tuple[Any, Any]:
 
     from ultrafuser.specialists import load, pick_device
 
+    if dtype not in DTYPES:
+        raise RecipeError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     set_seed(seed)
     return load(folder, dtype=dtype, device_map=pick_device(device))
 
@@ -410,23 +425,31 @@ def _chat(text: str, system: str | None) -> list[dict[str, str]]:
     return [*opening, {"role": "user", "content": text}]
 
 
-def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
-    """Prompts from the options, a file, or standard input."""
+def _conversations(given: list[str] | None, file: Path | None, system: str | None) -> list[list[dict[str, str]]]:
+    """What is to be answered: prompts from the options, a file, or standard input; rows up to their last answer."""
     if given and file:
         raise DataError("give --prompt or --file, not both")
     if file is not None and file.suffix in (".jsonl", ".json", ".csv", ".parquet"):
         from ultrafuser.data.sources import load_rows
 
-        return [row.messages[-2][1] for row in load_rows(str(file), domain="any")]
+        return [row.chat()[:-1] for row in load_rows(str(file), domain="any")]
     if file is not None and not file.is_file():
         raise DataError(f"{file}: no such file; expected a text file with one prompt a line, or rows")
-    if given is None and file is None and sys.stdin.isatty():
+    if given:
+        lines = given
+    elif file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: not UTF-8 at byte {error.start}; convert the file") from error
+    elif sys.stdin.isatty():
         raise DataError("no prompt; give --prompt TEXT, --file FILE, or text on standard input")
-    text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
-    prompts = list(given) if given else [line for line in text.splitlines() if line.strip()]
+    else:
+        lines = sys.stdin.read().splitlines()
+    prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise DataError(f"{file or 'standard input'}: holds no prompt")
-    return prompts
+        raise DataError(f"{'--prompt' if given else file or 'standard input'}: holds no prompt")
+    return [_chat(text, system) for text in prompts]
 
 
 def _print_info(facts: dict[str, Any], as_json: bool) -> None:
@@ -471,6 +494,8 @@ def _print_means(means: dict[str, dict[str, float]]) -> None:
 
 
 def _write_traces(traces: list[Any], means: dict[str, Any], html: Path | None, png: Path | None) -> None:
+    for file in filter(None, (html, png)):
+        file.parent.mkdir(parents=True, exist_ok=True)
     if html is not None:
         from ultrafuser.inspect.html import page, trace_html
 

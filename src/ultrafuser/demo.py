@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ultrafuser.errors import TrainingError
 from ultrafuser.evaluate.baselines import weight_average
 from ultrafuser.evaluate.domain_loss import (
     RowLoss,
@@ -81,9 +82,12 @@ def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[dict[str
 
     Raises:
         CheckpointError: the zoo's base model is not installed.
+        TrainingError: the folder holds a training run.
     """
     progress, clock = progress or Progress(), Clock()
     output = Path(recipe.output)
+    if (output / "recipe.yaml").exists():
+        raise TrainingError(f"{output} holds a training run, which the demo would overwrite; choose another --output")
     for stale in ("1-gate", "2-joint", "features", "fused"):
         shutil.rmtree(output / stale, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)

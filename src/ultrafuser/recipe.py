@@ -115,6 +115,7 @@ class SourceRecipe(Node):
     split: str = Field(default="train", description="Split to read of a hub data set.")
     limit: PositiveInt | None = Field(default=None, description="Rows to read at most; null: all.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub data set.")
+    config: str | None = Field(default=None, description="Configuration of a hub data set, such as `main`.")
 
 
 class DataRecipe(Node):
@@ -176,6 +177,11 @@ class StageRecipe(Node):
                 raise ValueError(f"the gate stage trains no specialist, so {key!r} has no effect; remove it")
         return self
 
+    @property
+    def trains_all_weights(self) -> bool:
+        """Whether the specialists are trained whole, not by adapters."""
+        return self.name == "joint" and self.specialists == "full"
+
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields = handler(self)
@@ -213,7 +219,10 @@ class Recipe(Node):
     eval_every: PositiveInt | None = Field(
         default=None, description="Steps between validations; null: at each stage's end."
     )
-    save_every: PositiveInt | None = Field(default=None, description="Steps between saves; null: at each stage's end.")
+    save_every: PositiveInt | None = Field(
+        default=None,
+        description="Steps between saves; null: at each stage's end. With `keep_best` and validation rows, validations are saved.",
+    )
     keep_best: bool = Field(default=True, description="Keep the checkpoint with the lowest validation loss.")
     log_every: PositiveInt = Field(default=1, description="Steps between rows of metrics.")
     report_to: list[str] = Field(default=[], description="Trackers of the metrics, e.g. `tensorboard`, `wandb`.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ultrafuser.errors import CheckpointError, TokenizerMismatchError
+from ultrafuser.errors import CheckpointError, RecipeError, TokenizerMismatchError
 from ultrafuser.model.checkpoint import (
     fused_folder,
     is_plain_lora,
@@ -27,6 +28,7 @@ from ultrafuser.recipe import Recipe, SpecialistRecipe
 from ultrafuser.templates import Renderer, resolve_template
 
 _TOKENS_SHOWN = 5
+logger = logging.getLogger(__name__)
 
 
 def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
@@ -42,6 +44,12 @@ def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase
     tokenizers = _tokenizers(specs)
     compare_tokenizers(tokenizers)
     tokenizer = tokenizers[specs[0]["name"]]
+    for name, other in tokenizers.items():
+        if other.eos_token != tokenizer.eos_token:
+            logger.warning(
+                "specialist %r ends its answers with %r, the fused model with %r, as %r does",
+                name, other.eos_token, tokenizer.eos_token, specs[0]["name"],
+            )  # fmt: skip
     for spec, specialist in zip(specs, recipe.specialists, strict=True):
         spec["chat_template"] = resolve_template(specialist.chat_template, tokenizers[spec["name"]], specialist.name)
     tokenizer.chat_template = specs[0]["chat_template"]
@@ -82,14 +90,22 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[UltraFuserForCausalLM, Rend
     model = UltraFuserForCausalLM.from_pretrained(local, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(local)
     templates = [spec["chat_template"] for spec in model.config.specialists]
-    return model, Renderer(tokenizer, templates)
+    return model, Renderer(tokenizer, templates, model.config.max_position_embeddings)
 
 
 def pick_device(device: str) -> str:
-    """`auto` is a GPU where there is one."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """`auto` is a GPU where there is one.
+
+    Raises:
+        RecipeError: a device that this machine, or this build of torch, does not have.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        raise RecipeError(f"device {device!r} cannot be used here: {error}; try auto or cpu") from error
+    return device
 
 
 def _tokenizers(specs: Sequence[Mapping[str, Any]]) -> dict[str, PreTrainedTokenizerBase]:
@@ -180,8 +196,11 @@ def _describe(specialist: SpecialistRecipe, configs: dict[str, dict[str, Any]]) 
         if getattr(specialist, key) is not None:
             spec[key] = getattr(specialist, key)
     adapter = read_adapter_config(spec, None)
-    if adapter is not None and not is_plain_lora(adapter[1]):
-        spec["separate"] = True
+    if adapter is not None:
+        if not is_plain_lora(adapter[1]):
+            spec["separate"] = True
+        if adapter[0].parent.name == "snapshots":  # of a hub adapter: its folder is named by the commit
+            source["adapter_revision"] = adapter[0].name
     where, options = _source_options(spec)
     key = repr((where, options))
     if key not in configs:  # a GGUF file takes seconds to parse

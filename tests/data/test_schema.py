@@ -19,9 +19,19 @@ def parse(raw, **options):
 
 
 def test_messages():
-    raw = {"id": "x1", "domain": "math", "messages": TURNS, "source": "s", "licence": "CC0", "topic": "t", "subtopic": "u"}
+    raw = {
+        "id": "x1",
+        "domain": "math",
+        "messages": TURNS,
+        "source": "s",
+        "licence": "CC0",
+        "topic": "t",
+        "subtopic": "u",
+    }
     row = parse(raw | {"tests": "assert True", "check": "assert answer"})
-    assert row == Row("x1", "math", (("user", "Q?"), ("assistant", "A.")), "s", "CC0", "t", "u", "assert True", "assert answer")
+    assert row == Row(
+        "x1", "math", (("user", "Q?"), ("assistant", "A.")), "s", "CC0", "t", "u", "assert True", "assert answer"
+    )
     assert row.chat() == TURNS
 
 
@@ -60,7 +70,10 @@ def test_instruction_layouts(raw, question):
 
 
 def test_white_space_at_the_ends_goes():
-    assert parse({"prompt": " Q?\n", "response": "\n\tA. \n"}, domain="text").messages == (("user", "Q?"), ("assistant", "A."))
+    assert parse({"prompt": " Q?\n", "response": "\n\tA. \n"}, domain="text").messages == (
+        ("user", "Q?"),
+        ("assistant", "A."),
+    )
 
 
 def test_a_null_column_does_not_hide_another_layout():

@@ -11,8 +11,8 @@ from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows, write_rows
 from ultrafuser.errors import DataError
 
-RAW = [{"instruction": f"Q{i}?", "input": "", "output": f"A{i}, \"é\"\nand a line"} for i in range(3)]
-EXPECTED = [(("user", f"Q{i}?"), ("assistant", f"A{i}, \"é\"\nand a line")) for i in range(3)]
+RAW = [{"instruction": f"Q{i}?", "input": "", "output": f'A{i}, "é"\nand a line'} for i in range(3)]
+EXPECTED = [(("user", f"Q{i}?"), ("assistant", f'A{i}, "é"\nand a line')) for i in range(3)]
 
 
 def jsonl(path, records=RAW):
@@ -149,7 +149,9 @@ def test_csv_names_the_line(tmp_path):
 def test_parquet_names_the_row(tmp_path):
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
-    pq.write_table(pa.Table.from_pylist([{"prompt": "Q", "response": r} for r in ("A", None)]), tmp_path / "rows.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([{"prompt": "Q", "response": r} for r in ("A", None)]), tmp_path / "rows.parquet"
+    )
     refuses(tmp_path / "rows.parquet", r"rows\.parquet\[1\]: column 'response' is empty")
 
 
@@ -159,7 +161,7 @@ def test_a_broken_parquet_file(tmp_path):
 
 
 def test_not_utf8(tmp_path):
-    (tmp_path / "rows.jsonl").write_bytes(json.dumps(RAW[0]).encode() + b"\n{\"prompt\": \"\xe9\"}\n")
+    (tmp_path / "rows.jsonl").write_bytes(json.dumps(RAW[0]).encode() + b'\n{"prompt": "\xe9"}\n')
     refuses(tmp_path / "rows.jsonl", r"rows\.jsonl: not UTF-8 at byte \d+; convert the file")
 
 
@@ -173,7 +175,10 @@ def test_no_rows(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    refuses(tmp_path / "missing.jsonl", r"missing\.jsonl: no such file; expected \.jsonl, \.json, \.csv, \.parquet, a folder")
+    refuses(
+        tmp_path / "missing.jsonl",
+        r"missing\.jsonl: no such file; expected \.jsonl, \.json, \.csv, \.parquet, a folder",
+    )
     refuses(tmp_path / "*.jsonl", r"\*\.jsonl: no such file")
     refuses("data/rows.jsonl", r"data/rows\.jsonl: no such file")
 
@@ -200,4 +205,7 @@ def test_a_hub_data_set_that_is_not_there(monkeypatch):
         raise FileNotFoundError("Couldn't find it")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    refuses("owner/name", r"owner/name: no such local file, and the hub data set could not be loaded \(split 'train'\): Could")
+    refuses(
+        "owner/name",
+        r"owner/name: no such local file, and the hub data set could not be loaded \(split 'train'\): Could",
+    )

@@ -23,26 +23,49 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_give_the_losses_of_one(workshop: Workshop, tmp_path: Path, case: str) -> None:
-    changes, stages = CASES[case]
-    changes = changes | {"eval_every": 2, "data": {"validation": [str(workshop.folder / "held-out.jsonl")]}}
-    alone = workshop.train(tmp_path / "alone", stages, **changes)
-    file = tmp_path / "recipe.yaml"
-    file.write_text(dump_recipe(workshop.recipe(tmp_path / "two", stages, **changes)))
-    done = _launch("-m", "ultrafuser", "train", str(file), "--json")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count('"folder"') == 1, "the main process alone prints"
+# Starting two processes is what costs: one launch trains every recipe, each through the command line.
+DRIVER = """
+import sys
+from ultrafuser.cli import app
+for recipe in sys.argv[1:]:
+    app(["train", recipe, "--json"], standalone_mode=False)
+"""
 
-    ours, theirs = losses(alone), losses(tmp_path / "two")
+
+@pytest.fixture(scope="module")
+def folders(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each case, alone/CASE and two/CASE, and the output of the launch."""
+    home = tmp_path_factory.mktemp("ranks")
+    files = []
+    for case, (changes, stages) in CASES.items():
+        changes = changes | {"eval_every": 2, "data": {"validation": [str(workshop.folder / "held-out.jsonl")]}}
+        workshop.train(home / "alone" / case, stages, **changes)
+        files.append(home / f"{case}.yaml")
+        files[-1].write_text(dump_recipe(workshop.recipe(home / "two" / case, stages, **changes)))
+    (home / "driver.py").write_text(DRIVER)
+    done = _launch(str(home / "driver.py"), *map(str, files))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (home / "stdout").write_text(done.stdout)
+    (home / "stderr").write_text(done.stderr)
+    return home
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_give_the_losses_of_one(folders: Path, case: str) -> None:
+    ours, theirs = losses(folders / "alone" / case), losses(folders / "two" / case)
     assert [row[:2] for row in ours] == [row[:2] for row in theirs]
     for (*where, own), (*_, other) in zip(ours, theirs, strict=True):
         assert own == pytest.approx(other, abs=1e-5, rel=1e-5), where
-    weights = trained_weights(tmp_path / "two")
-    for name, tensor in trained_weights(alone).items():
+    weights = trained_weights(folders / "two" / case)
+    for name, tensor in trained_weights(folders / "alone" / case).items():
         if "score.bias" not in name:  # the softmax cancels it: its gradient is rounding alone
             torch.testing.assert_close(tensor, weights[name], atol=1e-3, rtol=1e-3, msg=name)
-    assert (tmp_path / "two" / "fused" / "config.json").is_file()
+    assert (folders / "two" / case / "fused" / "config.json").is_file()
+
+
+def test_the_main_process_alone_prints(folders: Path) -> None:
+    assert (folders / "stdout").read_text().count('"folder"') == len(CASES)
+    assert (folders / "stderr").read_text().count("stage joint: done") == len(CASES)
 
 
 def _launch(*command: str) -> subprocess.CompletedProcess:

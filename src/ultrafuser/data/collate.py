@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ultrafuser.errors import DataError
 from ultrafuser.templates import Rendered, Renderer
 
 
@@ -45,7 +46,12 @@ def prompt_inputs(
     Returns:
         input_ids, attention_mask (B, T), the first specialist's view; specialist_input_ids,
         specialist_attention_mask (B, K, T).
+
+    Raises:
+        DataError: no conversation.
     """
+    if not conversations:
+        raise DataError("there is no conversation to answer; give at least one")
     prompts = [renderer.prompt(messages) for messages in conversations]
     longest = max(len(ids) for own in prompts for ids in own)
     pad_id = renderer.tokenizer.pad_token_id

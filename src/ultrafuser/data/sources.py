@@ -23,20 +23,21 @@ def load_rows(
     split: str = "train",
     limit: int | None = None,
     revision: str | None = None,
+    config: str | None = None,
 ) -> list[Row]:
     """Read every row of one source.
 
     Args:
         path: a file, a folder of files, a glob, `package:MODULE/FILE`, or a hub data set id (`owner/name`).
         domain: the stratum of all its rows; by default each row's own.
-        split, revision: of a hub data set.
+        split, revision, config: of a hub data set; `config` is its configuration, e.g. `main` of `openai/gsm8k`.
         limit: the first so many rows.
 
     Raises:
         DataError: nothing there, an unreadable file, or a malformed row (with file and line number).
     """
     rows = []
-    for raw, where in _records(path, split, revision):
+    for raw, where in _records(path, split, revision, config):
         rows.append(parse_row(raw, where, domain))
         if limit is not None and len(rows) >= limit:
             break
@@ -50,7 +51,7 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
     path.write_text("".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _records(path: str, split: str, revision: str | None) -> Iterator[tuple[Any, str]]:
+def _records(path: str, split: str, revision: str | None, config: str | None) -> Iterator[tuple[Any, str]]:
     """Raw records with the place each comes from."""
     if path.startswith("package:"):
         try:
@@ -62,7 +63,7 @@ def _records(path: str, split: str, revision: str | None) -> Iterator[tuple[Any,
         for file in files:
             yield from _read_file(file)
     elif path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith(SUFFIXES):
-        yield from _read_hub(path, split, revision)
+        yield from _read_hub(path, split, revision, config)
     else:
         raise DataError(f"{path}: no such file; expected {', '.join(SUFFIXES)}, a folder of them, a glob, or a hub id")
 
@@ -125,11 +126,11 @@ def _read_parquet(file: Path) -> Iterator[tuple[Any, str]]:
             number += 1
 
 
-def _read_hub(path: str, split: str, revision: str | None) -> Iterator[tuple[Any, str]]:
+def _read_hub(path: str, split: str, revision: str | None, config: str | None) -> Iterator[tuple[Any, str]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(path, split=split, revision=revision)
+        rows = datasets.load_dataset(path, config, split=split, revision=revision)
     except (OSError, ValueError) as error:  # not found, no such split, no network: all arrive as one of these
         raise DataError(
             f"{path}: no such local file, and the hub data set could not be loaded (split {split!r}): {error}"

@@ -74,7 +74,12 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
         model.generation_config = GenerationConfig.from_pretrained(folder)
     mark_unchanged(model, folder)
     model.eval()
-    report: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    report: dict[str, Any] = {
+        "missing_keys": set(),
+        "unexpected_keys": set(),
+        "mismatched_keys": set(),
+        "error_msgs": [],
+    }
     return (model, report) if info else model
 
 
@@ -331,7 +336,9 @@ def _sample(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _is_written(parameter: torch.Tensor, before: Mapping[int, tuple[int, torch.Tensor]]) -> bool:
-    version, sample = before.get(id(parameter), (None, None))
+    if id(parameter) not in before:
+        return True
+    version, sample = before[id(parameter)]
     return version != parameter._version or not torch.equal(sample.to(parameter.dtype), _sample(parameter))
 
 
@@ -371,6 +378,7 @@ def save_fused(
         raise CheckpointError("save first, then call model.push_to_hub(repo_id), which uploads the folder")
     config: UltraFuserConfig = copying.deepcopy(model.config)
     state = dict(state_dict) if state_dict is not None else None
+    copied: dict[Path, str] = {}
     with staging(Path(save_directory)) as folder:
         for g, group in enumerate(model.groups):
             specs = [config.specialists[config.names.index(name)] for name in group.names]
@@ -378,7 +386,8 @@ def save_fused(
                 own = None if state is None else _sub_state(state, f"groups.{g}.model.")
                 _write_group(group, specs, folder, own, getattr(model, "_folder", None))
             else:
-                _keep_group(specs, folder, getattr(model, "_folder", None), copy)
+                for spec in specs:
+                    _keep(spec, folder, getattr(model, "_folder", None), copy, copied)
         gate = _sub_state(state, "gate.") if state is not None else model.gate.state_dict()
         gate = {f"gate.{key}": value.detach().cpu().contiguous() for key, value in gate.items()}
         save_file(gate, folder / GATE_FILE, metadata={"format": "pt"})
@@ -468,28 +477,39 @@ def write_adapter(
     (home / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n", encoding="utf-8")
 
 
-def _keep_group(specs: list[dict[str, Any]], folder: Path, old: Path | None, copy: bool) -> None:
-    """Unchanged specialists stay references; what lies inside the old checkpoint moves along."""
-    for spec in specs:
-        for part in ("model", "adapter"):
-            reference = spec["source"].get(part)
-            if not reference:
-                continue
-            where = resolve(reference, old, spec["name"])
-            inside = old is not None and isinstance(where, Path) and is_inside(where, old)
-            if not (inside or copy):
-                continue
-            if not isinstance(where, Path):
-                where = Path(snapshot_download(str(where), revision=spec["source"].get("revision")))
-            home = f"specialists/{spec['name']}" if part == "adapter" or not spec["source"].get("adapter") else "base"
-            home = where.relative_to(old).as_posix() if inside and old else home
-            if where.is_file():
-                home = f"{home}/{where.name}" if not inside else home
-                (folder / home).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(where, folder / home)
+def _keep(spec: dict[str, Any], folder: Path, old: Path | None, copy: bool, copied: dict[Path, str]) -> None:
+    """An unchanged specialist stays a reference; what lies inside the old checkpoint moves along.
+
+    Args:
+        copied: what was copied to where so far, since several specialists may share a base.
+    """
+    source = spec["source"]
+    for part in ("model", "adapter"):
+        if not source.get(part):
+            continue
+        where = resolve(source[part], old, spec["name"])
+        inside = old is not None and isinstance(where, Path) and is_inside(where, old)
+        if not (inside or copy):
+            continue
+        if not isinstance(where, Path):
+            revision = source.get("revision" if part == "model" else "adapter_revision")
+            where = Path(snapshot_download(str(where), revision=revision))
+        if where not in copied:
+            if inside and old is not None:
+                copied[where] = where.relative_to(old).as_posix()
             else:
-                shutil.copytree(where, folder / home, dirs_exist_ok=True)
-            spec["source"][part] = home
+                shelf = "bases" if part == "model" and source.get("adapter") else "specialists"
+                copied[where] = f"{shelf}/{spec['name']}" + (f"/{where.name}" if where.is_file() else "")
+            _copy(where, folder / copied[where])
+        source[part] = copied[where]
+
+
+def _copy(where: Path, home: Path) -> None:
+    home.parent.mkdir(parents=True, exist_ok=True)
+    if where.is_dir():
+        shutil.copytree(where, home, dirs_exist_ok=True)
+    else:
+        shutil.copy(where, home)
 
 
 def _absolute_base(spec: dict[str, Any], folder: Path, old: Path | None) -> None:
@@ -498,7 +518,7 @@ def _absolute_base(spec: dict[str, Any], folder: Path, old: Path | None) -> None
     if old is not None and isinstance(where, Path) and is_inside(where, old):
         home = folder / where.relative_to(old)
         if not home.exists():
-            shutil.copytree(where, home) if where.is_dir() else shutil.copy(where, home)
+            _copy(where, home)
 
 
 @contextmanager
@@ -521,6 +541,8 @@ def staging(target: Path) -> Iterator[Path]:
             draft.rename(target)
         else:
             (target / "config.json").unlink(missing_ok=True)
+            for stale in ("specialists", "bases"):
+                shutil.rmtree(target / stale, ignore_errors=True)
             for entry in sorted(draft.iterdir(), key=lambda entry: entry.name == "config.json"):
                 if (target / entry.name).is_dir():
                     shutil.rmtree(target / entry.name)

@@ -340,12 +340,6 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         inputs.pop("attention_mask", None)
         return inputs
 
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """An assistant drafts from `input_ids`, the first specialist's prompt; the others' prompts mean nothing to it."""
-        own = ("specialist_input_ids", "specialist_attention_mask")
-        kwargs["model_kwargs"] = {key: value for key, value in kwargs["model_kwargs"].items() if key not in own}
-        return super()._get_candidate_generator(*args, **kwargs)
-
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict, **kwargs: Any) -> Any:
         """A drafting model is an ordinary one: it reads `input_ids`, whatever the specialists read."""
         own = ("specialist_input_ids", "specialist_attention_mask", "output_gate_weights")

@@ -45,7 +45,8 @@ def write_card(
         "",
         f'model, renderer = ultrafuser.load("{title}")',
         'inputs = ultrafuser.prompt_inputs(renderer, [[{"role": "user", "content": "Hello"}]], model.device)',
-        "print(renderer.tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+        "tokens = model.generate(**inputs, max_new_tokens=64)",
+        'print(renderer.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         "```",
         "",
     ]
@@ -59,7 +60,10 @@ def write_card(
             f"{stages}. The whole recipe is in `recipe.yaml`, its course in `metrics.jsonl`.",
             "",
         ]
-    last = {row["stage"]: row for row in metrics if "eval_loss" in row}
+    validations = [row for row in metrics if "eval_loss" in row]
+    if recipe is not None and recipe.keep_best:  # what the stage kept; later rows of equal loss did not replace it
+        validations.sort(key=lambda row: -row["eval_loss"])
+    last = {row["stage"]: row for row in validations}
     if last:
         domains = sorted(
             {key.removeprefix("eval_loss/") for row in last.values() for key in row if "eval_loss/" in key}

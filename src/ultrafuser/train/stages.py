@@ -20,11 +20,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
-from ultrafuser.errors import DataError, TrainingError
+from ultrafuser.errors import DataError, RecipeError, TrainingError
 from ultrafuser.model.checkpoint import staging
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.progress import Progress
-from ultrafuser.recipe import Recipe, SourceRecipe, StageRecipe, dump_recipe
+from ultrafuser.recipe import GateRecipe, Recipe, SourceRecipe, StageRecipe, dump_recipe
 from ultrafuser.specialists import fuse, load, pick_device
 from ultrafuser.templates import Rendered, Renderer
 from ultrafuser.train.card import write_card
@@ -66,7 +66,10 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Progress | None = N
         (output / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     for number, stage in enumerate(recipe.stages, 1):
         run_stage(model, stage, recipe, rows, validation, output / f"{number}-{stage.name}", progress=progress)
-    return save_fused_folder(model, tokenizer, recipe, output)
+    folder = save_fused_folder(model, tokenizer, recipe, output)
+    if PartialState().is_main_process:
+        shutil.rmtree(output / "features", ignore_errors=True)  # large, and quickly made again
+    return folder
 
 
 def save_fused_folder(
@@ -81,7 +84,7 @@ def save_fused_folder(
             (draft / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
             if (output / "metrics.jsonl").is_file():
                 shutil.copy(output / "metrics.jsonl", draft)
-            write_card(draft, model.config, recipe, read_metrics(output / "metrics.jsonl"), title="fused")
+            write_card(draft, model.config, recipe, read_metrics(output / "metrics.jsonl"), title=output.name)
     PartialState().wait_for_everyone()
     return folder
 
@@ -107,6 +110,7 @@ def read_sources(sources: Sequence[SourceRecipe], renderer: Renderer, progress: 
             split=source.split,
             limit=source.limit,
             revision=source.revision,
+            config=source.config,
         )
     rendered, stats = renderer.render_all(rows)
     counts = {domain: sum(row.domain == domain for row in rendered) for domain in sorted({r.domain for r in rows})}
@@ -137,17 +141,35 @@ def run_stage(
         folder: of this stage; checkpoints in it are resumed from.
     """
     progress = progress or Progress()
+    dtypes = [group.model.dtype for group in model.groups]
     torch.manual_seed(recipe.seed)  # new adapters start alike whether the stage before ran now or in an earlier run
     (prepare_gate if stage.name == "gate" else prepare_joint)(model, stage)
     if (folder / FINISHED).is_file():
         model.load_state_dict(load_file(folder / FINISHED), strict=False)
         progress.say(f"stage {stage.name}: finished before")
-        return
-    args = _arguments(stage, recipe, folder, bool(validation))
-    if stage.name == "gate" and not isinstance(rows, FeatureStore) and _caching_pays(model, stage, recipe, rows):
-        rows = _store(model, rows, folder.parent / "features" / "train", args, progress)
-        if validation and not isinstance(validation, FeatureStore):
-            validation = _store(model, validation, folder.parent / "features" / "validation", args, progress)
+    else:
+        autocast = stage.trains_all_weights and torch.bfloat16 in dtypes
+        args = _arguments(stage, recipe, folder, validates=bool(validation), autocast=autocast)
+        if stage.name == "gate" and not isinstance(rows, FeatureStore) and _caching_pays(model, stage, recipe, rows):
+            rows = _store(model, rows, folder.parent / "features" / "train", args, progress)
+            if validation and not isinstance(validation, FeatureStore):
+                validation = _store(model, validation, folder.parent / "features" / "validation", args, progress)
+        _train_stage(model, stage, recipe, rows, validation, folder, args, progress)
+    if stage.trains_all_weights:
+        for group, dtype in zip(model.groups, dtypes, strict=True):
+            group.to(dtype)
+
+
+def _train_stage(
+    model: UltraFuserForCausalLM,
+    stage: StageRecipe,
+    recipe: Recipe,
+    rows: Rows,
+    validation: Rows,
+    folder: Path,
+    args: TrainingArguments,
+    progress: Progress,
+) -> None:
     plain = rows.rows if isinstance(rows, FeatureStore) else rows
     sampler = BalancedBatchSampler(
         [row.domain for row in plain],
@@ -200,6 +222,7 @@ def prepare_joint(model: UltraFuserForCausalLM, stage: StageRecipe) -> None:
                     f"specialists {', '.join(group.names)} share one base, so training all its weights would tie them; "
                     "use stages.joint.specialists=lora, or share_base=false"
                 )
+            group.float()  # AdamW's small steps vanish in bfloat16; run_stage casts back
             group.requires_grad_(True)
             continue
         if not group.loras:
@@ -211,8 +234,10 @@ def prepare_joint(model: UltraFuserForCausalLM, stage: StageRecipe) -> None:
             parameter.requires_grad_(True)
 
 
-def _arguments(stage: StageRecipe, recipe: Recipe, folder: Path, validates: bool) -> TrainingArguments:
-    every = recipe.eval_every or stage.steps
+def _arguments(
+    stage: StageRecipe, recipe: Recipe, folder: Path, *, validates: bool, autocast: bool
+) -> TrainingArguments:
+    every = recipe.eval_every or recipe.save_every or stage.steps
     keeps_best = recipe.keep_best and validates
     on_cpu = recipe.device == "cpu" or (recipe.device == "auto" and not torch.cuda.is_available())
     return TrainingArguments(
@@ -238,6 +263,7 @@ def _arguments(stage: StageRecipe, recipe: Recipe, folder: Path, validates: bool
         report_to=recipe.report_to or "none",
         seed=recipe.seed,
         use_cpu=on_cpu,
+        bf16=autocast and not on_cpu,
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -274,6 +300,17 @@ def _build(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBa
     if recipe.fused is None:
         return fuse(recipe)
     model, renderer = load(recipe.fused, dtype=recipe.dtype, device_map=pick_device(recipe.device))
+    own = {
+        "mixing": model.config.mixing,
+        "share_base": model.config.share_base,
+        "gate": GateRecipe(hidden_size=model.config.gate_hidden_size),
+    }
+    for key in own.keys() & recipe.model_fields_set:
+        if getattr(recipe, key) != own[key]:
+            raise RecipeError(
+                f"{key}: the fused folder {recipe.fused} has {own[key]}, the recipe says {getattr(recipe, key)}; leave it "
+                "out of the recipe, or fuse anew from the specialists"
+            )
     return model, renderer.tokenizer
 
 

@@ -1,0 +1,130 @@
+"""The balanced sampler: exact counts in every global batch, whatever the ranks, the accumulation and the interruptions."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import pytest
+from accelerate.data_loader import BatchSamplerShard, skip_first_batches
+from torch.utils.data import DataLoader
+
+from ultrafuser.data.balance import BalancedBatchSampler
+from ultrafuser.errors import DataError
+
+DOMAINS = ["text"] * 7 + ["code"] * 3 + ["math"] * 12
+LENGTHS = [(37 * i) % 23 for i in range(len(DOMAINS))]
+
+
+def sampler(samples: int = 4, batches: int = 6, **options) -> BalancedBatchSampler:
+    return BalancedBatchSampler(DOMAINS, samples, batches, **options)
+
+
+def global_batches(whole: BalancedBatchSampler) -> list[list[int]]:
+    """The union of the micro-batches of one optimizer step."""
+    micro = list(whole)
+    size = whole.num_micro_batches
+    assert len(micro) == len(whole) == size * whole.num_batches
+    return [list(itertools.chain(*micro[i : i + size])) for i in range(0, len(micro), size)]
+
+
+def by_rank(whole: BalancedBatchSampler, num_ranks: int) -> list[list[list[int]]]:
+    """The micro-batches of each rank, as accelerate hands them out."""
+    return [
+        list(BatchSamplerShard(whole, num_processes=num_ranks, process_index=rank, split_batches=False))
+        for rank in range(num_ranks)
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows_per_device", [1, 2, 5, None])
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["as-drawn", "by-length"])
+def test_exact_counts_in_every_global_batch_over_ranks_and_accumulation(num_ranks, rows_per_device, lengths):
+    whole = sampler(rows_per_device=rows_per_device, num_ranks=num_ranks, lengths=lengths)
+    ranks = by_rank(whole, num_ranks)
+    assert {len(micro) for micro in ranks} == {whole.num_batches * whole.num_accumulation}
+    for step in range(whole.num_batches):
+        part = slice(step * whole.num_accumulation, (step + 1) * whole.num_accumulation)
+        rows = [row for micro in ranks for batch in micro[part] for row in batch]
+        assert Counter(DOMAINS[row] for row in rows) == {"text": 4, "code": 4, "math": 4}
+
+
+def test_the_same_rows_in_every_step_whatever_the_ranks_and_the_micro_batches():
+    expected = [Counter(rows) for rows in sampler().global_batches()]
+    for num_ranks, size, lengths in itertools.product([1, 2, 3, 6], [1, 2, 3, None], [None, LENGTHS]):
+        whole = sampler(rows_per_device=size, num_ranks=num_ranks, lengths=lengths)
+        assert [Counter(rows) for rows in global_batches(whole)] == expected, (num_ranks, size)
+
+
+@pytest.mark.parametrize(
+    ("samples", "ranks", "wanted", "size", "accumulation"),
+    [(4, 1, 8, 6, 2), (4, 2, 8, 6, 1), (4, 1, 5, 4, 3), (4, 1, None, 12, 1), (4, 1, 1, 1, 12), (4, 3, 100, 4, 1)],
+)
+def test_micro_batches_are_as_large_as_allowed(samples, ranks, wanted, size, accumulation):
+    whole = sampler(samples, rows_per_device=wanted, num_ranks=ranks)
+    assert (whole.micro_size, whole.num_accumulation) == (size, accumulation)
+    assert {len(batch) for batch in whole} == {size}
+
+
+def test_rows_of_similar_length_share_a_micro_batch():
+    whole = sampler(rows_per_device=3, lengths=LENGTHS)
+    micro = list(itertools.islice(whole, whole.num_micro_batches))
+    lengths = [[LENGTHS[row] for row in batch] for batch in micro]
+    assert list(itertools.chain(*lengths)) == sorted(itertools.chain(*lengths))
+
+
+def test_seeded():
+    assert list(sampler(seed=3)) == list(sampler(seed=3)) == list(iter(sampler(seed=3)))
+    assert list(sampler(seed=3)) != list(sampler(seed=4))
+    whole = sampler(seed=3)
+    assert list(whole) == list(whole), "iterating twice must give the same batches"
+
+
+def test_more_batches_begin_with_the_same_ones():
+    assert list(sampler(batches=3)) == list(sampler(batches=9))[: len(sampler(batches=3))]
+
+
+@pytest.mark.parametrize("skipped", [1, 5, 12])
+def test_skipping_batches_is_resuming(skipped):
+    whole = sampler(rows_per_device=2, lengths=LENGTHS)
+    loader = DataLoader(range(len(DOMAINS)), batch_sampler=whole, collate_fn=list)
+    assert list(skip_first_batches(loader, skipped)) == list(loader)[skipped:]
+
+
+def test_every_row_of_a_domain_is_seen_before_any_comes_again():
+    drawn = [row for rows in sampler(samples=4, batches=20).global_batches() for row in rows]
+    for domain in ("text", "code", "math"):
+        mine = [row for row in drawn if DOMAINS[row] == domain]
+        have = DOMAINS.count(domain)
+        epochs = [mine[i : i + have] for i in range(0, len(mine) - have + 1, have)]
+        assert all(len(set(epoch)) == have for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) > 1, "each epoch has an order of its own"
+
+
+def test_domains_are_shuffled_apart_from_each_other():
+    """Adding a domain does not change what is drawn of the others."""
+    one = BalancedBatchSampler(DOMAINS, 2, 5)
+    two = BalancedBatchSampler([*DOMAINS, "mixed"], 2, 5)
+    for ours, theirs in zip(one.global_batches(), two.global_batches(), strict=True):
+        assert set(ours) <= set(theirs)
+
+
+def test_unbalanced_draws_from_all_rows_alike():
+    whole = sampler(samples=4, batches=11, balanced=False)
+    batches = global_batches(whole)
+    assert {len(rows) for rows in batches} == {12}
+    seen = Counter(itertools.chain(*batches))
+    assert set(seen.values()) == {6}, "22 rows, 132 draws: every row 6 times"
+    assert {tuple(sorted(Counter(DOMAINS[r] for r in rows).items())) for rows in batches} != {
+        (("code", 4), ("math", 4), ("text", 4))
+    }
+
+
+def test_no_rows_is_an_error():
+    with pytest.raises(DataError, match="no rows to draw batches from"):
+        BalancedBatchSampler([], 4, 1)
+
+
+def test_a_batch_that_ranks_cannot_share_is_an_error():
+    with pytest.raises(DataError, match=r"5 rows from each of 3 domains \(code, math, text\).* 2 processes; change samples"):
+        sampler(samples=5, num_ranks=2)

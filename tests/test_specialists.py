@@ -1,0 +1,343 @@
+"""From a recipe's specialists to a fused model, and the refusals on the way."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import ultrafuser
+from specimens import VOCAB, force_gate, one_hot, save_adapter, tiny, tokens
+from ultrafuser.errors import CheckpointError, DataError, RecipeError, TokenizerMismatchError
+from ultrafuser.model import checkpoint
+from ultrafuser.model.shared_base import SpecialistGroup
+from ultrafuser.recipe import load_recipe
+from ultrafuser.specialists import check_head, compare_tokenizers, fuse, pick_device
+from ultrafuser.templates import BUILTIN
+from workbench import NAMES, Workshop, shared_workshop
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory, tokenizer) -> Workshop:
+    return shared_workshop(lambda: tmp_path_factory.mktemp("workshop"), tokenizer)
+
+
+def recipe(*specialists: dict[str, Any], **fields: Any) -> Any:
+    return load_recipe({"specialists": list(specialists), "device": "cpu", "gate": {"hidden_size": 16}, **fields})
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def rebuilt(tokenizer: PreTrainedTokenizerFast, change: Any) -> PreTrainedTokenizerFast:
+    """The same tokenizer with its parts changed."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(parts)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(parts)),
+        **{key: getattr(tokenizer, key) for key in ("bos_token", "eos_token", "pad_token")},
+    )
+
+
+def swap_ids(parts: dict[str, Any]) -> None:
+    vocab = parts["model"]["vocab"]
+    a, b = [token for token in vocab if len(token) == 1][:2]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+
+
+def swap_merges(parts: dict[str, Any]) -> None:
+    merges = parts["model"]["merges"]
+    merges[3], merges[4] = merges[4], merges[3]
+
+
+def drop_merges(parts: dict[str, Any]) -> None:
+    del parts["model"]["merges"][5:]
+
+
+def rename_token(parts: dict[str, Any]) -> None:
+    vocab = parts["model"]["vocab"]
+    last = max(vocab, key=vocab.get)
+    parts["model"]["merges"] = [m for m in parts["model"]["merges"] if "".join(m) != last]
+    vocab["zebra"] = vocab.pop(last)
+
+
+def split_otherwise(parts: dict[str, Any]) -> None:
+    parts["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def test_equal_tokenizers_pass(tokenizer):
+    compare_tokenizers({"a": tokenizer, "b": copy.deepcopy(tokenizer), "c": rebuilt(tokenizer, lambda parts: None)})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (swap_ids, r"the same tokens have other ids: '\S+ \(\d+ and \d+\)'"),
+        (swap_merges, "their merges differ from merge 3 on"),
+        (drop_merges, "their merges differ from merge the end on"),
+        (rename_token, r"tokens that only one of them has: .*'zebra'"),
+        (split_otherwise, "they split or normalise text differently"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_tokenizers_that_differ_are_refused(tokenizer, change, said):
+    with pytest.raises(TokenizerMismatchError, match=f"specialist 'b': its tokenizer differs from that of 'a': .*{said}"):
+        compare_tokenizers({"a": tokenizer, "b": rebuilt(tokenizer, change)})
+
+
+def test_an_added_token_is_named(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([AddedToken("<|tool|>", special=True)])
+    with pytest.raises(TokenizerMismatchError, match=r"only one of them has: '<\|tool\|>'"):
+        compare_tokenizers({"a": tokenizer, "b": other})
+    with pytest.raises(TokenizerMismatchError, match=r"'<\|tool\|>'"):
+        compare_tokenizers({"a": other, "b": tokenizer})
+
+
+def test_only_some_of_many_tokens_are_named(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([f"<extra-{i}>" for i in range(20)])
+    with pytest.raises(TokenizerMismatchError, match="and 15 more"):
+        compare_tokenizers({"a": tokenizer, "b": other})
+
+
+def test_fuse_refuses_specialists_of_different_tokenizers(workshop, tmp_path, tokenizer):
+    other = shutil.copytree(workshop.folder / "code", tmp_path / "other")
+    changed = copy.deepcopy(tokenizer)
+    changed.add_tokens(["<|tool|>"])
+    changed.save_pretrained(other)
+    with pytest.raises(TokenizerMismatchError, match=r"'code'.*'text'.*<\|tool\|>"):
+        fuse(recipe({"name": "text", "model": str(workshop.folder / "text")}, {"name": "code", "model": str(other)}))
+
+
+# ---------------------------------------------------------------- what is missing
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("/nowhere/at/all", "specialist 'a': its source /nowhere/at/all is gone"),
+        ("nowhere/nothing-there", "specialist 'a': no model in nowhere/nothing-there"),
+        ("package:nowhere/x.gguf", "the Python package 'nowhere' is not installed"),
+    ],
+)
+def test_a_missing_model_is_named(model, said):
+    with pytest.raises(CheckpointError, match=said):
+        fuse(recipe({"name": "a", "model": model}))
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=f"specialist 'a': no model in {tmp_path}"):
+        fuse(recipe({"name": "a", "model": str(tmp_path)}))
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    tiny().save_pretrained(tmp_path / "bare")
+    with pytest.raises(CheckpointError, match=f"specialist 'a': no tokenizer in {tmp_path}/bare"):
+        fuse(recipe({"name": "a", "model": str(tmp_path / "bare")}))
+
+
+def test_a_specialist_without_a_template_is_named(tmp_path, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    tiny(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "bare")
+    bare.save_pretrained(tmp_path / "bare")
+    one = {"name": "a", "model": str(tmp_path / "bare")}
+    with pytest.raises(DataError, match="specialist 'a': its tokenizer has no chat template; give one: .*chatml"):
+        fuse(recipe(one))
+    model, _ = fuse(recipe(one | {"chat_template": "plain"}))
+    assert model.config.specialists[0]["chat_template"] == BUILTIN["plain"]
+
+
+def test_an_adapter_folder_without_an_adapter_is_named(workshop):
+    folder = workshop.folder / "text"
+    with pytest.raises(CheckpointError, match="specialist 'a': .* has no adapter_config.json; expected a PEFT adapter"):
+        fuse(recipe({"name": "a", "model": str(folder), "adapter": str(workshop.folder / "code")}))
+
+
+@pytest.mark.parametrize("device", ["warp-drive", "cuda:99"])
+def test_a_device_that_is_not_there_is_an_error(device):
+    with pytest.raises(RecipeError, match=f"device '{device}' cannot be used here: .*; try auto or cpu"):
+        pick_device(device)
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def test_every_specialist_keeps_its_template(workshop, tmp_path):
+    jinja = tmp_path / "own.jinja"
+    jinja.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}|")
+    given = [None, "plain", "inst", "alpaca", str(jinja), "{{ messages[0].content }}:"]
+    specialists = [
+        {"name": f"s{i}", "model": str(workshop.folder / "text"), "chat_template": template}
+        for i, template in enumerate(given)
+    ]
+    model, tokenizer = fuse(recipe(*specialists))
+    assert [s["chat_template"] for s in model.config.specialists] == [
+        workshop.tokenizer.chat_template, BUILTIN["plain"], BUILTIN["inst"], BUILTIN["alpaca"], jinja.read_text(),
+        "{{ messages[0].content }}:",
+    ]  # fmt: skip
+    model.save_pretrained(tmp_path / "fused")
+    tokenizer.save_pretrained(tmp_path / "fused")
+    jinja.unlink()  # the checkpoint holds the text
+    again, renderer = ultrafuser.load(tmp_path / "fused", device_map="cpu")
+    prompts = renderer.prompt([{"role": "user", "content": "hi"}])
+    assert [tokenizer.decode(ids) for ids in prompts] == [
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+        "<|bos|>User: hi\nAssistant: ",
+        "<|bos|>[INST] hi [/INST] ",
+        "<|bos|>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nhi\n\n### Response:\n",
+        "<user>hi|",
+        "hi:",
+    ]
+    assert renderer.max_length == 192, "the context of the specialists"
+
+
+def test_mixed_architectures_with_one_tokenizer(tmp_path, tokenizer):
+    kinds = {"llama": {}, "gpt2": {"n_embd": 24, "n_positions": 64}, "gemma": {"hidden_size": 16}}
+    for seed, (kind, changes) in enumerate(kinds.items()):
+        tiny(kind, seed, **({"vocab_size": len(tokenizer)} | changes)).save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+    model, _ = fuse(recipe(*({"name": kind, "model": str(tmp_path / kind)} for kind in kinds), mixing="logits"))
+    ids = tokens(2, 9, high=len(tokenizer))
+    assert [state.shape for state in model.specialist_states(ids)] == [(2, 9, 32), (2, 9, 24), (2, 9, 16)]
+    for k, kind in enumerate(kinds):
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / kind).eval()
+        with torch.no_grad():
+            ours = force_gate(model, one_hot(k, 3))(ids).logits
+            torch.testing.assert_close(ours, plain(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_each_specialist_may_have_a_dtype_of_its_own(workshop, tmp_path):
+    paths = [str(workshop.folder / name) for name in NAMES]
+    model, tokenizer = fuse(
+        recipe(
+            {"name": "a", "model": paths[0]},
+            {"name": "b", "model": paths[1], "dtype": "bfloat16"},
+            {"name": "c", "model": paths[2], "dtype": "float16"},
+            dtype="float32",
+        )
+    )
+    model.save_pretrained(tmp_path / "fused")
+    again = ultrafuser.UltraFuserForCausalLM.from_pretrained(tmp_path / "fused", dtype="float32")
+    for one in (model, again):
+        assert [g.model.dtype for g in one.groups] == [torch.float32, torch.bfloat16, torch.float16]
+        assert one.gate.hidden.weight.dtype == torch.float32
+
+
+def test_adapters_on_one_base_load_it_once(workshop, tmp_path, monkeypatch):
+    loaded = []
+    real = checkpoint.AutoModelForCausalLM.from_pretrained
+
+    def counting(where, *args, **kwargs):
+        loaded.append(Path(where))
+        return real(where, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.AutoModelForCausalLM, "from_pretrained", counting)
+    specialists = workshop.adapter_recipe(tmp_path, save_adapter)
+    model, tokenizer = fuse(recipe(*specialists))
+    assert loaded == [workshop.folder / "text"]
+    assert len(model.groups) == 1 and model.groups[0].names == list(NAMES)
+    model.save_pretrained(tmp_path / "fused")
+    tokenizer.save_pretrained(tmp_path / "fused")
+    loaded.clear()
+    ultrafuser.load(tmp_path / "fused", device_map="cpu")
+    assert loaded == [workshop.folder / "text"]
+    loaded.clear()
+    apart, _ = fuse(recipe(*specialists, share_base=False))
+    assert len(loaded) == 3 and len(apart.groups) == 3
+    ids = tokens(2, 7, high=len(tokenizer))
+    with torch.no_grad():
+        for own, other in zip(model.specialist_states(ids), apart.specialist_states(ids), strict=True):
+            torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+
+
+def test_the_base_itself_may_be_a_specialist_beside_its_adapters(workshop, tmp_path):
+    adapters = workshop.adapter_recipe(tmp_path, save_adapter)
+    model, _ = fuse(recipe({"name": "base", "model": str(workshop.folder / "text")}, *adapters))
+    plain = AutoModelForCausalLM.from_pretrained(workshop.folder / "text").eval()
+    ids = tokens(1, 7, high=len(workshop.tokenizer))
+    with torch.no_grad():
+        out = force_gate(model, one_hot(0, 4))(ids).logits
+    torch.testing.assert_close(out, plain(ids).logits.log_softmax(-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"targets": ["q_proj", "lm_head"]}])
+def test_adapters_that_are_not_plain_lora_are_merged_by_peft(workshop, tmp_path, how):
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(workshop.folder / "text").eval()
+    odd = save_adapter(base, tmp_path / "odd", seed=5, **how)
+    plain_lora = workshop.adapter_recipe(tmp_path, save_adapter)[:2]
+    model, tokenizer = fuse(
+        recipe({"name": "odd", "model": str(workshop.folder / "text"), "adapter": str(odd)}, *plain_lora, mixing="logits")
+    )
+    assert [group.names for group in model.groups] == [["odd"], ["text", "code"]]
+    theirs = peft.PeftModel.from_pretrained(base, odd).eval()
+    ids = tokens(2, 9, high=len(workshop.tokenizer))
+    model.save_pretrained(tmp_path / "fused")
+    tokenizer.save_pretrained(tmp_path / "fused")
+    again, _ = ultrafuser.load(tmp_path / "fused", device_map="cpu")
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        for one in (model, again):
+            ours = force_gate(one, one_hot(0, 3))(ids).logits
+            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_gate_starts_from_the_seed(workshop):
+    one = {"name": "a", "model": str(workshop.folder / "text")}
+    gates = [fuse(recipe(one, seed=seed))[0].gate.hidden.weight for seed in (0, 0, 1)]
+    assert torch.equal(gates[0], gates[1]) and not torch.equal(gates[0], gates[2])
+
+
+def test_local_folders_are_kept_with_their_full_path_and_checksums(workshop, monkeypatch):
+    monkeypatch.chdir(workshop.folder)
+    model, _ = fuse(recipe({"name": "a", "model": "./text"}))
+    [spec] = model.config.specialists
+    assert spec["source"]["model"] == str(workshop.folder / "text")
+    assert list(spec["files"]["model"]) == ["model.safetensors"]
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    tiny(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "bare")
+    bare.save_pretrained(tmp_path / "bare")
+    model, read = fuse(recipe({"name": "a", "model": str(tmp_path / "bare")}))
+    assert read.pad_token == read.eos_token
+    assert model.generation_config.pad_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+# ---------------------------------------------------------------- outputs that cannot be mixed
+
+
+class Twisted(LlamaForCausalLM):
+    """Does something to its logits that no configuration mentions."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits**3
+        return out
+
+
+def test_a_model_that_changes_its_logits_is_refused():
+    config = tiny().config
+    with pytest.raises(CheckpointError, match="specialist 'odd': Twisted changes its logits after the output layer"):
+        check_head(SpecialistGroup(Twisted(config).eval(), ["odd"]), VOCAB)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma", "gemma2", "gpt2"])
+def test_known_architectures_pass_that_check(kind):
+    check_head(SpecialistGroup(tiny(kind), ["fine"]), VOCAB - 2)
+
+
+def test_a_head_is_checked_for_adapters_too(shared):
+    check_head(shared.groups[0], VOCAB)
