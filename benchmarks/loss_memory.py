@@ -1,8 +1,8 @@
 """Peak memory of the fused loss above the hidden states, with and without chunks.
 
 4,096 response tokens, K = 3 specialists of width 576, V = 49,152 (SmolLM2), float32; forward and backward of
-`mixed_log_prob` against plain autograd over full logits. Stage 1 needs the gradient of the gate's weights alone, stage 2
-that of the hidden states too (output layers frozen, as with LoRA). Each case runs in a process of its own: its peak
+`mixed_log_prob` against plain autograd over full logits. Stage 1 needs the gradient of the gate's weights alone, stage
+2 that of the hidden states too (output layers frozen, as with LoRA). Each case runs in a process of its own: its peak
 resident memory less that just before the loss (inputs, output layers and libraries loaded and warmed up).
 
     python benchmarks/loss_memory.py [--json FILE]
@@ -35,7 +35,7 @@ def plain_log_prob(
     states: list[torch.Tensor], heads: list[Head], log_w: torch.Tensor, y: torch.Tensor, mixing: str
 ) -> torch.Tensor:
     """The same number with every logit of every token, by plain autograd."""
-    mixed = None
+    mixed: torch.Tensor | None = None
     for k, (state, head) in enumerate(zip(states, heads, strict=True)):
         z = head.logits(state)
         if mixing == "logits":
@@ -44,6 +44,7 @@ def plain_log_prob(
         else:
             own = log_w[:, k, None] + z.log_softmax(-1)
             mixed = own if mixed is None else torch.logaddexp(mixed, own)
+    assert mixed is not None
     return -torch.nn.functional.cross_entropy(mixed, y, reduction="none")
 
 

@@ -63,7 +63,9 @@ def training_rows(spec: dict[str, Any], data: Path) -> list[Row]:
     """
     rows = [row for file in spec["data"] for row in permissive_rows(data / file, "train")]
     if unknown := set(spec["sources"]) - {row.source for row in rows}:
-        raise SystemExit(f"{data}: no training rows of source {', '.join(sorted(unknown))} in {', '.join(spec['data'])}")
+        raise SystemExit(
+            f"{data}: no training rows of source {', '.join(sorted(unknown))} in {', '.join(spec['data'])}"
+        )
     out = []
     for source, factor in spec["sources"].items():
         own = sorted((row for row in rows if row.source == source), key=lambda row: fraction("share", row))

@@ -27,12 +27,13 @@ VOCAB = 72
 # ---------------------------------------------------------------- tiny models
 
 # Widths chosen so that architectures may be mixed; every entry is a complete model of two layers.
-_LLAMA_LIKE = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "head_dim": 8}
+_LLAMA_LIKE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+               "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, **_LLAMA_LIKE},
-    "qwen2": {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 48, **_LLAMA_LIKE},
-    "mistral": {"model_type": "mistral", "hidden_size": 32, "intermediate_size": 48, "sliding_window": None, **_LLAMA_LIKE},
-    "gemma": {"model_type": "gemma", "hidden_size": 32, "intermediate_size": 48, **_LLAMA_LIKE},
+    "llama": {"model_type": "llama", **_LLAMA_LIKE},
+    "qwen2": {"model_type": "qwen2", **_LLAMA_LIKE},
+    "mistral": {"model_type": "mistral", **_LLAMA_LIKE, "sliding_window": None},
+    "gemma": {"model_type": "gemma", **_LLAMA_LIKE},
     "gemma2": {
         "model_type": "gemma2", "hidden_size": 32, "intermediate_size": 48, "final_logit_softcapping": 5.0,
         "attn_logit_softcapping": 20.0, "query_pre_attn_scalar": 8, "sliding_window": 8, **_LLAMA_LIKE,

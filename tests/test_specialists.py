@@ -88,7 +88,9 @@ def test_equal_tokenizers_pass(tokenizer):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_tokenizers_that_differ_are_refused(tokenizer, change, said):
-    with pytest.raises(TokenizerMismatchError, match=f"specialist 'b': its tokenizer differs from that of 'a': .*{said}"):
+    with pytest.raises(
+        TokenizerMismatchError, match=f"specialist 'b': its tokenizer differs from that of 'a': .*{said}"
+    ):
         compare_tokenizers({"a": tokenizer, "b": rebuilt(tokenizer, change)})
 
 
@@ -270,14 +272,18 @@ def test_the_base_itself_may_be_a_specialist_beside_its_adapters(workshop, tmp_p
     torch.testing.assert_close(out, plain(ids).logits.log_softmax(-1), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"targets": ["q_proj", "lm_head"]}])
+@pytest.mark.parametrize(
+    "how", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"targets": ["q_proj", "lm_head"]}]
+)
 def test_adapters_that_are_not_plain_lora_are_merged_by_peft(workshop, tmp_path, how):
     peft = pytest.importorskip("peft")
     base = AutoModelForCausalLM.from_pretrained(workshop.folder / "text").eval()
     odd = save_adapter(base, tmp_path / "odd", seed=5, **how)
     plain_lora = workshop.adapter_recipe(tmp_path, save_adapter)[:2]
     model, tokenizer = fuse(
-        recipe({"name": "odd", "model": str(workshop.folder / "text"), "adapter": str(odd)}, *plain_lora, mixing="logits")
+        recipe(
+            {"name": "odd", "model": str(workshop.folder / "text"), "adapter": str(odd)}, *plain_lora, mixing="logits"
+        )
     )
     assert [group.names for group in model.groups] == [["odd"], ["text", "code"]]
     theirs = peft.PeftModel.from_pretrained(base, odd).eval()

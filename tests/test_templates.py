@@ -98,7 +98,8 @@ def test_system_message_reaches_every_template(tokenizer):
 def test_a_template_that_rewrites_earlier_answers_supervises_the_last_alone(tokenizer):
     """E.g. templates that drop the reasoning of earlier turns; all specialists then learn the same answer."""
     forgetful = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}A:[cut]\n{% else %}Q:{{ m.content }}\n{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}A:[cut]\n{% else %}"
+        "Q:{{ m.content }}\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}A:{% endif %}"
     )
     got = Renderer(tokenizer, [forgetful, BUILTIN["chatml"]]).render(row(MANY))
@@ -187,8 +188,8 @@ def test_inst():
 
 def test_alpaca():
     assert text("alpaca", CHAT[1:2], True) == (
-        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\ndef add(a, b)\n\n### Response:\n"
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\ndef add(a, b)\n\n### Response:\n"
     )
     assert text("alpaca", CHAT[:3]) == (
         "<s>Be brief.\n\n### Instruction:\ndef add(a, b)\n\n### Response:\nreturn a + b</s>\n\n"

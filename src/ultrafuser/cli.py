@@ -305,7 +305,14 @@ def chat(
         elif said:
             talk.append({"role": "user", "content": said})
             streamer = TextStreamer(renderer.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            [ids] = answer(model, renderer, [talk], streamer=streamer, **_sampling(max_new_tokens, temperature, top_p))
+            try:
+                [ids] = answer(
+                    model, renderer, [talk], streamer=streamer, **_sampling(max_new_tokens, temperature, top_p)
+                )
+            except UltraFuserError as error:  # most often: the talk has become longer than the context
+                console.print(str(error), style="red", markup=False)
+                talk.pop()
+                continue
             last = (list(talk), ids) if ids else None
             talk.append({"role": "assistant", "content": renderer.tokenizer.decode(ids)})
 

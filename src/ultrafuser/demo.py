@@ -174,7 +174,9 @@ def _results(
             "device": pick_device(recipe.device),
             "threads": torch.get_num_threads(),
             "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_UNITS_PER_MB),
-            "training_rows": {domain: source.limit or "all" for domain, source in zip(DOMAINS, recipe.data.train)},
+            "training_rows": {
+                domain: source.limit or "all" for domain, source in zip(DOMAINS, recipe.data.train, strict=True)
+            },
             "stages": [stage.model_dump(exclude_defaults=True) for stage in recipe.stages],
         },
     }

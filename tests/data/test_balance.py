@@ -126,5 +126,7 @@ def test_no_rows_is_an_error():
 
 
 def test_a_batch_that_ranks_cannot_share_is_an_error():
-    with pytest.raises(DataError, match=r"5 rows from each of 3 domains \(code, math, text\).* 2 processes; change samples"):
+    with pytest.raises(
+        DataError, match=r"5 rows from each of 3 domains \(code, math, text\).* 2 processes; change samples"
+    ):
         sampler(samples=5, num_ranks=2)

@@ -11,6 +11,10 @@ TURNS = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A.
 AT = "rows.jsonl:7"
 
 
+def turn(content, role="assistant"):
+    return {"role": role, "content": content}
+
+
 def parse(raw, **options):
     return parse_row(raw, AT, **options)
 
@@ -108,19 +112,19 @@ def test_the_given_domain_wins():
         ({"messages": TURNS}, "no domain; add a 'domain' column or give the source one in the recipe"),
         ({"messages": TURNS, "domain": ""}, "no domain"),
         ({"messages": TURNS, "domain": 3}, "no domain"),
-        ({"domain": "d", "text": "plain", "n": 1}, r"no known layout in the columns \['domain', 'n', 'text'\]; expected 'messages'"),
+        ({"domain": "d", "text": "t", "n": 1}, r"no known layout in the columns \['domain', 'n', 'text'\]; expected"),
         ({"domain": "d"}, "no known layout"),
         ({"domain": "d", "messages": "Q"}, "'messages' must be a list of objects with 'role' and 'content'"),
         ({"domain": "d", "messages": ["Q", "A"]}, "'messages' must be a list of objects"),
         ({"domain": "d", "conversations": [1]}, "'conversations' must be a list of objects with 'from' and 'value'"),
         ({"domain": "d", "messages": []}, "a conversation without messages"),
         ({"domain": "d", "messages": [{"role": "system", "content": "S"}]}, "a conversation without messages"),
-        ({"domain": "d", "messages": [{"role": "tool", "content": "Q"}]}, r"messages\[0\]: role 'tool', expected one of system"),
+        ({"domain": "d", "messages": [turn("Q", "tool")]}, r"messages\[0\]: role 'tool', expected one of system"),
         ({"domain": "d", "messages": [{"content": "Q"}]}, r"messages\[0\]: role None"),
-        ({"domain": "d", "messages": [TURNS[0], {"role": "assistant", "content": "  "}]}, r"messages\[1\]: empty content of the assistant"),
-        ({"domain": "d", "messages": [TURNS[0], {"role": "assistant", "content": None}]}, r"messages\[1\]: empty content"),
+        ({"domain": "d", "messages": [TURNS[0], turn("  ")]}, r"messages\[1\]: empty content of the assistant"),
+        ({"domain": "d", "messages": [TURNS[0], turn(None)]}, r"messages\[1\]: empty content"),
         ({"domain": "d", "messages": [TURNS[0], {"role": "assistant"}]}, r"messages\[1\]: empty content"),
-        ({"domain": "d", "messages": TURNS[:1]}, "roles must alternate user, assistant and end with assistant; got user"),
+        ({"domain": "d", "messages": TURNS[:1]}, "must alternate user, assistant and end with assistant; got user"),
         ({"domain": "d", "messages": TURNS[1:]}, "roles must alternate .* got assistant"),
         ({"domain": "d", "messages": TURNS[:1] * 2 + TURNS[1:]}, "got user, user, assistant"),
         ({"domain": "d", "messages": [*TURNS, {"role": "system", "content": "S"}]}, "got user, assistant, system"),

@@ -103,7 +103,9 @@ def test_hub_data_sets(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = load_rows("owner/name", domain="text", split="test", revision="v1")
     assert [row.messages for row in rows] == EXPECTED
-    assert calls == [(("owner/name",), {"split": "test", "revision": "v1"})]
+    [(args, kwargs)] = calls
+    assert args[0] == "owner/name" and not any(args[1:])
+    assert kwargs == {"split": "test", "revision": "v1"}
 
 
 # ---------------------------------------------------------------- mistakes

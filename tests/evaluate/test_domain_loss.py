@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from specimens import save_adapter, shake_gate
+from ultrafuser.data.collate import collate_rows
 from ultrafuser.evaluate.domain_loss import (
     RowLoss,
     fused_losses,
@@ -18,7 +19,6 @@ from ultrafuser.evaluate.domain_loss import (
     specialist_losses,
     summarise,
 )
-from ultrafuser.data.collate import collate_rows
 from ultrafuser.specialists import fuse
 from ultrafuser.templates import Renderer
 from ultrafuser.train.features import FeatureStore

@@ -53,7 +53,9 @@ def test_generate_until(folder):
     home, model, tokenizer = folder
     harness = HFLM(pretrained=str(home), device="cpu", trust_remote_code=True, batch_size=2)
     options = {"until": ["<|im_end|>"], "max_gen_toks": 6, "do_sample": False}
-    requests = [Instance("generate_until", {}, (text, options), i) for i, text in enumerate(["The quick", "12345 + 678"])]
+    requests = [
+        Instance("generate_until", {}, (text, options), i) for i, text in enumerate(["The quick", "12345 + 678"])
+    ]
     found = harness.generate_until(requests, disable_tqdm=True)
     for text, answer in zip(["The quick", "12345 + 678"], found, strict=True):
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids

@@ -278,6 +278,26 @@ def test_copy_needs_nothing_else(which, request, tmp_path):
     assert len(again.groups) == len(model.groups)
 
 
+def test_copy_of_adapters_on_different_bases(save, tmp_path):
+    one, two = save("one"), save("two", seed=5)
+    lora, other = (save_adapter(tiny(), tmp_path / name, seed) for seed, name in enumerate(("lora", "other")))
+    model = fuse_entries([entry("a", one, lora), entry("b", two, other), entry("c", one, other)])
+    model.save_pretrained(tmp_path / "fused", copy=True)
+    expected = logits(model)
+    for name in ("one", "two", "lora", "other"):
+        shutil.rmtree(tmp_path / name)
+    assert torch.equal(logits(load(tmp_path / "fused")), expected)
+
+
+def test_a_shared_base_is_hashed_once(fused_shared, monkeypatch):
+    from ultrafuser.model import references
+
+    hashed, plain = [], references.sha256
+    monkeypatch.setattr(references, "sha256", lambda file: (hashed.append(Path(file).parent.name), plain(file))[1])
+    load(fused_shared)
+    assert sorted(hashed) == ["base", "code-lora", "fused", "math-lora", "text-lora"]
+
+
 # ---------------------------------------------------------------- what counts as a change
 
 
@@ -403,24 +423,25 @@ with torch.no_grad():
     assert torch.equal(model(torch.load(sys.argv[2])).logits, torch.load(sys.argv[3]))
 """
 
+HIDE = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name == "ultrafuser":
+            raise ImportError("hidden by the test")
+sys.meta_path.insert(0, Hide())
+"""
+
 
 def test_the_saved_code_loads_it_where_ultrafuser_is_not_installed(fused, full, tmp_path):
     torch.save(IDS, tmp_path / "ids.pt")
-    hidden = {"PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    # -P and a .pth-free environment: an editable install of this very package must stay invisible
-    blocker = tmp_path / "blocker"
+    blocker = tmp_path / "blocker"  # an editable install of this very package must stay invisible
     blocker.mkdir()
-    (blocker / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Hide:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'ultrafuser':\n"
-        "            raise ImportError('hidden by the test')\n"
-        "sys.meta_path.insert(0, Hide())\n"
-    )
+    (blocker / "sitecustomize.py").write_text(HIDE)
+    hidden = {"PYTHONPATH": str(blocker), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
         [sys.executable, "-c", LOAD_ALONE, fused, tmp_path / "ids.pt", tmp_path / "out.pt", tmp_path / "again"],
-        env=os.environ | hidden | {"PYTHONPATH": str(blocker)}, cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | hidden, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert torch.equal(torch.load(tmp_path / "out.pt"), logits(full))

@@ -13,25 +13,22 @@ from ultrafuser.model.gate import Gate
 MIXINGS = ("logits", "probabilities")
 both = pytest.mark.parametrize("mixing", MIXINGS)
 # More architectures that transformers loads, for what is special about their heads, positions or caches.
+_PLAIN = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+_GROUPED = {**_PLAIN, "intermediate_size": 48, "num_key_value_heads": 2}
 MORE = {
-    "qwen3": {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "num_hidden_layers": 2},
-    "gemma3_text": {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_attention_heads": 4,
-                    "num_key_value_heads": 2, "num_hidden_layers": 2, "sliding_window": 8, "final_logit_softcapping": 4.0},
-    "cohere": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2,
-               "logit_scale": 0.25},
-    "granite": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2,
-                "logits_scaling": 3.0, "embedding_multiplier": 2.0},
-    "phi": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2},
-    "gpt_neox": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2},
+    "qwen3": {**_GROUPED, "head_dim": 8},
+    "gemma3_text": {**_GROUPED, "head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 4.0},
+    "cohere": {**_PLAIN, "intermediate_size": 48, "logit_scale": 0.25},
+    "granite": {**_PLAIN, "intermediate_size": 48, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "phi": {**_PLAIN, "intermediate_size": 48},
+    "gpt_neox": {**_PLAIN, "intermediate_size": 48},
     "gptj": {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4},
-    "opt": {"hidden_size": 32, "ffn_dim": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "word_embed_proj_dim": 16},
+    "opt": {**_PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 16},
     "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 2},
-    "falcon": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "alibi": False},
-    "mixtral": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-                "num_hidden_layers": 2, "num_local_experts": 2, "sliding_window": None},
-    "olmo2": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2},
-}  # fmt: skip
+    "falcon": {**_PLAIN, "alibi": False},
+    "mixtral": {**_GROUPED, "num_local_experts": 2, "sliding_window": None},
+    "olmo2": {**_PLAIN, "intermediate_size": 48},
+}
 
 
 def more(kind: str, seed: int = 0):

@@ -377,8 +377,10 @@ def test_no_layer_of_that_name():
 
 def test_the_wrong_base_for_an_adapter(save, tmp_path):
     adapter = save_adapter(tiny(), tmp_path / "lora")
-    with pytest.raises(CheckpointError, match=r"specialist 'text': its adapter changes 'model.layers.0.self_attn.q_proj' "
-                                              r"from 32 to 32 features, but its base has a layer of \(16, 32\)"):  # fmt: skip
+    words = (
+        r"specialist 'text': its adapter changes 'model.layers.0.self_attn.q_proj' from 32 to 32 features, but its base"
+    )
+    with pytest.raises(CheckpointError, match=words + r" has a layer of \(16, 32\)"):
         fuse_entries([entry("text", save("thin", hidden_size=16), adapter)])
     with pytest.raises(CheckpointError, match=r"specialist 'text'.* no such linear layer; is it the right base\?"):
         fuse_entries([entry("text", save("gpt2", "gpt2"), adapter)])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import ultrafuser
 from ultrafuser.errors import DataError, TrainingError
 from ultrafuser.train import stages
 from ultrafuser.train.features import FeatureStore
@@ -19,7 +20,7 @@ STAGES = [GATE, JOINT | {"lora": JOINT["lora"] | {"dropout": 0.3}}]
 
 
 def options(workshop: Workshop) -> dict[str, Any]:
-    return {"save_every": 1, "eval_every": 1, "data": {"validation": [str(workshop.folder / "held-out.jsonl")]}}
+    return {"save_every": 1, "eval_every": 2, "data": {"validation": [str(workshop.folder / "held-out.jsonl")]}}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,15 @@ def test_an_interruption_while_writing_the_checkpoint(workshop, tmp_path, uninte
     ]  # fmt: skip
 
 
+def test_checkpoints_are_saved_between_validations(workshop, tmp_path):
+    """Keeping the best must not cost the checkpoints that `save_every` asks for."""
+    known = {"save_every": 1, "data": {"validation": [str(workshop.folder / "held-out.jsonl")]}}
+    with pytest.raises(Interruption):
+        workshop.train(tmp_path, progress=StopAt("gate", 3), **known)
+    assert sorted(path.name for path in (tmp_path / "1-gate").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert not [row for row in metrics(tmp_path) if "eval_loss" in row], "the stage's end alone is validated"
+
+
 def test_resume_with_accumulation_and_metrics_every_other_step(workshop, tmp_path):
     stage, often = GATE | {"rows_per_device": 2}, {"save_every": 1, "log_every": 2}
     whole = workshop.train(tmp_path / "whole", [stage], **often)
@@ -111,7 +121,7 @@ def test_resume_with_accumulation_and_metrics_every_other_step(workshop, tmp_pat
 
 def test_early_stopping_remembers_how_long_it_waited(workshop, tmp_path):
     wild = GATE | {"lr": 3.0, "steps": 30, "schedule": "constant", "max_grad_norm": 0}
-    known = options(workshop) | {"early_stop_patience": 3, "cache_features": True}
+    known = options(workshop) | {"eval_every": 1, "early_stop_patience": 3, "cache_features": True}
     whole = workshop.train(tmp_path / "whole", [wild], **known)
     last = max(row["step"] for row in metrics(whole))
     assert last < 30
@@ -121,11 +131,31 @@ def test_early_stopping_remembers_how_long_it_waited(workshop, tmp_path):
     assert_equal_runs(tmp_path / "run", whole)
 
 
+def test_full_training_of_mixed_and_tied_architectures_resumes(workshop, tmp_path):
+    specialists = [{"name": "llama", "model": str(workshop.folder / "text"), "chat_template": "chatml"}]
+    for seed, (kind, changes) in enumerate({"gpt2": {"n_embd": 24, "n_positions": 192}, "gemma": {}}.items()):
+        folder = workshop.specialist(f"{kind}-tied", kind, seed, tie_word_embeddings=True, **changes)
+        specialists.append({"name": kind, "model": str(folder), "chat_template": "plain"})
+    stages = [GATE, {"name": "joint", "steps": 3, "samples_per_domain": 2, "specialists": "full", "lr": 1e-3}]
+    known = {"save_every": 1, "specialists": specialists}
+    whole = workshop.train(tmp_path / "whole", stages, **known)
+    with pytest.raises(Interruption):
+        workshop.train(tmp_path / "run", stages, progress=StopAt("joint", 2), **known)
+    workshop.train(tmp_path / "run", stages, resume=True, **known)
+    assert_equal_runs(tmp_path / "run", whole)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    one, other = (ultrafuser.load(run / "fused", device_map="cpu")[0] for run in (whole, tmp_path / "run"))
+    with torch.no_grad():
+        assert torch.equal(one(ids).logits, other(ids).logits)
+
+
 # ---------------------------------------------------------------- refusals
 
 
 def test_nothing_to_resume(workshop, tmp_path):
-    with pytest.raises(TrainingError, match=r"run: no run to resume there \(no recipe.yaml\); start it without --resume"):
+    with pytest.raises(
+        TrainingError, match=r"run: no run to resume there \(no recipe.yaml\); start it without --resume"
+    ):
         workshop.train(tmp_path / "run", resume=True)
 
 
@@ -137,7 +167,9 @@ def test_another_recipe_is_not_resumed(workshop, tmp_path):
 
 def test_a_run_is_not_overwritten(workshop, tmp_path):
     workshop.train(tmp_path / "run", [GATE | {"steps": 1}])
-    with pytest.raises(TrainingError, match=r"holds a run already; go on with it by --resume, or choose another output="):
+    with pytest.raises(
+        TrainingError, match=r"holds a run already; go on with it by --resume, or choose another output="
+    ):
         workshop.train(tmp_path / "run", [GATE | {"steps": 1}])
 
 
@@ -223,15 +255,19 @@ def test_a_disk_too_small_for_the_features_is_an_error(workshop, tmp_path, monke
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(TrainingError, match=r"the feature cache needs .* GB, the disk has 0.0 GB free.*cache_features: false"):
+    with pytest.raises(
+        TrainingError, match=r"the feature cache needs .* GB, the disk has 0.0 GB free.*cache_features: false"
+    ):
         workshop.train(tmp_path / "run", cache_features=True)
 
 
 def test_auto_caches_only_what_is_read_more_than_once(workshop, tmp_path):
-    once = workshop.train(tmp_path / "once", [GATE | {"steps": 2}])  # 12 rows drawn of 15
-    often = workshop.train(tmp_path / "often", [GATE | {"steps": 3}])  # 18
-    assert not (once / "features").exists()
-    assert (often / "features").exists()
+    once, often = Spoken(), Spoken()
+    workshop.train(tmp_path / "once", [GATE | {"steps": 2}], progress=once)  # 12 rows drawn of 15
+    output = workshop.train(tmp_path / "often", [GATE | {"steps": 3}], progress=often)  # 18
+    assert [what for what, _ in once.started] == ["stage gate"]
+    assert [what for what, _ in often.started] == ["specialists read the rows", "stage gate"]
+    assert not (output / "features").exists(), "a finished run does not keep them"
 
 
 def _model_and_rows(workshop: Workshop, recipe: Any) -> tuple[Any, list]:

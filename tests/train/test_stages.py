@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import ultrafuser
 from specimens import save_adapter
-from ultrafuser.errors import DataError, TrainingError
-from ultrafuser.recipe import StageRecipe
+from ultrafuser.errors import DataError, RecipeError, TrainingError
+from ultrafuser.recipe import StageRecipe, load_recipe
 from ultrafuser.specialists import fuse
 from ultrafuser.templates import Renderer
-from ultrafuser.train.stages import prepare_gate, prepare_joint, read_sources, run_stage
+from ultrafuser.train.stages import prepare_gate, prepare_joint, read_sources, run_stage, train
 from workbench import GATE, JOINT, NAMES, Spoken, Workshop, losses, metrics, trained_weights
 
 FULL = {key: value for key, value in JOINT.items() if key != "lora"} | {"specialists": "full", "lr": 1e-3}
@@ -146,15 +146,15 @@ def test_adapters_learn_in_float32_on_a_bfloat16_model(workshop, tmp_path):
 
 @pytest.mark.parametrize("mixing", ["logits", "probabilities"])
 def test_the_feature_cache_does_not_change_a_loss(workshop, tmp_path, mixing):
+    said = {True: Spoken(), False: Spoken()}
     runs = [
         workshop.train(
-            tmp_path / f"{cache}", mixing=mixing, cache_features=cache, eval_every=2,
+            tmp_path / f"{cache}", progress=said[cache], mixing=mixing, cache_features=cache, eval_every=2,
             data={"validation": [str(workshop.folder / "held-out.jsonl")]},
         )
         for cache in (True, False)
     ]  # fmt: skip
-    assert (runs[0] / "features" / "train" / "identity.json").is_file()
-    assert not (runs[1] / "features").exists()
+    assert len(said[True].started) == 3 and len(said[False].started) == 1, "training and validation rows are read once"
     assert_close(losses(runs[0]), losses(runs[1]))
     ours, theirs = (trained_weights(run) for run in runs)
     for name, tensor in ours.items():
@@ -167,9 +167,7 @@ def test_accumulation_gives_one_trajectory(workshop, tmp_path, case):
     stage = (JOINT if case == "joint" else GATE) | {"steps": 3}
     runs = {
         size: losses(
-            workshop.train(
-                tmp_path / str(size), [stage | {"rows_per_device": size}], cache_features=case == "cached"
-            )
+            workshop.train(tmp_path / str(size), [stage | {"rows_per_device": size}], cache_features=case == "cached")
         )
         for size in (1, 2, None)
     }
@@ -203,7 +201,9 @@ def test_a_logged_loss_is_the_mean_over_response_tokens_of_plain_transformers(wo
     gate, nats, tokens = copy.deepcopy(model.gate), {}, {}
     with torch.no_grad():
         for row in rows:
-            outs = [m(torch.tensor([ids]), output_hidden_states=True) for m, ids in zip(plain, row.input_ids, strict=True)]
+            outs = [
+                m(torch.tensor([ids]), output_hidden_states=True) for m, ids in zip(plain, row.input_ids, strict=True)
+            ]
             states = [out.hidden_states[-1][0, list(at)] for out, at in zip(outs, row.response_index, strict=True)]
             logits = [out.logits[0, list(at)] for out, at in zip(outs, row.response_index, strict=True)]
             w = gate(states).exp()
@@ -219,7 +219,9 @@ def test_a_logged_loss_is_the_mean_over_response_tokens_of_plain_transformers(wo
 
 
 def test_a_row_of_metrics_holds_what_is_promised(workshop, tmp_path):
-    output = workshop.train(tmp_path / "run", eval_every=2, data={"validation": [str(workshop.folder / "held-out.jsonl")]})
+    output = workshop.train(
+        tmp_path / "run", eval_every=2, data={"validation": [str(workshop.folder / "held-out.jsonl")]}
+    )
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in lines if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
@@ -348,7 +350,9 @@ def test_rows_longer_than_a_specialists_context_are_cut_to_it(workshop, tmp_path
     file = tmp_path / "long.jsonl"
     messages = [{"role": "user", "content": "many"}, {"role": "assistant", "content": "fox " * 300}]
     file.write_text(json.dumps({"domain": "text", "messages": messages}) + "\n")
-    workshop.train(tmp_path / "run", [GATE | {"steps": 1}], data={"train": [str(file)], "max_length": 1024}, progress=said)
+    workshop.train(
+        tmp_path / "run", [GATE | {"steps": 1}], data={"train": [str(file)], "max_length": 1024}, progress=said
+    )
     assert any("1 of them lost" in text for text in said.news)
 
 
@@ -380,17 +384,46 @@ def test_a_stage_1_result_references_its_specialists(workshop, tmp_path):
     assert (fused / "model.safetensors").stat().st_size < 20_000
 
 
-def test_training_goes_on_from_a_fused_folder(workshop, tmp_path):
-    first = workshop.train(tmp_path / "first")
-    fields = workshop.fields(tmp_path / "second", [JOINT], fused=str(first / "fused"))
-    fields.pop("specialists")
-    from ultrafuser.recipe import load_recipe
-    from ultrafuser.train.stages import train
+def from_fused(workshop: Workshop, output: Path, fused: Path, **changes: Any) -> Any:
+    fields = workshop.fields(output, [JOINT], fused=str(fused), **changes)
+    return load_recipe({key: fields[key] for key in fields if key not in ("specialists", "gate")})
 
-    train(load_recipe(fields))
-    both = workshop.train(tmp_path / "both", [GATE, JOINT])
+
+def test_training_goes_on_from_a_fused_folder(workshop, tmp_path):
+    first = workshop.train(tmp_path / "first", mixing="logits")
+    train(from_fused(workshop, tmp_path / "second", first / "fused"))
+    both = workshop.train(tmp_path / "both", [GATE, JOINT], mixing="logits")
     ours = [row for row in losses(both) if row[0] == "joint"]
     assert_close(ours, losses(tmp_path / "second"))
+    written = load_recipe(tmp_path / "second" / "recipe.yaml")
+    assert (written.mixing, written.gate.hidden_size) == ("logits", 16), "what the folder has, not the defaults"
+    train(written, resume=True)
+
+
+@pytest.mark.parametrize(("key", "value"), [("mixing", "logits"), ("share_base", False), ("gate", {"hidden_size": 8})])
+def test_a_fused_folder_keeps_its_own_settings(workshop, tmp_path, key, value):
+    fused = tmp_path / "fused"
+    model, tokenizer = fuse(workshop.recipe("unused"))
+    model.save_pretrained(fused)
+    tokenizer.save_pretrained(fused)
+    fields = {"fused": str(fused), "output": str(tmp_path / "run"), key: value}
+    with pytest.raises(RecipeError, match=f"{key}: the fused folder {fused} has .*, the recipe says .*; leave it out"):
+        train(load_recipe(fields))
+
+
+def test_full_training_of_bfloat16_weights_learns_in_float32(workshop, tmp_path):
+    """At this learning rate, below the spacing of most bfloat16 weights, training in bfloat16 would move few of them."""
+    stage = FULL | {"lr": 1e-4, "schedule": "constant", "steps": 8}
+    model, rows, recipe = fused_and_rows(workshop, tmp_path, stages=[stage], dtype="bfloat16")
+    before = by_name(model)
+    run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint")
+    assert {group.model.dtype for group in model.groups} == {torch.bfloat16}
+    for name, tensor in trained_weights(tmp_path).items():
+        name = name.removeprefix("1-joint/")
+        assert tensor.dtype == torch.float32 and not torch.equal(tensor, before[name].float()), name
+    again, *_ = fused_and_rows(workshop, tmp_path, stages=[stage], dtype="bfloat16")
+    run_stage(again, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint")  # finished before: loads what it gave
+    assert all(torch.equal(tensor, by_name(again)[name]) for name, tensor in by_name(model).items())
 
 
 def test_tensorboard_gets_the_metrics(workshop, tmp_path):

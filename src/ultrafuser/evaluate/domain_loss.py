@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ultrafuser.data.collate import collate_rows
+from ultrafuser.errors import DataError
 from ultrafuser.model.loss import label_log_prob, mixed_log_prob
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
@@ -102,10 +103,15 @@ def _row_loss(row: Rendered, nats: float) -> RowLoss:
 
 
 def summarise(losses: Sequence[RowLoss], domains: Sequence[str], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Mean nats a response token by domain, with a 95% bootstrap interval over rows."""
+    """Mean nats a response token by domain, with a 95% bootstrap interval over rows.
+
+    Raises:
+        DataError: a domain without rows.
+    """
     out = {}
     for domain in domains:
         mine = [loss for loss in losses if loss.domain == domain]
+        _check(mine, domain)
         nats, tokens = np.array([r.nats for r in mine]), np.array([r.tokens for r in mine])
         means = _bootstrap(nats, tokens, seed)
         out[domain] = {
@@ -120,8 +126,13 @@ def summarise(losses: Sequence[RowLoss], domains: Sequence[str], seed: int = 0) 
 def paired_difference(
     losses: Sequence[RowLoss], other: Sequence[RowLoss], domain: str, seed: int = 0
 ) -> dict[str, Any]:
-    """Nats a token that `losses` has over `other` on the same rows, with a 95% paired bootstrap interval."""
+    """Nats a token that `losses` has over `other` on the same rows, with a 95% paired bootstrap interval.
+
+    Raises:
+        DataError: a domain without rows.
+    """
     pairs = [(a, b) for a, b in zip(losses, other, strict=True) if a.domain == domain]
+    _check(pairs, domain)
     difference = np.array([a.nats - b.nats for a, b in pairs])
     tokens = np.array([a.tokens for a, _ in pairs])
     means = _bootstrap(difference, tokens, seed)
@@ -129,6 +140,11 @@ def paired_difference(
         "difference": float(difference.sum() / tokens.sum()),
         "ci95": [float(x) for x in np.percentile(means, [2.5, 97.5])],
     }
+
+
+def _check(rows: Sequence[Any], domain: str) -> None:
+    if not rows:
+        raise DataError(f"domain {domain!r} has no rows, so its loss cannot be measured; add some to the test data")
 
 
 def _bootstrap(nats: np.ndarray, tokens: np.ndarray, seed: int) -> np.ndarray:

@@ -134,15 +134,18 @@ def load_groups(
     Raises:
         CheckpointError: a reference is gone, a file changed, weights are pickled, an adapter does not fit its base.
     """
-    groups = []
+    groups, checked = [], set[Path]()
     for indices in config.groups():
         specs = [config.specialists[k] for k in indices]
         for spec in specs if verify else ():
             for part in ("model", "adapter"):
                 recorded = (spec.get("files") or {}).get(part)
-                if recorded:
-                    where = resolve(spec["source"][part], folder, spec["name"])
-                    check_files(Path(where), recorded, f"specialist {spec['name']!r}")
+                if not recorded:
+                    continue
+                where = Path(resolve(spec["source"][part], folder, spec["name"]))
+                if where not in checked:  # a base that several share is hashed once
+                    check_files(where, recorded, f"specialist {spec['name']!r}")
+                    checked.add(where)
         model = load_base(specs[0], folder, **kwargs)
         if specs[0].get("separate"):
             model = _merge_with_peft(model, specs[0], folder)

@@ -43,7 +43,7 @@ def write_card(
         "```python",
         "import ultrafuser",
         "",
-        f'model, renderer = ultrafuser.load("{title}")',
+        'model, renderer = ultrafuser.load(".")  # this folder',
         'inputs = ultrafuser.prompt_inputs(renderer, [[{"role": "user", "content": "Hello"}]], model.device)',
         "tokens = model.generate(**inputs, max_new_tokens=64)",
         'print(renderer.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',

@@ -15,13 +15,14 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
 from ultrafuser.errors import DataError, RecipeError, TrainingError
-from ultrafuser.model.checkpoint import staging
+from ultrafuser.model.checkpoint import fused_folder, read_manifest, staging
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import GateRecipe, Recipe, SourceRecipe, StageRecipe, dump_recipe
@@ -29,7 +30,7 @@ from ultrafuser.specialists import fuse, load, pick_device
 from ultrafuser.templates import Rendered, Renderer
 from ultrafuser.train.card import write_card
 from ultrafuser.train.features import FeatureStore, estimate_size_bytes
-from ultrafuser.train.trainer import FusionTrainer, Rows, save_trainable
+from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, save_trainable
 
 FINISHED = "finished.safetensors"
 # The cache pays once rows come up again; its size is bounded so that a large run does not fill the disk by surprise.
@@ -50,9 +51,11 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Progress | None = N
         DataError: no rows, or rows that do not fit.
     """
     progress = progress or Progress()
+    recipe = _settle(recipe)
     output = Path(recipe.output)
     if recipe.early_stop_patience and not recipe.data.validation:
         raise TrainingError("early_stop_patience needs validation rows; add sources under data.validation")
+    _check_trackers(recipe.report_to)
     _check_output(output, recipe, resume)
     model, tokenizer = _build(recipe)
     max_length = min(recipe.data.max_length, model.config.max_position_embeddings)
@@ -183,14 +186,18 @@ def _train_stage(
     )
     args.per_device_train_batch_size = sampler.micro_size
     args.gradient_accumulation_steps = sampler.num_accumulation
-    patience = recipe.early_stop_patience
+    patience, callbacks = recipe.early_stop_patience, []
+    if recipe.save_every and args.load_best_model_at_end:
+        callbacks.append(SaveEvery(recipe.save_every))
+    if patience and validation:
+        callbacks.append(EarlyStoppingCallback(patience))
     trainer = FusionTrainer(
         model, args, rows, validation or None, sampler,
         stage=stage.name,
         metrics_file=folder.parent / "metrics.jsonl",
         specialist_lr=stage.specialist_lr if stage.name == "joint" else None,
         progress=progress,
-        callbacks=[EarlyStoppingCallback(patience)] if patience and validation else [],
+        callbacks=callbacks,
     )  # fmt: skip
     last = _last_checkpoint(folder)
     _forget_after(folder.parent / "metrics.jsonl", stage.name, int(last.rpartition("-")[2]) if last else 0)
@@ -237,7 +244,7 @@ def prepare_joint(model: UltraFuserForCausalLM, stage: StageRecipe) -> None:
 def _arguments(
     stage: StageRecipe, recipe: Recipe, folder: Path, *, validates: bool, autocast: bool
 ) -> TrainingArguments:
-    every = recipe.eval_every or recipe.save_every or stage.steps
+    every = recipe.eval_every or stage.steps
     keeps_best = recipe.keep_best and validates
     on_cpu = recipe.device == "cpu" or (recipe.device == "auto" and not torch.cuda.is_available())
     return TrainingArguments(
@@ -296,14 +303,19 @@ def _store(
     )
 
 
-def _build(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
+def _settle(recipe: Recipe) -> Recipe:
+    """A recipe that starts from a fused folder, with what that folder has fixed.
+
+    Raises:
+        RecipeError: the recipe asks for something else.
+    """
     if recipe.fused is None:
-        return fuse(recipe)
-    model, renderer = load(recipe.fused, dtype=recipe.dtype, device_map=pick_device(recipe.device))
+        return recipe
+    config = read_manifest(fused_folder(recipe.fused, {}))
     own = {
-        "mixing": model.config.mixing,
-        "share_base": model.config.share_base,
-        "gate": GateRecipe(hidden_size=model.config.gate_hidden_size),
+        "mixing": config.mixing,
+        "share_base": config.share_base,
+        "gate": GateRecipe(hidden_size=config.gate_hidden_size),
     }
     for key in own.keys() & recipe.model_fields_set:
         if getattr(recipe, key) != own[key]:
@@ -311,7 +323,23 @@ def _build(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBa
                 f"{key}: the fused folder {recipe.fused} has {own[key]}, the recipe says {getattr(recipe, key)}; leave it "
                 "out of the recipe, or fuse anew from the specialists"
             )
+    return recipe.model_copy(update=own)
+
+
+def _build(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
+    if recipe.fused is None:
+        return fuse(recipe)
+    model, renderer = load(recipe.fused, dtype=recipe.dtype, device_map=pick_device(recipe.device))
     return model, renderer.tokenizer
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Find out before the work, not after it, that a tracker is unknown or not installed."""
+    try:
+        for tracker in get_reporting_integration_callbacks(names):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:  # transformers raises each of them
+        raise TrainingError(f"report_to: {', '.join(names)}: {error}") from error
 
 
 def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:

@@ -243,3 +243,14 @@ class _Bar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.finish()
+
+
+class SaveEvery(TrainerCallback):
+    """Checkpoints between validations too: to keep the best one, transformers saves at validations alone."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.steps == 0:
+            control.should_save = True
