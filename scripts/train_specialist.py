@@ -111,7 +111,7 @@ def token_losses(model: torch.nn.Module, batch: list[Rendered]) -> torch.Tensor:
         ids[i, : row.num_tokens] = torch.tensor(row.input_ids[0])
     where = [i * ids.shape[1] + t for i, row in enumerate(batch) for t in row.response_index[0]]
     labels = torch.tensor([token for row in batch for token in row.labels], device=device)
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     # padding lies on the right, so a causal model needs no mask; only response tokens reach the vocabulary
     hidden = causal_lm.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
     logits = causal_lm.lm_head(hidden.flatten(0, 1)[torch.tensor(where, device=device)])

@@ -3,14 +3,15 @@
     python scripts/zoo_table.py --data ../shared/data/train --output docs/results --cards
 
 Plain transformers and peft, nothing of ultrafuser's model code, so that its own evaluation can be checked against this.
-Writes zoo.json and zoo.md; `--cards` also writes the model cards beside the adapters. Uses a GPU when there is one; a few
-minutes on two CPU cores.
+Writes zoo.json, with every row's loss in it, and zoo.md; `--cards` also writes the model cards beside the adapters.
+Seconds on a GPU, an hour on two CPU cores; `--reuse` makes the tables from the losses that zoo.json already has.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +26,49 @@ from ultrafuser.templates import BUILTIN, Renderer
 
 ZOO = Path(__file__).parents[1] / "src" / "ultrafuser" / "zoo"
 HOMES = ("text", "code", "math")
-DOMAINS = (*HOMES, "mixed")
+SYSTEMS = ("base", *HOMES)
 RESAMPLES = 10_000
-TOKENS_PER_BATCH = 4096
+MAX_LENGTH = 1024
+TOKENS_PER_BATCH = 8192
+
+# One record a row: {"set": "held_out" | "zoo_test" | ..., "domain", "id", "tokens", "nats": {system: summed loss}}
+Losses = list[dict[str, Any]]
 
 
 def test_sets(data: Path, split: str) -> dict[tuple[str, str], list[Row]]:
-    """Rows by (set, domain). `held_out` goes with the zoo's test rows; `validation`, for choosing, with its train rows."""
-    sets = {("shared", domain): permissive_rows(data / f"{domain}.jsonl", split) for domain in HOMES}
+    """Rows by (set, domain): `held_out` with the zoo's test rows, or `validation`, to choose by, with its train rows."""
     zoo_split = {"held_out": "test", "validation": "train"}[split]
-    return sets | {("zoo", domain): load_rows(str(ZOO / "data" / f"{domain}.{zoo_split}.jsonl")) for domain in DOMAINS}
+    sets = {(split, domain): permissive_rows(data / f"{domain}.jsonl", split) for domain in HOMES}
+    for domain in (*HOMES, "mixed"):
+        sets[f"zoo_{zoo_split}", domain] = load_rows(str(ZOO / "data" / f"{domain}.{zoo_split}.jsonl"))
+    return sets
 
 
 def load_systems(adapters: Path, device: str) -> tuple[PeftModel, Any]:
     """The base with the three adapters on it, and the tokenizer."""
-    references = {
-        json.loads((adapters / home / "adapter_config.json").read_text())["base_model_name_or_path"] for home in HOMES
-    }
-    if len(references) != 1:
-        raise SystemExit(f"{adapters}: the adapters name different bases: {', '.join(sorted(references))}")
-    base, tokenizer = load_base(references.pop(), device)
+    configs = [json.loads((adapters / home / "adapter_config.json").read_text()) for home in HOMES]
+    (reference,) = {config["base_model_name_or_path"] for config in configs}
+    base, tokenizer = load_base(reference, device)
     model = PeftModel.from_pretrained(base, adapters / HOMES[0], adapter_name=HOMES[0])
     for home in HOMES[1:]:
         model.load_adapter(adapters / home, adapter_name=home)
     return model, tokenizer
 
 
-def losses(model: PeftModel, rows: list[Any]) -> dict[str, np.ndarray]:
-    """For each system, every row's summed nats."""
-    with model.disable_adapter():
-        out = {"base": np.array(row_losses(model, rows, TOKENS_PER_BATCH))}
-    for home in HOMES:
-        model.set_adapter(home)
-        out[home] = np.array(row_losses(model, rows, TOKENS_PER_BATCH))
+def measure(model: PeftModel, tokenizer: Any, sets: dict[tuple[str, str], list[Row]]) -> Losses:
+    """Every row's summed nats under every system, in float32."""
+    renderer = Renderer(tokenizer, [BUILTIN["chatml"]], MAX_LENGTH)
+    out = []
+    for (name, domain), rows in sets.items():
+        rendered, _ = renderer.render_all(rows)
+        with model.disable_adapter():
+            nats = {"base": row_losses(model, rendered, TOKENS_PER_BATCH)}
+        for home in HOMES:
+            model.set_adapter(home)
+            nats[home] = row_losses(model, rendered, TOKENS_PER_BATCH)
+        for i, row in enumerate(rendered):
+            own = {system: round(nats[system][i], 5) for system in SYSTEMS}
+            out.append({"set": name, "domain": domain, "id": row.row_id, "tokens": len(row.labels), "nats": own})
     return out
 
 
@@ -68,90 +79,233 @@ def bootstrap(sums: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
     return {"nats": float(sums.sum() / tokens.sum()), "ci95": [float(low), float(high)]}
 
 
-def measure(
-    model: PeftModel, tokenizer: Any, sets: dict[tuple[str, str], list[Row]], max_length: int
-) -> dict[str, Any]:
-    """The whole table: {set: {domain: {rows, tokens, systems: {...}, differences: {...}}}}."""
-    renderer = Renderer(tokenizer, [BUILTIN["chatml"]], max_length)
-    table: dict[str, Any] = {"shared": {}, "zoo": {}}
-    for (name, domain), rows in sets.items():
-        rendered, stats = renderer.render_all(rows)
-        tokens = np.array([len(row.labels) for row in rendered])
-        found = losses(model, rendered)
-        rivals = [system for system in found if system != domain]
-        table[name][domain] = {
-            "rows": len(rendered),
+def tabulate(losses: Losses) -> dict[str, Any]:
+    """{set: {domain: {rows, tokens, systems: {...}, differences: {...}}}}, the differences at home only."""
+    table: dict[str, Any] = {}
+    for name, domain in dict.fromkeys((row["set"], row["domain"]) for row in losses):
+        rows = [row for row in losses if (row["set"], row["domain"]) == (name, domain)]
+        tokens = np.array([row["tokens"] for row in rows])
+        nats = {system: np.array([row["nats"][system] for row in rows]) for system in SYSTEMS}
+        rivals = [system for system in SYSTEMS if system != domain and domain in HOMES]
+        table.setdefault(name, {})[domain] = {
+            "rows": len(rows),
             "tokens": int(tokens.sum()),
-            "truncation": str(stats),
-            "systems": {system: bootstrap(sums, tokens) for system, sums in found.items()},
-            # the same resampled rows for both, so that what rows share cancels
-            "differences": {
-                f"{domain} - {rival}": bootstrap(found[domain] - found[rival], tokens)
-                for rival in rivals
-                if domain in HOMES
-            },
+            "systems": {system: bootstrap(nats[system], tokens) for system in SYSTEMS},
+            # both on the same resampled rows, so that what makes a row hard cancels
+            "differences": {rival: bootstrap(nats[domain] - nats[rival], tokens) for rival in rivals},
         }
     return table
 
 
 TITLES = {
-    "shared": "Held-out rows of the training sources",
-    "zoo": "Test rows of `zoo/data`, written for this project; nothing like them was trained on",
+    "held_out": "Held-out rows of the training sources",
+    "validation": "Validation rows of the training sources",
+    "zoo_test": "Test rows of the zoo's own data (`src/ultrafuser/zoo/data`)",
+    "zoo_train": "Training rows of the zoo's own data (`src/ultrafuser/zoo/data`)",
 }
+EXPLANATION = """Nats per response token, lower is better: the mean over all response tokens, with 95% bootstrap intervals
+over rows (10,000 resamples). Float32, plain transformers and peft. No adapter was trained on any of these rows."""
 
 
-def cell(result: dict[str, Any], best: bool = False) -> str:
-    text = f"{result['nats']:.4f}"
-    return f"{f'**{text}**' if best else text} [{result['ci95'][0]:.4f}, {result['ci95'][1]:.4f}]"
+def cell(result: dict[str, Any], bold: bool = False) -> str:
+    text = f"**{result['nats']:.4f}**" if bold else f"{result['nats']:.4f}"
+    return f"{text} [{result['ci95'][0]:.4f}, {result['ci95'][1]:.4f}]"
 
 
-def markdown(table: dict[str, Any]) -> str:
-    """Both tables, and the paired differences at home."""
-    out = []
+def lines_of(cells: list[list[str]]) -> list[str]:
+    """A Markdown table; the first row is its head."""
+    head, *body = ["| " + " | ".join(row) + " |" for row in cells]
+    return [head, "|" + "---|" * len(cells[0]), *body]
+
+
+def levels(domains: dict[str, Any]) -> list[str]:
+    """Every system's loss in every domain, the best in bold."""
+    counts = [f"{own['rows']} / {own['tokens']:,}" for own in domains.values()]
+    cells = [["", *domains], ["rows / response tokens", *counts]]
+    best = {d: min(SYSTEMS, key=lambda s: own["systems"][s]["nats"]) for d, own in domains.items()}
+    for system in SYSTEMS:
+        cells.append([system, *(cell(own["systems"][system], best[d] == system) for d, own in domains.items())])
+    return lines_of(cells)
+
+
+def differences(domains: dict[str, Any], homes: tuple[str, ...] = HOMES) -> list[str]:
+    """Each specialist at home minus each other system, on the same rows."""
+    rivals = [system for system in SYSTEMS if (system,) != homes]
+    cells = [["at home", *(f"minus {system}" for system in rivals)]]
+    for home in homes:
+        own = domains[home]["differences"]
+        cells.append([home, *(cell(own[system]) if system in own else "" for system in rivals)])
+    return lines_of(cells)
+
+
+def page(table: dict[str, Any]) -> str:
+    """docs/results/zoo.md."""
+    out = ["# The zoo's specialists", "", EXPLANATION]
     for name, domains in table.items():
-        out += [f"## {TITLES[name]}", "", "| system | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
-        out.append(
-            "| rows / response tokens | "
-            + " | ".join(f"{d['rows']} / {d['tokens']:,}" for d in domains.values())
-            + " |"
+        out += ["", f"## {TITLES[name]}", "", *levels(domains), "", *differences(domains)]
+    return "\n".join(out) + "\n"
+
+
+# Where each source's rows come from, as its licence asks to be told.
+SOURCES = {
+    "oasst1": "OpenAssistant Conversations (Köpf et al., 2023)",
+    "self-instruct-seed": "Self-Instruct seed tasks (Wang et al., 2023)",
+    "flan-cot-strategyqa": "StrategyQA (Geva et al., 2021), as in FLAN's chain-of-thought tasks",
+    "flan-cot-creak": "CREAK (Onoe et al., 2021), as in FLAN's chain-of-thought tasks",
+    "flan-cot-qasc": "QASC (Khot et al., 2020; Allen Institute for AI), as in FLAN's chain-of-thought tasks",
+    "TheAlgorithms/Python": "TheAlgorithms/Python, functions with their docstrings",
+    "codeio (reasoning-gym)": "CodeI/O tasks, as in reasoning-gym",
+    "mbpp-train": "MBPP, training split (Austin et al., 2021; Google Research)",
+    "PythonProgrammingPuzzles": "Python Programming Puzzles (Schuster et al., 2021)",
+    "exercism/python": "Exercism, Python track",
+    "gsm8k-train": "GSM8K, training split (Cobbe et al., 2021)",
+    "aqua-rat-train (FLAN)": "AQuA-RAT, training split (Ling et al., 2017), as in FLAN's chain-of-thought tasks",
+}
+ABOUT = {
+    "text": "explanations, advice and short reasoning in prose",
+    "code": "Python functions and short programs, with and without prose around them",
+    "math": "word problems and short calculations, worked step by step",
+}
+CARD = """---
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+license: apache-2.0
+library_name: peft
+language: en
+tags: [lora, text-generation, {name}]
+---
+
+# The {name} specialist of ultrafuser's zoo
+
+A LoRA adapter on SmolLM2-135M-Instruct for {about}.
+One of three (text, code, math) that ship with ultrafuser as a small, real example of specialists to fuse.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from ultrafuser.model.references import package_path
+
+gguf = package_path("{base}")
+base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+model = PeftModel.from_pretrained(base, package_path("package:ultrafuser/zoo/adapters/{name}"))
+```
+
+The chat template is ChatML without a default system message.
+
+## Training data
+
+{data}
+
+{rewrites}One twentieth of all rows was held out for the table below, and another twentieth to
+choose the settings by, together with the training rows of the zoo's own data; no adapter is trained on any of these.
+Sources under CC-BY need this attribution to stay with the adapter.
+Cut at {max_length} tokens: {truncation}.
+
+## Training
+
+{settings}
+
+`python scripts/train_specialist.py recipes/zoo/{name}.yaml --data ../shared/data/train --output runs/zoo/{name}`
+
+{spent}
+
+## Measured
+
+{explanation}
+
+Held-out rows of the training sources:
+
+{held_out}
+
+Test rows of the zoo's own data, written for ultrafuser:
+
+{zoo_test}
+
+`docs/results/zoo.md` has the same for the other two.
+
+## Limits
+
+A model of 135 million parameters: its facts, its arithmetic and its code are often wrong, and nothing it says should be
+relied on. The table shows loss on a reference answer, not whether the model's own answers are right. English, and Python for
+code. Trained on single-turn rows of at most {max_length} tokens. No safety training beyond the base model's.
+"""
+
+
+def card(report: dict[str, Any], table: dict[str, Any]) -> str:
+    """README.md of one adapter, from its training.json and the table."""
+    recipe, name = report["recipe"], report["recipe"]["name"]
+    data = [["source", "rows in an epoch", "share of the training rows", "licence"]]
+    for source, count in report["rows_per_epoch"].items():
+        data.append([SOURCES[source], f"{count:,}", f"{recipe['sources'][source]:g}", report["licences"][source]])
+    lora = recipe["lora"]
+    settings = {
+        "rank, alpha, dropout": f"{lora['r']}, {lora['alpha']}, {lora['dropout']}",
+        "modules": ", ".join(lora["target_modules"]),
+        "learning rate": f"{recipe['lr']}, AdamW, cosine to 0 after {recipe['warmup_ratio']:.0%} warm-up",
+        "epochs, steps": f"{recipe['epochs']}, {report['steps']} of at most {recipe['tokens_per_batch']:,} tokens",
+        "response tokens": f"{report['response_tokens_per_epoch']:,} an epoch, "
+        f"{report['response_tokens_trained']:,} in all; the loss is on these only",
+        "precision": "bfloat16 autocast over float32 weights; stored in bfloat16",
+        "seed": str(recipe["seed"]),
+    }
+    rewrites = "".join(
+        f"- In the answers of {rewrite['share']:.0%} of the rows `{rewrite['pattern']}` became `{rewrite['by']}`.\n"
+        for rewrite in recipe.get("rewrites", [])
+    )
+    measured = {
+        split: "\n".join(
+            [*levels(table[split]), "", f"{name} minus the others on its own domain's rows:", ""]
+            + differences(table[split], (name,))
         )
-        for system in ("base", *HOMES):
-            cells = []
-            for result in domains.values():
-                best = min(result["systems"], key=lambda s: result["systems"][s]["nats"])
-                cells.append(cell(result["systems"][system], best == system))
-            out.append(f"| {system} | " + " | ".join(cells) + " |")
-        out += ["", "At home, specialist minus each other system on the same rows:", ""]
-        out += ["| domain | minus base | minus the other specialists |", "|---|---|---|"]
-        for domain in HOMES:
-            base, *others = domains[domain]["differences"].items()
-            shown = "; ".join(f"{key.split(' - ')[1]} {cell(result)}" for key, result in others)
-            out.append(f"| {domain} | {cell(base[1])} | {shown} |")
-        out.append("")
-    return "\n".join(out)
-
-
-EXPLANATION = """Nats per response token, lower is better; the mean over all response tokens, with 95% bootstrap intervals over rows
-({resamples:,} resamples). Computed by `scripts/zoo_table.py` in float32 with plain transformers and peft."""
+        for split in ("held_out", "zoo_test")
+    }
+    note = f" ({report['note']})" if "note" in report else ""
+    versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
+    return CARD.format(
+        name=name,
+        about=ABOUT[name],
+        base=recipe["base"],
+        data="\n".join(lines_of(data)),
+        rewrites=rewrites and rewrites + "\n",
+        truncation=re.sub(r"^(\d+)", lambda found: f"{int(found[0]):,}", report["truncation"]),
+        settings="\n".join(lines_of([["setting", "value"], *map(list, settings.items())])),
+        spent=f"{report['seconds']:.0f} s on one {report['device']}{note}; {versions}.",
+        explanation=EXPLANATION,
+        max_length=recipe["max_length"],
+        **measured,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with text.jsonl, code.jsonl and math.jsonl")
+    parser.add_argument("--data", type=Path, help="folder with text.jsonl, code.jsonl and math.jsonl")
     parser.add_argument("--adapters", type=Path, default=ZOO / "adapters")
     parser.add_argument("--split", choices=("held_out", "validation"), default="held_out")
-    parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--output", type=Path, required=True, help="folder for zoo.json and zoo.md")
+    parser.add_argument("--output", type=Path, required=True, help="folder of zoo.json and zoo.md")
+    parser.add_argument("--reuse", action="store_true", help="take the losses from zoo.json instead of measuring them")
     parser.add_argument("--cards", action="store_true", help="write README.md into each adapter's folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    model, tokenizer = load_systems(options.adapters, options.device)
-    table = measure(model, tokenizer, test_sets(options.data, options.split), options.max_length)
+    saved = options.output / "zoo.json"
+    if options.reuse:
+        result = json.loads(saved.read_text())
+        losses, device = result["losses"], result["device"]
+    elif options.data is None:
+        parser.error("--data is needed to measure; --reuse makes the tables from zoo.json")
+    else:
+        model, tokenizer = load_systems(options.adapters, options.device)
+        losses = measure(model, tokenizer, test_sets(options.data, options.split))
+        device = torch.cuda.get_device_name() if options.device == "cuda" else options.device
+    table = tabulate(losses)
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "zoo.json").write_text(json.dumps(table, indent=1) + "\n")
-    page = f"# The zoo's specialists\n\n{EXPLANATION.format(resamples=RESAMPLES)}\n\n{markdown(table)}"
-    (options.output / "zoo.md").write_text(page)
-    print(page)
+    rows = ",\n".join("  " + json.dumps(row) for row in losses)
+    head = json.dumps({"device": device, "table": table}, indent=1).removesuffix("\n}")
+    saved.write_text(f'{head},\n "losses": [\n{rows}\n ]\n}}\n')
+    (options.output / "zoo.md").write_text(page(table))
+    if options.cards:
+        for home in HOMES:
+            report = json.loads((options.adapters / home / "training.json").read_text())
+            (options.adapters / home / "README.md").write_text(card(report, table))
+    print(page(table))
 
 
 if __name__ == "__main__":

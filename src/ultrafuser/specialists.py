@@ -115,6 +115,9 @@ def _tokenizers(specs: Sequence[Mapping[str, Any]]) -> dict[str, PreTrainedToken
         key = repr(_source_options(spec))
         if key not in read:
             read[key] = _load_tokenizer(spec)
+            end = spec["config"].get("eos_token_id")
+            if "gguf_file" in key and isinstance(end, int):  # transformers 5.17 reads bos_token for it from some files
+                read[key].eos_token = read[key].convert_ids_to_tokens(end)
     return {spec["name"]: read[repr(_source_options(spec))] for spec in specs}
 
 
