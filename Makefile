@@ -9,7 +9,7 @@ demo: $(VENV)/.ready
 	$(BIN)/ultrafuser demo --output runs/demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

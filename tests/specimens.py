@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ultrafuser.model.checkpoint import load_groups, mark_unchanged
+from ultrafuser.model.checkpoint import load_groups
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.gate import Gate
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import record_files
+from ultrafuser.model.saving import mark_unchanged
 from ultrafuser.model.shared_base import SpecialistGroup
 
 VOCAB = 72

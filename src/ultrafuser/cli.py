@@ -100,7 +100,7 @@ def fuse_command(
     The specialists are referenced where they are; train the result with `ultrafuser train` (fused: FOLDER).
     """
     from ultrafuser.info import describe
-    from ultrafuser.model.checkpoint import staging
+    from ultrafuser.model.saving import staging
     from ultrafuser.recipe import dump_recipe, load_recipe
     from ultrafuser.specialists import fuse
     from ultrafuser.train.card import write_card

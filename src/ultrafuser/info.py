@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ultrafuser.errors import CheckpointError
-from ultrafuser.model.checkpoint import GATE_FILE, fused_folder, read_manifest
+from ultrafuser.model.checkpoint import fused_folder, read_manifest
 from ultrafuser.model.references import check_files, is_inside, resolve
+from ultrafuser.model.saving import GATE_FILE
 
 
 def describe(folder: str | Path, *, verify: bool = False) -> dict[str, Any]:

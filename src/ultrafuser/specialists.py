@@ -17,12 +17,12 @@ from ultrafuser.model.checkpoint import (
     fused_folder,
     is_plain_lora,
     load_groups,
-    mark_unchanged,
     read_adapter_config,
 )
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import PACKAGE, record_files, resolve
+from ultrafuser.model.saving import mark_unchanged
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import Recipe, SpecialistRecipe
 from ultrafuser.templates import Renderer, resolve_template

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from specimens import entry, fuse, fuse_entries, save_adapter, shake_gate, tiny, tokens
 from ultrafuser.errors import CheckpointError
-from ultrafuser.model import checkpoint
-from ultrafuser.model.checkpoint import is_changed, mark_unchanged
+from ultrafuser.model import checkpoint, saving
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.saving import is_changed, mark_unchanged
 
 IDS = tokens(2, 7)
 NAMES = ("text", "code", "math")
@@ -682,7 +682,7 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(fused, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     if where == "gate":
-        monkeypatch.setattr(checkpoint, "save_file", full_disk)
+        monkeypatch.setattr(saving, "save_file", full_disk)
     elif where == "specialist":
         monkeypatch.setattr(model.groups[0].model, "save_pretrained", full_disk)
     else:
@@ -702,7 +702,7 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(fused, tmp_path, monkeypatc
 def test_an_error_while_writing_leaves_nothing_behind(fused, tmp_path, monkeypatch):
     before, listing = snapshot(fused), sorted(p.name for p in tmp_path.iterdir())
     model = load(fused)
-    monkeypatch.setattr(checkpoint, "record_files", lambda *_: 1 / 0)
+    monkeypatch.setattr(saving, "record_files", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save_pretrained(fused)
     assert snapshot(fused) == before and sorted(p.name for p in tmp_path.iterdir()) == listing

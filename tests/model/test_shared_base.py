@@ -24,9 +24,10 @@ from specimens import (
     tokens,
 )
 from ultrafuser.errors import CheckpointError
-from ultrafuser.model.checkpoint import is_plain_lora, plain_model
+from ultrafuser.model.checkpoint import is_plain_lora
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.saving import plain_model
 from ultrafuser.model.shared_base import AdapterWeights, GroupedLora, SpecialistGroup
 
 peft = pytest.importorskip("peft")

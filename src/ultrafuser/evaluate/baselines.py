@@ -7,8 +7,8 @@ import copy
 import torch
 
 from ultrafuser.errors import UltraFuserError
-from ultrafuser.model.checkpoint import plain_model
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.saving import plain_model
 from ultrafuser.model.shared_base import SpecialistGroup
 
 

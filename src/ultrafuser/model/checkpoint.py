@@ -1,48 +1,32 @@
-"""Fused checkpoints on disk: load specialists from where they are, write a manifest, the gate, and what changed.
-
-my-fused/
-  config.json          the manifest; written last, so that a folder without it is half written
-  model.safetensors    the gate
-  specialists/<name>/  ordinary HF checkpoints or PEFT adapters: what training changed, or `copy` asked for
-  *.py                 this package, so that trust_remote_code works where ultrafuser is not installed
-"""
+"""Read fused checkpoints: the manifest, every specialist from where it is, the gate. See saving.py for what is written."""
 
 from __future__ import annotations
 
-import copy as copying
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError
-from .references import WEIGHTS, check_files, is_inside, record_files, resolve
+from .references import WEIGHTS, check_files, resolve
+from .saving import GATE_FILE, mark_unchanged
 from .shared_base import AdapterWeights, SpecialistGroup
 
-GATE_FILE = "model.safetensors"
-CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "references", "shared_base", "gate", "cache",
-        "loss", "errors")  # fmt: skip
-_SAMPLES = 1024  # values of each tensor that are remembered, to see whether training changed it
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 # Settings of PEFT's LoraConfig that make an adapter more than y = W x + scaling * B A x with one rank and scaling.
 _OTHER_LORAS = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
                 "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora",
                 "arrow_config", "kasa_config", "monteclora_config", "velora_config")  # fmt: skip
 _OUTER_LAYERS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte")
-
-
-# ---------------------------------------------------------------- loading
 
 
 def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -313,247 +297,3 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 
 def _looks_like_hub_id(reference: str) -> bool:
     return reference.count("/") <= 1 and not reference.startswith((".", "/", "~"))
-
-
-# ---------------------------------------------------------------- what changed
-
-
-def mark_unchanged(model: Any, folder: Path | None) -> None:
-    """Remember that the specialists' weights are now what their sources say."""
-    model._folder = folder
-    for group in model.groups:
-        group._fingerprint = _fingerprint(group)
-
-
-def _fingerprint(group: SpecialistGroup) -> dict[int, tuple[int, torch.Tensor]]:
-    """How often each tensor was written to, and a sample of it; moving devices or casting changes neither.
-
-    The counter alone misses writes through `.data` and by fused optimizers, transformers' default; the sample sees them.
-    """
-    return {id(parameter): (parameter._version, _sample(parameter)) for parameter in group.parameters()}
-
-
-def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    flat = parameter.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)].cpu().clone()
-
-
-def _is_written(parameter: torch.Tensor, before: Mapping[int, tuple[int, torch.Tensor]]) -> bool:
-    if id(parameter) not in before:
-        return True
-    version, sample = before[id(parameter)]
-    return version != parameter._version or not torch.equal(sample.to(parameter.dtype), _sample(parameter))
-
-
-def is_changed(group: SpecialistGroup) -> bool:
-    """Whether a group's weights may differ from their sources; a group that was never loaded counts as changed."""
-    before = getattr(group, "_fingerprint", {})
-    now = list(group.parameters())
-    return set(before) != {id(p) for p in now} or any(_is_written(p, before) for p in now)
-
-
-def plain_model(group: SpecialistGroup, coefficients: Mapping[int, float]) -> PreTrainedModel:
-    """An ordinary transformers model with adapters merged in by `coefficients`; a copy of the base."""
-    state = {name: tensor.clone() for name, tensor in group.base_state(coefficients).items()}
-    model = AutoModelForCausalLM.from_config(group.model.config, dtype=group.model.dtype)
-    model.load_state_dict(state)
-    model.generation_config = copying.deepcopy(group.model.generation_config)
-    return model.to(group.device).eval()
-
-
-# ---------------------------------------------------------------- saving
-
-
-def save_fused(
-    model: Any,
-    save_directory: str | os.PathLike,
-    *,
-    copy: bool = False,
-    is_main_process: bool = True,
-    push_to_hub: bool = False,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
-    **kwargs: Any,
-) -> None:
-    """`UltraFuserForCausalLM.save_pretrained`; see there."""
-    if not is_main_process:
-        return
-    if push_to_hub:
-        raise CheckpointError("save first, then call model.push_to_hub(repo_id), which uploads the folder")
-    config: UltraFuserConfig = copying.deepcopy(model.config)
-    state = dict(state_dict) if state_dict is not None else None
-    copied: dict[Path, str] = {}
-    with staging(Path(save_directory)) as folder:
-        for g, group in enumerate(model.groups):
-            specs = [config.specialists[config.names.index(name)] for name in group.names]
-            if is_changed(group):
-                own = None if state is None else _sub_state(state, f"groups.{g}.model.")
-                _write_group(group, specs, folder, own, getattr(model, "_folder", None))
-            else:
-                for spec in specs:
-                    _keep(spec, folder, getattr(model, "_folder", None), copy, copied)
-        gate = _sub_state(state, "gate.") if state is not None else model.gate.state_dict()
-        gate = {f"gate.{key}": value.detach().cpu().contiguous() for key, value in gate.items()}
-        save_file(gate, folder / GATE_FILE, metadata={"format": "pt"})
-        config.gate_files = record_files(folder / GATE_FILE)
-        for name in CODE:
-            shutil.copy(Path(__file__).parent / f"{name}.py", folder)
-        config.auto_map = {
-            "AutoConfig": "configuration_ultrafuser.UltraFuserConfig",
-            "AutoModelForCausalLM": "modeling_ultrafuser.UltraFuserForCausalLM",
-        }
-        config.architectures = ["UltraFuserForCausalLM"]
-        config.dtype = None
-        model.generation_config.save_pretrained(folder)
-        config.save_pretrained(folder)
-
-
-def _sub_state(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def _write_group(
-    group: SpecialistGroup,
-    specs: list[dict[str, Any]],
-    folder: Path,
-    state: Mapping[str, torch.Tensor] | None,
-    old: Path | None,
-) -> None:
-    """Write the specialists of a group that training changed."""
-    if group.loras and not _base_changed(group):
-        for i, spec in enumerate(specs):
-            home = folder / "specialists" / spec["name"]
-            _absolute_base(spec, folder, old)
-            write_adapter(group, i, spec["source"]["model"], home, state)
-            spec["source"] |= {"adapter": f"specialists/{spec['name']}", "adapter_revision": None}
-            spec["files"] = (spec.get("files") or {}) | {"adapter": record_files(home)}
-        return
-    if group.size > 1:
-        raise CheckpointError(
-            f"the base that {', '.join(group.names)} share was changed, so its weights belong to none of them; train "
-            "their adapters only, or fuse with share_base: false"
-        )
-    spec, home = specs[0], folder / "specialists" / specs[0]["name"]
-    if group.loras:
-        plain_model(group, {0: 1.0}).save_pretrained(home)
-    else:
-        group.model.save_pretrained(home, state_dict=None if state is None else dict(state))
-    spec["source"] = {"model": f"specialists/{spec['name']}"}
-    spec["files"] = {"model": record_files(home)}
-    spec["config"] = group.model.config.to_dict()
-    spec.pop("separate", None)
-
-
-def _base_changed(group: SpecialistGroup) -> bool:
-    """Whether more than adapters changed; adapters that are new since loading do not count."""
-    adapters = {id(parameter) for parameter in group.adapter_parameters()}
-    before = getattr(group, "_fingerprint", {})
-    return any(_is_written(p, before) for p in group.parameters() if id(p) not in adapters)
-
-
-def write_adapter(
-    group: SpecialistGroup, i: int, base: str, home: Path, state: Mapping[str, torch.Tensor] | None = None
-) -> None:
-    """Write one specialist's adapter as an ordinary PEFT folder."""
-    adapter = group.adapter(i)
-    tensors = {}
-    for name, pair in adapter.layers.items():
-        for half, tensor in zip(("lora_A", "lora_B"), pair, strict=True):
-            if state is not None:  # gathered from all ranks
-                whole, rank = state[f"{name}.{half}"][i], group.loras[name].ranks[i]
-                tensor = whole[:rank] if half == "lora_A" else whole[:, :rank]
-            tensors[f"base_model.model.{name}.{half}.weight"] = tensor.detach().cpu().contiguous()
-    rank = max(a.shape[0] for a, _ in adapter.layers.values())
-    home.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, home / "adapter_model.safetensors", metadata={"format": "pt"})
-    adapter_config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": adapter.scaling * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": group.model.config.model_type == "gpt2",
-        "inference_mode": True,
-        "target_modules": sorted({name.rpartition(".")[2] for name in adapter.layers}),
-    }
-    (home / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n", encoding="utf-8")
-
-
-def _keep(spec: dict[str, Any], folder: Path, old: Path | None, copy: bool, copied: dict[Path, str]) -> None:
-    """An unchanged specialist stays a reference; what lies inside the old checkpoint moves along.
-
-    Args:
-        copied: what was copied to where so far, since several specialists may share a base.
-    """
-    source = spec["source"]
-    for part in ("model", "adapter"):
-        if not source.get(part):
-            continue
-        where = resolve(source[part], old, spec["name"])
-        inside = old is not None and isinstance(where, Path) and is_inside(where, old)
-        if not (inside or copy):
-            continue
-        if not isinstance(where, Path):
-            revision = source.get("revision" if part == "model" else "adapter_revision")
-            where = Path(snapshot_download(str(where), revision=revision))
-        if where not in copied:
-            if inside and old is not None:
-                copied[where] = where.relative_to(old).as_posix()
-            else:
-                shelf = "bases" if part == "model" and source.get("adapter") else "specialists"
-                copied[where] = f"{shelf}/{spec['name']}" + (f"/{where.name}" if where.is_file() else "")
-            _copy(where, folder / copied[where])
-        source[part] = copied[where]
-
-
-def _copy(where: Path, home: Path) -> None:
-    home.parent.mkdir(parents=True, exist_ok=True)
-    if where.is_dir():
-        shutil.copytree(where, home, dirs_exist_ok=True)
-    else:
-        shutil.copy(where, home)
-
-
-def _absolute_base(spec: dict[str, Any], folder: Path, old: Path | None) -> None:
-    """A base that lies inside the old checkpoint moves along with the new adapters."""
-    where = resolve(spec["source"]["model"], old, spec["name"])
-    if old is not None and isinstance(where, Path) and is_inside(where, old):
-        home = folder / where.relative_to(old)
-        if not home.exists():
-            _copy(where, home)
-
-
-@contextmanager
-def staging(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well, and vanishes when it does not.
-
-    A folder that exists keeps its other files; its config.json goes first and comes back last, so that it is never
-    taken for a whole checkpoint in between.
-
-    Raises:
-        CheckpointError: the disk is full or not writable; `target` is as it was.
-    """
-    target = target.expanduser().absolute()
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        yield draft
-        if not target.exists():
-            draft.rename(target)
-        else:
-            (target / "config.json").unlink(missing_ok=True)
-            for stale in ("specialists", "bases"):
-                shutil.rmtree(target / stale, ignore_errors=True)
-            for entry in sorted(draft.iterdir(), key=lambda entry: entry.name == "config.json"):
-                if (target / entry.name).is_dir():
-                    shutil.rmtree(target / entry.name)
-                os.replace(entry, target / entry.name)
-    except (OSError, SafetensorError) as error:
-        full = "No space left" in str(error) or getattr(error, "errno", None) == 28
-        why = "the disk is full" if full else str(error)
-        raise CheckpointError(f"{target}: could not be written: {why}; nothing was changed, free some space or choose "
-                              "another folder") from error  # fmt: skip
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

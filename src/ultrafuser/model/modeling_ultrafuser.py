@@ -17,11 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixi
 from transformers.utils import ModelOutput
 
 from .cache import UltraFuserCache
-from .checkpoint import load_fused, plain_model, save_fused
+from .checkpoint import load_fused
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError, UltraFuserError
 from .gate import Gate
 from .loss import label_log_prob, mixed_log_prob
+from .saving import plain_model, save_fused
 from .shared_base import SpecialistGroup
 
 

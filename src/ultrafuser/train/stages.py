@@ -22,8 +22,9 @@ from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
 from ultrafuser.errors import DataError, RecipeError, TrainingError
-from ultrafuser.model.checkpoint import fused_folder, read_manifest, staging
+from ultrafuser.model.checkpoint import fused_folder, read_manifest
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.saving import staging
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import GateRecipe, Recipe, SourceRecipe, StageRecipe, dump_recipe
 from ultrafuser.specialists import fuse, load, pick_device
