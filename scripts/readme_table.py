@@ -1,6 +1,7 @@
-"""Write the README's result table from a kept run of the demo: python scripts/readme_table.py [--check]
+"""Write the result tables from kept runs of the demo: python scripts/readme_table.py [--check]
 
-To renew it: `ultrafuser demo --full --output runs/demo`, copy runs/demo/results.json to docs/results/demo.json, run this.
+docs/results/demo.json (`make demo`) goes to the README, docs/results/demo-full.json (`ultrafuser demo --full`, on a GPU)
+to docs/results/demo-full.md.
 """
 
 from __future__ import annotations
@@ -39,25 +40,27 @@ def table(results: dict) -> str:
     counts = ", ".join(f"{systems['fused'][d]['samples']} {d}" for d in domains)
     tokens = sum(systems["fused"][d]["tokens"] for d in domains)
     config, seconds = results["config"], results["seconds"]["total"]
+    cpu = f"{config['threads']} CPU cores (AVX2, float32)"
+    hardware = cpu if config["device"] == "cpu" else "one NVIDIA H100 80GB (float32)"
     lines += [
         "",
         f"Held-out rows: {counts} ({tokens:,} response tokens), the same for every system; intervals are paired "
-        f"bootstraps over rows. {config['threads']} CPU cores (AVX2, float32), {seconds / 60:.0f} minutes, "
-        f"{config['peak_memory_mb'] / 1000:.1f} GB.",
+        f"bootstraps over rows. {hardware}, {seconds / 60:.1f} minutes, {config['peak_memory_mb'] / 1000:.1f} GB of memory.",
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    results = json.loads((ROOT / "docs/results/demo.json").read_text())
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    head, _, rest = text.partition(START)
-    _, _, tail = rest.partition(END)
-    new = f"{head}{START}\n{table(results)}\n{END}{tail}"
-    if "--check" in sys.argv:
-        sys.exit(0 if new == text else "README.md: the table is not that of docs/results/demo.json; run this script")
-    readme.write_text(new, encoding="utf-8")
+    for page, kept in (("README.md", "demo"), ("docs/results/demo-full.md", "demo-full")):
+        results = json.loads((ROOT / f"docs/results/{kept}.json").read_text())
+        text = (ROOT / page).read_text(encoding="utf-8")
+        head, _, rest = text.partition(START)
+        _, _, tail = rest.partition(END)
+        new = f"{head}{START}\n{table(results)}\n{END}{tail}"
+        if "--check" not in sys.argv:
+            (ROOT / page).write_text(new, encoding="utf-8")
+        elif new != text:
+            sys.exit(f"{page}: the table is not that of docs/results/{kept}.json; run this script")
 
 
 if __name__ == "__main__":

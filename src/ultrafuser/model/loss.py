@@ -33,19 +33,30 @@ class Head(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, state: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., V), in float32 at least."""
-        z = torch.nn.functional.linear(state.to(self.weight.device, self.weight.dtype), self.weight, self.bias)
-        z = z if z.dtype == torch.float64 else z.float()
+    def logits(self, state: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., D) -> (..., V), in float32 at least; into `out` (rows, V), where one is given."""
+        state = state.to(self.weight.device, self.weight.dtype)
+        if out is None:
+            z = torch.nn.functional.linear(state, self.weight, self.bias)
+            z = z if z.dtype == torch.float64 else z.float()
+            if self.scale != 1.0:
+                z = z * self.scale
+            return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+        z = out[: len(state)]
+        if z.dtype == self.weight.dtype:
+            torch.mm(state, self.weight.T, out=z)
+        else:
+            z.copy_(state @ self.weight.T)
+        if self.bias is not None:
+            z += self.bias
         if self.scale != 1.0:
-            z = z * self.scale
-        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+            z *= self.scale
+        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def pull_back(self, gradient: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Gradient for z -> gradient for W h + bias, both (n, V)."""
-        if self.softcap is not None:
-            gradient = gradient * (1 - (z / self.softcap) ** 2)
-        return gradient * self.scale if self.scale != 1.0 else gradient
+    def buffer(self, rows: int) -> torch.Tensor:
+        """Room for the logits of so many tokens."""
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        return torch.empty(rows, self.weight.shape[0], dtype=dtype, device=self.weight.device)
 
 
 def mixed_log_prob(
@@ -94,15 +105,60 @@ def _chunks(tokens: int, weight: torch.Tensor, chunk_tokens: int | None) -> list
     return [slice(start, start + chunk_tokens) for start in range(0, tokens, chunk_tokens)]
 
 
-def _accumulate(grads: dict[str, Any], head: Head, state: torch.Tensor, gradient: torch.Tensor, part: slice) -> None:
-    """Add one chunk's gradient for W h + bias, (n, V), to those of the state, the weight and the bias."""
-    gradient = gradient.to(head.weight.dtype)
+def _rows(parts: Sequence[slice], tokens: int) -> int:
+    return min(tokens, parts[0].stop) if parts else 0
+
+
+def _normalise(z: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log softmax(z)[y], (n,), and the sums (n, 1) that make softmax(z) of what z is overwritten with."""
+    top = z.amax(-1, keepdim=True)
+    log_p = z.gather(1, y) - top
+    total = z.sub_(top).exp_().sum(-1, keepdim=True)
+    return (log_p - total.log()).squeeze(1), total
+
+
+def _gradient(z: torch.Tensor, y: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """d (grad * log softmax(z)[y]) / dz, written over z: grad * (one-hot - softmax)."""
+    grad = grad[:, None].to(z)
+    _, total = _normalise(z, y)
+    return z.mul_(-grad / total).scatter_add_(1, y, grad)
+
+
+def _accumulate(
+    grads: dict[str, Any],
+    head: Head,
+    state: torch.Tensor,
+    gradient: torch.Tensor,
+    own: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    part: slice,
+) -> None:
+    """Add one chunk's gradient for the mixed logits, (n, V), to those of one specialist's state, table and bias.
+
+    Args:
+        own: its logits z, written over; needed where they are capped: dz / d(W h + bias) = scale * (1 - (z / cap)^2).
+        weight: its weights in the mixture, (n,), or None for a specialist alone.
+    """
+    if head.softcap is not None:
+        gradient = own.div_(head.softcap).square_().neg_().add_(1).mul_(gradient.to(own.device))
+    gradient = gradient.to(head.weight.device, head.weight.dtype)
+    factor = gradient.new_full((len(gradient), 1), head.scale)
+    if weight is not None:
+        factor *= weight[:, None].to(factor)
     if grads["state"] is not None:
-        grads["state"][part] = (gradient @ head.weight).to(grads["state"])
+        grads["state"][part] = (gradient @ head.weight * factor).to(grads["state"])
     if grads["weight"] is not None:
-        grads["weight"].addmm_(gradient.T, state[part].to(head.weight.device, head.weight.dtype))
+        grads["weight"].addmm_(gradient.T, state[part].to(head.weight.device, head.weight.dtype) * factor)
     if grads["bias"] is not None:
-        grads["bias"] += gradient.sum(0)
+        grads["bias"] += gradient.T @ factor[:, 0]
+
+
+def _mix(zs: Sequence[torch.Tensor], weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Eq. 1 for one chunk: K x (n, V), (n, K) -> (n, V)."""
+    z = torch.mul(zs[0].to(out.device), weights[:, :1].to(out), out=out[: len(weights)])
+    for k, own in enumerate(zs[1:], 1):
+        z.addcmul_(own.to(out.device), weights[:, k, None].to(out))
+    return z
 
 
 def _empty_grads(needs: Sequence[bool], state: torch.Tensor, head: Head) -> dict[str, Any]:
@@ -122,11 +178,12 @@ class _LabelLogProb(torch.autograd.Function):
         ctx.save_for_backward(state, weight, bias, targets)
         ctx.shape, ctx.chunk_tokens = shape, chunk_tokens
         targets = targets.to(weight.device)
-        out = []
-        for part in _chunks(len(state), weight, chunk_tokens):
-            z = head.logits(state[part])  # (n, V)
-            out.append(z.gather(1, targets[part, None]).squeeze(1) - z.logsumexp(-1))
-        return torch.cat(out) if out else state.new_zeros(0)
+        parts = _chunks(len(state), weight, chunk_tokens)
+        room = head.buffer(_rows(parts, len(state)))
+        out = room.new_empty(len(state))
+        for part in parts:
+            out[part] = _normalise(head.logits(state[part], room), targets[part, None])[0]
+        return out
 
     @staticmethod
     @once_differentiable
@@ -136,11 +193,14 @@ class _LabelLogProb(torch.autograd.Function):
         grads = _empty_grads(ctx.needs_input_grad, state, head)
         if any(value is not None for value in grads.values()):
             targets = targets.to(weight.device)
-            for part in _chunks(len(state), weight, ctx.chunk_tokens):
-                z = head.logits(state[part])
-                gradient = z.softmax(-1).mul_(-grad[part, None])
-                gradient.scatter_add_(1, targets[part, None], grad[part, None].to(gradient))
-                _accumulate(grads, head, state, head.pull_back(gradient, z), part)
+            capped = head.softcap is not None
+            parts = _chunks(len(state), weight, ctx.chunk_tokens)
+            room = head.buffer(_rows(parts, len(state)))
+            spare = torch.empty_like(room) if capped else None
+            for part in parts:
+                z = head.logits(state[part], room)
+                own = None if spare is None else spare[: len(z)].copy_(z)
+                _accumulate(grads, head, state, _gradient(z, targets[part, None], grad[part]), own, None, part)
         return grads["state"], grads["weight"], grads["bias"], None, None, None
 
 
@@ -152,19 +212,24 @@ class _FusedLogitsLogProb(torch.autograd.Function):
         size = len(shapes)
         states, tables, biases = tensors[:size], tensors[size : 2 * size], tensors[2 * size :]
         heads = [Head(t, b, *shape) for t, b, shape in zip(tables, biases, shapes, strict=True)]
-        out, closed_form = [], torch.zeros_like(weights)
-        for part in _chunks(len(targets), tables[0], chunk_tokens):
+        parts = _chunks(len(targets), tables[0], chunk_tokens)
+        rooms = [head.buffer(_rows(parts, len(targets))) for head in heads]
+        mixed = torch.empty_like(rooms[0], device=weights.device)
+        out, closed_form = mixed.new_empty(len(targets)), torch.zeros_like(weights)
+        for part in parts:
             y = targets[part, None]
-            zs = [head.logits(h[part]).to(weights.device) for head, h in zip(heads, states, strict=True)]
-            z = sum(w[:, None] * own for w, own in zip(weights[part].T, zs, strict=True))  # Eq. 1, (n, V)
-            out.append(z.gather(1, y).squeeze(1) - z.logsumexp(-1))
+            zs = [
+                head.logits(h[part], room).to(mixed.device) for head, h, room in zip(heads, states, rooms, strict=True)
+            ]
+            z = _mix(zs, weights[part], mixed)
+            out[part], total = _normalise(z, y)
             if ctx.needs_input_grad[0]:
-                p = z.softmax(-1)
                 for k, own in enumerate(zs):  # z_k[y] - E_p[z_k]
-                    closed_form[part, k] = own.gather(1, y).squeeze(1) - torch.linalg.vecdot(p, own)
+                    mean = torch.bmm(z[:, None], own[:, :, None])[:, 0] / total
+                    closed_form[part, k] = (own.gather(1, y) - mean).squeeze(1).to(closed_form)
         ctx.save_for_backward(weights, targets, closed_form, *tensors)
         ctx.shapes, ctx.chunk_tokens = shapes, chunk_tokens
-        return torch.cat(out) if out else weights.new_zeros(0)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -176,13 +241,13 @@ class _FusedLogitsLogProb(torch.autograd.Function):
         needs = ctx.needs_input_grad[4:]
         grads = [_empty_grads(needs[k::size], states[k], heads[k]) for k in range(size)]
         if any(value is not None for own in grads for value in own.values()):
-            for part in _chunks(len(targets), tables[0], ctx.chunk_tokens):
-                zs = [head.logits(h[part]).to(weights.device) for head, h in zip(heads, states, strict=True)]
-                z = sum(w[:, None] * own for w, own in zip(weights[part].T, zs, strict=True))
-                gradient = z.softmax(-1).mul_(-grad[part, None])
-                gradient.scatter_add_(1, targets[part, None], grad[part, None].to(gradient))
+            parts = _chunks(len(targets), tables[0], ctx.chunk_tokens)
+            rooms = [head.buffer(_rows(parts, len(targets))) for head in heads]
+            mixed = torch.empty_like(rooms[0], device=weights.device)
+            for part in parts:
+                zs = [head.logits(h[part], room) for head, h, room in zip(heads, states, rooms, strict=True)]
+                gradient = _gradient(_mix(zs, weights[part], mixed), targets[part, None], grad[part])
                 for k, own in enumerate(zs):
-                    mine = (gradient * weights[part, k, None]).to(tables[k].device)
-                    _accumulate(grads[k], heads[k], states[k], heads[k].pull_back(mine, own.to(mine.device)), part)
+                    _accumulate(grads[k], heads[k], states[k], gradient, own, weights[part, k], part)
         flat = [own[name] for name in ("state", "weight", "bias") for own in grads]
         return closed_form * grad[:, None], None, None, None, *flat
