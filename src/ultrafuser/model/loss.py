@@ -139,7 +139,7 @@ def _accumulate(
         own: its logits z, written over; needed where they are capped: dz / d(W h + bias) = scale * (1 - (z / cap)^2).
         weight: its weights in the mixture, (n,), or None for a specialist alone.
     """
-    if head.softcap is not None:
+    if head.softcap is not None and own is not None:
         gradient = own.div_(head.softcap).square_().neg_().add_(1).mul_(gradient.to(own.device))
     gradient = gradient.to(head.weight.device, head.weight.dtype)
     factor = gradient.new_full((len(gradient), 1), head.scale)
