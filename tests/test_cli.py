@@ -244,7 +244,7 @@ def test_fuse_adapters_on_one_base(run, workshop, tmp_path):
     words = [f"--specialist={one['name']}={one['model']}+{one['adapter']}" for one in adapters]
     found = run("fuse", *words, "-o", tmp_path / "fused", "--json").json()
     assert found["specialists"][0]["shares_base_with"] == ["code", "math"]
-    assert "shared with code, math" in run("info", tmp_path / "fused").out
+    assert "one base, loaded once: code, math, text\n" in run("info", tmp_path / "fused").out
 
 
 def test_a_folder_with_a_plus_in_its_name_is_a_folder(run, workshop, tmp_path):

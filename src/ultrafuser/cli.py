@@ -468,17 +468,19 @@ def _print_info(facts: dict[str, Any], as_json: bool) -> None:
         table.add_column(column, overflow="fold")
     for one in facts["specialists"]:
         parts = [one[part] for part in ("model", "adapter") if part in one]
-        shared = ", ".join(one["shares_base_with"])
         table.add_row(
             one["name"],
             one["domain"],
             one["architecture"],
-            one["model"]["source"] + (f" (shared with {shared})" if shared else ""),
+            one["model"]["source"],
             one["adapter"]["source"] if "adapter" in one else "",
             _size(sum(part["size_bytes"] for part in parts)),
             ", ".join(dict.fromkeys(part["status"] for part in parts)),
         )
     Console().print(table)
+    for group in sorted({tuple(sorted([s["name"], *s["shares_base_with"]])) for s in facts["specialists"]}):
+        if len(group) > 1:
+            _say(f"one base, loaded once: {', '.join(group)}")
     gate = _size(facts["gate_size_bytes"] or 0)
     elsewhere = _size(facts["referenced_size_bytes"])
     _say(f"gate {gate}; folder {_size(facts['size_bytes'])}; referenced elsewhere {elsewhere}")
