@@ -45,7 +45,7 @@ def table(results: dict) -> str:
     lines += [
         "",
         f"Held-out rows: {counts} ({tokens:,} response tokens), the same for every system; intervals are paired "
-        f"bootstraps over rows. {hardware}, {seconds / 60:.1f} minutes, {config['peak_memory_mb'] / 1000:.1f} GB of memory.",
+        f"bootstraps over rows. {hardware}, {seconds / 60:.1f} minutes, {config['peak_memory_mb'] / 1024:.1f} GiB of memory.",
     ]
     return "\n".join(lines)
 
