@@ -142,7 +142,23 @@ class Renderer:
         Raises:
             DataError: the template refuses the messages.
         """
-        return [self._encode(self._apply(jinja, messages)) for jinja in self.chat_templates]
+        return [self._encode(text) for text in self.prompt_texts(messages)]
+
+    def prompt_texts(self, messages: Sequence[Mapping[str, str]]) -> list[str]:
+        """The K prompts as text; a last message of the assistant's is the beginning of the answer.
+
+        Raises:
+            DataError: the template refuses the messages.
+        """
+        begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+        asked = messages[:-1] if begun else messages
+        return [self._apply(jinja, asked) + begun for jinja in self.chat_templates]
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills up shorter prompts of a batch."""
+        pad_id = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad_id is None else pad_id
 
     def render(self, row: Row) -> Rendered | None:
         """One row, cut on the right to `max_length`; None when a prompt alone fills it.

@@ -52,10 +52,14 @@ def prompt_inputs(
     """
     if not conversations:
         raise DataError("there is no conversation to answer; give at least one")
-    prompts = [renderer.prompt(messages) for messages in conversations]
+    return pad_prompts([renderer.prompt(messages) for messages in conversations], renderer.pad_id, device)
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[Sequence[int]]], pad_id: int, device: Any = "cpu"
+) -> dict[str, torch.Tensor]:
+    """B x K prompts as `prompt_inputs` gives them."""
     longest = max(len(ids) for own in prompts for ids in own)
-    pad_id = renderer.tokenizer.pad_token_id
-    pad_id = renderer.tokenizer.eos_token_id if pad_id is None else pad_id
     ids = torch.full((len(prompts), len(prompts[0]), longest), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for b, own in enumerate(prompts):

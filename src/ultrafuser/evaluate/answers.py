@@ -1,0 +1,143 @@
+"""Every answer of a model is kept the moment it is there: a run that was killed goes on with what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from ultrafuser.errors import DataError
+from ultrafuser.progress import Progress
+
+
+class Store:
+    """JSON values by kind and key in one SQLite file; what `put` returned from survives a kill.
+
+    Raises:
+        DataError: the file belongs to another model, or is no such file.
+    """
+
+    def __init__(self, file: Path, owner: str) -> None:
+        """
+        Args:
+            owner: fingerprint of the model (or judge) whose answers these are.
+        """
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(file, isolation_level=None)  # each statement is its own transaction
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS answers (kind TEXT, key TEXT, value TEXT, PRIMARY KEY (kind, key))"
+            )
+        except sqlite3.DatabaseError as error:
+            raise DataError(
+                f"{file}: not a file of answers ({error}); move it away, or choose another --output"
+            ) from error
+        self._db.execute("INSERT OR IGNORE INTO answers VALUES ('owner', '', ?)", (json.dumps(owner),))
+        if (before := self.get("owner", "")) != owner:
+            raise DataError(
+                f"{file}: holds the answers of another model ({before}), expected {owner}; choose another --output, or "
+                "delete the file if the model was changed on purpose"
+            )
+
+    def get(self, kind: str, key: str) -> Any | None:
+        """The value, or None where there is none."""
+        found = self._db.execute("SELECT value FROM answers WHERE kind = ? AND key = ?", (kind, key)).fetchone()
+        return None if found is None else json.loads(found[0])
+
+    def put(self, kind: str, key: str, value: Any) -> None:
+        """Keep a value; one that is there already stays as it is."""
+        self._db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", (kind, key, json.dumps(value)))
+
+    def count(self, kind: str) -> int:
+        """How many values of a kind there are."""
+        return self._db.execute("SELECT count(*) FROM answers WHERE kind = ?", (kind,)).fetchone()[0]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
+class RememberingLM(LM):
+    """Any lm-eval model with a memory: what it answered before is read, the rest is asked and kept at once.
+
+    Equal requests (the repeats of pass@k) are told apart by their number, so that sampled answers stay different.
+    """
+
+    def __init__(self, lm: LM, store: Store, progress: Progress | None = None) -> None:
+        super().__init__()
+        self.lm, self.store, self.progress = lm, store, progress or Progress()
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        return [(float(log_p), bool(greedy)) for log_p, greedy in self._answer("loglikelihood", requests)]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        return self._answer("loglikelihood_rolling", requests)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        return self._answer("generate_until", requests)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.lm.apply_chat_template(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.lm.chat_template(chat_template)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.lm.tokenizer_name
+
+    def _answer(self, kind: str, requests: Sequence[Instance]) -> list[Any]:
+        keys = _keys(kind, [request.args for request in requests])
+        missing = [i for i, key in enumerate(keys) if self.store.get(kind, key) is None]
+        if missing:
+            what = {"generate_until": "answers", "loglikelihood": "options weighed"}.get(kind, kind)
+            self.progress.start(
+                what + (f" ({len(keys) - len(missing)} kept)" if len(missing) < len(keys) else ""), len(missing)
+            )
+            self.lm.set_cache_hook(_Keeper(self, kind, [requests[i].args for i in missing], [keys[i] for i in missing]))
+            if isinstance(getattr(self.lm, "draws", None), int):
+                self.lm.draws = self.store.count(kind)
+            answers = getattr(self.lm, kind)([requests[i] for i in missing])
+            for i, answer in zip(missing, answers, strict=True):  # what the model did not report on its way
+                self.store.put(kind, keys[i], answer)
+            self.progress.finish()
+        return [self.store.get(kind, key) for key in keys]
+
+
+class _Keeper:
+    """lm-eval's cache hook: the model calls it with every finished request."""
+
+    def __init__(self, owner: RememberingLM, kind: str, args: Sequence[tuple], keys: Sequence[str]) -> None:
+        self.owner, self.kind = owner, kind
+        self.waiting: dict[str, deque[str]] = {}
+        for arg, key in zip(args, keys, strict=True):
+            self.waiting.setdefault(_hash(kind, arg), deque()).append(key)
+
+    def add_partial(self, kind: str, args: Iterable[Any], answer: Any) -> None:
+        keys = self.waiting.get(_hash(kind, tuple(args)))
+        if kind == self.kind and keys:
+            self.owner.store.put(kind, keys.popleft(), answer)
+            self.owner.progress.advance()
+
+
+def _hash(kind: str, args: tuple) -> str:
+    return hashlib.sha256(json.dumps([kind, *args], sort_keys=True).encode()).hexdigest()
+
+
+def _keys(kind: str, args: Sequence[tuple]) -> list[str]:
+    """One key a request; the n-th of equal ones ends in its number."""
+    seen: Counter[str] = Counter()
+    out = []
+    for arg in args:
+        key = _hash(kind, arg)
+        out.append(f"{key}-{seen[key]}")
+        seen[key] += 1
+    return out
