@@ -1,4 +1,4 @@
-"""Write the table of recipe fields into docs/recipes.md; with --check, fail when it is out of date."""
+"""Write the tables of recipe fields into the documentation; with --check, fail when one is out of date."""
 
 from __future__ import annotations
 
@@ -6,36 +6,40 @@ import argparse
 import sys
 from pathlib import Path
 
-from ultrafuser.recipe import describe_fields
+from ultrafuser import typed_yaml
+from ultrafuser.evaluate.compare_recipe import CompareRecipe
+from ultrafuser.recipe import Recipe
 
-PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES: dict[Path, type[typed_yaml.Node]] = {DOCS / "recipes.md": Recipe, DOCS / "comparing.md": CompareRecipe}
 START, END = "<!-- fields:start -->", "<!-- fields:end -->"
 
 
-def table() -> str:
+def table(root: type[typed_yaml.Node]) -> str:
     rows = ["| Field | Type | Default | Meaning |", "|---|---|---|---|"]
-    rows += [f"| `{path}` | {kind} | {default} | {text} |" for path, kind, default, text in describe_fields()]
+    rows += [f"| `{path}` | {kind} | {default} | {text} |" for path, kind, default, text in typed_yaml.describe(root)]
     return "\n".join(rows)
 
 
-def render(page: str) -> str:
+def render(page: str, root: type[typed_yaml.Node], where: Path) -> str:
     head, start, rest = page.partition(START)
     _, end, tail = rest.partition(END)
     if not start or not end:
-        sys.exit(f"{PAGE}: expected the markers {START} and {END}")
-    return f"{head}{START}\n{table()}\n{END}{tail}"
+        sys.exit(f"{where}: expected the markers {START} and {END}")
+    return f"{head}{START}\n{table(root)}\n{END}{tail}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when out of date")
     check = parser.parse_args().check
-    page = PAGE.read_text(encoding="utf-8")
-    fresh = render(page)
-    if check and fresh != page:
-        sys.exit(f"{PAGE}: out of date; run: python scripts/recipe_docs.py")
-    if not check:
-        PAGE.write_text(fresh, encoding="utf-8")
+    for where, root in PAGES.items():
+        page = where.read_text(encoding="utf-8")
+        fresh = render(page, root, where)
+        if check and fresh != page:
+            sys.exit(f"{where}: out of date; run: python scripts/recipe_docs.py")
+        if not check:
+            where.write_text(fresh, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from ultrafuser.errors import RecipeError
-from ultrafuser.recipe import Recipe, describe_fields, dump_recipe, load_recipe
+from ultrafuser.recipe import Recipe, dump_recipe, load_recipe
+from ultrafuser.typed_yaml import describe
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "zoo" not in path.parts)
@@ -426,7 +427,7 @@ def test_wrong_mappings():
 
 
 def test_every_field_is_described():
-    fields = describe_fields()
+    fields = list(describe(Recipe))
     assert len({path for path, *_ in fields}) == len(fields) > 50
     for path, kind, default, description in fields:
         assert kind and default and "|" not in kind, path
@@ -447,13 +448,15 @@ def recipe_docs():
     return module
 
 
-def test_the_page_is_up_to_date(recipe_docs):
-    page = recipe_docs.PAGE.read_text(encoding="utf-8")
-    assert recipe_docs.render(page) == page, "run: python scripts/recipe_docs.py"
+def test_the_pages_are_up_to_date(recipe_docs):
+    for where, root in recipe_docs.PAGES.items():
+        page = where.read_text(encoding="utf-8")
+        assert recipe_docs.render(page, root, where) == page, "run: python scripts/recipe_docs.py"
 
 
 def test_the_page_is_checked_and_written(recipe_docs, tmp_path, monkeypatch):
-    page = recipe_docs.PAGE = tmp_path / "recipes.md"
+    page = tmp_path / "recipes.md"
+    recipe_docs.PAGES = {page: Recipe}
     page.write_text(f"a\n{recipe_docs.START}\nold\n{recipe_docs.END}\nb\n")
     monkeypatch.setattr(sys, "argv", ["recipe_docs.py", "--check"])
     with pytest.raises(SystemExit, match="out of date"):

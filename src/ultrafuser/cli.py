@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +13,23 @@ from rich.console import Console
 from rich.table import Table
 
 from ultrafuser import __version__
+from ultrafuser.cli_evaluate import compare_command, eval_command
+from ultrafuser.cli_options import (
+    DTYPES,
+    Device,
+    Dtype,
+    Folder,
+    Json,
+    MaxNewTokens,
+    Overrides,
+    Prompt,
+    Seed,
+    System,
+    Temperature,
+    TopP,
+    quiet,
+    say,
+)
 from ultrafuser.errors import DataError, RecipeError, UltraFuserError
 
 app = typer.Typer(
@@ -25,25 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-Folder = Annotated[str, typer.Argument(help="A fused checkpoint: a folder or a hub id.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
-Dtype = Annotated[str, typer.Option(help="Precision of the specialists: auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, or another torch device.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Recipe fields to change, e.g. stages.gate.lr=2e-5 or stages=\\[joint].", metavar="KEY=VALUE"),
-]
-Prompt = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What the user says; may be repeated.")]
-System = Annotated[str | None, typer.Option(help="A system message before every prompt.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the likeliest token.")]
-TopP = Annotated[
-    float,
-    typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens with this total probability."),
-]
-Seed = Annotated[int, typer.Option(help="Seed of the random numbers.")]
 
 
 def main() -> None:
@@ -59,7 +55,7 @@ def main() -> None:
 
 def _version(value: bool) -> None:
     if value:
-        _say(f"ultrafuser {__version__}")
+        say(f"ultrafuser {__version__}")
         raise typer.Exit
 
 
@@ -118,7 +114,7 @@ def fuse_command(
         raise RecipeError(f"{output} holds a checkpoint already; replace it with --force, or choose another --output")
     if typed.fused is not None:
         raise RecipeError(f"{recipe}: it starts from the fused folder {typed.fused}; `fuse` needs specialists")
-    with _quiet():
+    with quiet():
         model, tokenizer = fuse(typed)
         with staging(output) as draft:
             model.save_pretrained(draft, copy=copy)
@@ -160,7 +156,7 @@ def train_command(
 
     typed = load_recipe(recipe, overrides or [])
     speaks = int(os.environ.get("RANK", "0")) == 0  # of several processes, the first alone
-    with _quiet():
+    with quiet():
         from ultrafuser.train.stages import read_metrics, train
 
         folder = train(typed, resume=resume, progress=ConsoleProgress() if speaks else Progress())
@@ -168,12 +164,12 @@ def train_command(
         return
     last = {row["stage"]: row for row in read_metrics(folder / "metrics.jsonl")}
     if as_json:
-        _say(json.dumps({"folder": str(folder), "last_metrics": last}))
+        say(json.dumps({"folder": str(folder), "last_metrics": last}))
         return
     for stage, row in last.items():
         losses = {k: v for k, v in row.items() if "loss/" in k}
-        _say(f"{stage}: " + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
-    _say(f"fused checkpoint: {folder}\nnext: ultrafuser chat {folder}")
+        say(f"{stage}: " + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
+    say(f"fused checkpoint: {folder}\nnext: ultrafuser chat {folder}")
 
 
 @app.command(name="demo")
@@ -190,12 +186,12 @@ def demo_command(
     """
     from ultrafuser.progress import ConsoleProgress
 
-    with _quiet():
+    with quiet():
         from ultrafuser.demo import demo_recipe, run_demo
 
         results, traces = run_demo(demo_recipe(output, full=full, seed=seed, device=device), ConsoleProgress())
     if as_json:
-        _say(json.dumps(results))
+        say(json.dumps(results))
         return
     from ultrafuser.inspect.report import results_table
     from ultrafuser.inspect.terminal import render_terminal
@@ -206,7 +202,7 @@ def demo_command(
         console.print(f"\n[bold]{traces[-1].prompt}[/bold]")
         console.print(render_terminal(traces[-1]))
     fused = output / "fused"
-    _say(
+    say(
         f"\n{results['seconds']['total']:.0f} s, {results['config']['peak_memory_mb']} MB\n"
         f"report: {output}/report.html\n"
         f"next:\n  ultrafuser chat {fused}\n  ultrafuser inspect {fused} --prompt 'What is 15% of 80?' --weights\n"
@@ -238,7 +234,7 @@ def generate(
 ) -> None:
     """Answer prompts, in batches."""
     chats = _conversations(prompt, file, system)
-    with _quiet():
+    with quiet():
         model, renderer = _load(folder, dtype, device, seed)
         from ultrafuser.inspect.run import answer
         from ultrafuser.progress import ConsoleProgress
@@ -254,7 +250,7 @@ def generate(
         progress.finish()
     prompts = [chat[-1]["content"] for chat in chats]
     if as_json:
-        _say(
+        say(
             json.dumps(
                 [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)],
                 ensure_ascii=False,
@@ -262,7 +258,7 @@ def generate(
         )
         return
     for question, text in zip(prompts, answers, strict=True):
-        _say(f"> {question}\n{text}\n" if len(prompts) > 1 else text)
+        say(f"> {question}\n{text}\n" if len(prompts) > 1 else text)
 
 
 @app.command()
@@ -280,7 +276,7 @@ def chat(
 
     Commands in the talk: /reset forgets it, /weights colours the last answer by specialist, /exit leaves.
     """
-    with _quiet():
+    with quiet():
         model, renderer = _load(folder, dtype, device, seed)
     from transformers import TextStreamer
 
@@ -350,7 +346,7 @@ def inspect(
     from ultrafuser.inspect.trace import mean_weights_by_domain
 
     rows = load_rows(str(file), domain=domain, limit=limit) if file else []
-    with _quiet():
+    with quiet():
         model, renderer = _load(folder, dtype, device, seed)
         from ultrafuser.inspect.run import answer, trace_rows, trace_tokens
 
@@ -368,7 +364,7 @@ def inspect(
     means = mean_weights_by_domain(traces) if file else {}
     _write_traces(traces, means, html, png)
     if as_json:
-        _say(json.dumps({"mean_weights": means, "traces": [trace.to_dict() for trace in traces]}, ensure_ascii=False))
+        say(json.dumps({"mean_weights": means, "traces": [trace.to_dict() for trace in traces]}, ensure_ascii=False))
     elif file:
         _print_means(means)
     else:
@@ -387,28 +383,16 @@ def info(
     """Show a fused checkpoint: specialists, where their weights are, sizes."""
     from ultrafuser.info import describe
 
-    with _quiet():
+    with quiet():
         facts = describe(folder, verify=verify)
     _print_info(facts, as_json)
 
 
+app.command(name="eval")(eval_command)
+app.command(name="compare")(compare_command)
+
+
 # ---------------------------------------------------------------- shared by the commands
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' own bars and hints off the terminal; ours say what goes on."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    yield
 
 
 def _load(folder: str, dtype: str, device: str, seed: int) -> tuple[Any, Any]:
@@ -461,7 +445,7 @@ def _conversations(given: list[str] | None, file: Path | None, system: str | Non
 
 def _print_info(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _say(json.dumps(facts))
+        say(json.dumps(facts))
         return
     table = Table(title=f"{facts['folder']}: {facts['mixing']} mixing, context {facts['context']}")
     for column in ("specialist", "domain", "kind", "model", "adapter", "size", "status"):
@@ -480,12 +464,12 @@ def _print_info(facts: dict[str, Any], as_json: bool) -> None:
     Console().print(table)
     for group in sorted({tuple(sorted([s["name"], *s["shares_base_with"]])) for s in facts["specialists"]}):
         if len(group) > 1:
-            _say(f"one base, loaded once: {', '.join(group)}")
+            say(f"one base, loaded once: {', '.join(group)}")
     gate = _size(facts["gate_size_bytes"] or 0)
     elsewhere = _size(facts["referenced_size_bytes"])
-    _say(f"gate {gate}; folder {_size(facts['size_bytes'])}; referenced elsewhere {elsewhere}")
+    say(f"gate {gate}; folder {_size(facts['size_bytes'])}; referenced elsewhere {elsewhere}")
     if facts["verified"]:
-        _say("every checksum holds")
+        say("every checksum holds")
 
 
 def _size(size_bytes: int) -> str:

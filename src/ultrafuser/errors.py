@@ -6,6 +6,10 @@ UltraFuserError            anything below; a ValueError, so that `except ValueEr
 ├── TokenizerMismatchError specialists that do not speak the same tokens
 ├── CheckpointError        weights or manifests that are missing, changed or half written
 ├── TrainingError          a run that cannot start, go on or be resumed
+├── SandboxError           generated code that was to run where there is no sandbox
+├── EndpointError          an OpenAI-compatible endpoint that cannot be used
+│   └── RequestError       one request that it did not serve
+│       └── ContextOverflowError  longer than the model's context
 └── MissingExtraError      an optional dependency that is not installed
 """
 
@@ -13,9 +17,13 @@ from ultrafuser.model.errors import CheckpointError, UltraFuserError
 
 __all__ = [
     "CheckpointError",
+    "ContextOverflowError",
     "DataError",
+    "EndpointError",
     "MissingExtraError",
     "RecipeError",
+    "RequestError",
+    "SandboxError",
     "TokenizerMismatchError",
     "TrainingError",
     "UltraFuserError",
@@ -36,6 +44,22 @@ class TokenizerMismatchError(UltraFuserError):
 
 class TrainingError(UltraFuserError):
     """A run that cannot start, go on or be resumed."""
+
+
+class SandboxError(UltraFuserError):
+    """Generated code that was to run where there is no sandbox."""
+
+
+class EndpointError(UltraFuserError):
+    """An OpenAI-compatible endpoint that cannot be used, so that every request to it would fail."""
+
+
+class RequestError(EndpointError):
+    """One request that an endpoint did not serve; others may go well."""
+
+
+class ContextOverflowError(RequestError):
+    """A request to an endpoint that is longer than the model's context."""
 
 
 class MissingExtraError(UltraFuserError):

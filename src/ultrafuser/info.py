@@ -33,6 +33,7 @@ def describe(folder: str | Path, *, verify: bool = False) -> dict[str, Any]:
     return {
         "folder": str(home),
         "mixing": config.mixing,
+        "gate_type": config.gate_type,
         "gate_hidden_size": config.gate_hidden_size,
         "gate_size_bytes": (home / GATE_FILE).stat().st_size if (home / GATE_FILE).is_file() else None,
         "vocab_size": config.vocab_size,

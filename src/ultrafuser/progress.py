@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
 from typing import Any
@@ -73,3 +75,15 @@ class ConsoleProgress(Progress):
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' bars and hints off the terminal; ours say what goes on. Call it before importing them."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

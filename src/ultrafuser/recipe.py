@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -75,6 +75,7 @@ LocalPath = Annotated[str, BeforeValidator(_beside)]
 LocalGlob = Annotated[str, BeforeValidator(_beside_glob)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Root = TypeVar("Root", bound=Node)
 
 
 class SpecialistRecipe(Node):
@@ -102,7 +103,11 @@ class SpecialistRecipe(Node):
 class GateRecipe(Node):
     """The network that turns hidden states into token weights."""
 
-    hidden_size: PositiveInt = Field(default=512, description="Width of the gate's hidden layer.")
+    type: Literal["mlp", "static"] = Field(
+        default="mlp",
+        description="`mlp`: the paper's, weights at each token; `static`: the same weights at all tokens.",
+    )
+    hidden_size: PositiveInt = Field(default=512, description="Width of the gate's hidden layer (`mlp`).")
 
 
 class SourceRecipe(Node):
@@ -254,16 +259,30 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: S
     Raises:
         RecipeError: a file, key, value or override that cannot be used.
     """
+    return load_node(Recipe, source, overrides, {"stages": ["gate", "joint"]})  # there for overrides to address
+
+
+def load_node(
+    root: type[Root],
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> Root:
+    """Read a typed tree of any kind, as `load_recipe` does.
+
+    Raises:
+        RecipeError: a file, key, value or override that cannot be used.
+    """
     if isinstance(source, Mapping):
         where, tree = "recipe", copy.deepcopy(dict(source))
     else:
         where, tree = str(source), _read(Path(source))
-    tree.setdefault("stages", ["gate", "joint"])  # there for overrides to address
-    applied = {typed_yaml.apply_override(Recipe, tree, override): override for override in overrides}
+    tree = {**(defaults or {}), **tree}
+    applied = {typed_yaml.apply_override(root, tree, override): override for override in overrides}
     try:
-        return Recipe.model_validate(tree)
+        return root.model_validate(tree)
     except ValidationError as error:
-        path, problem = typed_yaml.explain(Recipe, error)
+        path, problem = typed_yaml.explain(root, error)
         cause = [override for key, override in applied.items() if f"{path}.".startswith(f"{key}.")]
         if cause:
             where = f"override {cause[-1]!r}"
@@ -290,8 +309,3 @@ def _read(path: Path) -> dict[str, Any]:
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; `load_recipe` reads it back exactly."""
     return typed_yaml.dump(recipe.model_dump())
-
-
-def describe_fields() -> list[tuple[str, str, str, str]]:
-    """(path, type, default, description) of every field, for `--help` and the documentation."""
-    return list(typed_yaml.describe(Recipe))

@@ -57,6 +57,7 @@ def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase
         tokenizer.pad_token = tokenizer.eos_token
     config = UltraFuserConfig(
         specialists=specs,
+        gate_type=recipe.gate.type,
         gate_hidden_size=recipe.gate.hidden_size,
         mixing=recipe.mixing,
         share_base=recipe.share_base,

@@ -37,7 +37,7 @@ def load_rows(
         DataError: nothing there, an unreadable file, or a malformed row (with file and line number).
     """
     rows = []
-    for raw, where in _records(path, split, revision, config):
+    for raw, where in read_records(path, split, revision, config):
         rows.append(parse_row(raw, where, domain))
         if limit is not None and len(rows) >= limit:
             break
@@ -51,8 +51,10 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
     path.write_text("".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _records(path: str, split: str, revision: str | None, config: str | None) -> Iterator[tuple[Any, str]]:
-    """Raw records with the place each comes from."""
+def read_records(
+    path: str, split: str = "train", revision: str | None = None, config: str | None = None
+) -> Iterator[tuple[Any, str]]:
+    """Raw records of any layout, each with the place it comes from; arguments and errors as in `load_rows`."""
     if path.startswith("package:"):
         try:
             path = str(package_path(path))

@@ -73,15 +73,20 @@ def group_losses(
     vocab_size: int,
     *,
     template: int = 0,
+    adapter: int | None = None,
     what: str = "model",
     progress: Progress | None = None,
 ) -> list[RowLoss]:
-    """One plain model, or the bare base of a group, on the rows as specialist number `template` reads them."""
+    """One plain model, or the base of a group, on the rows as specialist number `template` reads them.
+
+    Args:
+        adapter: the one of the group's adapters that runs; None: the bare base.
+    """
     progress = progress or Progress()
     progress.start(f"{what} reads the test rows", sum(row.num_tokens for row in rows))
     out: list[RowLoss | None] = [None] * len(rows)
     budget = TOKENS_PER_BATCH.get(group.device.type, TOKENS_PER_BATCH["cuda"])
-    active = [] if group.loras else [0]
+    active = [0] if not group.loras else [] if adapter is None else [adapter]
     head = group.head(vocab_size)
     for batch in length_batches([row.num_tokens for row in rows], budget):
         inputs = {key: value.to(group.device) for key, value in collate_rows([rows[i] for i in batch]).items()}

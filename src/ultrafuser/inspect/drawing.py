@@ -66,6 +66,15 @@ def plain_axes(axes: Axes, *, spines: Sequence[str] = ()) -> None:
     axes.tick_params(length=0, labelsize=SMALL, labelcolor=MUTED)
 
 
+def interval_point(
+    axes: Axes, row: float, value: float, bounds: Sequence[float], shade: str, *, hollow: bool = False
+) -> None:
+    """A number as a point on its row, its interval as a line."""
+    axes.plot(bounds, [row, row], color=shade, linewidth=1.8, alpha=0.75, solid_capstyle="butt")
+    face = PAPER if hollow else shade
+    axes.plot([value], [row], marker="o", markersize=6, color=shade, markerfacecolor=face)
+
+
 def name_rows(axes: Axes, names: Sequence[str]) -> None:
     """Label the rows 0, 1, ... of the y axis."""
     axes.set_yticks(range(len(names)), names)
@@ -103,10 +112,10 @@ def draw_legend(figure: Figure, handles: Sequence[Any], columns: int, x: float, 
     )
 
 
-def svg(figure: Figure) -> str:
+def svg(figure: Figure, *, themed: bool = True) -> str:
     """The figure as an `<svg>` element without a prolog, equal for equal figures.
 
-    Text stays text; ink follows the page's --ink, --muted, --rule and --paper where it has them (dark mode).
+    Text stays text; ink follows the page where `themed` (see `themed_svg`), and is plain in a file of its own.
     """
     buffer = io.StringIO()
     with (
@@ -121,9 +130,14 @@ def svg(figure: Figure) -> str:
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # ids such as figure_1 would repeat within a page
     # DejaVu Sans, with which the layout was made, is wider than the system's font: nothing can overlap.
     text = re.sub(r"'DejaVu Sans'(?:, [^;\"]*)?", "system-ui, 'DejaVu Sans', sans-serif", text)
+    return themed_svg(text.strip()) if themed else text.strip()
+
+
+def themed_svg(image: str) -> str:
+    """An image of `svg` whose ink follows the page's --ink, --muted, --rule and --paper (dark mode)."""
     for ink, variable in _CSS_VARIABLES.items():
-        text = text.replace(ink, f"var({variable}, {ink})")
-    return text.strip()
+        image = image.replace(ink, f"var({variable}, {ink})")
+    return image
 
 
 def png_bytes(figure: Figure, *, dpi: int = 200) -> bytes:

@@ -10,7 +10,6 @@ from ultrafuser.errors import DataError
 from ultrafuser.inspect.drawing import (
     INK,
     MUTED,
-    PAPER,
     RULE,
     SMALL,
     TEXT,
@@ -18,6 +17,7 @@ from ultrafuser.inspect.drawing import (
     draw_legend,
     finished,
     inset,
+    interval_point,
     legend_shape,
     name_rows,
     name_width,
@@ -182,18 +182,18 @@ def training_curves(metrics: Rows) -> Figure:
     for axes, rows in zip(grid[0], steps_of.values(), strict=True):
         for domain, shade in (domain_colours(domains, specialists) or {"": INK}).items():
             suffix = f"/{domain}" if domain else ""
-            _curve(axes, rows, f"loss{suffix}", shade, domain or "all domains")
+            curve(axes, rows, f"loss{suffix}", shade, domain or "all domains")
             _diamonds(axes, rows, f"eval_loss{suffix}", shade)
     _name_curves(grid[0], "loss, nats per token")
     if "weight" in tall:
         for axes, rows in zip(grid[1], steps_of.values(), strict=True):
             for name, shade in colours(specialists).items():
-                _curve(axes, rows, f"gate_weight/{name}", shade, name)
+                curve(axes, rows, f"gate_weight/{name}", shade, name)
             axes.set_ylim(0, 1)
         _name_curves(grid[1], "mean gate weight")
     if "entropy" in tall:
         for axes, rows in zip(grid[-1], steps_of.values(), strict=True):
-            _curve(axes, rows, "gate_entropy", INK, "gate entropy")
+            curve(axes, rows, "gate_entropy", INK, "gate entropy")
             axes.set_ylim(bottom=0)
         _name_curves(grid[-1], "entropy, nats")
     figure = grid[0, 0].figure
@@ -223,9 +223,7 @@ def _intervals(axes: Axes, cells: Mapping[str, Mapping[str, Any]], shades: Mappi
     """One row per system: its loss as a point, its interval as a line, the number at the right."""
     for row, (system, cell) in enumerate(cells.items()):
         shade = shades.get(system, INK if system.startswith("fused") else MUTED)
-        face = PAPER if system == "fused_stage1" else shade
-        axes.plot(cell["ci95"], [row, row], color=shade, linewidth=1.8, alpha=0.75, solid_capstyle="butt")
-        axes.plot([cell["nll"]], [row], marker="o", markersize=6, color=shade, markerfacecolor=face)
+        interval_point(axes, row, cell["nll"], cell["ci95"], shade, hollow=system == "fused_stage1")
         axes.annotate(
             f"{cell['nll']:.3f}",
             (1, row),
@@ -293,7 +291,7 @@ def _series(rows: Rows, key: str) -> tuple[list[float], list[float]]:
     return steps, [value_at[step] for step in steps]
 
 
-def _curve(axes: Axes, rows: Rows, key: str, shade: str, label: str) -> None:
+def curve(axes: Axes, rows: Rows, key: str, shade: str, label: str) -> None:
     """The values as a thin line, their running mean over about a twentieth of the steps as a thick one."""
     steps, values = _series(rows, key)
     keep = max(0.0, 1 - 20 / len(values)) if values else 0.0

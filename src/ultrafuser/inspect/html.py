@@ -131,10 +131,11 @@ def code_like(trace: TokenTrace) -> bool:
     return trace.domain == "code" or _CODE_LIKE.search(trace.text) is not None
 
 
-def page(title: str, sections: Sequence[tuple[str, str]], *, lead: str = "", footer: str = "") -> str:
+def page(title: str, sections: Sequence[tuple[str, str]], *, lead: str = "", footer: str = "", style: str = "") -> str:
     """A self-contained HTML page: nothing loaded from elsewhere, light and dark, readable on a phone.
 
     sections: pairs of a heading and its content, which is HTML and taken as it is; all else is plain text.
+    style: CSS that only this page needs.
     """
     links = "".join(f'<a href="#s{n}">{escape(heading)}</a>' for n, (heading, _) in enumerate(sections) if heading)
     body = "\n".join(
@@ -149,7 +150,7 @@ def page(title: str, sections: Sequence[tuple[str, str]], *, lead: str = "", foo
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
 <link rel="icon" href="data:,">
-<style>{PAGE_CSS}{TRACE_CSS}</style>
+<style>{PAGE_CSS}{TRACE_CSS}{style}</style>
 </head>
 <body>
 <main>

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ultrafuser.inspect import figures
-from ultrafuser.inspect.html import page, trace_html
+from ultrafuser.inspect.blocks import answers, as_json, definitions, details, plot, row, table
+from ultrafuser.inspect.html import page
 from ultrafuser.inspect.results import (
     best_system,
     check_results,
@@ -22,9 +21,6 @@ from ultrafuser.inspect.results import (
     verdict,
 )
 from ultrafuser.inspect.trace import TokenTrace
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["demo_report", "results_table"]
 
@@ -47,16 +43,16 @@ def demo_report(
         MissingExtraError: matplotlib is not installed.
     """
     check_results(results)
-    answers = "\n".join(f'<div class="answer">{trace_html(trace, style=False)}</div>' for trace in traces)
     sections = {
-        "Loss by system and domain": _loss_table(results) + _plot(figures.loss_bars(results), _LOSS_CAPTION),
+        "Loss by system and domain": _loss_table(results)
+        + plot(figures.svg(figures.loss_bars(results)), _LOSS_CAPTION),
         "Where the gate puts its weight": (
-            _plot(figures.weights_by_domain(results["gate_weights"]), _WEIGHTS_CAPTION)
+            plot(figures.svg(figures.weights_by_domain(results["gate_weights"])), _WEIGHTS_CAPTION)
             + _gate_table(results)
-            + (_plot(figures.weights_heatmap(sample_weights), _HEATMAP_CAPTION) if sample_weights else "")
+            + (plot(figures.svg(figures.weights_heatmap(sample_weights)), _HEATMAP_CAPTION) if sample_weights else "")
         ),
-        "Answers, token by token": f"<p>{_ANSWERS_NOTE}</p>\n{answers}" if traces else "",
-        "Training": _plot(figures.training_curves(metrics), _TRAINING_CAPTION) if metrics else "",
+        "Answers, token by token": answers(traces) if traces else "",
+        "Training": plot(figures.svg(figures.training_curves(metrics)), _TRAINING_CAPTION) if metrics else "",
         "Time and configuration": _costs(results),
         "What each number means": _glossary(results),
     }
@@ -75,10 +71,6 @@ _TRAINING_CAPTION = (
     "Loss and gate over the training steps of each stage. Where there are many steps, thin lines are the "
     "single ones and thick lines their running mean; diamonds are the loss on validation rows."
 )
-_ANSWERS_NOTE = (
-    "Each token lies on the colour of the specialist with the largest weight, stronger the further it is "
-    "ahead of the next. Point at a token, or tap it, for its weights."
-)
 
 
 def _loss_table(results: Mapping[str, Any]) -> str:
@@ -87,25 +79,13 @@ def _loss_table(results: Mapping[str, Any]) -> str:
     heads = [f"{escape(domain)}<small>{_size(systems['fused'][domain])}</small>" for domain in domains]
     rows = []
     for system, cells in systems.items():
-        row = [_loss_cell(cells[d]["nll"], interval(cells[d]["ci95"]), best[d] == system) for d in domains]
-        row.append(_loss_cell(mean_nll(results, system), "", best_system(results) == system))
-        rows.append(_row(escape(system_label(system)), row, "strong" if system == "fused" else ""))
+        line = [_loss_cell(cells[d]["nll"], interval(cells[d]["ci95"]), best[d] == system) for d in domains]
+        line.append(_loss_cell(mean_nll(results, system), "", best_system(results) == system))
+        rows.append(row(escape(system_label(system)), line, "strong" if system == "fused" else ""))
     differences = [_difference_cell(results["paired"][domain]) for domain in domains]
-    rows.append(_row("fused − best single<br>specialist, paired", [*differences, ""], "rule"))
+    rows.append(row("fused − best single<br>specialist, paired", [*differences, ""], "rule"))
     note = "Nats per response token with 95% intervals; lower is better, the best of each column in bold."
-    return f'<p class="note">{note}</p>\n{_table(["system", *heads, "mean"], rows)}'
-
-
-def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
-    """A table that scrolls sideways on a narrow screen; heads and rows are HTML."""
-    cells = "".join(f'<th scope="col">{head}</th>' for head in heads)
-    body = "\n".join(rows)
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
-
-
-def _row(head: str, cells: Sequence[str], kind: str = "") -> str:
-    columns = "".join(f"<td>{cell}</td>" for cell in cells)
-    return f'<tr class="{kind}"><th scope="row">{head}</th>{columns}</tr>'
+    return f'<p class="note">{note}</p>\n{table(["system", *heads, "mean"], rows)}'
 
 
 def _size(cell: Mapping[str, Any]) -> str:
@@ -126,19 +106,17 @@ def _difference_cell(pair: Mapping[str, Any]) -> str:
 def _gate_table(results: Mapping[str, Any]) -> str:
     specialists = specialists_of(results)
     rows = [
-        _row(escape(domain), [f"{weights[name]:.3f}" for name in specialists])
+        row(escape(domain), [f"{weights[name]:.3f}" for name in specialists])
         for domain, weights in results["gate_weights"].items()
     ]
-    table = _table(["data", *(escape(name) for name in specialists)], rows)
-    return f"<details><summary>The same in numbers</summary>{table}</details>\n"
+    return details("The same in numbers", table(["data", *(escape(name) for name in specialists)], rows))
 
 
 def _costs(results: Mapping[str, Any]) -> str:
     rows = [
-        _row(escape(phase.replace("_", " ")), [f"{seconds:,.1f} s"]) for phase, seconds in results["seconds"].items()
+        row(escape(phase.replace("_", " ")), [f"{seconds:,.1f} s"]) for phase, seconds in results["seconds"].items()
     ]
-    config = json.dumps(results["config"], indent=2, ensure_ascii=False, default=str)
-    return f'<div class="pair">{_table(["phase", "time"], rows)}<pre>{escape(config)}</pre></div>'
+    return f'<div class="pair">{table(["phase", "time"], rows)}{as_json(results["config"])}</div>'
 
 
 _TERMS = {
@@ -180,12 +158,4 @@ def _glossary(results: Mapping[str, Any]) -> str:
     specialists = [name for name in specialists_of(results) if name in results["systems"]]
     if specialists:
         entries[", ".join(specialists)] = "Each specialist by itself."
-    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in entries.items()) + "</dl>"
-
-
-def _plot(figure: Figure, caption: str) -> str:
-    """An inline figure; namespaces are implied in HTML, so that no address at all stands in the page."""
-    image = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", figures.svg(figure))
-    image = image.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
-    text = f"<figcaption>{escape(caption)}</figcaption>"
-    return f'<figure class="plot"><div class="scroll">{image}</div>{text}</figure>\n'
+    return definitions(entries)

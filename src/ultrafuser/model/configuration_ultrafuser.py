@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .errors import CheckpointError
 
 MIXINGS = ("logits", "probabilities")
+GATES = ("mlp", "static")
 
 
 class UltraFuserConfig(PreTrainedConfig):
@@ -25,6 +26,7 @@ class UltraFuserConfig(PreTrainedConfig):
             `config`: the specialist's own model configuration;
             `chat_template`: the Jinja text it was trained with;
             `dtype`, `device_map`, `quantization`: how to load it, where that differs from the others.
+        gate_type: `mlp`, the paper's, or `static`: the same weights at every token.
         gate_hidden_size: width of the gate's hidden layer; the paper's is 512.
         mixing: `logits` (Eq. 1 of the paper) or `probabilities`.
         share_base: whether adapters on one base share its weights.
@@ -42,6 +44,7 @@ class UltraFuserConfig(PreTrainedConfig):
     def __init__(
         self,
         specialists: list[dict[str, Any]] | None = None,
+        gate_type: str = "mlp",
         gate_hidden_size: int = 512,
         mixing: str = "probabilities",
         share_base: bool = True,
@@ -50,6 +53,7 @@ class UltraFuserConfig(PreTrainedConfig):
     ) -> None:
         # a list of config objects would break save_pretrained, so the sub-configurations stay plain dictionaries
         self.specialists = copy.deepcopy(list(specialists or []))
+        self.gate_type = gate_type
         self.gate_hidden_size = gate_hidden_size
         self.mixing = mixing
         self.share_base = share_base
@@ -64,9 +68,11 @@ class UltraFuserConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def check(self) -> None:
-        """Raises CheckpointError: an unknown mixing, or names that are repeated or cannot be folders."""
+        """Raises CheckpointError: an unknown mixing or gate, or names that are repeated or cannot be folders."""
         if self.mixing not in MIXINGS:
             raise CheckpointError(f"mixing is {self.mixing!r}, expected one of {', '.join(MIXINGS)}")
+        if self.gate_type not in GATES:
+            raise CheckpointError(f"gate_type is {self.gate_type!r}, expected one of {', '.join(GATES)}")
         names = self.names
         if odd := [name for name in names if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The gate: hidden states of K specialists -> token weights (Eq. 1)."""
+"""The gate: hidden states of K specialists -> token weights (Eq. 1); or constant weights, what a gate must beat."""
 
 from __future__ import annotations
 
@@ -42,3 +42,18 @@ class Gate(nn.Module):
             moved = [project(state) for project, state in zip(self.projections, moved, strict=True)]
         scores = [self.score(torch.relu(self.hidden(state))) for state in moved]  # K x (..., 1)
         return torch.cat(scores, dim=-1).log_softmax(dim=-1)
+
+
+class StaticGate(nn.Module):
+    """The same weights at every token: equal ones until they are trained, the static mixture that fits best after.
+
+    What is trained are K scores; the weights are their softmax.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros(size))
+
+    def forward(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """K states (..., D_k) -> log weights (..., K)."""
+        return self.scores.log_softmax(dim=-1).expand(*states[0].shape[:-1], -1)

@@ -20,7 +20,7 @@ from .cache import UltraFuserCache
 from .checkpoint import load_fused
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError, UltraFuserError
-from .gate import Gate
+from .gate import Gate, StaticGate
 from .loss import label_log_prob, mixed_log_prob
 from .saving import plain_model, save_fused
 from .shared_base import SpecialistGroup
@@ -57,7 +57,7 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
 
     config: UltraFuserConfig
     groups: Any  # nn.ModuleList of SpecialistGroup, which type checkers cannot express
-    gate: Gate
+    gate: Gate | StaticGate
 
     config_class = UltraFuserConfig
     base_model_prefix = ""
@@ -96,7 +96,7 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         contexts = [getattr(own.get_text_config(), "max_position_embeddings", None) for own in configs]
         self._contexts = {name: n for name, n in zip(config.names, contexts, strict=True) if n}
         widths = [self.groups[g].width for g, _ in self._order]
-        self.gate = Gate(widths, config.gate_hidden_size)
+        self.gate = StaticGate(len(widths)) if config.gate_type == "static" else Gate(widths, config.gate_hidden_size)
         self._set_generation_defaults()
         self.post_init()
 
@@ -249,7 +249,7 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             ]  # K x (B, R, D_k)
         elif not from_cache:
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        labels = labels.to(self.gate.score.weight.device)
+        labels = labels.to(next(self.gate.parameters()).device)
         kept = labels != -100  # (B, R)
         flat = [state[kept.to(state.device)] for state in states]  # K x (N, D_k)
         log_weights = self.gate(flat)  # (N, K)

@@ -316,7 +316,7 @@ def _settle(recipe: Recipe) -> Recipe:
     own = {
         "mixing": config.mixing,
         "share_base": config.share_base,
-        "gate": GateRecipe(hidden_size=config.gate_hidden_size),
+        "gate": GateRecipe.model_validate({"type": config.gate_type, "hidden_size": config.gate_hidden_size}),
     }
     for key in own.keys() & recipe.model_fields_set:
         if getattr(recipe, key) != own[key]:

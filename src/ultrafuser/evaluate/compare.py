@@ -1,0 +1,318 @@
+"""`ultrafuser compare`: build and measure what is missing, keep what is done, and put all of it side by side."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultrafuser.errors import DataError
+from ultrafuser.evaluate.compare_recipe import CompareRecipe, SystemRecipe, dump_compare_recipe
+from ultrafuser.evaluate.intervals import Stratum, difference, estimate
+from ultrafuser.evaluate.system_process import start_step
+from ultrafuser.evaluate.workplace import RECIPE, Workplace, write_json
+from ultrafuser.inspect.trace import TokenTrace
+from ultrafuser.progress import Progress
+
+BUILD, MEASURE = "ultrafuser.evaluate.system_build", "ultrafuser.evaluate.system_measure"
+NOT_A_SYSTEM = "oracle"
+TASK = "task/"  # before a benchmark's name where a domain may have the same one
+Columns = dict[str, Stratum]  # domain or task -> its rows
+
+
+def compare(recipe: CompareRecipe, progress: Progress | None = None) -> dict[str, Any]:
+    """Run the comparison and write `results.json` and the report.
+
+    Every system is built and measured in processes of its own; one that fails is reported, and the others go on. Run
+    again with the same output, it does what is missing.
+
+    Returns:
+        What is in results.json.
+
+    Raises:
+        DataError: no system could be measured.
+        MissingExtraError: the report's figures need matplotlib.
+    """
+    from ultrafuser.evaluate.report import write_report
+
+    progress = progress or Progress()
+    folder = Path(recipe.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECIPE).write_text(dump_compare_recipe(recipe), encoding="utf-8")
+    place = Workplace(folder, progress)
+    errors: dict[str, str] = {}
+    for number, system in enumerate(place.recipe.systems, 1):
+        name = str(system.name)
+        if system.kind == NOT_A_SYSTEM:
+            continue
+        progress.say(f"[{number}/{len(place.recipe.systems)}] {name}")
+        error = _run(place, system, errors)
+        if error is not None:
+            errors[name] = error
+            progress.say(f"{name} failed: {error}")
+        write_json(folder / "results.json", collect(place, errors))  # what there is so far
+    results = collect(place, errors)
+    write_json(folder / "results.json", results)
+    if not any(system["status"] == "done" for system in results["systems"].values()):
+        raise DataError(f"no system could be measured; the first error: {next(iter(errors.values()), 'none')}")
+    write_report(results, folder, traces=traces_of(place))
+    return results
+
+
+def state_of(recipe: CompareRecipe) -> dict[str, str]:
+    """For each system what is there of it already."""
+    if not (Path(recipe.output) / RECIPE).is_file():
+        return {str(system.name): f"{system.kind}, to be built" for system in recipe.systems}
+    place = Workplace(Path(recipe.output))
+    place.recipe = recipe
+    out = {}
+    for system in recipe.systems:
+        name = str(system.name)
+        done = [step for step in ("build", "measure") if place.facts(name, step) is not None]
+        state = {0: "to be built", 1: "built, to be measured", 2: "done"}[len(done)]
+        out[name] = f"{system.kind}, {'made of the specialists' if system.kind == NOT_A_SYSTEM else state}"
+    return out
+
+
+def _run(place: Workplace, system: SystemRecipe, errors: Mapping[str, str]) -> str | None:
+    """Build and measure one system, where that is not done; the error, if any."""
+    name = str(system.name)
+    if system.after in errors:
+        return f"it comes after {system.after!r}, which failed"
+    for step, module in (("build", BUILD), ("measure", MEASURE)):
+        if place.facts(name, step) is None:
+            error = start_step(module, place.folder, name)
+            if error is not None:
+                return error
+            if place.facts(name, step) is None:
+                return f"its {step} ended without results"
+    return None
+
+
+def traces_of(place: Workplace) -> list[TokenTrace]:
+    """Token weights over an answer of each domain, of the main system."""
+    main = place.recipe.main
+    facts = place.facts(main, "measure") if main is not None else None
+    return [TokenTrace.from_dict(trace) for trace in (facts or {}).get("traces", [])]
+
+
+# ---------------------------------------------------------------- side by side
+
+
+def collect(place: Workplace, errors: Mapping[str, str]) -> dict[str, Any]:
+    """What the finished systems measured, with intervals and paired differences."""
+    recipe = place.recipe
+    specialists = [specialist.name for specialist in recipe.training().specialists]
+    measured = {
+        str(s.name): found for s in recipe.systems if (found := place.facts(str(s.name), "measure")) is not None
+    }
+    built = {name: place.facts(name, "build") or {} for name in measured}
+    losses = {name: _strata(facts["loss"]) for name, facts in measured.items() if facts["loss"]}
+    scores = {name: _task_strata(facts["tasks"]) for name, facts in measured.items()}
+    domains = list(dict.fromkeys(domain for own in losses.values() for domain in own))
+    tasks = _tasks(measured)
+    alone = {str(s.name): str(s.specialist) for s in recipe.systems if s.kind == "specialist"}
+    best = _best_specialists(alone, losses, scores, domains, tasks)
+    if (oracle := next((s for s in recipe.systems if s.kind == NOT_A_SYSTEM), None)) is not None and best:
+        losses[str(oracle.name)] = {d: losses[best[d]][d] for d in domains if d in best}
+        scores[str(oracle.name)] = {t: scores[best[TASK + t]][t] for t in tasks if TASK + t in best}
+    systems = {}
+    for system in recipe.systems:
+        name = str(system.name)
+        facts, loss = measured.get(name, {}), losses.get(name)
+        failed = system.kind != NOT_A_SYSTEM and name not in measured
+        systems[name] = {
+            "label": system.label or name,
+            "kind": system.kind,
+            "status": "failed" if failed else "done",
+            "error": errors.get(name, "not measured yet") if failed else None,
+            "loss": _loss_cells(loss, domains, recipe.seed) if loss else None,
+            "tasks": {
+                task: _task_cell(stratum, facts.get("tasks", {}).get(task), recipe.seed)
+                for task, stratum in scores.get(name, {}).items()
+            },
+            "tokens_per_s": facts.get("tokens_per_s"),
+            "peak_memory_mb": facts.get("peak_memory_mb"),
+            "parameters": _parameters(facts, built.get(name, {})),
+            "seconds": {"build": built.get(name, {}).get("seconds", 0.0), "measure": facts.get("seconds", 0.0)},
+        }
+    against = {"best_specialist": best}
+    for kind in ("router", NOT_A_SYSTEM):
+        if (other := next((str(s.name) for s in recipe.systems if s.kind == kind), None)) in {**losses, **scores}:
+            against[kind] = dict.fromkeys([*domains, "mean", *(TASK + task for task in tasks)], str(other))
+    for name, own in systems.items():
+        own["paired"] = {
+            kind: _paired(name, others, losses, scores, domains, recipe.seed) for kind, others in against.items()
+        }
+    return {
+        "title": recipe.title,
+        "created": time.strftime("%Y-%m-%d"),
+        "seed": recipe.seed,
+        "specialists": specialists,
+        "domains": domains,
+        "tasks": tasks,
+        "systems": systems,
+        "gate_weights": {n: w for n, f in measured.items() if (w := _mean_weights(f, specialists))},
+        "sample_weights": {
+            n: _named_weights(f["sample_weights"], specialists) for n, f in measured.items() if f["sample_weights"]
+        },
+        "training": {name: facts["training"] for name, facts in measured.items() if facts["training"]},
+        "stability": {n: s for n, f in measured.items() if (s := _stability(f["training"]))},
+        "table2": [str(s.name) for s in recipe.systems if s.kind == "fused" and str(s.name) in measured],
+        "main": recipe.main if recipe.main in measured else None,
+        "config": recipe.model_dump(exclude={"systems", "title"}),
+    }
+
+
+def _strata(tree: Mapping[str, Any]) -> Columns:
+    return {domain: Stratum(own["totals"], own["weights"]) for domain, own in tree.items()}
+
+
+def _task_strata(tree: Mapping[str, Any]) -> Columns:
+    return {
+        task: Stratum(own["scores"], dict.fromkeys(own["scores"], 1.0)) for task, own in tree.items() if own["scores"]
+    }
+
+
+def _tasks(measured: Mapping[str, Any]) -> dict[str, Any]:
+    from ultrafuser.evaluate.tasks import TASKS
+
+    found: dict[str, Any] = {}
+    for facts in measured.values():
+        for task, own in facts["tasks"].items():
+            description = TASKS[task].description if task in TASKS else task
+            found.setdefault(task, {"metric": own["metric"], "higher_is_better": True, "description": description})
+    return found
+
+
+def _best_specialists(
+    alone: Mapping[str, str],
+    losses: Mapping[str, Columns],
+    scores: Mapping[str, Columns],
+    domains: Sequence[str],
+    tasks: Mapping[str, Any],
+) -> dict[str, str]:
+    """By domain, `task/NAME` and for the `mean` of the domains: which specialist is best there, by this test's numbers."""
+    out: dict[str, str] = {}
+    with_loss = [name for name in alone if name in losses]
+    for domain in domains if with_loss else []:
+        out[domain] = min(with_loss, key=lambda name: losses[name][domain].value)
+    if with_loss:
+        out["mean"] = min(with_loss, key=lambda name: statistics.mean(losses[name][d].value for d in domains))
+    for task in tasks:
+        if having := [name for name in alone if task in scores.get(name, {})]:
+            out[TASK + task] = max(having, key=lambda name: scores[name][task].value)
+    return out
+
+
+def _loss_cells(loss: Columns, domains: Sequence[str], seed: int) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for domain in domains:
+        found = estimate([loss[domain]], seed)
+        rows = loss[domain].weights
+        out[domain] = {
+            "nll": found["value"],
+            "ci95": found["ci95"],
+            "tokens": int(sum(rows.values())),
+            "samples": len(rows),
+        }
+    found = estimate([loss[domain] for domain in domains], seed)
+    return out | {"mean": {"nll": found["value"], "ci95": found["ci95"]}}
+
+
+def _task_cell(stratum: Stratum, facts: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:
+    unparsed = (facts or {}).get("counts", {}).get("unparsed", 0)
+    return estimate([stratum], seed) | {"samples": len(stratum.totals), "unparsed": unparsed}
+
+
+def _parameters(facts: Mapping[str, Any], built: Mapping[str, Any]) -> dict[str, int] | None:
+    return None if not facts else facts["parameters"] | {"trained": built.get("trained_parameters", 0)}
+
+
+def _paired(
+    name: str,
+    others: Mapping[str, str],
+    losses: Mapping[str, Columns],
+    scores: Mapping[str, Columns],
+    domains: Sequence[str],
+    seed: int,
+) -> dict[str, Any]:
+    """A system minus another on the same rows, by column."""
+    out = {}
+    for column, other in others.items():
+        if other == name:
+            continue
+        tree = scores if column.startswith(TASK) else losses
+        parts = domains if column == "mean" else [column.removeprefix(TASK)]
+        mine, theirs = tree.get(name, {}), tree.get(other, {})
+        if parts and all(part in mine and part in theirs for part in parts):
+            pair = difference([mine[part] for part in parts], [theirs[part] for part in parts], seed)
+            out[column] = {"versus": other, **pair}
+    return out
+
+
+def _named_weights(tree: Mapping[str, Any], specialists: Sequence[str]) -> dict[str, Any]:
+    return {domain: [dict(zip(specialists, row, strict=True)) for row in rows] for domain, rows in tree.items()}
+
+
+def _mean_weights(facts: Mapping[str, Any], specialists: Sequence[str]) -> dict[str, dict[str, float]] | None:
+    """Mean weights over the response tokens of each domain (table 6)."""
+    if not facts["sample_weights"] or not facts["loss"]:
+        return None
+    out = {}
+    for domain, rows in facts["sample_weights"].items():
+        tokens = list(facts["loss"][domain]["weights"].values())
+        out[domain] = {
+            name: sum(row[k] * n for row, n in zip(rows, tokens, strict=True)) / sum(tokens)
+            for k, name in enumerate(specialists)
+        }
+    return out
+
+
+def _stability(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Validation losses by domain at each checkpoint of the last stage (table 4)."""
+    if not metrics:
+        return []
+    last = metrics[-1]["stage"]
+    out = []
+    for row in metrics:
+        loss = {key.removeprefix("eval_loss/"): value for key, value in row.items() if key.startswith("eval_loss/")}
+        if loss and row["stage"] == last:
+            out.append({"step": row["step"], "loss": loss})
+    return out
+
+
+def table(results: Mapping[str, Any]) -> Any:
+    """The systems and columns for the terminal."""
+    from rich.box import HORIZONTALS
+    from rich.table import Table
+
+    columns = [*results["domains"], *(["mean"] if results["domains"] else [])]
+    out = Table(title="loss in nats per response token, then benchmarks in %", title_justify="left", box=HORIZONTALS)
+    for head in ("system", *columns, *results["tasks"]):
+        out.add_column(head, justify="left" if head == "system" else "right")
+    for system in results["systems"].values():
+        if system["status"] == "failed":
+            out.add_row(system["label"], *["failed"] * (len(columns) + len(results["tasks"])), style="red")
+            continue
+        cells = [f"{system['loss'][c]['nll']:.4f}" if system["loss"] else "–" for c in columns]
+        for task in results["tasks"]:
+            found = system["tasks"].get(task)
+            cells.append(f"{100 * found['value']:.1f}" if found else "–")
+        out.add_row(system["label"], *cells, style="bold" if system is results["systems"].get(results["main"]) else "")
+    return out
+
+
+def load_results(folder: Path) -> dict[str, Any]:
+    """The results of a finished comparison.
+
+    Raises:
+        DataError: there are none.
+    """
+    file = folder / "results.json"
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; run `ultrafuser compare` first")
+    return json.loads(file.read_text(encoding="utf-8"))

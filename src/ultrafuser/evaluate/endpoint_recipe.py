@@ -1,0 +1,77 @@
+"""How an OpenAI-compatible endpoint is reached and asked: a node of a recipe; imports no client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from ultrafuser.typed_yaml import FreeForm, Node
+
+OPENAI_URL = "https://api.openai.com/v1"
+
+
+def _web_address(value: str) -> str:
+    try:
+        usable = value.startswith(("http://", "https://")) and urlsplit(value).hostname
+    except ValueError:  # brackets that do not close, say
+        usable = False
+    if not usable:
+        raise ValueError(f"got {value!r}, expected an address such as http://127.0.0.1:8000/v1")
+    return value.rstrip("/")
+
+
+class EndpointRecipe(Node):
+    """One model behind an OpenAI-compatible endpoint; a bare string is `NAME` or `NAME@http://host/v1`."""
+
+    shorthand: ClassVar[str | None] = "model"
+
+    model: str = Field(
+        min_length=1, description="Name of the model at the endpoint; `NAME@URL` sets `base_url` as well."
+    )
+    base_url: Annotated[str, AfterValidator(_web_address)] = Field(
+        default=OPENAI_URL, description="Address of the endpoint, up to and with `/v1`."
+    )
+    api_key_env: str = Field(
+        default="OPENAI_API_KEY", description="Environment variable that holds the key; unset: none is needed."
+    )
+    timeout_s: PositiveFloat = Field(default=120.0, description="Seconds to wait for a reply before asking again.")
+    retries: NonNegativeInt = Field(
+        default=5, description="How often a request is asked again after 429, 5xx, a timeout or a cut connection."
+    )
+    backoff_s: NonNegativeFloat = Field(
+        default=1.0, description="Seconds before the first retry, up to; doubled for each further one."
+    )
+    concurrency: PositiveInt = Field(default=4, description="Requests under way at once.")
+    max_tokens: PositiveInt = Field(default=1024, description="Tokens of a reply at most.")
+    max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = Field(
+        default="max_tokens", description="What the endpoint calls that limit."
+    )
+    temperature: NonNegativeFloat | None = Field(
+        default=0.0, description="Temperature of sampling; null: not sent, for models that refuse it."
+    )
+    extra_body: FreeForm = Field(default={}, description="Further fields of each request, as the endpoint knows them.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """`[openai:]NAME@URL` as model and address."""
+        fields = {"model": value} if isinstance(value, str) else value
+        if not isinstance(fields, Mapping) or not isinstance(fields.get("model"), str):
+            return value
+        name, at, url = fields["model"].removeprefix("openai:").rpartition("@http")
+        if not at:
+            return {**fields, "model": fields["model"].removeprefix("openai:")}
+        if "base_url" in fields:
+            raise ValueError(f"got {fields['model']!r} and 'base_url', expected the address once; remove one of them")
+        return {**fields, "model": name, "base_url": f"http{url}"}

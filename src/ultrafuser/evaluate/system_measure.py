@@ -1,0 +1,295 @@
+"""Measure one built system of a comparison: losses, tasks, speed, memory, sizes.
+
+`python -m ultrafuser.evaluate.system_measure FOLDER NAME` is what `ultrafuser compare` starts.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from ultrafuser.data.sources import load_rows
+from ultrafuser.errors import DataError
+from ultrafuser.evaluate.answers import RememberingLM, Store
+from ultrafuser.evaluate.best_of import BestOfLM
+from ultrafuser.evaluate.compare_recipe import SystemRecipe
+from ultrafuser.evaluate.domain_loss import RowLoss, fused_losses, group_losses
+from ultrafuser.evaluate.models import Served, serve
+from ultrafuser.evaluate.parameters import count_parameters
+from ultrafuser.evaluate.routed_lm import RoutedLM
+from ultrafuser.evaluate.router import Router, route_by, router_losses
+from ultrafuser.evaluate.run import EvalOptions, all_tasks
+from ultrafuser.evaluate.scoring import TaskScores
+from ultrafuser.evaluate.system_process import run_step
+from ultrafuser.evaluate.tasks import TASKS
+from ultrafuser.evaluate.workplace import MEASURED, Workplace, write_json
+from ultrafuser.inspect.run import trace_rows
+from ultrafuser.inspect.trace import TokenTrace
+from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.shared_base import SpecialistGroup
+from ultrafuser.templates import Rendered
+from ultrafuser.train.features import FeatureStore
+from ultrafuser.train.stages import read_metrics
+
+_RSS_UNITS_PER_MB = 1024 if sys.platform != "darwin" else 1024 * 1024
+
+
+@dataclass
+class Opened:
+    """A system that was loaded.
+
+    Attributes:
+        lm: what answers.
+        fresh: the same without any memory, to be timed.
+        traces: token weights over an answer of each domain; for a gate.
+        read: the test rows -> their losses, and each row's mean weight of every specialist where a gate weighs; None
+            where a loss is not defined.
+    """
+
+    lm: LM
+    fingerprint: str
+    parameters: dict[str, int]
+    rows: Callable[[], list[Rendered]]
+    read: Callable[[list[Rendered]], tuple[list[RowLoss], list[list[float]] | None]] | None
+    fresh: LM | None = None
+    traces: Callable[[], list[TokenTrace]] | None = None
+
+
+def measure(place: Workplace, name: str) -> dict[str, Any]:
+    """Everything about a built system, in one file; answers given before are not asked again.
+
+    Raises:
+        UltraFuserError: it cannot be measured; the message says why.
+    """
+    system, home, recipe = place.system(name), place.home(name), place.recipe
+    began = time.monotonic()
+    opened = _OPENERS[system.kind](place, system)
+    facts: dict[str, Any] = {"key": place.key(name, "measure"), "parameters": opened.parameters}
+    facts["loss"], facts["sample_weights"] = _losses(opened) if recipe.test else (None, None)
+    facts["tokens_per_s"] = _speed(place, opened.fresh or opened.lm)
+    facts["tasks"] = {task: scores.to_dict() for task, scores in _tasks(place, name, opened).items()}
+    if name == recipe.main and opened.traces is not None:
+        facts["traces"] = [trace.to_dict() for trace in opened.traces()]
+    facts["training"] = read_metrics(home / "run" / "metrics.jsonl")
+    facts["peak_memory_mb"] = _peak_memory_mb()
+    facts["seconds"] = round(time.monotonic() - began, 1)
+    write_json(home / MEASURED, facts)
+    return facts
+
+
+def _peak_memory_mb() -> int:
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_UNITS_PER_MB)
+
+
+def _losses(opened: Opened) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """By domain and row: nats and tokens; and the mean weight of every specialist."""
+    if opened.read is None:
+        return None, None
+    rows = opened.rows()
+    found, weights = opened.read(rows)
+    losses: dict[str, Any] = {}
+    for row, loss in zip(rows, found, strict=True):
+        own = losses.setdefault(row.domain, {"totals": {}, "weights": {}})
+        own["totals"][row.row_id], own["weights"][row.row_id] = loss.nats, loss.tokens
+    by_domain: dict[str, list[list[float]]] = {}
+    for row, own in zip(rows, weights or [], strict=False):
+        by_domain.setdefault(row.domain, []).append(own)
+    return losses, by_domain or None
+
+
+def _tasks(place: Workplace, name: str, opened: Opened) -> dict[str, TaskScores]:
+    recipe = place.recipe
+    names = [task for task in recipe.tasks if opened.read is not None or not _weighs(task)]
+    options = EvalOptions(
+        names=names, data_dir=recipe.data_dir, limit=recipe.limit, seed=recipe.seed, judge=recipe.judge,
+        task_options={"max_new_tokens": recipe.max_new_tokens, "unsafe_code": recipe.unsafe_code},
+    )  # fmt: skip
+    store = Store(place.home(name) / "answers.sqlite", opened.fingerprint)
+    try:
+        return all_tasks(Served(name, opened.lm, opened.fingerprint), options, store, place.progress)
+    finally:
+        store.close()
+
+
+def _weighs(task: str) -> bool:
+    """Whether a task asks for log-likelihoods, which a choice among answers does not have."""
+    return task in TASKS and TASKS[task].needs_log_probs
+
+
+def _speed(place: Workplace, lm: LM) -> dict[str, Any]:
+    """New tokens a second: short test prompts, one at a time, always the same number of new tokens."""
+    settings = place.recipe.decode
+    rows = [row for source in place.recipe.test for row in load_rows(source.path, domain=source.domain, limit=1)]
+    chats = [row.chat()[:1] for row in rows] or [[{"role": "user", "content": "Why is the sky blue?"}]]
+    chats = sorted(chats, key=lambda chat: len(chat[0]["content"]))[: settings.prompts]
+    options = {
+        "until": [],
+        "do_sample": False,
+        "max_gen_toks": settings.new_tokens,
+        "min_new_tokens": settings.new_tokens,
+    }
+    runs = []
+    for _ in range(settings.repeats + 1):
+        began = time.monotonic()
+        for i, chat in enumerate(chats):
+            request = Instance("generate_until", {}, (lm.apply_chat_template(chat), dict(options)), i)
+            lm.generate_until([request])
+        runs.append(len(chats) * settings.new_tokens / (time.monotonic() - began))
+    runs = runs[1:]  # the first one warms up
+    return {"median": sorted(runs)[len(runs) // 2], "runs": runs, "batch_size": 1}
+
+
+# ---------------------------------------------------------------- how each kind is opened
+
+
+def _open_served(place: Workplace, served: Served, features: Path) -> Opened:
+    """A fused model, or one model alone."""
+    model, renderer = served.model, served.renderer
+    assert model is not None and renderer is not None
+    is_fused = len(model.config.names) > 1
+
+    def read(rows: list[Rendered]) -> tuple[list[RowLoss], list[list[float]] | None]:
+        if is_fused:
+            store = FeatureStore.build(model, rows, features, progress=place.progress)
+            return fused_losses(model, store)
+        group, vocab = model.groups[0], model.config.vocab_size
+        losses = group_losses(group, rows, vocab, adapter=0, what=served.name, progress=place.progress)
+        return losses, None
+
+    def traces() -> list[TokenTrace]:
+        sources = [(source, load_rows(source.path, domain=source.domain, limit=1)) for source in place.recipe.test]
+        return [trace for _, rows in sources for trace in trace_rows(model, renderer, rows)]
+
+    parameters = count_parameters(model if is_fused else model.groups[0].model)
+    opened = Opened(served.lm, served.fingerprint, parameters, lambda: place.rows("test", renderer), read)
+    opened.traces = traces if is_fused else None
+    return opened
+
+
+def _alone(place: Workplace, system: SystemRecipe) -> Opened:
+    if system.kind == "base":
+        specialist = place.base()
+    else:
+        specialist = next(one for one in place.recipe.training().specialists if one.name == system.specialist)
+    return _open_served(place, place.alone(specialist), place.home(str(system.name)) / "features")
+
+
+def _fused(place: Workplace, system: SystemRecipe) -> Opened:
+    home = place.home(str(system.name))
+    folder = home / "run" / "fused"
+    served = serve(str(folder), device=place.recipe.device)
+    assert served.model is not None and served.renderer is not None
+    served = place.serve(served.model, served.renderer.tokenizer, str(system.name), folder)
+    frozen = system.kind == "static" or all(stage.name == "gate" for stage in place.training(system).stages)
+    # frozen specialists read the test rows once for all systems that keep them
+    return _open_served(place, served, place.folder / "features" / "test" if frozen else home / "features")
+
+
+def _merged(place: Workplace, system: SystemRecipe) -> Opened:
+    first = place.recipe.training().specialists[0]
+    folder = str(place.home(str(system.name)) / "model")
+    source = {"model": folder, "adapter": None, "gguf_file": None, "revision": None, "adapter_revision": None}
+    served = place.alone(first.model_copy(update=source | {"name": str(system.name)}))
+    return _open_served(place, served, Path())
+
+
+def _btx(place: Workplace, system: SystemRecipe) -> Opened:
+    from transformers import AutoTokenizer
+
+    from ultrafuser.evaluate.btx import load_btx
+
+    folder = place.home(str(system.name)) / "model"
+    model, tokenizer = load_btx(folder), AutoTokenizer.from_pretrained(folder)
+    name = str(system.name)
+    template = place.alone(place.recipe.training().specialists[0]).renderer
+    assert template is not None
+    spec = {"name": name, "domain": name, "source": {"model": str(folder)}, "config": model.config.to_dict(),
+            "chat_template": template.chat_templates[0]}  # fmt: skip
+    config = UltraFuserConfig([spec], vocab_size=len(tokenizer))
+    wrapped = UltraFuserForCausalLM(config, [SpecialistGroup(model, [name])]).eval()
+    wrapped.generation_config.eos_token_id = tokenizer.eos_token_id
+    wrapped.generation_config.pad_token_id = tokenizer.pad_token_id
+    opened = _open_served(place, place.serve(wrapped, tokenizer, name, folder), Path())
+    return Opened(opened.lm, opened.fingerprint, count_parameters(model), opened.rows, opened.read)
+
+
+def _remembering(place: Workplace, members: dict[str, Served]) -> dict[str, LM]:
+    """The specialists with the answers that they gave when they were measured alone."""
+    out: dict[str, LM] = {}
+    for name, one in members.items():
+        own = next((s.name for s in place.recipe.systems if s.kind == "specialist" and s.specialist == name), None)
+        file = place.home(own or f"{name}-answers") / "answers.sqlite"
+        out[name] = RememberingLM(one.lm, Store(file, one.fingerprint))
+    return out
+
+
+def _routed(place: Workplace, system: SystemRecipe) -> Opened:
+    router = Router.load(place.home(str(system.name)) / "model")
+    whole = place.whole()
+    model, renderer, members = whole.model, whole.renderer, place.members(whole)
+    assert model is not None and renderer is not None
+    choose = route_by(router, model, renderer)
+
+    def read(rows: list[Rendered]) -> tuple[list[RowLoss], None]:
+        store = FeatureStore.build(model, rows, place.folder / "features" / "test", progress=place.progress)
+        return router_losses(router, store), None
+
+    one = count_parameters(model.groups[0].model)["total"]
+    opened = Opened(
+        RoutedLM(_remembering(place, members), choose),
+        f"router {place.key(str(system.name), 'build')}",
+        {"total": count_parameters(model)["total"], "active": one},
+        lambda: place.rows("test", renderer),
+        read,
+    )
+    opened.fresh = RoutedLM({name: member.lm for name, member in members.items()}, choose)
+    return opened
+
+
+def _best_of(place: Workplace, system: SystemRecipe) -> Opened:
+    from ultrafuser.evaluate.endpoint import Endpoint
+    from ultrafuser.evaluate.judge import Judge
+
+    judge = None
+    if system.by == "judge":
+        if place.recipe.judge is None:
+            raise DataError(f"system {system.name!r} chooses by judge, but the recipe names none; add 'judge'")
+        store = Store(place.home(str(system.name)) / "judgements.sqlite", "judgements")
+        judge = Judge(Endpoint(place.recipe.judge), store, seed=place.recipe.seed)
+    whole = place.whole()
+    members = place.members(whole)
+    assert whole.model is not None and whole.renderer is not None
+    tokenizer, total = whole.renderer.tokenizer, count_parameters(whole.model)["total"]
+    lm = BestOfLM(_remembering(place, members), tokenizer, judge, seed=place.recipe.seed)
+    fingerprint = f"best of {place.key(str(system.name), 'build')}"
+    opened = Opened(lm, fingerprint, {"total": total, "active": total}, lambda: [], None)
+    opened.fresh = BestOfLM({name: member.lm for name, member in members.items()}, tokenizer, seed=place.recipe.seed)
+    return opened
+
+
+_OPENERS: dict[str, Callable[[Workplace, SystemRecipe], Opened]] = {
+    "base": _alone,
+    "specialist": _alone,
+    "static": _fused,
+    "fused": _fused,
+    "tuned": _fused,
+    "merge": _merged,
+    "btx": _btx,
+    "router": _routed,
+    "best_of": _best_of,
+}
+
+if __name__ == "__main__":
+    sys.exit(run_step(measure))

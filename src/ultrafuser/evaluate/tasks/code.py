@@ -1,0 +1,148 @@
+"""Programming tasks: the code of an answer, run with its tests in the sandbox, and pass@k."""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from lm_eval.api.task import ConfigurableTask
+
+from ultrafuser.errors import SandboxError
+from ultrafuser.evaluate import sandbox
+from ultrafuser.evaluate.tasks.answers import after_thinking
+
+SAMPLING_TEMPERATURE = 0.8
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*(?:```|~~~)[ \t]*$|\Z)", re.M | re.S)
+_PYTHON = ("", "python", "python3", "py", "py3")
+_OPENING = re.compile(r"^(?:import |from \w[\w.]* import |def |async def |class |@\w)", re.M)
+
+
+class CodeTask(ConfigurableTask):
+    """A task whose answers are programs; `samples`, `temperature` and `unsafe_code` come with lm-eval's metadata."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        options = config.get("metadata") or {}
+        samples, temperature = int(options.get("samples") or 1), options.get("temperature")
+        ks = sorted({1, samples})
+        metrics = [{"metric": f"pass@{k}", "aggregation": "mean", "higher_is_better": True} for k in ks]
+        metrics.append({"metric": "unparsed", "aggregation": "mean", "higher_is_better": False})
+        changes = {
+            "repeats": samples,
+            "generation_kwargs": config["generation_kwargs"] | _sampling(samples, temperature),
+            "process_results": partial(score, ks=ks, unsafe=bool(options.get("unsafe_code"))),
+            "metric_list": metrics,
+            # lm-eval keeps the first answer alone unless told otherwise.
+            "filter_list": [{"name": "none", "filter": [{"function": "custom", "filter_fn": _all_answers}]}],
+            "unsafe_code": bool(options.get("unsafe_code")),
+        }
+        super().__init__(config={key: value for key, value in config.items() if key != "class"} | changes)
+
+
+def _sampling(samples: int, temperature: float | None) -> dict[str, Any]:
+    temperature = SAMPLING_TEMPERATURE if temperature is None and samples > 1 else temperature
+    return {"do_sample": True, "temperature": float(temperature), "top_p": 0.95} if temperature else {}
+
+
+def _all_answers(resps: Iterable[list[str]], _docs: Any) -> list[list[str]]:
+    return list(resps)
+
+
+def score(
+    doc: Mapping[str, Any], results: Sequence[Sequence[str]], *, ks: Sequence[int] = (1,), unsafe: bool = False
+) -> dict[str, float]:
+    """pass@k of the answers to one task, and the share of them without code."""
+    codes = [extract_code(answer, doc["entry_point"], doc.get("context", "")) for answer in results[0]]
+    different = list(dict.fromkeys(code for code in codes if code is not None))
+    with ThreadPoolExecutor(max(1, min(len(different), os.cpu_count() or 1))) as pool:
+        passed = dict(zip(different, pool.map(lambda code: passes(code, doc, unsafe=unsafe), different), strict=True))
+    num_passed = sum(passed[code] for code in codes if code is not None)
+    scores = {f"pass@{k}": pass_at_k(len(codes), num_passed, k) for k in ks}
+    return scores | {"unparsed": sum(code is None for code in codes) / len(codes)}
+
+
+def passes(code: str, doc: Mapping[str, Any], *, unsafe: bool = False) -> bool:
+    """Whether the code runs through the tests of a HumanEval or MBPP row.
+
+    Raises:
+        SandboxError: there is no sandbox and `unsafe` is not set, or it failed twice.
+    """
+    tests = f"{doc['test']}\n\ncheck({doc['entry_point']})\n" if "test" in doc else doc["tests"]
+    for _ in range(2):
+        outcome = sandbox.check(code, tests, setup=doc["setup"], unsafe=unsafe)
+        if outcome.status != "error":  # which says nothing about the answer
+            return outcome.passed
+    raise SandboxError(f"{doc['task_id']}: the sandbox failed twice, so the answer has no score: {outcome.detail}")
+
+
+def pass_at_k(num_answers: int, num_passed: int, k: int) -> float:
+    """The chance that one of k answers drawn from n without replacement passes (Chen et al., 2021, unbiased)."""
+    return 1.0 - math.comb(num_answers - num_passed, k) / math.comb(num_answers, k)
+
+
+def extract_code(answer: str, entry_point: str, context: str = "") -> str | None:
+    """The program in an answer; None if there is no code.
+
+    In this order: the first Python block that defines the function asked for, after the earlier blocks that only
+    define things; bare code from its first import, definition or decorator on; an indented text as the body of the
+    signature that `context` ends with; the first block as it stands.
+    """
+    text = after_thinking(answer).replace("\r\n", "\n")
+    blocks = [body.rstrip() for language, body in _FENCE.findall(text) if language.lower() in _PYTHON and body.strip()]
+    for number, block in enumerate(blocks):
+        if _defines(block, entry_point):
+            return "\n\n".join([*(own for own in blocks[:number] if _only_defines(own)), block])
+    if (bare := _bare_code(text)) and _defines(bare, entry_point):
+        return bare
+    if context:
+        for body in [*blocks, text]:
+            if filled := _as_body(context, body):
+                return filled
+    return blocks[0] if blocks else bare
+
+
+def _defines(code: str, name: str) -> bool:
+    return (
+        re.search(rf"^(?:(?:async )?def|class) {re.escape(name)}\b|^{re.escape(name)} *=[^=]", code, re.M) is not None
+    )
+
+
+def _parse(code: str) -> ast.Module | None:
+    try:
+        return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # what the parser has for hostile text
+        return None
+
+
+def _only_defines(code: str) -> bool:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+    tree = _parse(code)
+    return tree is not None and all(isinstance(node, kinds) for node in tree.body)
+
+
+def _bare_code(text: str) -> str | None:
+    """Code without a fence, and without the prose before and after it."""
+    if not (start := _OPENING.search(text)):
+        return None
+    lines = text[start.start() :].rstrip().split("\n")
+    for end in range(len(lines), 0, -1):
+        if (code := "\n".join(lines[:end])) and _parse(code):
+            return code.rstrip()
+    return "\n".join(lines)
+
+
+def _as_body(context: str, body: str) -> str | None:
+    """An indented text that completes the signature at the end of `context`, up to its first line at the margin."""
+    lines = body.strip("\n").split("\n")
+    if not lines[0].startswith((" ", "\t")):
+        return None
+    end = next(
+        (number for number, line in enumerate(lines) if line.strip() and not line.startswith((" ", "\t"))), len(lines)
+    )
+    code = context.rstrip() + "\n" + "\n".join(lines[:end]) + "\n"
+    return code if _parse(code) else None

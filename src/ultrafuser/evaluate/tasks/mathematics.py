@@ -1,0 +1,189 @@
+"""Are two mathematical answers the same? Asked of math-verify, in a process of its own that can be stopped."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from ultrafuser.errors import MissingExtraError, UltraFuserError
+from ultrafuser.evaluate.tasks import answers
+
+TIMEOUT_S = 10.0
+START_TIMEOUT_S = 120.0
+COMMAND = ["-m", "ultrafuser.evaluate.tasks.math_worker"]  # of this Python
+_SEPARATORS = re.compile(r"(?<=\d)(?:,?\\[,!;: ] ?|\{,\}| )(?=\d{3}(?!\d))")  # 10{,}000, 10\,000, 10,\!000, 10 000
+_COMMAS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+# What math-verify does not read, and the same in what it reads.
+_SPELLINGS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\(?:mbox|textbf|textit|mathbf|mathrm)(?=\{)", r"\\text"),
+        (r"^\\text\{([^{}]*)\}$", r"\1"),
+        (r"°", r"^\\circ"),
+        (r"√\s*(\w+|\([^()]*\))", r"\\sqrt{\1}"),
+        (r"½", r"\\frac{1}{2}"),
+        (r"¼", r"\\frac{1}{4}"),
+        (r"¾", r"\\frac{3}{4}"),
+        (r"²", r"^{2}"),
+        (r"³", r"^{3}"),
+        (r"\\emptyset|∅", r"\\varnothing"),
+        (r"^[A-Za-z]\s*(?:\\in\b|∈)\s*", ""),
+        (r"(?<![\d/])(\d+)\s+(\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
+        (r"^(.*\d)\s+((?!degrees|percent)[A-Za-z]{3,}(?:\s+[A-Za-z]{3,})*)$", r"\1\\text{ \2}"),
+        (r"(?:\\[,!;: ]|[\s.])+$", ""),
+    )
+]
+_PLAIN = re.compile(r"[-+]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][-+]?\d{1,3})?")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z ,.'-]{2,}")
+_BASE = re.compile(r"(.*\w)_\{?(\d+)\}?")
+
+
+def score_number(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the number that the answer settles on equals the reference."""
+    return _score(answers.number(results[0]), doc["answer"])
+
+
+def score_expression(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where what the answer settles on equals the reference."""
+    return _score(answers.expression(results[0]), doc["answer"])
+
+
+def _score(given: str | None, reference: str) -> dict[str, float]:
+    same = given is not None and equal(given, reference)
+    return {"exact_match": float(same), "unparsed": float(given is None)}
+
+
+@functools.lru_cache(maxsize=100_000)
+def equal(given: str, reference: str) -> bool:
+    """Whether two answers (LaTeX or plain, as they stand in a box) have the same value.
+
+    A percent sign may be left out (12.5% is 12.5, and 0.125 too), units and degrees as well, and the base of a number
+    in the answer. Decimals are the same if they are to six places. A comparison that takes more than `TIMEOUT_S`
+    seconds says no.
+
+    Raises:
+        MissingExtraError: math-verify is not installed.
+        UltraFuserError: it is, and does not start.
+    """
+    given, reference = normal(given), normal(reference)
+    if not given or given == reference:
+        return given != ""
+    if _WORDS.fullmatch(given) and given.casefold() == reference.casefold():
+        return True
+    (given, base), (reference, right_base) = _split_base(given), _split_base(reference)
+    if base and base != right_base:
+        return False
+    plain = _number(given), _number(reference)
+    if None not in plain and plain[0] == plain[1]:
+        return True
+    pairs = dict.fromkeys([(given, reference), (_no_percent(given), _no_percent(reference))])
+    return any(_CHECKER.ask(*pair) for pair in pairs)
+
+
+def normal(text: str) -> str:
+    """An answer in the spelling that math-verify reads."""
+    text = _SEPARATORS.sub("", text.strip())
+    if not re.search(r"[(\[]|\\\{", text):  # in (100,200) the comma separates two numbers
+        text = _COMMAS.sub("", text)
+    for pattern, replacement in _SPELLINGS:
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
+def _split_base(text: str) -> tuple[str, str | None]:
+    match = _BASE.fullmatch(text)
+    return (match[1], match[2]) if match and match[1].isalnum() and match[1][0].isdigit() else (text, None)
+
+
+def _no_percent(text: str) -> str:
+    return re.sub(r"\s*(?:\\?%|percent)\s*$", "", text)
+
+
+def _number(text: str) -> Fraction | None:
+    bare = _no_percent(re.sub(r"^\\?\$\s*|\$$", "", text))
+    return Fraction(bare) if _PLAIN.fullmatch(bare) else None
+
+
+class _Checker:
+    """One process with math-verify, started at the first question and again after a question that it did not survive.
+
+    math-verify's own time limits are signals, which work in the main thread alone and not within one long operation
+    on large numbers; a process can be killed from any thread at any time.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._replies: queue.Queue[str | None] = queue.Queue()
+
+    def ask(self, given: str, reference: str) -> bool:
+        with self._lock:
+            process = self._process or self._start()
+            try:
+                assert process.stdin is not None
+                process.stdin.write(json.dumps([given, reference]) + "\n")
+                process.stdin.flush()
+                reply = self._replies.get(timeout=TIMEOUT_S)
+            except (queue.Empty, BrokenPipeError):
+                reply = None
+            if reply is None:
+                self._stop()
+            return reply is not None and json.loads(reply)
+
+    def close(self) -> None:
+        with self._lock:
+            self._stop()
+
+    def _start(self) -> subprocess.Popen[str]:
+        errors = tempfile.TemporaryFile(mode="w+")
+        command = [sys.executable, *COMMAND]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"
+        )
+        self._process, self._replies = process, queue.Queue()
+        threading.Thread(target=_pass_on, args=(process.stdout, self._replies), daemon=True).start()
+        try:
+            ready = self._replies.get(timeout=START_TIMEOUT_S)
+        except queue.Empty:
+            ready = None
+        if ready is None:
+            self._stop()
+            errors.seek(0)
+            said = errors.read().strip().splitlines()[-1:] or ["nothing"]
+            if "No module named 'math_verify'" in said[0]:
+                raise MissingExtraError("math-verify", "eval", "comparing mathematical answers")
+            raise UltraFuserError(f"math-verify did not start; {' '.join(command)} said: {said[0]}")
+        return process
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        self._process = None
+
+
+def _pass_on(lines: Any, replies: queue.Queue[str | None]) -> None:
+    """Every line of a pipe, then None when it ends."""
+    try:
+        for line in lines:
+            replies.put(line)
+    except ValueError:  # closed while being read
+        pass
+    replies.put(None)
+
+
+_CHECKER = _Checker()
+atexit.register(_CHECKER.close)

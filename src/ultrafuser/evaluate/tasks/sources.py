@@ -1,0 +1,226 @@
+"""The rows of every task: from a file of one's own or from the hub, checked, as the task files use them."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ultrafuser.data.sources import read_records
+from ultrafuser.errors import DataError
+from ultrafuser.evaluate.tasks import TASKS, TaskInfo
+from ultrafuser.evaluate.tasks.choices import LETTERS, split_label
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load(task: str, data_dir: str | None = None, **_metadata: Any) -> dict[str, Dataset]:
+    """The rows of a task, as lm-eval's `custom_dataset` hook wants them.
+
+    Args:
+        task: the short name of one of ours.
+        data_dir: the folder with its file; None loads it from the hub.
+        _metadata: whatever else lm-eval hands to every task.
+
+    Raises:
+        DataError: no such folder or file, nothing from the hub, or a malformed row (with file and line).
+    """
+    from datasets import Dataset
+
+    info = TASKS[task]
+    records = _local(info, data_dir) if data_dir is not None else _hub(info)
+    rows = [_MAKERS[task](_Record(raw, where, task)) for raw, where in records]
+    if not rows:
+        raise DataError(f"task {task!r}: no rows in {data_dir or info.hub.id}; expected one JSON object a question")
+    return {"test": Dataset.from_list(rows)}
+
+
+def _local(info: TaskInfo, data_dir: str) -> Iterator[tuple[Any, str]]:
+    file = Path(data_dir).expanduser() / info.file
+    if not file.is_file():
+        why = f"no {info.file} in {file.parent}" if file.parent.is_dir() else f"no folder {file.parent}"
+        raise DataError(
+            f"task {info.name!r}: {why}; put the file there (docs/tasks.md has its layout), or leave out --data-dir to "
+            f"load {info.hub.id} from the hub"
+        )
+    return read_records(str(file))
+
+
+def _hub(info: TaskInfo) -> Iterator[tuple[Any, str]]:
+    try:
+        for raw, where in read_records(info.hub.id, info.hub.split, config=info.hub.config):
+            yield _FROM_HUB.get(info.name, dict)(raw), where
+    except DataError as error:
+        raise DataError(
+            f"task {info.name!r}: {error}; to use a local {info.file}, give its folder as --data-dir"
+        ) from error
+
+
+class _Record:
+    """A raw record whose columns are read with a check."""
+
+    def __init__(self, raw: Any, where: str, task: str) -> None:
+        self._where = f"{where}: task {task!r}"
+        if not isinstance(raw, Mapping):
+            raise DataError(f"{self._where}: expected a JSON object, got {type(raw).__name__}")
+        self._raw = raw
+
+    def fail(self, problem: str) -> DataError:
+        return DataError(f"{self._where}: {problem}")
+
+    def has(self, column: str) -> bool:
+        return column in self._raw
+
+    def text(self, column: str) -> str:
+        return self._get(column, str, "text")
+
+    def optional(self, column: str) -> str:
+        """A column for information only, as text; empty if it is missing."""
+        return str(self._raw.get(column) or "")
+
+    def texts(self, column: str) -> list[str]:
+        found = self._get(column, list, "a list of texts")
+        if not found or not all(isinstance(item, str) for item in found):
+            raise self.fail(f"column {column!r}: expected a list of texts, at least one, got {str(found)[:60]}")
+        return found
+
+    def mapping(self, column: str) -> dict[str, Any]:
+        return self._get(column, dict, "an object")
+
+    def _get(self, column: str, kind: type, what: str) -> Any:
+        if column not in self._raw:
+            raise self.fail(f"no column {column!r}; it has {', '.join(map(repr, self._raw)) or 'none'}")
+        value = self._raw[column]
+        empty = value is None or (isinstance(value, str) and not value.strip())
+        if empty or not isinstance(value, kind):
+            got = "nothing" if empty else type(value).__name__
+            raise self.fail(f"column {column!r}: expected {what}, got {got}")
+        return value
+
+
+# ---------------------------------------------------------------- the rows of each task
+
+
+def _truthfulqa(record: _Record) -> dict[str, Any]:
+    targets = record.mapping("mc2_targets")
+    if not all(label in (0, 1) for label in targets.values()) or 1 not in targets.values():
+        raise record.fail("column 'mc2_targets': expected {answer: 0 or 1}, at least one of them 1")
+    labels = [int(label) for label in targets.values()]
+    return {"question": record.text("question"), "options": list(targets), "labels": labels}
+
+
+def _humaneval(record: _Record) -> dict[str, Any]:
+    columns = ("task_id", "instruction", "context", "test", "entry_point")
+    row = {column: record.text(column) for column in columns}
+    row["setup"] = _before_last_function(record, row["context"])
+    return row | {"reference": record.text("prompt") + record.text("canonical_solution")}
+
+
+def _before_last_function(record: _Record, context: str) -> str:
+    """The imports and helpers above the signature that has to be filled in."""
+    lines = context.rstrip().split("\n")
+    starts = [number for number, line in enumerate(lines) if line.startswith(("def ", "async def "))]
+    if not starts:
+        raise record.fail(
+            f"column 'context': expected code that ends with a function's signature, got {context[-60:]!r}"
+        )
+    return "\n".join(lines[: starts[-1]]).strip()
+
+
+def _mbpp(record: _Record) -> dict[str, Any]:
+    instruction = record.text("text" if record.has("text") else "prompt")  # the sanitised set has "prompt"
+    imports = record.texts("test_imports") if record.optional("test_imports") else []
+    reference, tests = record.text("code").replace("\r\n", "\n"), "\n".join(record.texts("test_list"))
+    return {
+        "task_id": record.optional("task_id"),
+        "instruction": instruction.strip(),
+        "tests": tests,
+        "setup": record.optional("test_setup_code") or "\n".join(imports),
+        "entry_point": _tested_function(record, reference, tests),
+        "reference": reference,
+    }
+
+
+def _tested_function(record: _Record, reference: str, tests: str) -> str:
+    """The name the tests call: one that the reference defines."""
+    try:
+        defined = [node.name for node in ast.parse(reference).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        called = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
+    except SyntaxError as error:
+        raise record.fail(f"columns 'code' and 'test_list': not Python: {error.msg}") from error
+    found = [name for name in defined if name in called and not hasattr(builtins, name)]
+    if not found:
+        raise record.fail("column 'test_list': no test calls a function of 'code'")
+    return found[-1]
+
+
+def _gsm8k(record: _Record) -> dict[str, Any]:
+    answer = record.text("answer")
+    if "####" not in answer:
+        raise record.fail("column 'answer': expected a solution that ends with '#### NUMBER'")
+    return {"question": record.text("question"), "answer": answer.rsplit("####", 1)[1].strip().replace(",", "")}
+
+
+def _math(record: _Record) -> dict[str, Any]:
+    row = {"question": record.text("problem"), "answer": record.text("answer")}
+    return row | {"subject": record.optional("subject"), "level": record.optional("level")}
+
+
+def _sat_math(record: _Record) -> dict[str, Any]:
+    passage = record.optional("passage").strip()
+    question = f"{passage}\n\n{record.text('question')}" if passage else record.text("question")
+    return _choices(record, question, "label")
+
+
+def _aqua(record: _Record) -> dict[str, Any]:
+    return _choices(record, record.text("question"), "correct")
+
+
+def _choices(record: _Record, question: str, column: str) -> dict[str, Any]:
+    options = [split_label(option) for option in record.texts("options")]
+    letters, right = LETTERS[: len(options)], record.text(column)
+    labels = [label or letter for (label, _), letter in zip(options, letters, strict=False)]
+    if len(options) > len(LETTERS) or labels != list(letters):
+        raise record.fail(f"column 'options': expected up to {len(LETTERS)} labelled (A), (B), ... in order")
+    if right not in letters or len(right) != 1:
+        raise record.fail(f"column {column!r}: expected one of {', '.join(letters)}, got {right!r}")
+    return {
+        "question": question.strip(),
+        "options": [text for _, text in options],
+        "choices": [f"({letter})" for letter in letters],
+        "target": letters.index(right),
+    }
+
+
+_MAKERS: dict[str, Callable[[_Record], dict[str, Any]]] = {
+    "truthfulqa": _truthfulqa,
+    "humaneval": _humaneval,
+    "mbpp": _mbpp,
+    "gsm8k": _gsm8k,
+    "math": _math,
+    "sat_math": _sat_math,
+    "aqua": _aqua,
+}
+
+
+# ---------------------------------------------------------------- hub columns -> the layout of the local files
+
+
+def _truthfulqa_from_hub(raw: Mapping[str, Any]) -> dict[str, Any]:
+    targets = raw["mc2_targets"]
+    return {"question": raw["question"], "mc2_targets": dict(zip(targets["choices"], targets["labels"], strict=True))}
+
+
+def _sat_math_from_hub(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`query` is a whole prompt: "Q: ... Answer Choices: (A)... A: Among A through D, the answer is"."""
+    question = raw["query"].removeprefix("Q:").split("Answer Choices:", 1)[0]
+    return {"question": question.strip(), "options": raw["choices"], "label": LETTERS[raw["gold"][0]]}
+
+
+_FROM_HUB: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "truthfulqa": _truthfulqa_from_hub,
+    "sat_math": _sat_math_from_hub,
+}

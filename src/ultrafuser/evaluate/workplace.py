@@ -1,0 +1,181 @@
+"""Where a comparison keeps its systems, and what several of them share: recipes, checkpoints, frozen features."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ultrafuser.errors import DataError, UltraFuserError
+from ultrafuser.evaluate.compare_recipe import CompareRecipe, SystemRecipe, load_compare_recipe
+from ultrafuser.evaluate.models import Served, as_served
+from ultrafuser.evaluate.plain_checkpoints import PlainCheckpoints, write_plain_checkpoints
+from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.saving import plain_model
+from ultrafuser.model.shared_base import SpecialistGroup
+from ultrafuser.progress import Progress
+from ultrafuser.recipe import Recipe, SpecialistRecipe
+from ultrafuser.specialists import fuse
+from ultrafuser.templates import Rendered, Renderer
+from ultrafuser.train.features import FeatureStore
+from ultrafuser.train.stages import read_sources
+
+RECIPE = "compare.yaml"
+BUILT, MEASURED = "built.json", "measured.json"
+# what a measurement depends on, beside the system itself
+_MEASURED_BY = {"test", "tasks", "data_dir", "limit", "max_new_tokens", "unsafe_code", "judge", "decode", "batch_size"}
+
+
+class Workplace:
+    """A comparison's folder.
+
+    Attributes:
+        recipe: of the comparison, as kept in the folder.
+        folder: holds `systems/NAME/` for each system, `checkpoints/` of specialists and base, `features/` of the frozen
+            specialists.
+    """
+
+    def __init__(self, folder: Path, progress: Progress | None = None) -> None:
+        self.folder, self.progress = folder, progress or Progress()
+        self.recipe: CompareRecipe = load_compare_recipe(folder / RECIPE)
+
+    def system(self, name: str) -> SystemRecipe:
+        """The line of the recipe."""
+        return next(system for system in self.recipe.systems if system.name == name)
+
+    def home(self, name: str) -> Path:
+        """A system's folder."""
+        return self.folder / "systems" / name
+
+    def training(self, system: SystemRecipe, *extra: str) -> Recipe:
+        """The training recipe of a system, with its output in the system's folder."""
+        mixing = [f"mixing={system.mixing}"] if system.mixing else []
+        return self.recipe.training(system, [*mixing, f"output={self.home(str(system.name)) / 'run'}", *extra])
+
+    def key(self, name: str, step: str) -> str:
+        """Changes when what the step depends on does."""
+        system = self.system(name)
+        parts: list[Any] = [system.model_dump(exclude={"label"}), self.training(system).model_dump(exclude={"output"})]
+        if system.after:
+            parts.append(self.key(system.after, "build"))
+        if step == "measure":
+            parts.append(self.recipe.model_dump(include=_MEASURED_BY | {"seed", "device"}))
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def facts(self, name: str, step: str) -> dict[str, Any] | None:
+        """What a finished step left; None where it is missing or was made for another recipe."""
+        file = self.home(name) / {"build": BUILT, "measure": MEASURED}[step]
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return found if found is not None and found["key"] == self.key(name, step) else None
+
+    # ---------------------------------------------------------------- what systems share
+
+    def alone(self, specialist: SpecialistRecipe) -> Served:
+        """One specialist, or the base, as a model by itself."""
+        recipe = self.recipe.training()
+        model, tokenizer = fuse(recipe.model_copy(update={"specialists": [specialist]}))
+        return self.serve(model, tokenizer, specialist.name)
+
+    def whole(self) -> Served:
+        """All specialists, frozen, in one model with an untrained gate."""
+        return self.serve(*fuse(self.recipe.training()), "specialists")
+
+    def members(self, whole: Served) -> dict[str, Served]:
+        """Each specialist of a fused model by itself, on the very weights of that model."""
+        assert whole.model is not None and whole.renderer is not None
+        tokenizer, config, out = whole.renderer.tokenizer, whole.model.config, {}
+        for spec in config.specialists:
+            own = UltraFuserConfig([spec], vocab_size=config.vocab_size)
+            group = next(group for group in whole.model.groups if spec["name"] in group.names)
+            model = UltraFuserForCausalLM(own, [Member(group, spec["name"])]).eval()
+            model.generation_config = whole.model.generation_config
+            out[spec["name"]] = self.serve(model, tokenizer, spec["name"])
+        return out
+
+    def serve(self, model: Any, tokenizer: Any, name: str, folder: Path | None = None) -> Served:
+        """A loaded model as one that answers."""
+        renderer = self.renderer(model, tokenizer)
+        settings = {"batch_size": self.recipe.batch_size, "seed": self.recipe.seed}
+        return as_served(model, renderer, name=name, folder=folder, **settings)
+
+    def renderer(self, model: Any, tokenizer: Any) -> Renderer:
+        """Rows are cut where training cuts them."""
+        templates = [own["chat_template"] for own in model.config.specialists]
+        return Renderer(tokenizer, templates, self.recipe.training().data.max_length)
+
+    def base(self) -> SpecialistRecipe:
+        """The model below the adapters.
+
+        Raises:
+            DataError: the specialists have no common base.
+        """
+        specialists = self.recipe.training().specialists
+        bases = {(one.model, one.revision, one.gguf_file) for one in specialists}
+        if len(bases) > 1 or any(one.adapter is None for one in specialists):
+            raise DataError(
+                "the specialists are not adapters on one base, so there is no base to measure; leave it out"
+            )
+        return specialists[0].model_copy(update={"name": "base", "adapter": None, "adapter_revision": None})
+
+    def checkpoints(self) -> PlainCheckpoints:
+        """The specialists and their base as ordinary checkpoints, written once."""
+        model, tokenizer = fuse(self.recipe.training())
+        return write_plain_checkpoints(model, tokenizer, self.folder / "checkpoints", self.progress)
+
+    def frozen_features(self, part: str) -> FeatureStore:
+        """The frozen specialists' states on the `train` or `test` rows, computed once."""
+        recipe = self.recipe.training()
+        model, tokenizer = fuse(recipe)
+        rows = self.rows(part, self.renderer(model, tokenizer))
+        return FeatureStore.build(model, rows, self.folder / "features" / part, progress=self.progress)
+
+    def rows(self, part: str, renderer: Renderer) -> list[Rendered]:
+        """The `train` or `test` rows as a system reads them."""
+        sources = self.recipe.training().data.train if part == "train" else self.recipe.test
+        return read_sources(sources, renderer, self.progress, part)
+
+
+class Member(SpecialistGroup):
+    """One specialist of a group, as a group of its own on the same weights."""
+
+    def __init__(self, group: SpecialistGroup, name: str) -> None:
+        nn.Module.__init__(self)
+        self.group, self.names, self.row = group, [name], group.names.index(name)
+        self.loras = {}
+
+    @property
+    def model(self) -> Any:
+        """The transformers model of the whole group."""
+        return self.group.model
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: object | None = None
+    ) -> torch.Tensor:
+        """(1, B, T) -> (1, B, T, D)."""
+        with self.group.only([self.row]):
+            return self.group(input_ids, attention_mask, cache)
+
+
+def only_model(served: Served) -> Any:
+    """The one model in it, as transformers knows it.
+
+    Raises:
+        UltraFuserError: there are several.
+    """
+    if served.model is None or len(served.model.config.names) != 1:
+        raise UltraFuserError(f"{served.name}: expected one model, got several specialists or an endpoint")
+    group = served.model.groups[0]
+    return plain_model(group, {0: 1.0}) if group.loras else group.model
+
+
+def write_json(file: Path, tree: Mapping[str, Any]) -> None:
+    """All of it, or what was there before."""
+    draft = file.with_suffix(".part")
+    draft.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    draft.replace(file)

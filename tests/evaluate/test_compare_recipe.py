@@ -1,0 +1,85 @@
+"""Comparison recipes: what a line may say, what is refused, and the recipe that ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ultrafuser.errors import RecipeError
+from ultrafuser.evaluate.compare_recipe import dump_compare_recipe, load_compare_recipe
+
+ROOT = Path(__file__).parents[2]
+ZOO = {"recipe": "package:ultrafuser/zoo/demo.yaml", "test": ["rows.jsonl"]}
+
+
+def load(systems, *overrides, **fields):
+    return load_compare_recipe(ZOO | {"systems": systems} | fields, overrides)
+
+
+def test_every_kind_by_its_bare_name():
+    kinds = ["base", "specialist", "oracle", "static", "merge", "router", "best_of", "btx", "fused"]
+    names = [system.name for system in load(kinds).systems]
+    assert names == [
+        "base", "text", "code", "math", "oracle", "uniform-mixing", "linear", "router", "best_of-log_prob", "btx", "fused",
+    ]  # fmt: skip
+
+
+def test_the_main_system_is_the_last_fused_one():
+    two = [{"kind": "fused", "name": "one"}, {"kind": "fused", "name": "two"}, "base"]
+    assert load(two).main == "two"
+    assert load(two, main="one").main == "one"
+    assert load(["base"]).main is None
+
+
+def test_a_line_varies_the_training_recipe():
+    recipe = load([{"kind": "fused", "stages": ["gate"], "set": ["balanced=false", "stages.gate.lr=0.5"]}])
+    training = recipe.training(recipe.systems[0])
+    assert [stage.name for stage in training.stages] == ["gate"]
+    assert training.stages[0].lr == 0.5
+    assert training.balanced is False
+    assert recipe.training().balanced is True
+
+
+def test_what_is_dumped_is_read_back(tmp_path):
+    recipe = load_compare_recipe(ROOT / "recipes" / "compare" / "zoo.yaml", ["output=elsewhere", "limit=3"])
+    (tmp_path / "compare.yaml").write_text(dump_compare_recipe(recipe))
+    again = load_compare_recipe(tmp_path / "compare.yaml")
+    assert again.model_dump() == recipe.model_dump()
+    assert len(again.systems) > 20
+
+
+@pytest.mark.parametrize(
+    ("systems", "fields", "problem"),
+    [
+        ([], {}, "'systems' is empty"),
+        (["fuse"], {}, "fuse"),
+        ([{"kind": "base", "weight": 1}], {}, "kind 'base' has no 'weight'; it takes label, name"),
+        ([{"kind": "tuned"}], {}, "kind 'tuned' needs 'specialist'"),
+        ([{"kind": "tuned", "specialist": "law"}], {}, "no specialist 'law'; there are: text, code, math"),
+        (["fused", "fused"], {}, "two are named 'fused'"),
+        ([{"kind": "fused", "after": "stage1"}], {}, "'fused' comes after 'stage1', which is not listed before it"),
+        (["base"], {"main": "fused"}, "main: no system 'fused'"),
+        (["base"], {"test": []}, "nothing to measure"),
+        ([{"kind": "best_of", "by": "judge"}], {}, "there is no 'judge'"),
+        ([{"kind": "fused", "set": ["stages.gate.lr=fast"]}], {}, "stages.gate.lr=fast"),
+        ([{"kind": "fused", "set": ["balance=false"]}], {}, "balanced"),
+        (
+            [{"kind": "fused", "stages": ["joint"]}],
+            {"set": ["stages=[gate]"]},
+            "stages joint, but the training recipe has gate",
+        ),
+        (["base"], {"recipe": "nowhere.yaml"}, "nowhere.yaml: no such file"),
+        ([{"kind": "merge", "density": 2}], {}, "density"),
+    ],
+)
+def test_bad_lines_are_named(systems, fields, problem):
+    with pytest.raises(RecipeError) as error:
+        load(systems, **fields)
+    assert problem in str(error.value)
+
+
+def test_one_specialist_is_nothing_to_compare(tmp_path):
+    (tmp_path / "one.yaml").write_text("specialists: [{name: a, model: b}]")
+    with pytest.raises(RecipeError, match="at least two specialists"):
+        load(["base"], recipe=str(tmp_path / "one.yaml"))
