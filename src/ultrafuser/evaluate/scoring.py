@@ -80,6 +80,7 @@ def benchmark(
         samples=chosen,
         bootstrap_iters=0,
         apply_chat_template=True,
+        confirm_run_unsafe_code=bool(options.get("unsafe_code")),
     )
     if found is None:
         raise DataError("lm-eval gave no results on this process")
@@ -107,7 +108,7 @@ def _scores(name: str, task: Any, samples: Sequence[dict[str, Any]]) -> TaskScor
         version=str(task.VERSION),
         scores=by_name.pop(metric),
         extra=by_name,
-        counts={"unparsed": int(sum(by_name.get("unparsed", {}).values()))},
+        counts={"unparsed": round(sum(by_name.get("unparsed", {}).values()))},
         answers=answers,
     )
 

@@ -77,7 +77,9 @@ def _tuned(place: Workplace, system: SystemRecipe) -> int:
 def _train(place: Workplace, recipe: Recipe) -> int:
     """Run or resume a training recipe; the number of parameters that its last stage trains."""
     resume = (Path(recipe.output) / "recipe.yaml").is_file()
-    folder = train(recipe, resume=resume, progress=place.progress)
+    tuned = len(recipe.specialists) == 1  # its rows are read by one specialist only
+    features = None if tuned else place.folder / "features"
+    folder = train(recipe, resume=resume, features=features, progress=place.progress)
     model: Any = serve(str(folder), device=recipe.device).model
     gate = sum(p.numel() for p in model.gate.parameters()) if len(model.config.names) > 1 else 0
     last = recipe.stages[-1]
@@ -100,7 +102,7 @@ def _merge(place: Workplace, system: SystemRecipe) -> int:
 
     found = place.checkpoints()
     needs_base, is_sparse = METHODS[system.method]
-    weight = system.weight or (DEFAULT_WEIGHT if needs_base else None)
+    weight = DEFAULT_WEIGHT if system.weight is None and needs_base else system.weight
     density = system.density if is_sparse else None
     output = place.home(str(system.name)) / "model"
     merge(

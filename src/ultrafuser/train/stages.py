@@ -38,11 +38,15 @@ FINISHED = "finished.safetensors"
 _CACHE_LIMIT_BYTES = 200 << 30
 
 
-def train(recipe: Recipe, *, resume: bool = False, progress: Progress | None = None) -> Path:
+def train(
+    recipe: Recipe, *, resume: bool = False, features: Path | None = None, progress: Progress | None = None
+) -> Path:
     """Everything a recipe says, from loading to the fused checkpoint.
 
     Args:
         resume: go on with an interrupted run in `recipe.output`.
+        features: folder of a feature cache that other runs on the same specialists and rows share; by default one in
+            the output, removed at the end.
 
     Returns:
         The folder of the fused checkpoint, `<output>/fused`.
@@ -69,7 +73,8 @@ def train(recipe: Recipe, *, resume: bool = False, progress: Progress | None = N
         output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     for number, stage in enumerate(recipe.stages, 1):
-        run_stage(model, stage, recipe, rows, validation, output / f"{number}-{stage.name}", progress=progress)
+        home = output / f"{number}-{stage.name}"
+        run_stage(model, stage, recipe, rows, validation, home, features=features, progress=progress)
     folder = save_fused_folder(model, tokenizer, recipe, output)
     if PartialState().is_main_process:
         shutil.rmtree(output / "features", ignore_errors=True)  # large, and quickly made again
@@ -136,6 +141,7 @@ def run_stage(
     validation: Rows,
     folder: Path,
     *,
+    features: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Train one stage in place, or load what it gave when it is finished already.
@@ -143,8 +149,9 @@ def run_stage(
     Args:
         rows, validation: rendered rows, or feature stores of them (gate stage only).
         folder: of this stage; checkpoints in it are resumed from.
+        features: folder of the feature cache; by default beside the stage's.
     """
-    progress = progress or Progress()
+    progress, features = progress or Progress(), features or folder.parent / "features"
     dtypes = [group.model.dtype for group in model.groups]
     torch.manual_seed(recipe.seed)  # new adapters start alike whether the stage before ran now or in an earlier run
     (prepare_gate if stage.name == "gate" else prepare_joint)(model, stage)
@@ -155,9 +162,9 @@ def run_stage(
         autocast = stage.trains_all_weights and torch.bfloat16 in dtypes
         args = _arguments(stage, recipe, folder, validates=bool(validation), autocast=autocast)
         if stage.name == "gate" and not isinstance(rows, FeatureStore) and _caching_pays(model, stage, recipe, rows):
-            rows = _store(model, rows, folder.parent / "features" / "train", args, progress)
+            rows = _store(model, rows, features / "train", args, progress)
             if validation and not isinstance(validation, FeatureStore):
-                validation = _store(model, validation, folder.parent / "features" / "validation", args, progress)
+                validation = _store(model, validation, features / "validation", args, progress)
         _train_stage(model, stage, recipe, rows, validation, folder, args, progress)
     if stage.trains_all_weights:
         for group, dtype in zip(model.groups, dtypes, strict=True):

@@ -1,0 +1,218 @@
+"""What the gate should look at: variants of its inputs, shape and mixing, trained on the same cached features.
+
+    python benchmarks/gate_ablation.py runs/compare-zoo --output docs/results/gate-ablation.json
+
+The folder is one of `ultrafuser compare`, whose frozen specialists' states on training and test rows are reused. Every
+variant trains with the same balanced batches; nothing is chosen by the test rows. Each is compared with the default
+gate on the same test rows, by a paired bootstrap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ultrafuser.data.balance import BalancedBatchSampler
+from ultrafuser.evaluate.intervals import Stratum, difference, estimate
+from ultrafuser.evaluate.workplace import Workplace
+from ultrafuser.model.gate import Gate, StaticGate
+from ultrafuser.progress import ConsoleProgress
+from ultrafuser.train.features import FeatureStore
+
+STEPS, ROWS_PER_DOMAIN, LR = 200, 8, 1e-3
+
+
+class Normed(nn.Module):
+    """A gate on layer-normed (no weights) states."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.gate = Gate(widths)
+
+    def forward(self, states):
+        return self.gate([nn.functional.layer_norm(state, state.shape[-1:]) for state in states])
+
+
+class Standardised(nn.Module):
+    """A gate on states with the mean and deviation of the training states taken out, by specialist and feature."""
+
+    def __init__(self, widths: Sequence[int], store: FeatureStore) -> None:
+        super().__init__()
+        self.gate = Gate(widths)
+        self.mean = [states.float().mean(0) for states in store.states]
+        self.std = [states.float().std(0).clamp(min=1e-6) for states in store.states]
+
+    def forward(self, states):
+        return self.gate([(s - m) / d for s, m, d in zip(states, self.mean, self.std, strict=True)])
+
+
+class Biased(nn.Module):
+    """The default gate plus one learned number for each specialist: it knows whom it scores."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.gate, self.bias = Gate(widths), nn.Parameter(torch.zeros(len(widths)))
+
+    def forward(self, states):
+        return (self.gate(states) + self.bias).log_softmax(-1)
+
+
+class Differences(nn.Module):
+    """A gate that scores each specialist by its state and how it differs from the mean of all."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.gate = Gate([2 * width for width in widths])
+
+    def forward(self, states):
+        mean = torch.stack(list(states)).mean(0)
+        return self.gate([torch.cat([state, state - mean], -1) for state in states])
+
+
+class Concatenated(nn.Module):
+    """One network from all states to K scores (appendix E's R^D -> R^3, read over the concatenation)."""
+
+    def __init__(self, widths: Sequence[int], hidden: int = 512) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(sum(widths), hidden), nn.ReLU(), nn.Linear(hidden, len(widths)))
+
+    def forward(self, states):
+        return self.net(torch.cat(list(states), -1)).log_softmax(-1)
+
+
+class Separate(nn.Module):
+    """A gate of its own for each specialist."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(d, 512), nn.ReLU(), nn.Linear(512, 1)) for d in widths)
+
+    def forward(self, states):
+        return torch.cat([net(s) for net, s in zip(self.nets, states, strict=True)], -1).log_softmax(-1)
+
+
+class Linear(nn.Module):
+    """One linear layer, shared."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.score = nn.Linear(widths[0], 1)
+
+    def forward(self, states):
+        return torch.cat([self.score(state) for state in states], -1).log_softmax(-1)
+
+
+def variants(widths: Sequence[int], store: FeatureStore) -> dict[str, Callable[[], nn.Module]]:
+    return {
+        "default (paper's, shared)": lambda: Gate(widths),
+        "static weights": lambda: StaticGate(len(widths)),
+        "linear": lambda: Linear(widths),
+        "hidden 64": lambda: Gate(widths, 64),
+        "hidden 2048": lambda: Gate(widths, 2048),
+        "layer norm": lambda: Normed(widths),
+        "standardised": lambda: Standardised(widths, store),
+        "with a bias per specialist": lambda: Biased(widths),
+        "with differences from the mean": lambda: Differences(widths),
+        "concatenated states": lambda: Concatenated(widths),
+        "a gate per specialist": lambda: Separate(widths),
+    }
+
+
+def batch_of(store: FeatureStore, indices: Sequence[int]):
+    """All labelled tokens of some rows: K x (N, D), (N, K), and their rows."""
+    items = [store[i] for i in indices]
+    states = [torch.cat(own).float() for own in zip(*(item.states for item in items), strict=True)]
+    return states, torch.cat([item.log_probs for item in items]), [len(item.row.labels) for item in items]
+
+
+def train(gate: nn.Module, store: FeatureStore, steps: int, lr: float, seed: int) -> nn.Module:
+    sampler = BalancedBatchSampler([row.domain for row in store.rows], ROWS_PER_DOMAIN, steps, seed=seed)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    batch: list[int] = []
+    size = ROWS_PER_DOMAIN * len({row.domain for row in store.rows})
+    for part in sampler:
+        batch += part
+        if len(batch) < size:
+            continue
+        states, log_probs, _ = batch_of(store, batch)
+        loss = -torch.logsumexp(gate(states) + log_probs, -1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        batch = []
+    return gate
+
+
+@torch.no_grad()
+def measure(gate: nn.Module, store: FeatureStore) -> dict[str, Stratum]:
+    out: dict[str, Stratum] = {}
+    for i in range(len(store)):
+        states, log_probs, _ = batch_of(store, [i])
+        row = store.rows[i]
+        own = out.setdefault(row.domain, Stratum({}, {}))
+        own.totals[row.row_id] = -torch.logsumexp(gate(states) + log_probs, -1).sum().item()
+        own.weights[row.row_id] = len(row.labels)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    place = Workplace(args.folder, ConsoleProgress())
+    train_rows, test_rows = place.frozen_features("train"), place.frozen_features("test")
+    widths = [states.shape[1] for states in train_rows.states]
+    results: dict[str, dict] = {}
+    reference: list[dict[str, Stratum]] = []
+    for name, make in variants(widths, train_rows).items():
+        began, each = time.monotonic(), []
+        for seed in range(args.seeds):
+            torch.manual_seed(seed)
+            lr = 0.05 if name.startswith("static") else LR
+            each.append(measure(train(make(), train_rows, args.steps, lr, seed), test_rows))
+        reference = reference or each
+        domains = list(each[0])
+        mean = _mean_over_seeds(each)
+        found = {d: estimate([mean[d]]) for d in domains}
+        found["mean"] = estimate([mean[d] for d in domains])
+        minus = {d: difference([mean[d]], [_mean_over_seeds(reference)[d]]) for d in domains}
+        minus["mean"] = difference(list(mean.values()), list(_mean_over_seeds(reference).values()))
+        results[name] = {
+            "nll": found,
+            "minus_default": minus,
+            "seconds": round((time.monotonic() - began) / args.seeds, 1),
+        }
+        line = " ".join(f"{d} {found[d]['value']:.4f}" for d in found)
+        low, high = minus["mean"]["ci95"]
+        print(
+            f"{name:32} {line}  mean - default {minus['mean']['difference']:+.4f} [{low:+.4f}, {high:+.4f}]", flush=True
+        )
+    if args.output:
+        facts = {"steps": args.steps, "seeds": args.seeds, "rows": {"train": len(train_rows), "test": len(test_rows)}}
+        args.output.write_text(json.dumps(facts | {"variants": results}, indent=1) + "\n", encoding="utf-8")
+
+
+def _mean_over_seeds(each: Sequence[dict[str, Stratum]]) -> dict[str, Stratum]:
+    """Each row's nats, averaged over the seeds."""
+    return {
+        domain: Stratum(
+            {row: sum(one[domain].totals[row] for one in each) / len(each) for row in first.totals}, first.weights
+        )
+        for domain, first in each[0].items()
+    }
+
+
+if __name__ == "__main__":
+    main()
