@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ultrafuser.cli_options import Device, Dtype, Json, Overrides, Seed, quiet, say
+from ultrafuser.cli_options import DTYPES, Device, Dtype, Json, Overrides, Seed, quiet, say
 from ultrafuser.errors import RecipeError
 
 
@@ -74,7 +74,12 @@ def eval_command(
     """
     from ultrafuser.progress import ConsoleProgress
 
+    if dtype not in DTYPES:
+        raise RecipeError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     with quiet():
+        from ultrafuser.evaluate.tasks import require_lm_eval
+
+        require_lm_eval()
         from ultrafuser.evaluate.models import endpoint_recipe
         from ultrafuser.evaluate.run import EvalOptions, evaluate_models, names_of
 
@@ -136,6 +141,9 @@ def compare_command(
 
     typed = load_compare_recipe(recipe, overrides or [])
     with quiet():
+        from ultrafuser.evaluate.tasks import require_lm_eval
+
+        require_lm_eval()
         from ultrafuser.evaluate.compare import compare, state_of, table
 
         if dry_run:

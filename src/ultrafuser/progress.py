@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -33,6 +34,7 @@ class ConsoleProgress(Progress):
     def __init__(self) -> None:
         from rich.console import Console
 
+        atexit.register(self._close)  # a bar that an error left would keep the cursor hidden
         self._console = Console(file=sys.stderr)
         self._bar: Any = None
         self._task: Any = None
@@ -66,10 +68,14 @@ class ConsoleProgress(Progress):
             left = (self._last_line - self._began) / max(self._done, 1) * (self._total - self._done)
             self.say(f"{self._what}: {self._done} of {self._total}, about {left:.0f} s left {note}".rstrip())
 
-    def finish(self) -> None:
+    def _close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._close()
         else:
             self.say(f"{self._what}: done in {time.monotonic() - self._began:.0f} s")
 

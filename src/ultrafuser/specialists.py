@@ -71,9 +71,17 @@ def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase
     model = UltraFuserForCausalLM(config, groups)
     model.gate.to(model.device)
     mark_unchanged(model, None)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = _ends(groups, tokenizer)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def _ends(groups: Sequence[SpecialistGroup], tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
+    """The tokens that end an answer: the tokenizer's, and the others of checkpoints that list several."""
+    own = tokenizer.eos_token_id
+    lists = [group.model.generation_config.eos_token_id for group in groups]
+    others = sorted({end for ends in lists if isinstance(ends, list) for end in ends} - {own})
+    return [own, *others] if others else own
 
 
 def load(folder: str | Path, **kwargs: Any) -> tuple[UltraFuserForCausalLM, Renderer]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +155,7 @@ def test_what_is_done_stays_and_what_changed_is_made_anew(training, in_process):
 
 def test_a_system_that_fails_stops_no_other(training, in_process, tmp_path):
     systems = [
-        {"kind": "fused", "name": "broken", "set": ["data.train=[nowhere.jsonl]"]},
+        {"kind": "fused", "name": "broken", "stages": ["gate"], "set": ["data.train=[nowhere.jsonl]"]},
         {"kind": "fused", "name": "heir", "after": "broken"},
         "base",
     ]
@@ -206,7 +208,75 @@ def test_tasks_and_answers_are_shared(training, in_process, tmp_path):
     for document in ("0", "1", "2"):
         both = [answers["text"][document], answers["code"][document]]
         assert answers["best_of-log_prob"][document] in both and answers["router"][document] in both
-    assert not list((tmp_path / "out" / "systems").glob("*-answers"))  # no specialist was asked a second time
+    assert len(list((tmp_path / "out" / "answers").glob("*.sqlite"))) == 4  # no specialist was asked a second time
+
+
+def test_what_does_not_depend_on_a_change_stays(training, in_process):
+    systems = ["base", "specialist", "router", {"kind": "static", "name": "uniform"}, {"kind": "tuned", "specialist": "text"},
+               {"kind": "fused", "name": "stage1", "stages": ["gate"]}, {"kind": "fused", "name": "joint", "after": "stage1"}]  # fmt: skip
+    compare(load(training, systems))
+    changed = state_of(load(training, systems, set=["stages.joint.steps=3"]))
+    assert {name for name, state in changed.items() if "to be built" in state} == {"tuned-text", "joint"}
+    changed = state_of(load(training, systems, set=["balanced=false"]))
+    assert {name for name, state in changed.items() if "to be built" in state} == {"tuned-text", "stage1", "joint"}
+    changed = state_of(load(training, systems, decode={"new_tokens": 5}))
+    assert set(changed.values()) == {f"{kind}, built, to be measured" for kind in
+                                     ("base", "specialist", "router", "static", "tuned", "fused")}  # fmt: skip
+    with Path(training["test"][0]).open("a") as rows:
+        rows.write(json.dumps({"instruction": "one more?", "output": "fox", "domain": "text"}) + "\n")
+    changed = state_of(load(training, systems))
+    assert {name for name, state in changed.items() if "to be measured" in state} == {"base", "text", "code", "uniform"}
+
+
+def test_logit_mixing_all_through(training, in_process):
+    results = compare(
+        load(training, ["specialist", "router", {"kind": "fused", "stages": ["gate"]}], set=["mixing=logits"])
+    )
+    assert {name: s["error"] for name, s in results["systems"].items() if s["error"]} == {}
+
+
+def test_rows_with_the_same_id_are_all_counted(training, in_process, tmp_path):
+    row = json.dumps({"instruction": "why?", "output": "the fox", "domain": "text", "id": "7"})
+    (tmp_path / "twice.jsonl").write_text(f"{row}\n{row}\n")
+    results = compare(
+        load(training, ["base", {"kind": "static", "name": "uniform"}], test=[str(tmp_path / "twice.jsonl")])
+    )
+    assert {s["loss"]["text"]["samples"] for s in results["systems"].values()} == {2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"tasks": ["gsm8kk"]}, "unknown task 'gsm8kk'; did you mean 'gsm8k'"),
+        ({"tasks": ["gsm8k"], "data_dir": "/nowhere"}, "/nowhere"),
+        ({"tasks": ["mt_bench"]}, "mt_bench"),
+        ({"tasks": ["loss"]}, "'loss' is no benchmark here; list its rows under 'test'"),
+    ],
+)
+def test_tasks_are_checked_before_any_system(training, in_process, fields, problem):
+    with pytest.raises(DataError, match=problem):
+        compare(load(training, ["base"], **fields))
+    assert in_process == []
+
+
+def test_two_comparisons_in_one_folder_are_refused(training, in_process, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another comparison is at work there"):
+            compare(load(training, ["base"]))
+
+
+def test_a_child_ends_with_its_parent(tmp_path):
+    script = (
+        "import threading, time; from ultrafuser.evaluate.system_process import _end_with_parent; "
+        "threading.Thread(target=_end_with_parent, daemon=True).start(); print('up', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"up\n"
+    child.stdin.close()  # as the end of the parent does
+    assert child.wait(30) == 1
 
 
 def test_a_real_process_reports_its_error_and_its_death(training, tmp_path):

@@ -58,7 +58,30 @@ def test_what_is_dumped_is_read_back(tmp_path):
         ([{"kind": "tuned"}], {}, "kind 'tuned' needs 'specialist'"),
         ([{"kind": "tuned", "specialist": "law"}], {}, "no specialist 'law'; there are: text, code, math"),
         (["fused", "fused"], {}, "two are named 'fused'"),
-        ([{"kind": "fused", "after": "stage1"}], {}, "'fused' comes after 'stage1', which is not listed before it"),
+        (
+            [{"kind": "fused", "after": "stage1"}],
+            {},
+            "'fused' comes after 'stage1', which is no 'fused' system listed before it",
+        ),
+        (
+            [
+                {"kind": "fused", "name": "a", "stages": ["gate"]},
+                {"kind": "fused", "name": "b", "after": "a", "stages": ["gate"]},
+            ],
+            {},
+            "'b' has no stage left to train after 'a'",
+        ),
+        (
+            [
+                {"kind": "fused", "name": "a", "stages": ["gate"]},
+                {"kind": "fused", "name": "b", "after": "a", "mixing": "logits"},
+            ],
+            {},
+            "'b' goes on from 'a', which has fixed 'mixing'",
+        ),
+        ([{"kind": "tuned", "specialist": "text"}], {"set": ["stages=[gate]"]}, "needs the stages joint"),
+        ([{"kind": "specialist", "name": "all"}], {}, "stands for all of them"),
+        ([{"kind": "btx", "set": ["balanced=false"]}], {}, "balanced batches always"),
         (["base"], {"main": "fused"}, "main: no system 'fused'"),
         (["base"], {"test": []}, "nothing to measure"),
         ([{"kind": "best_of", "by": "judge"}], {}, "there is no 'judge'"),
@@ -67,7 +90,7 @@ def test_what_is_dumped_is_read_back(tmp_path):
         (
             [{"kind": "fused", "stages": ["joint"]}],
             {"set": ["stages=[gate]"]},
-            "stages joint, but the training recipe has gate",
+            "needs the stages joint, but the training recipe has gate",
         ),
         (["base"], {"recipe": "nowhere.yaml"}, "nowhere.yaml: no such file"),
         ([{"kind": "merge", "density": 2}], {}, "density"),

@@ -201,7 +201,7 @@ def test_answers_of_another_model_are_refused(tmp_path):
 
 def test_a_file_that_is_no_store_is_named(tmp_path):
     (tmp_path / "answers.sqlite").write_text("no database at all, but text of some length" * 40)
-    with pytest.raises(DataError, match="not a file of answers"):
+    with pytest.raises(DataError, match="no file of answers can be kept there"):
         Store(tmp_path / "answers.sqlite", "me")
 
 
@@ -211,3 +211,25 @@ def test_sampled_answers_follow_the_seed(fused):
     again = [FusionLM(fused.model, fused.renderer, seed=seed).generate_until(asked) for seed in (1, 1, 2)]
     assert again[0] == again[1] != again[2]
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_sampled_answers_belong_to_their_seed(fused, tmp_path):
+    chat = encode_chat([{"role": "user", "content": "why?"}])
+    sampled = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    store = Store(tmp_path / "answers.sqlite", "me")
+    found = [
+        RememberingLM(FusionLM(fused.model, fused.renderer, seed=seed), store, seed=seed).generate_until(
+            [instance("generate_until", chat, sampled)]
+        )
+        for seed in (1, 2, 1)
+    ]
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_full_disk_is_a_clear_error(fused, tmp_path):
+    store = Store(tmp_path / "answers.sqlite", "me")
+    store._db.execute("PRAGMA max_page_count = 4")
+    with pytest.raises(DataError, match="could not be kept .* Make room, and run again"):
+        for number in range(1000):
+            store.put("generate_until", str(number), "x" * 1000)
+    assert store.get("generate_until", "0") == "x" * 1000

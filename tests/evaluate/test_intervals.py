@@ -53,3 +53,12 @@ def test_the_same_seed_gives_the_same_interval():
 def test_a_mean_of_nothing_is_refused(strata):
     with pytest.raises(ValueError, match="a mean of nothing"):
         estimate(strata)
+
+
+def test_rows_cut_differently_are_no_pair():
+    mine, other = stratum({"a": 1.0, "b": 6.0}, {"a": 10, "b": 2}), stratum({"a": 1.0, "b": 2.0}, {"a": 12, "b": 2})
+    assert difference([mine], [other])["difference"] == pytest.approx(2.0)
+
+
+def test_nothing_in_common_is_no_difference():
+    assert difference([stratum({"a": 1.0})], [stratum({"b": 1.0})]) is None

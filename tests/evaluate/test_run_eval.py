@@ -100,6 +100,11 @@ def test_losses_and_tasks_of_several_models(checkpoint, fused, rows, data_dir, t
     models = [str(checkpoint("plain", 0)), str(fused)]
     results = evaluate_models(models, options, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    later = evaluate_models([str(fused)], EvalOptions(["sat_math"], data_dir=data_dir, limit=3), tmp_path / "out")
+    assert later["models"]["plain"] == results["models"]["plain"]  # an earlier call's numbers stay
+    assert later["models"]["fused"]["tasks"]["sat_math"]["samples"] == 3
+    assert later["models"]["fused"]["tasks"]["gsm8k"] == results["models"]["fused"]["tasks"]["gsm8k"]
+    assert later["models"]["fused"]["loss"] == results["models"]["fused"]["loss"]
     for name in ("plain", "fused"):
         found = results["models"][name]
         assert {domain: cell["samples"] for domain, cell in found["loss"].items()} == {"text": 2, "code": 2, "mixed": 2}
@@ -109,7 +114,7 @@ def test_losses_and_tasks_of_several_models(checkpoint, fused, rows, data_dir, t
         assert [d["exact_match"] for d in documents] and all(d["answer"] for d in documents)
     assert sum(results["models"]["fused"]["gate_weights"]["text"].values()) == pytest.approx(1)
     table = (tmp_path / "out" / "table.md").read_text()
-    assert table == markdown(results)
+    assert table == markdown(later)
     assert table.count("\n| ") == 2
 
 
@@ -157,16 +162,16 @@ def test_unknown_tasks_and_missing_files_come_before_any_model(names, problem, d
 
 
 def test_a_limit_keeps_the_documents_of_a_smaller_one():
-    assert set(scoring._chosen(100, 10, 3)) < set(scoring._chosen(100, 25, 3))
-    assert scoring._chosen(5, None, 0) == scoring._chosen(5, 50, 0) == [0, 1, 2, 3, 4]
+    assert set(scoring.drawn(100, 10, 3)) < set(scoring.drawn(100, 25, 3))
+    assert scoring.drawn(5, None, 0) == scoring.drawn(5, 50, 0) == [0, 1, 2, 3, 4]
     with pytest.raises(DataError, match="limit of 0 leaves no documents"):
-        scoring._chosen(5, 0, 0)
+        scoring.drawn(5, 0, 0)
 
 
 def test_rows_without_the_domain_asked_for(rows, tmp_path):
     rows = [parse_row({"instruction": "a", "output": "b"}, "here", "text")]
     write_rows(rows, tmp_path / "text.jsonl")
-    with pytest.raises(DataError, match="no rows of the domain 'mixed'"):
+    with pytest.raises(DataError, match="rows of text, none of which `mixed` measures; ask for `loss`"):
         run.loss_rows(EvalOptions(["mixed"], data=[str(tmp_path / "text.jsonl")]))
 
 

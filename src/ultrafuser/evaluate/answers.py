@@ -29,18 +29,19 @@ class Store:
         Args:
             owner: fingerprint of the model (or judge) whose answers these are.
         """
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(file, isolation_level=None)  # each statement is its own transaction
+        self.file = file
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(file, isolation_level=None)  # each statement is its own transaction
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS answers (kind TEXT, key TEXT, value TEXT, PRIMARY KEY (kind, key))"
             )
-        except sqlite3.DatabaseError as error:
+            self._db.execute("INSERT OR IGNORE INTO answers VALUES ('owner', '', ?)", (json.dumps(owner),))
+        except (sqlite3.Error, OSError) as error:
             raise DataError(
-                f"{file}: not a file of answers ({error}); move it away, or choose another --output"
+                f"{file}: no file of answers can be kept there ({error}); move it away, or choose another --output"
             ) from error
-        self._db.execute("INSERT OR IGNORE INTO answers VALUES ('owner', '', ?)", (json.dumps(owner),))
         if (before := self.get("owner", "")) != owner:
             raise DataError(
                 f"{file}: holds the answers of another model ({before}), expected {owner}; choose another --output, or "
@@ -54,7 +55,12 @@ class Store:
 
     def put(self, kind: str, key: str, value: Any) -> None:
         """Keep a value; one that is there already stays as it is."""
-        self._db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", (kind, key, json.dumps(value)))
+        try:
+            self._db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", (kind, key, json.dumps(value)))
+        except sqlite3.OperationalError as error:
+            raise DataError(
+                f"{self.file}: the answer could not be kept ({error}); those before it are. Make room, and run again"
+            ) from error
 
     def count(self, kind: str) -> int:
         """How many values of a kind there are."""
@@ -68,12 +74,13 @@ class Store:
 class RememberingLM(LM):
     """Any lm-eval model with a memory: what it answered before is read, the rest is asked and kept at once.
 
-    Equal requests (the repeats of pass@k) are told apart by their number, so that sampled answers stay different.
+    Equal requests (the repeats of pass@k) are told apart by their number, so that sampled answers stay different; a
+    sampled answer belongs to its seed.
     """
 
-    def __init__(self, lm: LM, store: Store, progress: Progress | None = None) -> None:
+    def __init__(self, lm: LM, store: Store, progress: Progress | None = None, seed: int = 0) -> None:
         super().__init__()
-        self.lm, self.store, self.progress = lm, store, progress or Progress()
+        self.lm, self.store, self.progress, self.seed = lm, store, progress or Progress(), seed
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return [(float(log_p), bool(greedy)) for log_p, greedy in self._answer("loglikelihood", requests)]
@@ -95,7 +102,7 @@ class RememberingLM(LM):
         return self.lm.tokenizer_name
 
     def _answer(self, kind: str, requests: Sequence[Instance]) -> list[Any]:
-        keys = _keys(kind, [request.args for request in requests])
+        keys = _keys(kind, [request.args for request in requests], self.seed)
         missing = [i for i, key in enumerate(keys) if self.store.get(kind, key) is None]
         if missing:
             what = {"generate_until": "answers", "loglikelihood": "options weighed"}.get(kind, kind)
@@ -132,12 +139,13 @@ def _hash(kind: str, args: tuple) -> str:
     return hashlib.sha256(json.dumps([kind, *args], sort_keys=True).encode()).hexdigest()
 
 
-def _keys(kind: str, args: Sequence[tuple]) -> list[str]:
-    """One key a request; the n-th of equal ones ends in its number."""
+def _keys(kind: str, args: Sequence[tuple], seed: int) -> list[str]:
+    """One key a request; the n-th of equal ones ends in its number, and a sampled one in its seed."""
     seen: Counter[str] = Counter()
     out = []
     for arg in args:
         key = _hash(kind, arg)
-        out.append(f"{key}-{seen[key]}")
+        sampled = kind == "generate_until" and arg[1].get("do_sample")
+        out.append(f"{key}-{seen[key]}" + (f"-{seed}" if sampled else ""))
         seen[key] += 1
     return out

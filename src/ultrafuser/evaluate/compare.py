@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ultrafuser.errors import DataError
+from ultrafuser.evaluate.atomic import write_json
 from ultrafuser.evaluate.compare_recipe import CompareRecipe, SystemRecipe, dump_compare_recipe
 from ultrafuser.evaluate.intervals import Stratum, difference, estimate
+from ultrafuser.evaluate.run import LOSSES, EvalOptions, check_tasks
 from ultrafuser.evaluate.system_process import start_step
-from ultrafuser.evaluate.workplace import RECIPE, Workplace, write_json
+from ultrafuser.evaluate.workplace import RECIPE, Workplace
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.progress import Progress
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None  # type: ignore[assignment]
 
 BUILD, MEASURE = "ultrafuser.evaluate.system_build", "ultrafuser.evaluate.system_measure"
 NOT_A_SYSTEM = "oracle"
@@ -41,8 +48,48 @@ def compare(recipe: CompareRecipe, progress: Progress | None = None) -> dict[str
     progress = progress or Progress()
     folder = Path(recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE).write_text(dump_compare_recipe(recipe), encoding="utf-8")
-    place = Workplace(folder, progress)
+    check_tasks(_options(recipe))
+    with _alone(folder):
+        (folder / RECIPE).write_text(dump_compare_recipe(recipe), encoding="utf-8")
+        place = Workplace(folder, progress)
+        errors = _run_all(place, progress)
+        results = collect(place, errors)
+        write_json(folder / "results.json", results)
+    measured = [own for own in results["systems"].values() if own["kind"] != NOT_A_SYSTEM and own["status"] == "done"]
+    if not measured:
+        raise DataError(f"no system could be measured; the first error: {next(iter(errors.values()), 'none')}")
+    write_report(results, folder, traces=traces_of(place))
+    return results
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Only one comparison at a time works in a folder.
+
+    Raises:
+        DataError: another one does.
+    """
+    with (folder / "lock").open("w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(
+                    f"{folder}: another comparison is at work there; wait for it, or choose another output="
+                ) from None
+        yield
+
+
+def _options(recipe: CompareRecipe) -> EvalOptions:
+    settings = {"max_new_tokens": recipe.max_new_tokens, "unsafe_code": recipe.unsafe_code}
+    odd = [name for name in recipe.tasks if name in LOSSES]
+    if odd:
+        raise DataError(f"tasks: {odd[0]!r} is no benchmark here; list its rows under 'test', and the loss is measured")
+    return EvalOptions(recipe.tasks, data_dir=recipe.data_dir, judge=recipe.judge, task_options=settings)
+
+
+def _run_all(place: Workplace, progress: Progress) -> dict[str, str]:
+    """Every system in the order of the recipe; the errors of those that failed."""
     errors: dict[str, str] = {}
     for number, system in enumerate(place.recipe.systems, 1):
         name = str(system.name)
@@ -53,13 +100,7 @@ def compare(recipe: CompareRecipe, progress: Progress | None = None) -> dict[str
         if error is not None:
             errors[name] = error
             progress.say(f"{name} failed: {error}")
-        write_json(folder / "results.json", collect(place, errors))  # what there is so far
-    results = collect(place, errors)
-    write_json(folder / "results.json", results)
-    if not any(system["status"] == "done" for system in results["systems"].values()):
-        raise DataError(f"no system could be measured; the first error: {next(iter(errors.values()), 'none')}")
-    write_report(results, folder, traces=traces_of(place))
-    return results
+    return errors
 
 
 def state_of(recipe: CompareRecipe) -> dict[str, str]:
@@ -80,7 +121,7 @@ def state_of(recipe: CompareRecipe) -> dict[str, str]:
 def _run(place: Workplace, system: SystemRecipe, errors: Mapping[str, str]) -> str | None:
     """Build and measure one system, where that is not done; the error, if any."""
     name = str(system.name)
-    if system.after in errors:
+    if system.after in errors and place.facts(str(system.after), "build") is None:
         return f"it comes after {system.after!r}, which failed"
     for step, module in (("build", BUILD), ("measure", MEASURE)):
         if place.facts(name, step) is None:
@@ -250,7 +291,8 @@ def _paired(
         mine, theirs = tree.get(name, {}), tree.get(other, {})
         if parts and all(part in mine and part in theirs for part in parts):
             pair = difference([mine[part] for part in parts], [theirs[part] for part in parts], seed)
-            out[column] = {"versus": other, **pair}
+            if pair is not None:
+                out[column] = {"versus": other, **pair}
     return out
 
 
@@ -301,18 +343,7 @@ def table(results: Mapping[str, Any]) -> Any:
         cells = [f"{system['loss'][c]['nll']:.4f}" if system["loss"] else "–" for c in columns]
         for task in results["tasks"]:
             found = system["tasks"].get(task)
-            cells.append(f"{100 * found['value']:.1f}" if found else "–")
+            scale = 1 if results["tasks"][task]["metric"] == "rating" else 100
+            cells.append(f"{scale * found['value']:.1f}" if found else "–")
         out.add_row(system["label"], *cells, style="bold" if system is results["systems"].get(results["main"]) else "")
     return out
-
-
-def load_results(folder: Path) -> dict[str, Any]:
-    """The results of a finished comparison.
-
-    Raises:
-        DataError: there are none.
-    """
-    file = folder / "results.json"
-    if not file.is_file():
-        raise DataError(f"{file}: no such file; run `ultrafuser compare` first")
-    return json.loads(file.read_text(encoding="utf-8"))

@@ -15,6 +15,9 @@ from ultrafuser.recipe import Fraction, Identifier, LocalPath, Recipe, SourceRec
 from ultrafuser.typed_yaml import Node
 
 Kind = Literal["base", "specialist", "oracle", "static", "merge", "tuned", "router", "best_of", "btx", "fused"]
+STATIC_LR = 0.05  # K scores have further to go than a gate's weights: AdamW moves each by about lr a step
+# the stages of the training recipe that a kind runs; `fused` runs all, or those that its line names
+_STAGES: dict[str, list[str]] = {"static": ["gate"], "tuned": ["joint"], "btx": ["joint"]}
 # the fields that a kind reads, besides name and label
 _FIELDS: dict[str, tuple[str, ...]] = {
     "specialist": ("specialist",),
@@ -77,6 +80,12 @@ class SystemRecipe(Node):
         allowed = {"kind", "name", "label", *_FIELDS.get(self.kind, ())}
         if odd := sorted(self.model_fields_set - allowed):
             raise ValueError(f"kind {self.kind!r} has no {odd[0]!r}; it takes {', '.join(sorted(allowed - {'kind'}))}")
+        if self.kind == "specialist" and self.specialist is None and {"name", "label"} & self.model_fields_set:
+            raise ValueError(
+                "kind 'specialist' stands for all of them; name one by 'specialist' to give it a name or label"
+            )
+        if self.kind == "btx" and any(text.startswith("balanced") for text in self.set):
+            raise ValueError("kind 'btx' is trained on balanced batches always; leave 'balanced' out")
         if self.kind == "tuned" and self.specialist is None:
             raise ValueError("kind 'tuned' needs 'specialist': which one is trained on all data")
         return self
@@ -119,8 +128,13 @@ class CompareRecipe(Node):
     decode: DecodeRecipe = Field(default_factory=DecodeRecipe, description="How speed and memory are measured.")
     systems: list[SystemRecipe] = Field(description="What is compared, in the order of the report.")
     main: Identifier | None = Field(default=None, description="The system to judge; null: the last of kind `fused`.")
-    seed: NonNegativeInt = Field(default=0, description="Seed of the documents drawn and of sampling.")
-    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or another torch device.")
+    seed: NonNegativeInt = Field(
+        default=0,
+        description="Seed of training, in place of the training recipe's, of the documents drawn and of sampling.",
+    )
+    device: str = Field(
+        default="auto", description="`auto`, `cpu`, `cuda` or another torch device, in place of the training recipe's."
+    )
     output: str = Field(default="runs/compare", description="Folder of the comparison, seen from the working folder.")
 
     @model_validator(mode="after")
@@ -139,16 +153,23 @@ class CompareRecipe(Node):
         Raises:
             RecipeError: it cannot be read, or an override does not fit.
         """
-        own = system.set if system is not None else []
         shared = [f"seed={self.seed}", f"device={self.device}"]
-        recipe = load_recipe(_local(self.recipe), [*shared, *self.set, *own, *extra])
-        if system is None or system.stages is None:
+        if system is None:
+            return load_recipe(_local(self.recipe), [*shared, *self.set, *extra])
+        first = ["gate.type=static"] if system.kind == "static" else []
+        if system.kind == "static" and system.weights == "searched":
+            first.append(f"stages.gate.lr={STATIC_LR}")
+        if system.mixing is not None:
+            first.append(f"mixing={system.mixing}")
+        recipe = load_recipe(_local(self.recipe), [*shared, *self.set, *first, *system.set, *extra])
+        wanted = _STAGES.get(system.kind, []) if system.kind != "fused" else system.stages
+        if wanted is None:
             return recipe
-        stages = [stage for stage in recipe.stages if stage.name in system.stages]
-        if len(stages) != len(system.stages):
+        stages = [stage for stage in recipe.stages if stage.name in wanted]
+        if len(stages) != len(wanted) and not (system.kind == "static" and system.weights == "uniform"):
             have = ", ".join(stage.name for stage in recipe.stages)
             raise RecipeError(
-                f"system {system.name!r}: stages {', '.join(system.stages)}, but the training recipe has {have}"
+                f"system {system.name!r} needs the stages {', '.join(wanted)}, but the training recipe has {have}"
             )
         return recipe.model_copy(update={"stages": stages})
 
@@ -181,10 +202,26 @@ def load_compare_recipe(
         else:
             systems.append(system.model_copy(update={"name": system.own_name}))
     _check_names(systems, recipe.main)
+    found = {
+        system.name: recipe.training(system) for system in systems
+    }  # what does not fit is found now, not after hours
     for system in systems:
-        recipe.training(system)  # an override that does not fit is found now, not after hours
+        if system.after is not None:
+            _check_heir(system, found[system.name], found[system.after])
     main = recipe.main or next((s.name for s in reversed(systems) if s.kind == "fused"), None)
     return recipe.model_copy(update={"systems": systems, "main": main})
+
+
+def _check_heir(system: SystemRecipe, recipe: Recipe, before: Recipe) -> None:
+    """A system that goes on from another one has that one's specialists and gate, and a stage of its own left."""
+    for part in ("specialists", "mixing", "gate", "share_base"):
+        if getattr(recipe, part) != getattr(before, part):
+            raise RecipeError(
+                f"systems: {system.name!r} goes on from {system.after!r}, which has fixed {part!r}; leave it as it is "
+                "there, or leave 'after' out"
+            )
+    if {stage.name for stage in recipe.stages} <= {stage.name for stage in before.stages}:
+        raise RecipeError(f"systems: {system.name!r} has no stage left to train after {system.after!r}")
 
 
 def _check_names(systems: Sequence[SystemRecipe], main: str | None) -> None:
@@ -194,8 +231,10 @@ def _check_names(systems: Sequence[SystemRecipe], main: str | None) -> None:
     before: list[str | None] = []
     for system in systems:
         if system.after is not None and system.after not in before:
-            raise RecipeError(f"systems: {system.name!r} comes after {system.after!r}, which is not listed before it")
-        before.append(system.name)
+            raise RecipeError(
+                f"systems: {system.name!r} comes after {system.after!r}, which is no 'fused' system listed before it"
+            )
+        before.append(system.name if system.kind == "fused" else None)
     if main is not None and main not in names:
         raise RecipeError(f"main: no system {main!r}; there are: {', '.join(map(str, names))}")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BOOTSTRAP_SAMPLES = 10_000
+_AT_ONCE = 500  # resamples in memory together
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,23 @@ def estimate(strata: Sequence[Stratum], seed: int = 0) -> dict[str, object]:
     return {"value": value, "ci95": [float(x) for x in np.percentile(drawn, [2.5, 97.5])]}
 
 
-def difference(mine: Sequence[Stratum], other: Sequence[Stratum], seed: int = 0) -> dict[str, object]:
-    """`mine` minus `other` on the rows that both have: `difference` and its paired `ci95`.
+def difference(mine: Sequence[Stratum], other: Sequence[Stratum], seed: int = 0) -> dict[str, object] | None:
+    """`mine` minus `other` on the rows of which both saw the same tokens: `difference` and its paired `ci95`.
 
-    Raises:
-        ValueError: a stratum without common rows.
+    None where a stratum has no such row.
     """
     paired = [_paired(a, b) for a, b in zip(mine, other, strict=True)]
+    if not all(stratum.totals for stratum in paired):
+        return None
     found = estimate(paired, seed)
     return {"difference": found["value"], "ci95": found["ci95"]}
 
 
 def _paired(mine: Stratum, other: Stratum) -> Stratum:
-    common = [row for row in mine.totals if row in other.totals]
+    def same(row: str) -> bool:  # a longer template leaves fewer tokens of a row that fills the context
+        return row in other.totals and mine.weights[row] == other.weights[row]
+
+    common = [row for row in mine.totals if same(row)]
     return Stratum({row: mine.totals[row] - other.totals[row] for row in common}, {r: mine.weights[r] for r in common})
 
 
@@ -61,6 +66,8 @@ def _resampled(stratum: Stratum, seed: int) -> np.ndarray:
     """Weighted means of rows drawn with replacement: (BOOTSTRAP_SAMPLES,)."""
     totals = np.array(list(stratum.totals.values()), dtype=float)
     weights = np.array([stratum.weights[row] for row in stratum.totals], dtype=float)
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(totals), np.full(len(totals), 1 / len(totals)), size=BOOTSTRAP_SAMPLES)
-    return (drawn @ totals) / (drawn @ weights)
+    rng, size, out = np.random.default_rng(seed), len(totals), []
+    for _ in range(BOOTSTRAP_SAMPLES // _AT_ONCE):
+        drawn = rng.multinomial(size, np.full(size, 1 / size), size=_AT_ONCE)
+        out.append((drawn @ totals) / (drawn @ weights))
+    return np.concatenate(out)

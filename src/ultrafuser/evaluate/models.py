@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from lm_eval.api.model import LM
 from pydantic import ValidationError
 
@@ -43,7 +44,10 @@ class Served:
 
     def parameters(self) -> dict[str, int] | None:
         """Weights held (`total`), and those that work at each token (`active`); None for an endpoint."""
-        return None if self.model is None else count_parameters(self.model)
+        if self.model is None:
+            return None
+        alone = len(self.model.config.names) == 1  # then there is no gate to speak of
+        return count_parameters(self.model.groups[0].model if alone else self.model)
 
 
 def serve(
@@ -71,7 +75,7 @@ def serve(
     name = name or name_of(text)
     if text.startswith(ENDPOINT):
         return _endpoint(text, name)
-    if (Path(text) / "config.json").is_file() and _is_fused(Path(text)):
+    if _is_fused(text):
         if chat_template is not None:
             raise RecipeError(f"{text}: a fused model has a template for each specialist; leave --chat-template out")
         model, renderer = load(text, dtype=dtype, device_map=pick_device(device))
@@ -120,6 +124,8 @@ def endpoint_recipe(text: str) -> EndpointRecipe:
     Raises:
         RecipeError: not of that form.
     """
+    if "://" in text and "@http" not in text:
+        raise RecipeError(f"{text}: expected NAME@URL, such as my-model@http://localhost:8000/v1")
     try:
         return EndpointRecipe.model_validate(text)
     except ValidationError as error:
@@ -127,22 +133,33 @@ def endpoint_recipe(text: str) -> EndpointRecipe:
         raise RecipeError(f"{text}: {problem}; expected NAME@URL, such as my-model@http://localhost:8000/v1") from error
 
 
-def _is_fused(folder: Path) -> bool:
+def _is_fused(text: str) -> bool:
+    """Whether a folder or a hub id is a fused checkpoint."""
+    file = Path(text) / "config.json"
+    if not file.is_file():
+        if Path(text).exists() or "+" in text or text.startswith(PACKAGE) or text.count("/") != 1:
+            return False
+        try:
+            file = Path(hf_hub_download(text, "config.json"))
+        except (OSError, ValueError):  # loading it will say what is wrong
+            return False
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "ultrafuser"
+        return json.loads(file.read_text(encoding="utf-8")).get("model_type") == "ultrafuser"
     except ValueError as error:
-        raise DataError(f"{folder / 'config.json'}: not JSON ({error}); is the folder half written?") from error
+        raise DataError(f"{file}: not JSON ({error}); is the folder half written?") from error
 
 
 def _fingerprint(model: UltraFuserForCausalLM, renderer: Renderer, folder: Path | None) -> str:
     """A hash of what decides the answers: configuration, weight files, gate, templates."""
     digest = hashlib.sha256()
-    facts = [model.config.specialists, model.config.mixing, renderer.chat_templates]
+    several = len(model.config.specialists) > 1  # alone, neither gate nor mixing decides anything
+    dtypes = [str(group.model.dtype) for group in model.groups]
+    facts = [model.config.specialists, model.config.mixing if several else "", renderer.chat_templates, dtypes]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     if folder is not None and folder.is_dir():
         inner = [folder, *sorted(path for path in folder.glob("specialists/*") if path.is_dir())]
         digest.update(json.dumps([record_files(path) for path in inner]).encode())
-    if len(model.config.specialists) > 1:
+    if several:
         for parameter in model.gate.parameters():
             digest.update(parameter.detach().float().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -25,14 +25,15 @@ class RoutedLM(LM):
         chosen: how many requests each one answered.
     """
 
-    def __init__(self, lms: Mapping[str, LM], choose: Callable[[Prompt], str]) -> None:
+    def __init__(self, lms: Mapping[str, LM], choose: Callable[[Prompt], str], *, remember: bool = True) -> None:
         """
         Args:
             lms: the specialists by name.
             choose: messages, or text where the prompt is no conversation -> a name; asked once for each prompt.
+            remember: False asks it for every request, as a server would; for timing.
         """
         super().__init__()
-        self.lms, self.choose = dict(lms), choose
+        self.lms, self.choose, self.remember = dict(lms), choose, remember
         self.chosen: Counter[str] = Counter()
         self._names: dict[str, str] = {}
 
@@ -77,7 +78,7 @@ class RoutedLM(LM):
         Raises:
             UltraFuserError: `choose` gave a name that no specialist has.
         """
-        if context not in self._names:
+        if context not in self._names or not self.remember:
             messages = decode_chat(context)
             name = self.choose(context if messages is None else messages)
             if name not in self.lms:

@@ -7,19 +7,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.answers import RememberingLM, Store
+from ultrafuser.evaluate.atomic import write_json
 from ultrafuser.evaluate.endpoint_recipe import EndpointRecipe
 from ultrafuser.evaluate.intervals import Stratum, estimate
 from ultrafuser.evaluate.models import Served, name_of, serve
-from ultrafuser.evaluate.scoring import TaskScores, benchmark, losses
+from ultrafuser.evaluate.scoring import TaskScores, benchmark, drawn, losses
 from ultrafuser.evaluate.tasks import SUITES as TASK_SUITES
 from ultrafuser.evaluate.tasks import load_tasks
 from ultrafuser.progress import Progress
+
+if TYPE_CHECKING:
+    from ultrafuser.evaluate.judge import Judge
 
 ZOO = "package:ultrafuser/zoo/data/{}.test.jsonl"
 LOSSES = {"loss": ("text", "code", "math"), "mixed": ("mixed",)}
@@ -94,26 +98,50 @@ def evaluate_models(
         EndpointError: an endpoint that cannot be used.
     """
     progress = progress or Progress()
-    rows = loss_rows(options)
-    # an unknown task or a missing file is found now, not after the first model
-    load_tasks(lm_eval_names(options.names), data_dir=options.data_dir, **options.task_options)
+    rows, named = loss_rows(options), _named(models)
+    check_tasks(options)
     output.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {
-        "created": time.strftime("%Y-%m-%d"),
-        "seed": options.seed,
-        "limit": options.limit,
-        "models": {},
-    }
-    for name, text in _named(models).items():
+    results: dict[str, Any] = {"created": time.strftime("%Y-%m-%d"), "models": _before(output / "results.json")}
+    for name, text in named.items():
         progress.say(f"{name}: {text}")
         began = time.monotonic()
         served = serve(text, name=name, batch_size=options.batch_size, seed=options.seed, **options.model_options)
         found = measure(served, options, rows, output / name, progress)
-        found["source"], found["seconds"] = text, round(time.monotonic() - began, 1)
-        results["models"][name] = found
-        _write_json(output / "results.json", results)
+        del served  # before the next one is loaded
+        found |= {"source": text, "seed": options.seed, "limit": options.limit}
+        found["seconds"] = round(time.monotonic() - began, 1)
+        results["models"][name] = _joined(results["models"].get(name, {}), found)
+        write_json(output / "results.json", results)
         (output / "table.md").write_text(markdown(results), encoding="utf-8")
     return results
+
+
+def check_tasks(options: EvalOptions) -> None:
+    """Find out before any model runs that a task is unknown, or its file, its judge or the sandbox missing.
+
+    Raises:
+        DataError, SandboxError, MissingExtraError: what is missing, and what to do.
+    """
+    from ultrafuser.evaluate import alpaca, mt_bench
+
+    load_tasks(lm_eval_names(options.names), data_dir=options.data_dir, **options.task_options)
+    for name in options.names:
+        if name in JUDGED:
+            (alpaca if name == "alpaca_eval" else mt_bench).load_rows(options.data_dir)
+            _judge(name, options, None)
+
+
+def _before(file: Path) -> dict[str, Any]:
+    """What earlier calls measured into the same folder."""
+    return json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else {}
+
+
+def _joined(before: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """A model's new numbers with those of earlier calls that were not taken again."""
+    if before.get("fingerprint") != found["fingerprint"]:
+        return found
+    parts = {part: {**before.get(part, {}), **found.get(part, {})} for part in ("loss", "tasks")}
+    return {**before, **found, **{part: own for part, own in parts.items() if own or part in found}}
 
 
 def measure(
@@ -139,7 +167,7 @@ def measure(
 
 def all_tasks(served: Served, options: EvalOptions, store: Store, progress: Progress) -> dict[str, TaskScores]:
     """Benchmarks and judged benchmarks, with a memory."""
-    lm = RememberingLM(served.lm, store, progress)
+    lm = RememberingLM(served.lm, store, progress, options.seed)
     found = benchmark(
         lm,
         lm_eval_names(options.names),
@@ -156,12 +184,8 @@ def all_tasks(served: Served, options: EvalOptions, store: Store, progress: Prog
 
 def _judged(name: str, lm: RememberingLM, options: EvalOptions, store: Store, progress: Progress) -> TaskScores:
     from ultrafuser.evaluate import alpaca, mt_bench
-    from ultrafuser.evaluate.endpoint import Endpoint
-    from ultrafuser.evaluate.judge import Judge
 
-    if options.judge is None:
-        raise DataError(f"{name} needs a judge; give --judge NAME@URL, any OpenAI-compatible endpoint")
-    judge = Judge(Endpoint(options.judge), store, seed=options.seed)
+    judge = _judge(name, options, store)
     settings: dict[str, Any] = {"limit": options.limit, "seed": options.seed, "progress": progress}
     if new_tokens := options.task_options.get("max_new_tokens"):
         settings["max_tokens"] = new_tokens
@@ -177,13 +201,24 @@ def _judged(name: str, lm: RememberingLM, options: EvalOptions, store: Store, pr
     return TaskScores(result.metric, "1.0", scores, counts=result.counts, answers=answers, details=result.details)
 
 
+def _judge(name: str, options: EvalOptions, store: Store | None) -> Judge:
+    from ultrafuser.evaluate.endpoint_client import Endpoint
+    from ultrafuser.evaluate.judge import Judge
+
+    if options.judge is None:
+        raise DataError(f"{name} needs a judge; give --judge NAME@URL, any OpenAI-compatible endpoint")
+    return Judge(Endpoint(options.judge), store, seed=options.seed)
+
+
 def loss_rows(options: EvalOptions) -> list[Row]:
     """The rows whose loss is asked for: the user's, or the zoo's test rows."""
     domains = [domain for name in options.names if name in LOSSES for domain in LOSSES[name]]
     if not domains:
+        if options.data:
+            raise DataError("--data holds rows for `loss` and `mixed`, and neither is asked for; add one to --tasks")
         return []
     if not options.data:
-        return [row for domain in domains for row in load_rows(ZOO.format(domain), limit=options.limit)]
+        return [row for domain in domains for row in _drawn(load_rows(ZOO.format(domain)), options)]
     rows: list[Row] = []
     for path in options.data:
         rows += load_rows(path)
@@ -191,8 +226,17 @@ def loss_rows(options: EvalOptions) -> list[Row]:
     if "loss" not in options.names:
         wanted = [domain for domain in wanted if domain == "mixed"]
     if not wanted:
-        raise DataError(f"{', '.join(options.data)}: no rows of the domain 'mixed'; ask for `loss`, or give other rows")
-    return [row for domain in wanted for row in [r for r in rows if r.domain == domain][: options.limit]]
+        asked = "`mixed`" if "loss" not in options.names else "`loss`"
+        other = "`loss`" if "loss" not in options.names else "`mixed`"
+        have = ", ".join(dict.fromkeys(row.domain for row in rows))
+        raise DataError(
+            f"{', '.join(options.data)}: rows of {have}, none of which {asked} measures; ask for {other}, or give others"
+        )
+    return [row for domain in wanted for row in _drawn([r for r in rows if r.domain == domain], options)]
+
+
+def _drawn(rows: Sequence[Row], options: EvalOptions) -> list[Row]:
+    return [rows[i] for i in drawn(len(rows), options.limit, options.seed)]
 
 
 def loss_cell(strata: Sequence[Stratum], seed: int) -> dict[str, Any]:
@@ -295,10 +339,3 @@ def _write_documents(file: Path, scores: TaskScores) -> None:
             if document in scores.answers:
                 record["answer"] = scores.answers[document]
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _write_json(file: Path, tree: Mapping[str, Any]) -> None:
-    """All of it or what was before."""
-    draft = file.with_suffix(".part")
-    draft.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    draft.replace(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,11 +13,12 @@ from lm_eval.api.model import LM
 
 from ultrafuser.data.schema import Row
 from ultrafuser.errors import DataError
-from ultrafuser.evaluate.domain_loss import fused_losses
+from ultrafuser.evaluate.domain_loss import RowLoss, fused_losses
 from ultrafuser.evaluate.intervals import Stratum
 from ultrafuser.evaluate.models import Served
 from ultrafuser.evaluate.tasks import TASKS
 from ultrafuser.progress import Progress
+from ultrafuser.templates import Rendered
 from ultrafuser.train.features import FeatureStore
 
 
@@ -73,7 +75,10 @@ def benchmark(
     if not names:
         return {}
     tasks = load_tasks(names, **options)
-    chosen = {task.config.task: _chosen(len(task.eval_docs), limit, seed) for task in tasks.values()}
+    chosen = {task.config.task: drawn(len(task.eval_docs), limit, seed) for task in tasks.values()}
+    if unsafe := [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]:
+        if not options.get("unsafe_code"):
+            raise DataError(f"task {unsafe[0]!r} runs generated code by itself; allow it with --unsafe-code")
     found = evaluate(
         lm=lm,
         task_dict={task.config.task: task for task in tasks.values()},
@@ -87,20 +92,31 @@ def benchmark(
     return {name: _scores(name, task, found["samples"][task.config.task]) for name, task in tasks.items()}
 
 
-def _chosen(total: int, limit: int | None, seed: int) -> list[int]:
+def drawn(total: int, limit: int | None, seed: int) -> list[int]:
+    """Indices of `limit` of `total` documents, in order; a larger limit keeps those of a smaller one.
+
+    Raises:
+        DataError: a limit of nothing.
+    """
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} leaves no documents; give at least 1")
     order = list(range(total))
-    random.Random(seed).shuffle(order)  # a larger limit keeps the documents of a smaller one
+    random.Random(seed).shuffle(order)
     return sorted(order[:limit])
 
 
 def _scores(name: str, task: Any, samples: Sequence[dict[str, Any]]) -> TaskScores:
-    metric = TASKS[name].metric if name in TASKS else samples[0]["metrics"][0]
+    first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]  # a task may have several
     by_name: dict[str, dict[str, float]] = {}
-    for sample in samples:
+    for sample in first:
         for own in sample["metrics"]:
-            by_name.setdefault(own, {})[str(sample["doc_id"])] = float(sample[own])
+            if isinstance(sample[own], (int, float)):  # some metrics are pairs, for an aggregation of their own
+                by_name.setdefault(own, {})[str(sample["doc_id"])] = float(sample[own])
+    metric = TASKS[name].metric if name in TASKS else next(iter(by_name), "")
+    if metric not in by_name:
+        raise DataError(
+            f"task {name!r}: its metrics are no plain numbers of a document; give it one such as exact_match"
+        )
     weighed = task.get_config("output_type") != "generate_until"
     answers = {} if weighed else {str(sample["doc_id"]): sample["resps"][0] for sample in samples}
     return TaskScores(
@@ -129,13 +145,25 @@ def losses(
             f"{served.name}: an endpoint shows no probabilities of given text, so it has no loss; leave out `loss` and "
             "`mixed`, or give the model itself"
         )
-    rendered, _ = served.renderer.render_all(rows)
+    rendered, stats = served.renderer.render_all(rows)
+    if stats.truncated_rows or stats.dropped_rows:
+        (progress or Progress()).say(f"rows longer than the context of {served.renderer.max_length} tokens: {stats}")
     store = FeatureStore.build(served.model, rendered, folder, progress=progress)
     found, weights = fused_losses(served.model, store)
-    strata: dict[str, Stratum] = {}
     by_domain: dict[str, list[list[float]]] = {}
-    for row, loss, own in zip(rendered, found, weights, strict=True):
-        stratum = strata.setdefault(row.domain, Stratum({}, {}))
-        stratum.totals[row.row_id], stratum.weights[row.row_id] = loss.nats, loss.tokens  # type: ignore[index]
+    for row, own in zip(rendered, weights, strict=True):
         by_domain.setdefault(row.domain, []).append(own)
-    return strata, by_domain
+    return by_stratum(rendered, found), by_domain
+
+
+def by_stratum(rows: Sequence[Rendered], found: Sequence[RowLoss]) -> dict[str, Stratum]:
+    """The rows' nats and tokens by domain and id; the second row of one id gets a number, so that none is lost."""
+    out: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
+    seen: Counter[tuple[str, str]] = Counter()
+    for row, loss in zip(rows, found, strict=True):
+        totals, weights = out.setdefault(row.domain, ({}, {}))
+        seen[row.domain, row.row_id] += 1
+        number = seen[row.domain, row.row_id]
+        key = f"{row.row_id}#{number}" if number > 1 else row.row_id
+        totals[key], weights[key] = loss.nats, loss.tokens
+    return {domain: Stratum(*own) for domain, own in out.items()}

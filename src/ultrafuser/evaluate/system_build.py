@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ultrafuser.evaluate.atomic import write_json
 from ultrafuser.evaluate.compare_recipe import SystemRecipe
 from ultrafuser.evaluate.models import serve
 from ultrafuser.evaluate.router import Router
 from ultrafuser.evaluate.system_process import run_step
-from ultrafuser.evaluate.workplace import BUILT, MEASURED, Workplace, only_model, write_json
+from ultrafuser.evaluate.workplace import BUILT, MEASURED, Workplace, only_model
 from ultrafuser.recipe import Recipe
 from ultrafuser.specialists import fuse
 from ultrafuser.templates import Renderer
@@ -36,7 +37,7 @@ def build(place: Workplace, name: str) -> dict[str, Any]:
     if not begun.is_file() or begun.read_text(encoding="utf-8") != key:  # what is here belongs to another recipe
         for stale in ("run", "model"):
             shutil.rmtree(home / stale, ignore_errors=True)
-        for file in (BUILT, MEASURED, "answers.sqlite"):
+        for file in (BUILT, MEASURED):
             (home / file).unlink(missing_ok=True)
         begun.write_text(key, encoding="utf-8")
     began = time.monotonic()
@@ -58,8 +59,7 @@ def _fused(place: Workplace, system: SystemRecipe) -> int:
 
 
 def _static(place: Workplace, system: SystemRecipe) -> int:
-    recipe = place.training(system, "gate.type=static")
-    recipe = recipe.model_copy(update={"stages": [stage for stage in recipe.stages if stage.name == "gate"]})
+    recipe = place.training(system)
     if system.weights == "searched":
         return _train(place, recipe)
     model, tokenizer = fuse(recipe)  # equal weights, untrained
@@ -70,8 +70,7 @@ def _static(place: Workplace, system: SystemRecipe) -> int:
 def _tuned(place: Workplace, system: SystemRecipe) -> int:
     recipe = place.training(system)
     mine = [specialist for specialist in recipe.specialists if specialist.name == system.specialist]
-    stages = [stage for stage in recipe.stages if stage.name == "joint"]
-    return _train(place, recipe.model_copy(update={"specialists": mine, "stages": stages}))
+    return _train(place, recipe.model_copy(update={"specialists": mine}))
 
 
 def _train(place: Workplace, recipe: Recipe) -> int:
@@ -80,7 +79,7 @@ def _train(place: Workplace, recipe: Recipe) -> int:
     tuned = len(recipe.specialists) == 1  # its rows are read by one specialist only
     features = None if tuned else place.folder / "features"
     folder = train(recipe, resume=resume, features=features, progress=place.progress)
-    model: Any = serve(str(folder), device=recipe.device).model
+    model: Any = serve(str(folder), device=recipe.device, dtype=recipe.dtype).model
     gate = sum(p.numel() for p in model.gate.parameters()) if len(model.config.names) > 1 else 0
     last = recipe.stages[-1]
     if last.name == "gate":
@@ -116,19 +115,23 @@ def _btx(place: Workplace, system: SystemRecipe) -> int:
     from ultrafuser.evaluate.btx import build_btx, save_btx, train_btx
 
     home, recipe = place.home(str(system.name)), place.training(system)
-    stage = next(stage for stage in recipe.stages if stage.name == "joint")
+    stage = recipe.stages[0]
     served = [place.alone(specialist) for specialist in recipe.specialists]
     renderer: Any = served[0].renderer
     first = Renderer(renderer.tokenizer, renderer.chat_templates[:1], recipe.data.max_length)
     model = build_btx([only_model(one) for one in served], seed=place.recipe.seed)
     del served
+    dtype = model.dtype
+    model.float()  # AdamW's small steps vanish in bfloat16
     train_btx(
         model, place.rows("train", first), home / "run",
         steps=stage.steps, rows_per_domain=stage.samples_per_domain, lr=stage.specialist_lr or stage.lr,
         rows_per_pass=stage.rows_per_device or 8, seed=place.recipe.seed, vocab_size=len(renderer.tokenizer),
+        weight_decay=stage.weight_decay, max_grad_norm=stage.max_grad_norm or float("inf"),
         save_every=recipe.save_every, progress=place.progress,
     )  # fmt: skip
-    save_btx(model, home / "model")
+    save_btx(model.to(dtype), home / "model")
+    renderer.tokenizer.chat_template = renderer.chat_templates[0]  # the one that it was trained in
     renderer.tokenizer.save_pretrained(home / "model")
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 

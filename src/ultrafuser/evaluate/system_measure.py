@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from ultrafuser.data.sources import load_rows
+from ultrafuser.data.schema import Row
 from ultrafuser.errors import DataError
-from ultrafuser.evaluate.answers import RememberingLM, Store
+from ultrafuser.evaluate.answers import RememberingLM
+from ultrafuser.evaluate.atomic import write_json
 from ultrafuser.evaluate.best_of import BestOfLM
 from ultrafuser.evaluate.compare_recipe import SystemRecipe
 from ultrafuser.evaluate.domain_loss import RowLoss, fused_losses, group_losses
@@ -28,18 +29,19 @@ from ultrafuser.evaluate.parameters import count_parameters
 from ultrafuser.evaluate.routed_lm import RoutedLM
 from ultrafuser.evaluate.router import Router, route_by, router_losses
 from ultrafuser.evaluate.run import EvalOptions, all_tasks
-from ultrafuser.evaluate.scoring import TaskScores
+from ultrafuser.evaluate.scoring import TaskScores, by_stratum
 from ultrafuser.evaluate.system_process import run_step
 from ultrafuser.evaluate.tasks import TASKS
-from ultrafuser.evaluate.workplace import MEASURED, Workplace, write_json
+from ultrafuser.evaluate.workplace import MEASURED, Workplace
 from ultrafuser.inspect.run import trace_rows
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
+from ultrafuser.specialists import pick_device
 from ultrafuser.templates import Rendered
 from ultrafuser.train.features import FeatureStore
-from ultrafuser.train.stages import read_metrics
+from ultrafuser.train.stages import load_source, read_metrics
 
 _RSS_UNITS_PER_MB = 1024 if sys.platform != "darwin" else 1024 * 1024
 
@@ -78,7 +80,7 @@ def measure(place: Workplace, name: str) -> dict[str, Any]:
     facts["loss"], facts["sample_weights"] = _losses(opened) if recipe.test else (None, None)
     facts["tokens_per_s"] = _speed(place, opened.fresh or opened.lm)
     facts["tasks"] = {task: scores.to_dict() for task, scores in _tasks(place, name, opened).items()}
-    if name == recipe.main and opened.traces is not None:
+    if opened.traces is not None:
         facts["traces"] = [trace.to_dict() for trace in opened.traces()]
     facts["training"] = read_metrics(home / "run" / "metrics.jsonl")
     facts["peak_memory_mb"] = _peak_memory_mb()
@@ -99,10 +101,7 @@ def _losses(opened: Opened) -> tuple[dict[str, Any] | None, dict[str, Any] | Non
         return None, None
     rows = opened.rows()
     found, weights = opened.read(rows)
-    losses: dict[str, Any] = {}
-    for row, loss in zip(rows, found, strict=True):
-        own = losses.setdefault(row.domain, {"totals": {}, "weights": {}})
-        own["totals"][row.row_id], own["weights"][row.row_id] = loss.nats, loss.tokens
+    losses = {domain: asdict(stratum) for domain, stratum in by_stratum(rows, found).items()}
     by_domain: dict[str, list[list[float]]] = {}
     for row, own in zip(rows, weights or [], strict=False):
         by_domain.setdefault(row.domain, []).append(own)
@@ -116,7 +115,7 @@ def _tasks(place: Workplace, name: str, opened: Opened) -> dict[str, TaskScores]
         names=names, data_dir=recipe.data_dir, limit=recipe.limit, seed=recipe.seed, judge=recipe.judge,
         task_options={"max_new_tokens": recipe.max_new_tokens, "unsafe_code": recipe.unsafe_code},
     )  # fmt: skip
-    store = Store(place.home(name) / "answers.sqlite", opened.fingerprint)
+    store = place.answers(opened.fingerprint)
     try:
         return all_tasks(Served(name, opened.lm, opened.fingerprint), options, store, place.progress)
     finally:
@@ -131,9 +130,10 @@ def _weighs(task: str) -> bool:
 def _speed(place: Workplace, lm: LM) -> dict[str, Any]:
     """New tokens a second: short test prompts, one at a time, always the same number of new tokens."""
     settings = place.recipe.decode
-    rows = [row for source in place.recipe.test for row in load_rows(source.path, domain=source.domain, limit=1)]
-    chats = [row.chat()[:1] for row in rows] or [[{"role": "user", "content": "Why is the sky blue?"}]]
-    chats = sorted(chats, key=lambda chat: len(chat[0]["content"]))[: settings.prompts]
+    each = -(-settings.prompts // max(1, len(place.recipe.test)))
+    rows = [row for source in place.recipe.test for row in load_source(source)[:each]]
+    chats = [_question(row) for row in rows] or [[{"role": "user", "content": "Why is the sky blue?"}]]
+    chats = sorted(chats, key=lambda chat: len(chat[-1]["content"]))[: settings.prompts]
     options = {
         "until": [],
         "do_sample": False,
@@ -149,6 +149,12 @@ def _speed(place: Workplace, lm: LM) -> dict[str, Any]:
         runs.append(len(chats) * settings.new_tokens / (time.monotonic() - began))
     runs = runs[1:]  # the first one warms up
     return {"median": sorted(runs)[len(runs) // 2], "runs": runs, "batch_size": 1}
+
+
+def _question(row: Row) -> list[dict[str, str]]:
+    """A row up to its first answer."""
+    chat = row.chat()
+    return chat[: next(i for i, message in enumerate(chat) if message["role"] == "assistant")]
 
 
 # ---------------------------------------------------------------- how each kind is opened
@@ -169,8 +175,8 @@ def _open_served(place: Workplace, served: Served, features: Path) -> Opened:
         return losses, None
 
     def traces() -> list[TokenTrace]:
-        sources = [(source, load_rows(source.path, domain=source.domain, limit=1)) for source in place.recipe.test]
-        return [trace for _, rows in sources for trace in trace_rows(model, renderer, rows)]
+        rows = [load_source(source)[0] for source in place.recipe.test]
+        return list(trace_rows(model, renderer, rows))
 
     parameters = count_parameters(model if is_fused else model.groups[0].model)
     opened = Opened(served.lm, served.fingerprint, parameters, lambda: place.rows("test", renderer), read)
@@ -189,7 +195,7 @@ def _alone(place: Workplace, system: SystemRecipe) -> Opened:
 def _fused(place: Workplace, system: SystemRecipe) -> Opened:
     home = place.home(str(system.name))
     folder = home / "run" / "fused"
-    served = serve(str(folder), device=place.recipe.device)
+    served = serve(str(folder), device=place.recipe.device, dtype=place.recipe.training().dtype)
     assert served.model is not None and served.renderer is not None
     served = place.serve(served.model, served.renderer.tokenizer, str(system.name), folder)
     frozen = system.kind == "static" or all(stage.name == "gate" for stage in place.training(system).stages)
@@ -212,11 +218,10 @@ def _btx(place: Workplace, system: SystemRecipe) -> Opened:
 
     folder = place.home(str(system.name)) / "model"
     model, tokenizer = load_btx(folder), AutoTokenizer.from_pretrained(folder)
+    model.to(pick_device(place.recipe.device))
     name = str(system.name)
-    template = place.alone(place.recipe.training().specialists[0]).renderer
-    assert template is not None
     spec = {"name": name, "domain": name, "source": {"model": str(folder)}, "config": model.config.to_dict(),
-            "chat_template": template.chat_templates[0]}  # fmt: skip
+            "chat_template": tokenizer.chat_template}  # fmt: skip
     config = UltraFuserConfig([spec], vocab_size=len(tokenizer))
     wrapped = UltraFuserForCausalLM(config, [SpecialistGroup(model, [name])]).eval()
     wrapped.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -227,12 +232,21 @@ def _btx(place: Workplace, system: SystemRecipe) -> Opened:
 
 def _remembering(place: Workplace, members: dict[str, Served]) -> dict[str, LM]:
     """The specialists with the answers that they gave when they were measured alone."""
-    out: dict[str, LM] = {}
-    for name, one in members.items():
-        own = next((s.name for s in place.recipe.systems if s.kind == "specialist" and s.specialist == name), None)
-        file = place.home(own or f"{name}-answers") / "answers.sqlite"
-        out[name] = RememberingLM(one.lm, Store(file, one.fingerprint))
-    return out
+    return {
+        name: RememberingLM(one.lm, place.answers(one.fingerprint), seed=place.recipe.seed)
+        for name, one in members.items()
+    }
+
+
+def _sizes(model: UltraFuserForCausalLM) -> tuple[int, int]:
+    """(parameters of all specialists, the most that one of them has): its base, and of the adapters its own."""
+    total = sum(count_parameters(group.model)["total"] for group in model.groups)
+    adapters = [sum(p.numel() for p in group.adapter_parameters()) for group in model.groups]
+    one = max(
+        count_parameters(group.model)["total"] - own + own // group.size
+        for group, own in zip(model.groups, adapters, strict=True)
+    )
+    return total, one
 
 
 def _routed(place: Workplace, system: SystemRecipe) -> Opened:
@@ -246,36 +260,37 @@ def _routed(place: Workplace, system: SystemRecipe) -> Opened:
         store = FeatureStore.build(model, rows, place.folder / "features" / "test", progress=place.progress)
         return router_losses(router, store), None
 
-    one = count_parameters(model.groups[0].model)["total"]
+    total, one = _sizes(model)
     opened = Opened(
         RoutedLM(_remembering(place, members), choose),
         f"router {place.key(str(system.name), 'build')}",
-        {"total": count_parameters(model)["total"], "active": one},
+        {"total": total + router.num_parameters, "active": one},
         lambda: place.rows("test", renderer),
         read,
     )
-    opened.fresh = RoutedLM({name: member.lm for name, member in members.items()}, choose)
+    opened.fresh = RoutedLM({name: member.lm for name, member in members.items()}, choose, remember=False)
     return opened
 
 
 def _best_of(place: Workplace, system: SystemRecipe) -> Opened:
-    from ultrafuser.evaluate.endpoint import Endpoint
+    from ultrafuser.evaluate.endpoint_client import Endpoint
     from ultrafuser.evaluate.judge import Judge
 
-    judge = None
+    judge, who = None, "log-probability"
     if system.by == "judge":
         if place.recipe.judge is None:
             raise DataError(f"system {system.name!r} chooses by judge, but the recipe names none; add 'judge'")
-        store = Store(place.home(str(system.name)) / "judgements.sqlite", "judgements")
-        judge = Judge(Endpoint(place.recipe.judge), store, seed=place.recipe.seed)
+        judge = Judge(Endpoint(place.recipe.judge), place.answers("judgements"), seed=place.recipe.seed)
+        who = judge.identity
     whole = place.whole()
     members = place.members(whole)
     assert whole.model is not None and whole.renderer is not None
-    tokenizer, total = whole.renderer.tokenizer, count_parameters(whole.model)["total"]
+    tokenizer, (total, _) = whole.renderer.tokenizer, _sizes(whole.model)
     lm = BestOfLM(_remembering(place, members), tokenizer, judge, seed=place.recipe.seed)
-    fingerprint = f"best of {place.key(str(system.name), 'build')}"
+    fingerprint = f"best of {place.key(str(system.name), 'build')} by {who}"
     opened = Opened(lm, fingerprint, {"total": total, "active": total}, lambda: [], None)
-    opened.fresh = BestOfLM({name: member.lm for name, member in members.items()}, tokenizer, seed=place.recipe.seed)
+    fresh = {name: member.lm for name, member in members.items()}
+    opened.fresh = BestOfLM(fresh, tokenizer, judge, seed=place.recipe.seed)
     return opened
 
 

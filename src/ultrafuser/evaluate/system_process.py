@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,16 +24,26 @@ def run_step(step: Callable[[Any, str], Any]) -> int:
     quiet_libraries()
     from ultrafuser.evaluate.workplace import Workplace
 
-    place, name = Workplace(Path(sys.argv[1]), ConsoleProgress()), sys.argv[2]
-    error_file = place.home(name) / ERROR_FILE
-    error_file.unlink(missing_ok=True)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    folder, name = Path(sys.argv[1]), sys.argv[2]
+    error_file = folder / "systems" / name / ERROR_FILE
     try:
-        step(place, name)
-    except UltraFuserError as error:
+        step(Workplace(folder, ConsoleProgress()), name)
+    except BaseException as error:  # the parent reports it; what is not the user's to mend keeps its traceback
         error_file.parent.mkdir(parents=True, exist_ok=True)
-        error_file.write_text(json.dumps(f"{type(error).__name__}: {error}"), encoding="utf-8")
-        return 2
+        said = " ".join(str(error).split())[:2000]
+        error_file.write_text(json.dumps(f"{type(error).__name__}: {said}"), encoding="utf-8")
+        if isinstance(error, UltraFuserError):
+            return 2
+        raise
     return 0
+
+
+def _end_with_parent() -> None:
+    """The parent holds our standard input; when it is gone, so is the one who would take the result."""
+    while os.read(0, 4096):  # not sys.stdin, whose lock a thread must not hold when the interpreter ends
+        pass
+    os._exit(1)
 
 
 def start_step(module: str, folder: Path, name: str) -> str | None:
@@ -42,13 +54,20 @@ def start_step(module: str, folder: Path, name: str) -> str | None:
     error_file = folder / "systems" / name / ERROR_FILE
     error_file.unlink(missing_ok=True)
     command = [sys.executable, "-m", module, str(folder), name]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    if done.returncode == 0:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
+        try:
+            code = child.wait()
+        except BaseException:  # an interrupt: the child has had it too, and may want to finish a write
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(10)
+            child.kill()
+            raise
+    if code == 0:
         return None
     if error_file.is_file():
         return json.loads(error_file.read_text(encoding="utf-8"))
-    if done.returncode < 0:
-        name_of_signal = signal.Signals(-done.returncode).name
+    if code < 0:
+        name_of_signal = signal.Signals(-code).name
         hint = ", probably out of memory" if name_of_signal == "SIGKILL" else ""
         return f"its process was ended by {name_of_signal}{hint}"
-    return f"its process ended with status {done.returncode}; its traceback is above"
+    return f"its process ended with status {code}"

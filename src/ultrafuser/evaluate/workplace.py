@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ultrafuser.errors import DataError, UltraFuserError
+from ultrafuser.errors import CheckpointError, DataError, UltraFuserError
+from ultrafuser.evaluate.answers import Store
 from ultrafuser.evaluate.compare_recipe import CompareRecipe, SystemRecipe, load_compare_recipe
 from ultrafuser.evaluate.models import Served, as_served
 from ultrafuser.evaluate.plain_checkpoints import PlainCheckpoints, write_plain_checkpoints
+from ultrafuser.evaluate.run import JUDGED
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.references import PACKAGE, package_path, sha256
 from ultrafuser.model.saving import plain_model
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
@@ -28,8 +30,21 @@ from ultrafuser.train.stages import read_sources
 
 RECIPE = "compare.yaml"
 BUILT, MEASURED = "built.json", "measured.json"
-# what a measurement depends on, beside the system itself
-_MEASURED_BY = {"test", "tasks", "data_dir", "limit", "max_new_tokens", "unsafe_code", "judge", "decode", "batch_size"}
+# what a system depends on in the training recipe: its specialists alone, or more
+_SPECIALISTS = {"specialists", "share_base", "dtype", "device"}
+_TRAINED = {*_SPECIALISTS, "mixing", "gate", "data", "stages", "balanced", "seed", "eval_every", "save_every", "keep_best",
+            "early_stop_patience"}  # fmt: skip
+_USED = {
+    "static": _TRAINED,
+    "tuned": _TRAINED,
+    "btx": _TRAINED,
+    "fused": _TRAINED,
+    "router": {*_SPECIALISTS, "data", "seed"},
+}
+# what a measurement depends on besides
+_MEASURED_BY = {"test", "tasks", "decode", "batch_size", "seed", "device"}
+_JUDGED_BY = {"model", "base_url", "temperature", "max_tokens", "extra_body"}
+_HASH_LIMIT_BYTES = 64 << 20  # larger files are told apart by size and time
 
 
 class Workplace:
@@ -55,18 +70,42 @@ class Workplace:
 
     def training(self, system: SystemRecipe, *extra: str) -> Recipe:
         """The training recipe of a system, with its output in the system's folder."""
-        mixing = [f"mixing={system.mixing}"] if system.mixing else []
-        return self.recipe.training(system, [*mixing, f"output={self.home(str(system.name)) / 'run'}", *extra])
+        return self.recipe.training(system, [f"output={self.home(str(system.name)) / 'run'}", *extra])
 
     def key(self, name: str, step: str) -> str:
-        """Changes when what the step depends on does."""
+        """Changes when what the step depends on does, the contents of local files included."""
         system = self.system(name)
-        parts: list[Any] = [system.model_dump(exclude={"label"}), self.training(system).model_dump(exclude={"output"})]
+        training = self.training(system)
+        used = _USED.get(system.kind, _SPECIALISTS)
+        if system.kind == "static" and system.weights == "uniform":
+            used = {*_SPECIALISTS, "mixing"}
+        parts: list[Any] = [system.model_dump(exclude={"label", "set"}), training.model_dump(include=used, mode="json")]
+        paths = [p for one in training.specialists for p in (one.model, one.adapter, one.chat_template)]
+        if "data" in used:
+            paths += [source.path for source in (*training.data.train, *training.data.validation)]
         if system.after:
             parts.append(self.key(system.after, "build"))
         if step == "measure":
-            parts.append(self.recipe.model_dump(include=_MEASURED_BY | {"seed", "device"}))
+            fields = set(_MEASURED_BY) | (
+                {"data_dir", "limit", "max_new_tokens", "unsafe_code"} if self.recipe.tasks else set()
+            )
+            parts.append(self.recipe.model_dump(include=fields, mode="json"))
+            if self.recipe.judge is not None and (system.by == "judge" or set(self.recipe.tasks) & set(JUDGED)):
+                parts.append(self.recipe.judge.model_dump(include=_JUDGED_BY))
+            paths += [source.path for source in self.recipe.test]
+            paths += (
+                [str(file) for file in sorted(Path(self.recipe.data_dir).glob("*.json*"))]
+                if self.recipe.data_dir
+                else []
+            )
+        parts.append([_stamp(path) for path in paths if path])
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def answers(self, fingerprint: str) -> Store:
+        """The answers of one model, whichever systems ask it: the router and best-of-K find the specialists' there."""
+        return Store(
+            self.folder / "answers" / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.sqlite", fingerprint
+        )
 
     def facts(self, name: str, step: str) -> dict[str, Any] | None:
         """What a finished step left; None where it is missing or was made for another recipe."""
@@ -91,7 +130,7 @@ class Workplace:
         assert whole.model is not None and whole.renderer is not None
         tokenizer, config, out = whole.renderer.tokenizer, whole.model.config, {}
         for spec in config.specialists:
-            own = UltraFuserConfig([spec], vocab_size=config.vocab_size)
+            own = UltraFuserConfig([spec], mixing=config.mixing, vocab_size=config.vocab_size)
             group = next(group for group in whole.model.groups if spec["name"] in group.names)
             model = UltraFuserForCausalLM(own, [Member(group, spec["name"])]).eval()
             model.generation_config = whole.model.generation_config
@@ -104,10 +143,13 @@ class Workplace:
         settings = {"batch_size": self.recipe.batch_size, "seed": self.recipe.seed}
         return as_served(model, renderer, name=name, folder=folder, **settings)
 
-    def renderer(self, model: Any, tokenizer: Any) -> Renderer:
-        """Rows are cut where training cuts them."""
-        templates = [own["chat_template"] for own in model.config.specialists]
-        return Renderer(tokenizer, templates, self.recipe.training().data.max_length)
+    def renderer(self, model: Any, tokenizer: Any, max_length: int | None = None) -> Renderer:
+        """Test rows are cut at the context alone, so that all systems see the same tokens of them."""
+        templates, context = (
+            [own["chat_template"] for own in model.config.specialists],
+            model.config.max_position_embeddings,
+        )
+        return Renderer(tokenizer, templates, min(max_length or context, context))
 
     def base(self) -> SpecialistRecipe:
         """The model below the adapters.
@@ -132,7 +174,7 @@ class Workplace:
         """The frozen specialists' states on the `train` or `test` rows, computed once."""
         recipe = self.recipe.training()
         model, tokenizer = fuse(recipe)
-        rows = self.rows(part, self.renderer(model, tokenizer))
+        rows = self.rows(part, self.renderer(model, tokenizer, recipe.data.max_length if part == "train" else None))
         return FeatureStore.build(model, rows, self.folder / "features" / part, progress=self.progress)
 
     def rows(self, part: str, renderer: Renderer) -> list[Rendered]:
@@ -174,8 +216,20 @@ def only_model(served: Served) -> Any:
     return plain_model(group, {0: 1.0}) if group.loras else group.model
 
 
-def write_json(file: Path, tree: Mapping[str, Any]) -> None:
-    """All of it, or what was there before."""
-    draft = file.with_suffix(".part")
-    draft.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    draft.replace(file)
+def _stamp(reference: str) -> list[Any]:
+    """What tells a local file or folder from another version of itself; nothing for a hub id."""
+    try:
+        path = package_path(reference) if reference.startswith(PACKAGE) else Path(reference).expanduser()
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        if not all(file.is_file() for file in files):
+            return []
+    except (OSError, CheckpointError):  # Jinja text is no path; what is missing is reported where it is read
+        return []
+    return [
+        [
+            file.name,
+            file.stat().st_size,
+            sha256(file) if file.stat().st_size < _HASH_LIMIT_BYTES else file.stat().st_mtime_ns,
+        ]
+        for file in files
+    ]

@@ -103,6 +103,22 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
+def load_source(source: SourceRecipe) -> list[Row]:
+    """The rows of one source of a recipe.
+
+    Raises:
+        DataError: see `load_rows`.
+    """
+    return load_rows(
+        source.path,
+        domain=source.domain,
+        split=source.split,
+        limit=source.limit,
+        revision=source.revision,
+        config=source.config,
+    )
+
+
 def read_sources(sources: Sequence[SourceRecipe], renderer: Renderer, progress: Progress, what: str) -> list[Rendered]:
     """Rows of all sources as token sequences.
 
@@ -111,16 +127,7 @@ def read_sources(sources: Sequence[SourceRecipe], renderer: Renderer, progress: 
     """
     if not sources:
         raise DataError(f"the recipe names no {what} data; add sources under data.train")
-    rows: list[Row] = []
-    for source in sources:
-        rows += load_rows(
-            source.path,
-            domain=source.domain,
-            split=source.split,
-            limit=source.limit,
-            revision=source.revision,
-            config=source.config,
-        )
+    rows = [row for source in sources for row in load_source(source)]
     rendered, stats = renderer.render_all(rows)
     counts = {domain: sum(row.domain == domain for row in rendered) for domain in sorted({r.domain for r in rows})}
     for domain, count in counts.items():

@@ -114,7 +114,7 @@ def load_tasks(
     """
     if samples < 1 or (samples > 1 and temperature == 0):
         raise DataError(f"{samples} samples at temperature {temperature}: expected at least 1, and more only above 0")
-    _require("lm_eval", "lm-eval", "evaluation")
+    require_lm_eval()
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
@@ -155,6 +155,14 @@ def _check_needs(chosen: list[TaskInfo], unsafe_code: bool) -> None:
         from ultrafuser.evaluate import sandbox
 
         sandbox.run("pass")
+
+
+def require_lm_eval() -> None:
+    """
+    Raises:
+        MissingExtraError: lm-eval is not installed.
+    """
+    _require("lm_eval", "lm-eval", "evaluation")
 
 
 def _require(module: str, package: str, purpose: str) -> None:
