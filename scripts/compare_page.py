@@ -86,7 +86,7 @@ def paired(results: dict) -> str:
 def _difference(pair: dict) -> str:
     low, high = pair["ci95"]
     text = f"{pair['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
-    return text if low < 0 < high else f"**{text}**"
+    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def gate(results: dict) -> str:

@@ -95,7 +95,7 @@ def test_help_names_every_option(run, command):
 
 def test_the_overview_names_every_command(run):
     text = run("--help").out
-    assert set(COMMANDS) == {"fuse", "train", "demo", "generate", "chat", "inspect", "info"}
+    assert set(COMMANDS) == {"fuse", "train", "demo", "generate", "chat", "inspect", "info", "eval", "compare"}
     assert all(command in text for command in COMMANDS)
 
 
