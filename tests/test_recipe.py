@@ -17,6 +17,11 @@ from ultrafuser.typed_yaml import describe
 ROOT = Path(__file__).parents[1]
 # recipes/zoo/ is read by scripts/train_specialist.py, recipes/compare/ by tests/evaluate/test_compare_recipe.py
 SHIPPED = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name not in ("zoo", "compare"))
+TWO = """
+specialists:
+  - {name: text, model: some/text}
+  - {name: math, model: some/math}
+"""
 
 
 @pytest.fixture
