@@ -140,3 +140,13 @@ def scripted_endpoint(script: Sequence[Step] = ()) -> Iterator[ScriptedEndpoint]
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+class Kept(dict[tuple[str, str], Any]):
+    """A store in memory that outlives its judge."""
+
+    def get(self, kind: str, key: str) -> Any:  # type: ignore[override]
+        return super().get((kind, key))
+
+    def put(self, kind: str, key: str, value: Any) -> None:
+        self[kind, key] = value

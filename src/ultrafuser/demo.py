@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +16,15 @@ from ultrafuser.errors import TrainingError
 from ultrafuser.evaluate.baselines import weight_average
 from ultrafuser.evaluate.domain_loss import (
     RowLoss,
+    by_domain,
     fused_losses,
     group_losses,
+    mean_weights,
     paired_difference,
     specialist_losses,
     summarise,
 )
+from ultrafuser.evaluate.parameters import peak_rss_mb
 from ultrafuser.inspect.report import demo_report
 from ultrafuser.inspect.run import answer, trace_tokens
 from ultrafuser.inspect.trace import TokenTrace
@@ -162,10 +163,12 @@ def _results(
             "versus": best,
             **paired_difference(losses["fused"], losses[best], domain, recipe.seed),
         }
+    mine = by_domain(rows, weights)
+    tokens = {domain: [len(row.labels) for row in rows if row.domain == domain] for domain in DOMAINS}
     return {
         "domains": DOMAINS,
         "systems": systems,
-        "gate_weights": _mean_weights(weights, rows, names),
+        "gate_weights": mean_weights({d: mine[d] for d in DOMAINS}, tokens, names),
         "paired": paired,
         "seconds": clock.total(),
         "config": {
@@ -173,26 +176,13 @@ def _results(
             "seed": recipe.seed,
             "device": pick_device(recipe.device),
             "threads": torch.get_num_threads(),
-            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_UNITS_PER_MB),
+            "peak_memory_mb": peak_rss_mb(),
             "training_rows": {
                 domain: source.limit or "all" for domain, source in zip(DOMAINS, recipe.data.train, strict=True)
             },
             "stages": [stage.model_dump(exclude_defaults=True) for stage in recipe.stages],
         },
     }
-
-
-_RSS_UNITS_PER_MB = 1024 if sys.platform != "darwin" else 1024 * 1024
-
-
-def _mean_weights(weights: list[list[float]], rows: list[Rendered], names: list[str]) -> dict[str, dict[str, float]]:
-    """Mean weight of each specialist over the response tokens of each domain (table 6)."""
-    out = {}
-    for domain in DOMAINS:
-        mine = [(w, len(row.labels)) for w, row in zip(weights, rows, strict=True) if row.domain == domain]
-        tokens = sum(count for _, count in mine)
-        out[domain] = {name: sum(w[k] * n for w, n in mine) / tokens for k, name in enumerate(names)}
-    return out
 
 
 def _write(
@@ -203,10 +193,9 @@ def _write(
     rows: list[Rendered],
 ) -> None:
     names = list(next(iter(results["gate_weights"].values())))
-    by_domain: dict[str, list[dict[str, float]]] = {domain: [] for domain in DOMAINS}
-    for row_weights, row in zip(weights, rows, strict=True):
-        by_domain[row.domain].append(dict(zip(names, row_weights, strict=True)))
+    mine = by_domain(rows, weights)
+    samples = {domain: [dict(zip(names, own, strict=True)) for own in mine[domain]] for domain in DOMAINS}
     metrics = read_metrics(output / "metrics.jsonl")
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    page = demo_report(results, metrics=metrics, traces=traces, sample_weights=by_domain)
+    page = demo_report(results, metrics=metrics, traces=traces, sample_weights=samples)
     (output / "report.html").write_text(page, encoding="utf-8")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from scripted_endpoint import CUT, HANG, HTML, NOT_JSON, ScriptedEndpoint, Step, failing, fine, scripted_endpoint
+from scripted_endpoint import CUT, HANG, HTML, NOT_JSON, Kept, ScriptedEndpoint, Step, failing, fine, scripted_endpoint
 from ultrafuser.errors import EndpointError, UltraFuserError
 from ultrafuser.evaluate.endpoint_client import MAX_FAILURES, Endpoint, Reply
 from ultrafuser.evaluate.judge import (
@@ -19,16 +19,6 @@ from ultrafuser.evaluate.judge import (
     rating_question,
     read_verdict,
 )
-
-
-class Kept(dict[tuple[str, str], Any]):
-    """A store in memory that outlives its judge."""
-
-    def get(self, kind: str, key: str) -> Any:  # type: ignore[override]
-        return super().get((kind, key))
-
-    def put(self, kind: str, key: str, value: Any) -> None:
-        self[kind, key] = value
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripted_endpoint import ScriptedEndpoint, failing, fine, scripted_endpoint
+from scripted_endpoint import Kept, ScriptedEndpoint, failing, fine, scripted_endpoint
 from ultrafuser.errors import DataError, EndpointError
 from ultrafuser.evaluate import alpaca, judged, mt_bench
 from ultrafuser.evaluate.alpaca import AlpacaRow
@@ -42,16 +42,6 @@ class Parrot:
         self.chats += chats
         self.options += [request.args[1] for request in requests]
         return [self.answer(chat) for chat in chats]
-
-
-class Kept(dict[tuple[str, str], Any]):
-    """A store in memory that outlives its judge."""
-
-    def get(self, kind: str, key: str) -> Any:  # type: ignore[override]
-        return super().get((kind, key))
-
-    def put(self, kind: str, key: str, value: Any) -> None:
-        self[kind, key] = value
 
 
 @pytest.fixture

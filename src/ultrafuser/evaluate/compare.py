@@ -12,10 +12,12 @@ from typing import Any
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.atomic import write_json
 from ultrafuser.evaluate.compare_recipe import CompareRecipe, SystemRecipe, dump_compare_recipe
+from ultrafuser.evaluate.domain_loss import mean_weights
 from ultrafuser.evaluate.intervals import Stratum, difference, estimate
-from ultrafuser.evaluate.run import LOSSES, EvalOptions, check_tasks
+from ultrafuser.evaluate.run import LOSSES, check_tasks, loss_cell
+from ultrafuser.evaluate.scoring import TaskScores
 from ultrafuser.evaluate.system_process import start_step
-from ultrafuser.evaluate.workplace import RECIPE, Workplace
+from ultrafuser.evaluate.workplace import RECIPE, Workplace, eval_options
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.progress import Progress
 
@@ -48,7 +50,7 @@ def compare(recipe: CompareRecipe, progress: Progress | None = None) -> dict[str
     progress = progress or Progress()
     folder = Path(recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
-    check_tasks(_options(recipe))
+    _check_tasks(recipe)
     with _alone(folder):
         (folder / RECIPE).write_text(dump_compare_recipe(recipe), encoding="utf-8")
         place = Workplace(folder, progress)
@@ -80,12 +82,15 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _options(recipe: CompareRecipe) -> EvalOptions:
-    settings = {"max_new_tokens": recipe.max_new_tokens, "unsafe_code": recipe.unsafe_code}
-    odd = [name for name in recipe.tasks if name in LOSSES]
-    if odd:
+def _check_tasks(recipe: CompareRecipe) -> None:
+    """Find out before any system is built that a benchmark cannot run.
+
+    Raises:
+        DataError, SandboxError, MissingExtraError: what is missing, and what to do.
+    """
+    if odd := [name for name in recipe.tasks if name in LOSSES]:
         raise DataError(f"tasks: {odd[0]!r} is no benchmark here; list its rows under 'test', and the loss is measured")
-    return EvalOptions(recipe.tasks, data_dir=recipe.data_dir, judge=recipe.judge, task_options=settings)
+    check_tasks(eval_options(recipe, recipe.tasks))
 
 
 def _run_all(place: Workplace, progress: Progress) -> dict[str, str]:
@@ -163,23 +168,13 @@ def collect(place: Workplace, errors: Mapping[str, str]) -> dict[str, Any]:
     systems = {}
     for system in recipe.systems:
         name = str(system.name)
-        facts, loss = measured.get(name, {}), losses.get(name)
-        failed = system.kind != NOT_A_SYSTEM and name not in measured
-        systems[name] = {
-            "label": system.label or name,
-            "kind": system.kind,
-            "status": "failed" if failed else "done",
-            "error": errors.get(name, "not measured yet") if failed else None,
-            "loss": _loss_cells(loss, domains, recipe.seed) if loss else None,
-            "tasks": {
-                task: _task_cell(stratum, facts.get("tasks", {}).get(task), recipe.seed)
-                for task, stratum in scores.get(name, {}).items()
-            },
-            "tokens_per_s": facts.get("tokens_per_s"),
-            "peak_memory_mb": facts.get("peak_memory_mb"),
-            "parameters": _parameters(facts, built.get(name, {})),
-            "seconds": {"build": built.get(name, {}).get("seconds", 0.0), "measure": facts.get("seconds", 0.0)},
+        own = _entry(system, measured.get(name, {}), built.get(name, {}), errors.get(name, "not measured yet"))
+        own["loss"] = _loss_cells(losses[name], domains, recipe.seed) if losses.get(name) else None
+        own["tasks"] = {
+            task: _task_cell(stratum, measured.get(name, {}).get("tasks", {}).get(task), recipe.seed)
+            for task, stratum in scores.get(name, {}).items()
         }
+        systems[name] = own
     against = {"best_specialist": best}
     for kind in ("router", NOT_A_SYSTEM):
         if (other := next((str(s.name) for s in recipe.systems if s.kind == kind), None)) in {**losses, **scores}:
@@ -208,14 +203,27 @@ def collect(place: Workplace, errors: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def _entry(system: SystemRecipe, facts: Mapping[str, Any], built: Mapping[str, Any], error: str) -> dict[str, Any]:
+    """What a system is, whether it was measured, and what it costs."""
+    failed = system.kind != NOT_A_SYSTEM and not facts
+    return {
+        "label": system.label or str(system.name),
+        "kind": system.kind,
+        "status": "failed" if failed else "done",
+        "error": error if failed else None,
+        "tokens_per_s": facts.get("tokens_per_s"),
+        "peak_memory_mb": facts.get("peak_memory_mb"),
+        "parameters": _parameters(facts, built),
+        "seconds": {"build": built.get("seconds", 0.0), "measure": facts.get("seconds", 0.0)},
+    }
+
+
 def _strata(tree: Mapping[str, Any]) -> Columns:
-    return {domain: Stratum(own["totals"], own["weights"]) for domain, own in tree.items()}
+    return {domain: Stratum(**own) for domain, own in tree.items()}
 
 
 def _task_strata(tree: Mapping[str, Any]) -> Columns:
-    return {
-        task: Stratum(own["scores"], dict.fromkeys(own["scores"], 1.0)) for task, own in tree.items() if own["scores"]
-    }
+    return {task: TaskScores(**own).stratum() for task, own in tree.items() if own["scores"]}
 
 
 def _tasks(measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,18 +258,9 @@ def _best_specialists(
 
 
 def _loss_cells(loss: Columns, domains: Sequence[str], seed: int) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for domain in domains:
-        found = estimate([loss[domain]], seed)
-        rows = loss[domain].weights
-        out[domain] = {
-            "nll": found["value"],
-            "ci95": found["ci95"],
-            "tokens": int(sum(rows.values())),
-            "samples": len(rows),
-        }
-    found = estimate([loss[domain] for domain in domains], seed)
-    return out | {"mean": {"nll": found["value"], "ci95": found["ci95"]}}
+    out = {domain: loss_cell([loss[domain]], seed) for domain in domains}
+    mean = loss_cell([loss[domain] for domain in domains], seed)
+    return out | {"mean": {"nll": mean["nll"], "ci95": mean["ci95"]}}
 
 
 def _task_cell(stratum: Stratum, facts: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:
@@ -304,14 +303,8 @@ def _mean_weights(facts: Mapping[str, Any], specialists: Sequence[str]) -> dict[
     """Mean weights over the response tokens of each domain (table 6)."""
     if not facts["sample_weights"] or not facts["loss"]:
         return None
-    out = {}
-    for domain, rows in facts["sample_weights"].items():
-        tokens = list(facts["loss"][domain]["weights"].values())
-        out[domain] = {
-            name: sum(row[k] * n for row, n in zip(rows, tokens, strict=True)) / sum(tokens)
-            for k, name in enumerate(specialists)
-        }
-    return out
+    tokens = {domain: list(own["weights"].values()) for domain, own in facts["loss"].items()}
+    return mean_weights(facts["sample_weights"], tokens, specialists)
 
 
 def _stability(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

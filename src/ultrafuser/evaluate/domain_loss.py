@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,32 @@ def group_losses(
         progress.advance(sum(rows[i].num_tokens for i in batch))
     progress.finish()
     return [loss for loss in out if loss is not None]
+
+
+def by_domain(rows: Sequence[Rendered], weights: Sequence[Sequence[float]]) -> dict[str, list[Sequence[float]]]:
+    """The rows' weights of the specialists, by domain."""
+    out: dict[str, list[Sequence[float]]] = {}
+    for row, own in zip(rows, weights, strict=True):
+        out.setdefault(row.domain, []).append(own)
+    return out
+
+
+def mean_weights(
+    weights: Mapping[str, Sequence[Sequence[float]]], tokens: Mapping[str, Sequence[float]], names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Mean weight of each specialist over the response tokens of each domain (table 6).
+
+    Args:
+        weights: by domain, for each row the mean weight of each of the K specialists.
+        tokens: by domain, the response tokens of each row.
+    """
+    return {
+        domain: {
+            name: sum(row[k] * n for row, n in zip(rows, tokens[domain], strict=True)) / sum(tokens[domain])
+            for k, name in enumerate(names)
+        }
+        for domain, rows in weights.items()
+    }
 
 
 def _row_loss(row: Rendered, nats: float) -> RowLoss:

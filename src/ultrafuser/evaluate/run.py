@@ -14,6 +14,7 @@ from ultrafuser.data.sources import load_rows
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.answers import RememberingLM, Store
 from ultrafuser.evaluate.atomic import write_json
+from ultrafuser.evaluate.domain_loss import mean_weights
 from ultrafuser.evaluate.endpoint_recipe import EndpointRecipe
 from ultrafuser.evaluate.intervals import Stratum, estimate
 from ultrafuser.evaluate.models import Served, name_of, serve
@@ -153,7 +154,8 @@ def measure(
         strata, weights = losses(served, rows, folder / "features", progress)
         out["loss"] = {domain: loss_cell([stratum], options.seed) for domain, stratum in strata.items()}
         if served.model is not None and len(served.model.config.names) > 1:
-            out["gate_weights"] = mean_weights(weights, strata, served.model.config.names)
+            tokens = {domain: list(stratum.weights.values()) for domain, stratum in strata.items()}
+            out["gate_weights"] = mean_weights(weights, tokens, served.model.config.names)
     store = Store(folder / "answers.sqlite", served.fingerprint)
     try:
         out["tasks"] = {}
@@ -263,20 +265,6 @@ def task_cell(name: str, scores: TaskScores, seed: int) -> dict[str, Any]:
         | ({"counts": scores.counts} if scores.counts else {})
         | ({"details": scores.details} if scores.details else {})
     )
-
-
-def mean_weights(
-    weights: Mapping[str, Sequence[Sequence[float]]], strata: Mapping[str, Stratum], names: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """Mean gate weight of each specialist over the response tokens of each domain (table 6)."""
-    out = {}
-    for domain, rows in weights.items():
-        tokens = list(strata[domain].weights.values())
-        out[domain] = {
-            name: sum(row[k] * n for row, n in zip(rows, tokens, strict=True)) / sum(tokens)
-            for k, name in enumerate(names)
-        }
-    return out
 
 
 def columns_of(results: Mapping[str, Any]) -> list[tuple[str, str]]:

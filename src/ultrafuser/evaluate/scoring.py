@@ -13,7 +13,7 @@ from lm_eval.api.model import LM
 
 from ultrafuser.data.schema import Row
 from ultrafuser.errors import DataError
-from ultrafuser.evaluate.domain_loss import RowLoss, fused_losses
+from ultrafuser.evaluate.domain_loss import RowLoss, by_domain, fused_losses
 from ultrafuser.evaluate.intervals import Stratum
 from ultrafuser.evaluate.models import Served
 from ultrafuser.evaluate.tasks import TASKS
@@ -131,7 +131,7 @@ def _scores(name: str, task: Any, samples: Sequence[dict[str, Any]]) -> TaskScor
 
 def losses(
     served: Served, rows: Sequence[Row], folder: Path, progress: Progress | None = None
-) -> tuple[dict[str, Stratum], dict[str, list[list[float]]]]:
+) -> tuple[dict[str, Stratum], dict[str, list[Sequence[float]]]]:
     """Nats of each row under a model, by domain, and each row's mean weight of every specialist.
 
     Args:
@@ -150,10 +150,7 @@ def losses(
         (progress or Progress()).say(f"rows longer than the context of {served.renderer.max_length} tokens: {stats}")
     store = FeatureStore.build(served.model, rendered, folder, progress=progress)
     found, weights = fused_losses(served.model, store)
-    by_domain: dict[str, list[list[float]]] = {}
-    for row, own in zip(rendered, weights, strict=True):
-        by_domain.setdefault(row.domain, []).append(own)
-    return by_stratum(rendered, found), by_domain
+    return by_stratum(rendered, found), by_domain(rendered, weights)
 
 
 def by_stratum(rows: Sequence[Rendered], found: Sequence[RowLoss]) -> dict[str, Stratum]:

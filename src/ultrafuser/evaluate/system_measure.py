@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -23,16 +22,16 @@ from ultrafuser.evaluate.answers import RememberingLM
 from ultrafuser.evaluate.atomic import write_json
 from ultrafuser.evaluate.best_of import BestOfLM
 from ultrafuser.evaluate.compare_recipe import SystemRecipe
-from ultrafuser.evaluate.domain_loss import RowLoss, fused_losses, group_losses
+from ultrafuser.evaluate.domain_loss import RowLoss, by_domain, fused_losses, group_losses
 from ultrafuser.evaluate.models import Served, serve
-from ultrafuser.evaluate.parameters import count_parameters
+from ultrafuser.evaluate.parameters import count_parameters, peak_rss_mb
 from ultrafuser.evaluate.routed_lm import RoutedLM
 from ultrafuser.evaluate.router import Router, route_by, router_losses
-from ultrafuser.evaluate.run import EvalOptions, all_tasks
+from ultrafuser.evaluate.run import all_tasks
 from ultrafuser.evaluate.scoring import TaskScores, by_stratum
 from ultrafuser.evaluate.system_process import run_step
 from ultrafuser.evaluate.tasks import TASKS
-from ultrafuser.evaluate.workplace import MEASURED, Workplace
+from ultrafuser.evaluate.workplace import MEASURED, Workplace, eval_options
 from ultrafuser.inspect.run import trace_rows
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
@@ -42,8 +41,6 @@ from ultrafuser.specialists import pick_device
 from ultrafuser.templates import Rendered
 from ultrafuser.train.features import FeatureStore
 from ultrafuser.train.stages import load_source, read_metrics
-
-_RSS_UNITS_PER_MB = 1024 if sys.platform != "darwin" else 1024 * 1024
 
 
 @dataclass
@@ -92,7 +89,7 @@ def measure(place: Workplace, name: str) -> dict[str, Any]:
 def _peak_memory_mb() -> int:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_UNITS_PER_MB)
+    return peak_rss_mb()
 
 
 def _losses(opened: Opened) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -102,19 +99,13 @@ def _losses(opened: Opened) -> tuple[dict[str, Any] | None, dict[str, Any] | Non
     rows = opened.rows()
     found, weights = opened.read(rows)
     losses = {domain: asdict(stratum) for domain, stratum in by_stratum(rows, found).items()}
-    by_domain: dict[str, list[list[float]]] = {}
-    for row, own in zip(rows, weights or [], strict=False):
-        by_domain.setdefault(row.domain, []).append(own)
-    return losses, by_domain or None
+    return losses, by_domain(rows, weights) if weights is not None else None
 
 
 def _tasks(place: Workplace, name: str, opened: Opened) -> dict[str, TaskScores]:
     recipe = place.recipe
     names = [task for task in recipe.tasks if opened.read is not None or not _weighs(task)]
-    options = EvalOptions(
-        names=names, data_dir=recipe.data_dir, limit=recipe.limit, seed=recipe.seed, judge=recipe.judge,
-        task_options={"max_new_tokens": recipe.max_new_tokens, "unsafe_code": recipe.unsafe_code},
-    )  # fmt: skip
+    options = eval_options(recipe, names)
     store = place.answers(opened.fingerprint)
     try:
         return all_tasks(Served(name, opened.lm, opened.fingerprint), options, store, place.progress)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from ultrafuser.evaluate.answers import Store
 from ultrafuser.evaluate.compare_recipe import CompareRecipe, SystemRecipe, load_compare_recipe
 from ultrafuser.evaluate.models import Served, as_served
 from ultrafuser.evaluate.plain_checkpoints import PlainCheckpoints, write_plain_checkpoints
-from ultrafuser.evaluate.run import JUDGED
+from ultrafuser.evaluate.run import JUDGED, EvalOptions
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import PACKAGE, package_path, sha256
@@ -204,6 +206,14 @@ class Member(SpecialistGroup):
             return self.group(input_ids, attention_mask, cache)
 
 
+def eval_options(recipe: CompareRecipe, names: Sequence[str]) -> EvalOptions:
+    """A comparison's settings of the benchmarks `names`."""
+    settings = {"max_new_tokens": recipe.max_new_tokens, "unsafe_code": recipe.unsafe_code}
+    return EvalOptions(
+        names, data_dir=recipe.data_dir, limit=recipe.limit, seed=recipe.seed, judge=recipe.judge, task_options=settings
+    )
+
+
 def only_model(served: Served) -> Any:
     """The one model in it, as transformers knows it.
 
@@ -225,11 +235,14 @@ def _stamp(reference: str) -> list[Any]:
             return []
     except (OSError, CheckpointError):  # Jinja text is no path; what is missing is reported where it is read
         return []
+    stats = [file.stat() for file in files]
     return [
-        [
-            file.name,
-            file.stat().st_size,
-            sha256(file) if file.stat().st_size < _HASH_LIMIT_BYTES else file.stat().st_mtime_ns,
-        ]
-        for file in files
+        [file.name, at.st_size, _content(file, at.st_size, at.st_mtime_ns)]
+        for file, at in zip(files, stats, strict=True)
     ]
+
+
+@functools.cache
+def _content(file: Path, size_bytes: int, time_ns: int) -> str | int:
+    """A file's checksum, computed once while it stays as it is; a large file's time instead."""
+    return sha256(file) if size_bytes < _HASH_LIMIT_BYTES else time_ns
