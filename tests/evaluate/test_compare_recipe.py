@@ -8,6 +8,7 @@ import pytest
 
 from ultrafuser.errors import RecipeError
 from ultrafuser.evaluate.compare_recipe import dump_compare_recipe, load_compare_recipe
+from ultrafuser.evaluate.workplace import Workplace
 
 ROOT = Path(__file__).parents[2]
 ZOO = {"recipe": "package:ultrafuser/zoo/demo.yaml", "test": ["rows.jsonl"]}
@@ -39,6 +40,19 @@ def test_a_line_varies_the_training_recipe():
     assert training.stages[0].lr == 0.5
     assert training.balanced is False
     assert recipe.training().balanced is True
+
+
+def test_benchmarks_of_some_systems_only_leave_the_measurements_of_the_others(tmp_path):
+    def keys(systems, **fields):
+        (tmp_path / "compare.yaml").write_text(dump_compare_recipe(load(systems, **fields)))
+        return [Workplace(tmp_path).key(name, "measure") for name in ("base", "fused")]
+
+    quiet = [{"kind": "base", "tasks": []}, "fused"]
+    assert [load(quiet, tasks=["gsm8k", "mbpp"]).tasks_of(s) for s in load(quiet).systems] == [[], ["gsm8k", "mbpp"]]
+    before, with_tasks = keys(["base", "fused"]), keys(quiet, tasks=["gsm8k"])
+    assert (with_tasks[0] == before[0], with_tasks[1] == before[1]) == (True, False)
+    shorter = keys(quiet, tasks=["gsm8k"], limit=3)
+    assert (shorter[0] == before[0], shorter[1] == with_tasks[1]) == (True, False)
 
 
 def test_what_is_dumped_is_read_back(tmp_path):
@@ -94,6 +108,11 @@ def test_what_is_dumped_is_read_back(tmp_path):
         ),
         (["base"], {"recipe": "nowhere.yaml"}, "nowhere.yaml: no such file"),
         ([{"kind": "merge", "density": 2}], {}, "density"),
+        (
+            [{"kind": "base", "tasks": ["mbpp"]}],
+            {"tasks": ["gsm8k"]},
+            "system 'base' runs 'mbpp', which is not among the comparison's tasks",
+        ),
     ],
 )
 def test_bad_lines_are_named(systems, fields, problem):

@@ -74,10 +74,13 @@ class SystemRecipe(Node):
         description="`fused`: start from the result of this system, e.g. the joint stage after the gate's.",
     )
     set: list[str] = Field(default=[], description="Overrides of the training recipe, such as `balanced=false`.")
+    tasks: list[str] | None = Field(
+        default=None, description="Which of the comparison's benchmarks it runs; null: all of them."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> SystemRecipe:
-        allowed = {"kind", "name", "label", *_FIELDS.get(self.kind, ())}
+        allowed = {"kind", "name", "label", "tasks", *_FIELDS.get(self.kind, ())}
         if odd := sorted(self.model_fields_set - allowed):
             raise ValueError(f"kind {self.kind!r} has no {odd[0]!r}; it takes {', '.join(sorted(allowed - {'kind'}))}")
         if self.kind == "specialist" and self.specialist is None and {"name", "label"} & self.model_fields_set:
@@ -143,9 +146,16 @@ class CompareRecipe(Node):
             raise ValueError("'systems' is empty, expected at least one")
         if not self.test and not self.tasks:
             raise ValueError("nothing to measure; list rows under 'test', or benchmarks under 'tasks'")
+        for system in self.systems:
+            if odd := [task for task in system.tasks or [] if task not in self.tasks]:
+                raise ValueError(f"system {system.own_name!r} runs {odd[0]!r}, which is not among the comparison's tasks")
         if any(system.by == "judge" for system in self.systems) and self.judge is None:
             raise ValueError("a 'best_of' system chooses by judge, but there is no 'judge'; name an endpoint")
         return self
+
+    def tasks_of(self, system: SystemRecipe) -> list[str]:
+        """The benchmarks that a system runs, in the order of the comparison."""
+        return [task for task in self.tasks if system.tasks is None or task in system.tasks]
 
     def training(self, system: SystemRecipe | None = None, extra: Sequence[str] = ()) -> Recipe:
         """The training recipe, with the overrides of all systems, of one, and further ones.

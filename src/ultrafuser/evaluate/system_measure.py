@@ -104,7 +104,7 @@ def _losses(opened: Opened) -> tuple[dict[str, Any] | None, dict[str, Any] | Non
 
 def _tasks(place: Workplace, name: str, opened: Opened) -> dict[str, TaskScores]:
     recipe = place.recipe
-    names = [task for task in recipe.tasks if opened.read is not None or not _weighs(task)]
+    names = [task for task in recipe.tasks_of(place.system(name)) if opened.read is not None or not _weighs(task)]
     options = eval_options(recipe, names)
     store = place.answers(opened.fingerprint)
     try:

@@ -45,6 +45,7 @@ _USED = {
 }
 # what a measurement depends on besides
 _MEASURED_BY = {"test", "tasks", "decode", "batch_size", "seed", "device"}
+_TASKS_BY = {"data_dir", "limit", "max_new_tokens", "unsafe_code"}
 _JUDGED_BY = {"model", "base_url", "temperature", "max_tokens", "extra_body"}
 _HASH_LIMIT_BYTES = 64 << 20  # larger files are told apart by size and time
 
@@ -81,25 +82,21 @@ class Workplace:
         used = _USED.get(system.kind, _SPECIALISTS)
         if system.kind == "static" and system.weights == "uniform":
             used = {*_SPECIALISTS, "mixing"}
-        parts: list[Any] = [system.model_dump(exclude={"label", "set"}), training.model_dump(include=used, mode="json")]
+        parts: list[Any] = [system.model_dump(exclude={"label", "set", "tasks"}), training.model_dump(include=used, mode="json")]
         paths = [p for one in training.specialists for p in (one.model, one.adapter, one.chat_template)]
         if "data" in used:
             paths += [source.path for source in (*training.data.train, *training.data.validation)]
         if system.after:
             parts.append(self.key(system.after, "build"))
         if step == "measure":
-            fields = set(_MEASURED_BY) | (
-                {"data_dir", "limit", "max_new_tokens", "unsafe_code"} if self.recipe.tasks else set()
-            )
-            parts.append(self.recipe.model_dump(include=fields, mode="json"))
-            if self.recipe.judge is not None and (system.by == "judge" or set(self.recipe.tasks) & set(JUDGED)):
+            tasks = self.recipe.tasks_of(system)
+            fields = _MEASURED_BY | (_TASKS_BY if tasks else set())
+            parts.append(self.recipe.model_dump(include=fields, mode="json") | {"tasks": tasks})
+            if self.recipe.judge is not None and (system.by == "judge" or set(tasks) & set(JUDGED)):
                 parts.append(self.recipe.judge.model_dump(include=_JUDGED_BY))
             paths += [source.path for source in self.recipe.test]
-            paths += (
-                [str(file) for file in sorted(Path(self.recipe.data_dir).glob("*.json*"))]
-                if self.recipe.data_dir
-                else []
-            )
+            if tasks and self.recipe.data_dir:
+                paths += [str(file) for file in sorted(Path(self.recipe.data_dir).glob("*.json*"))]
         parts.append([_stamp(path) for path in paths if path])
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
