@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 KINDS = {str: "text", int: "whole number", float: "number", Path: "path", bool: "flag"}
 HEAD = """# Command line
 
-<!-- written by scripts/cli_docs.py; edit src/ultrafuser/cli.py instead -->
+<!-- written by scripts/cli_docs.py; edit src/ultrafuser/cli*.py instead -->
 
 | Command | What it does |
 |---|---|
@@ -48,15 +48,26 @@ class Parameter:
 
 
 def commands() -> dict[str, Callable[..., Any]]:
-    """The functions behind the commands, by name, in the order of the command line."""
-    found = [(info.name, info.callback) for info in app.registered_commands]
-    return {name or callback.__name__: callback for name, callback in found if callback is not None}
+    """The functions behind the commands, by name (`data stats` for one of a group), in the order of the command line."""
+    found = {name: callback for name, callback in _registered(app)}
+    for group in app.registered_groups:
+        found |= {f"{group.name} {name}": callback for name, callback in _registered(group.typer_instance)}
+    return found
+
+
+def _registered(part: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
+    for info in part.registered_commands:
+        if info.callback is not None:
+            yield info.name or info.callback.__name__, info.callback
 
 
 def parameters(command: str) -> Iterator[Parameter]:
     """A command's arguments and options: names as typer made them, the rest from the function's signature."""
     callback = commands()[command]
-    options = {parameter.name: tuple(parameter.opts) for parameter in get_command(app).commands[command].params}
+    node: Any = get_command(app)
+    for word in command.split():
+        node = node.commands[word]
+    options = {parameter.name: tuple(parameter.opts) for parameter in node.params}
     hints = get_type_hints(callback, include_extras=True)
     for name, parameter in inspect.signature(callback).parameters.items():
         hint = hints[name]  # Python 3.10 wraps it in Optional where the default is None
@@ -122,7 +133,7 @@ def _cell(text: str) -> str:
 
 def render() -> str:
     summary = "\n".join(
-        f"| [`{name}`](#{name}) | {(inspect.getdoc(callback) or '').splitlines()[0]} |"
+        f"| [`{name}`](#{name.replace(' ', '-')}) | {(inspect.getdoc(callback) or '').splitlines()[0]} |"
         for name, callback in commands().items()
     )
     sections = [section(name, callback) for name, callback in commands().items()]

@@ -9,9 +9,14 @@ from pathlib import Path
 from ultrafuser import typed_yaml
 from ultrafuser.evaluate.compare_recipe import CompareRecipe
 from ultrafuser.recipe import Recipe
+from ultrafuser.synth.recipe import SynthRecipe
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES: dict[Path, type[typed_yaml.Node]] = {DOCS / "recipes.md": Recipe, DOCS / "comparing.md": CompareRecipe}
+PAGES: dict[Path, type[typed_yaml.Node]] = {
+    DOCS / "recipes.md": Recipe,
+    DOCS / "comparing.md": CompareRecipe,
+    DOCS / "synthesis.md": SynthRecipe,
+}
 START, END = "<!-- fields:start -->", "<!-- fields:end -->"
 
 

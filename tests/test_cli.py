@@ -95,13 +95,15 @@ def test_help_names_every_option(run, command):
 
 def test_the_overview_names_every_command(run):
     text = run("--help").out
-    assert set(COMMANDS) == {"fuse", "train", "demo", "generate", "chat", "inspect", "info", "eval", "compare"}
+    assert set(COMMANDS) == {
+        "fuse", "train", "demo", "generate", "chat", "inspect", "info", "eval", "compare", "data", "synth",
+    }  # fmt: skip
     assert all(command in text for command in COMMANDS)
 
 
 def test_results_that_are_printed_can_be_had_as_json():
     for name, command in COMMANDS.items():
-        if name != "chat":
+        if name not in ("chat", "data", "synth"):  # groups are looked at by tests of their own
             assert any("--json" in parameter.opts for parameter in command.params), name
 
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,16 +122,19 @@ def command_options() -> dict[str, set[str]]:
     """The options of every command; those that stand before a command under ""."""
     cli_docs = script("cli_docs")
     found = {c: {name for one in cli_docs.parameters(c) for name in one.names} for c in cli_docs.commands()}
-    return {command: options | {"--help", "-h"} for command, options in found.items()} | {"": GLOBAL_OPTIONS}
+    options = {command: options | {"--help", "-h"} for command, options in found.items()} | {"": GLOBAL_OPTIONS}
+    groups = {command.split()[0] for command in found if " " in command}
+    return options | {group: options.get(f"{group} run", set()) | {"--help", "-h"} for group in groups}
 
 
-def calls(line: str) -> Iterator[tuple[str, list[str]]]:
+def calls(line: str, known: Container[str]) -> Iterator[tuple[str, list[str]]]:
     """(command, options) of each `ultrafuser ...` in a line of code; the command is "" where none is given."""
     if line.startswith(("import ", "from ", "pip ")):
         return
     plain = re.sub(r"\"[^\"]*\"|'[^']*'| #.*", "", line)
-    for match in re.finditer(r"(?:^|[\s/])ultrafuser(?: ([a-z]+))?((?: [^|;&]*)?)", plain):
-        yield match[1] or "", re.findall(r" (--?[a-z][a-z-]*)", match[2])
+    for match in re.finditer(r"(?:^|[\s/])ultrafuser(?: ([a-z]+)(?: ([a-z]+)(?=\s|$))?)?((?: [^|;&]*)?)", plain):
+        of_group = f"{match[1]} {match[2]}"
+        yield of_group if of_group in known else match[1] or "", re.findall(r" (--?[a-z][a-z-]*)", match[3])
 
 
 def test_the_pages_commands_and_options_exist():
@@ -141,7 +144,7 @@ def test_the_pages_commands_and_options_exist():
         for line in code(page):
             if (alone := re.match(r"--[a-z-]+", line)) and alone[0] not in everywhere:
                 unknown.append(f"{page.name}: {line}")
-            for command, given in calls(line):
+            for command, given in calls(line, options):
                 seen.add(command)
                 wrong = [one for one in given if one not in options.get(command, ())]
                 if command not in options or wrong:
@@ -197,7 +200,7 @@ def test_the_data_page_lists_the_layouts_in_order():
 def test_the_command_page_is_what_help_says(capsys, monkeypatch):
     """Every option of the page is in --help and the other way round."""
     for command in script("cli_docs").commands():
-        monkeypatch.setattr(sys, "argv", ["ultrafuser", command, "--help"])
+        monkeypatch.setattr(sys, "argv", ["ultrafuser", *command.split(), "--help"])
         monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit):
             command_line()

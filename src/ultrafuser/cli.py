@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ultrafuser import __version__
+from ultrafuser.cli_data import data_app
 from ultrafuser.cli_evaluate import compare_command, eval_command
 from ultrafuser.cli_options import (
     DTYPES,
@@ -30,6 +31,7 @@ from ultrafuser.cli_options import (
     quiet,
     say,
 )
+from ultrafuser.cli_synth import synth_app
 from ultrafuser.errors import DataError, RecipeError, UltraFuserError
 
 app = typer.Typer(
@@ -390,6 +392,8 @@ def info(
 
 app.command(name="eval")(eval_command)
 app.command(name="compare")(compare_command)
+app.add_typer(data_app, name="data")
+app.add_typer(synth_app, name="synth")
 
 
 # ---------------------------------------------------------------- shared by the commands

@@ -7,6 +7,7 @@ UltraFuserError            anything below; a ValueError, so that `except ValueEr
 ├── CheckpointError        weights or manifests that are missing, changed or half written
 ├── TrainingError          a run that cannot start, go on or be resumed
 ├── SandboxError           generated code that was to run where there is no sandbox
+├── BudgetExceeded         money that would not last for the next call
 ├── EndpointError          an OpenAI-compatible endpoint that cannot be used
 │   └── RequestError       one request that it did not serve
 │       └── ContextOverflowError  longer than the model's context
@@ -16,6 +17,7 @@ UltraFuserError            anything below; a ValueError, so that `except ValueEr
 from ultrafuser.model.errors import CheckpointError, UltraFuserError
 
 __all__ = [
+    "BudgetExceeded",
     "CheckpointError",
     "ContextOverflowError",
     "DataError",
@@ -48,6 +50,10 @@ class TrainingError(UltraFuserError):
 
 class SandboxError(UltraFuserError):
     """Generated code that was to run where there is no sandbox."""
+
+
+class BudgetExceeded(UltraFuserError):
+    """Money that would not last for the next call; what was answered is kept."""
 
 
 class EndpointError(UltraFuserError):

@@ -211,3 +211,17 @@ def test_a_hub_data_set_that_is_not_there(monkeypatch):
         "owner/name",
         r"owner/name: no such local file, and the hub data set could not be loaded \(split 'train'\): Could",
     )
+
+
+def test_long_cells_of_csv(tmp_path):
+    long = "word " * 60_000
+    (tmp_path / "rows.csv").write_text(f'prompt,response\n"{long}",A\n')
+    assert load_rows(str(tmp_path / "rows.csv"), domain="text")[0].messages[0][1] == long.strip()
+
+
+def test_csv_that_cannot_be_read(tmp_path, monkeypatch):
+    from ultrafuser.data import sources
+
+    monkeypatch.setattr(sources, "_LONGEST_FIELD", 10)
+    (tmp_path / "rows.csv").write_text('prompt,response\n"a long question",A\n')
+    refuses(tmp_path / "rows.csv", r"rows\.csv: not readable CSV: field larger than field limit \(10\)")

@@ -14,6 +14,7 @@ from ultrafuser.errors import CheckpointError, DataError
 from ultrafuser.model.references import package_path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_LONGEST_FIELD = 1 << 26  # bytes of one cell of a CSV file
 
 
 def load_rows(
@@ -55,31 +56,41 @@ def read_records(
     path: str, split: str = "train", revision: str | None = None, config: str | None = None
 ) -> Iterator[tuple[Any, str]]:
     """Raw records of any layout, each with the place it comes from; arguments and errors as in `load_rows`."""
-    if path.startswith("package:"):
-        try:
-            path = str(package_path(path))
-        except CheckpointError as error:
-            raise DataError(str(error)) from error
-    files = _files(path)
+    files = local_files(path)
     if files:
         for file in files:
-            yield from _read_file(file)
+            yield from read_file(file)
     elif path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith(SUFFIXES):
         yield from _read_hub(path, split, revision, config)
     else:
         raise DataError(f"{path}: no such file; expected {', '.join(SUFFIXES)}, a folder of them, a glob, or a hub id")
 
 
-def _files(path: str) -> list[Path]:
+def local_files(path: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files behind a path: one file, those of a folder with these suffixes, a glob, or `package:MODULE/FILE`.
+
+    Raises:
+        DataError: a package that is not installed, or has no such file.
+    """
+    if path.startswith("package:"):
+        try:
+            path = str(package_path(path))
+        except CheckpointError as error:
+            raise DataError(str(error)) from error
     local = Path(path).expanduser()
     if local.is_dir():
-        return sorted(file for file in local.iterdir() if file.suffix in SUFFIXES)
+        return sorted(file for file in local.iterdir() if file.suffix in suffixes)
     if local.is_file():
         return [local]
     return [Path(found) for found in sorted(glob.glob(str(local), recursive=True))] if glob.has_magic(path) else []
 
 
-def _read_file(file: Path) -> Iterator[tuple[Any, str]]:
+def read_file(file: Path) -> Iterator[tuple[Any, str]]:
+    """Raw records of one file, each with the place it comes from.
+
+    Raises:
+        DataError: an unknown kind of file, or one that cannot be read.
+    """
     if file.suffix not in SUFFIXES:
         raise DataError(f"{file}: unknown kind of file {file.suffix!r}; expected one of {', '.join(SUFFIXES)}")
     try:
@@ -89,13 +100,14 @@ def _read_file(file: Path) -> Iterator[tuple[Any, str]]:
                     where = f"{file}:{number}"
                     if not line.strip():
                         raise DataError(f"{where}: empty line; expected one JSON object")
-                    yield _parse_json(line, where), where
+                    yield parse_json(line, where), where
         elif file.suffix == ".json":
-            records = _parse_json(file.read_text(encoding="utf-8-sig"), str(file))
+            records = parse_json(file.read_text(encoding="utf-8-sig"), str(file))
             if not isinstance(records, list):
                 raise DataError(f"{file}: expected a JSON list of rows, got {type(records).__name__}")
             yield from ((record, f"{file}[{number}]") for number, record in enumerate(records))
         elif file.suffix == ".csv":
+            csv.field_size_limit(_LONGEST_FIELD)  # the default, 128 KiB, is less than a long conversation
             with file.open(encoding="utf-8-sig", newline="") as lines:
                 reader = csv.DictReader(lines)
                 for record in reader:
@@ -104,9 +116,16 @@ def _read_file(file: Path) -> Iterator[tuple[Any, str]]:
             yield from _read_parquet(file)
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 at byte {error.start}; convert the file") from error
+    except csv.Error as error:
+        raise DataError(f"{file}: not readable CSV: {error}") from error
 
 
-def _parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """JSON text as a value.
+
+    Raises:
+        DataError: not JSON; names the place.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -148,7 +148,9 @@ class CompareRecipe(Node):
             raise ValueError("nothing to measure; list rows under 'test', or benchmarks under 'tasks'")
         for system in self.systems:
             if odd := [task for task in system.tasks or [] if task not in self.tasks]:
-                raise ValueError(f"system {system.own_name!r} runs {odd[0]!r}, which is not among the comparison's tasks")
+                raise ValueError(
+                    f"system {system.own_name!r} runs {odd[0]!r}, which is not among the comparison's tasks"
+                )
         if any(system.by == "judge" for system in self.systems) and self.judge is None:
             raise ValueError("a 'best_of' system chooses by judge, but there is no 'judge'; name an endpoint")
         return self

@@ -82,7 +82,10 @@ class Workplace:
         used = _USED.get(system.kind, _SPECIALISTS)
         if system.kind == "static" and system.weights == "uniform":
             used = {*_SPECIALISTS, "mixing"}
-        parts: list[Any] = [system.model_dump(exclude={"label", "set", "tasks"}), training.model_dump(include=used, mode="json")]
+        parts: list[Any] = [
+            system.model_dump(exclude={"label", "set", "tasks"}),
+            training.model_dump(include=used, mode="json"),
+        ]
         paths = [p for one in training.specialists for p in (one.model, one.adapter, one.chat_template)]
         if "data" in used:
             paths += [source.path for source in (*training.data.train, *training.data.validation)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Sequence
 from html import escape
@@ -131,22 +133,34 @@ def code_like(trace: TokenTrace) -> bool:
     return trace.domain == "code" or _CODE_LIKE.search(trace.text) is not None
 
 
-def page(title: str, sections: Sequence[tuple[str, str]], *, lead: str = "", footer: str = "", style: str = "") -> str:
+def page(
+    title: str,
+    sections: Sequence[tuple[str, str]],
+    *,
+    lead: str = "",
+    footer: str = "",
+    style: str = "",
+    script: str = "",
+) -> str:
     """A self-contained HTML page: nothing loaded from elsewhere, light and dark, readable on a phone.
 
     sections: pairs of a heading and its content, which is HTML and taken as it is; all else is plain text.
     style: CSS that only this page needs.
+    script: JavaScript of this page, run at its end; by its hash the browser runs this text and no other.
     """
     links = "".join(f'<a href="#s{n}">{escape(heading)}</a>' for n, (heading, _) in enumerate(sections) if heading)
     body = "\n".join(
         f'<section id="s{n}">\n' + (f"<h2>{escape(heading)}</h2>\n" if heading else "") + f"{content}\n</section>"
         for n, (heading, content) in enumerate(sections)
     )
+    policy = _POLICY
+    if script:
+        policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
 <link rel="icon" href="data:,">
@@ -160,6 +174,7 @@ def page(title: str, sections: Sequence[tuple[str, str]], *, lead: str = "", foo
 {body}
 {f"<footer>{escape(footer)}</footer>" if footer else ""}
 </main>
+{f"<script>{script}</script>" if script else ""}
 </body>
 </html>
 """

@@ -1,0 +1,219 @@
+"""Write rows in any known layout to JSONL, JSON, CSV and Parquet files, which are whole or not there."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ultrafuser.data.schema import _PAIR_LAYOUTS, Row
+from ultrafuser.data.sources import SUFFIXES
+from ultrafuser.errors import DataError
+
+# A pair layout is named by its columns, as in the errors of `parse_row`.
+PAIRS = {"/".join(filter(None, layout)): layout for layout in _PAIR_LAYOUTS}
+LAYOUTS = ("messages", "conversations", *PAIRS)
+_CSV_LAYOUT = "instruction/input/output"
+_SHAREGPT_NAMES = {"system": "system", "user": "human", "assistant": "gpt"}
+_ROWS_PER_GROUP = 2000  # rows of a Parquet row group
+
+Write = Callable[[Mapping[str, Any]], None]
+
+
+@contextmanager
+def whole_file(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary file beside `target` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        DataError: there is such a file already and `force` is not given, or it cannot be written.
+    """
+    target = target.expanduser().absolute()
+    check_target(target, force=force)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    try:
+        yield draft
+        os.replace(draft, target)
+    except OSError as error:
+        if error.filename is not None and str(error.filename) not in (str(draft), str(target)):
+            raise  # about some other file, which was being read
+        raise _unwritable(target, error) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _unwritable(target: Path, error: OSError) -> DataError:
+    why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    return DataError(
+        f"{target}: could not be written: {why}; nothing was changed, free some space or choose another place"
+    )
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Refuse early what long work could not write in the end.
+
+    Raises:
+        DataError: a file that is there already without `force`, or a folder in its place.
+    """
+    if target.is_dir():
+        raise DataError(f"{target}: is a folder; expected the name of a file to write")
+    if target.exists() and not force:
+        raise DataError(f"{target}: is there already; replace it with --force, or choose another output")
+
+
+def write_json(value: Any, target: Path, *, force: bool = False) -> None:
+    """Any value as indented JSON.
+
+    Raises:
+        DataError: as `whole_file`.
+    """
+    with whole_file(target, force=force) as draft:
+        draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def row_writer(target: Path, layout: str | None = None, *, force: bool = False) -> Iterator[Callable[[Row], None]]:
+    """A function that writes a row to `target`, which appears when the block ends well.
+
+    Args:
+        target: its suffix says the kind of file.
+        layout: one of LAYOUTS; None: `messages`, in CSV `instruction/input/output`.
+
+    Raises:
+        DataError: an unknown suffix or layout, a layout that the kind of file or a row does not fit, or a file that is
+            there already without `force`.
+    """
+    layout = check_layout(target, layout)
+    with whole_file(target, force=force) as draft, _OPENERS[target.suffix](draft, layout) as write:
+
+        def put(row: Row) -> None:
+            try:
+                write(record_of(row, layout))
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"row {row.id!r}: holds half a character ({error.reason}); mend or drop the row"
+                ) from error
+
+        yield put
+
+
+def check_layout(target: Path, layout: str | None) -> str:
+    """The layout to use for a file.
+
+    Raises:
+        DataError: an unknown suffix or layout, or conversations in CSV.
+    """
+    if target.suffix not in SUFFIXES:
+        raise DataError(f"{target}: unknown kind of file {target.suffix!r}; expected one of {', '.join(SUFFIXES)}")
+    layout = layout or (_CSV_LAYOUT if target.suffix == ".csv" else "messages")
+    if layout not in LAYOUTS:
+        raise DataError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    if target.suffix == ".csv" and layout not in PAIRS:
+        raise DataError(f"{target}: the layout {layout!r} has lists, which CSV cannot hold; use {_CSV_LAYOUT} or JSONL")
+    return layout
+
+
+def record_of(row: Row, layout: str) -> dict[str, Any]:
+    """A row as one record of a layout, which `parse_row` reads back exactly.
+
+    Raises:
+        DataError: a conversation of several turns, or with a system message, in a layout of one question and answer.
+    """
+    record = row.to_dict()
+    if layout == "messages":
+        return record
+    del record["messages"]
+    if layout == "conversations":
+        turns = [{"from": _SHAREGPT_NAMES[role], "value": content} for role, content in row.messages]
+        return record | {"conversations": turns}
+    asked, extra, answered = PAIRS[layout]
+    if [role for role, _ in row.messages] != ["user", "assistant"]:
+        roles = ", ".join(role for role, _ in row.messages)
+        raise DataError(
+            f"row {row.id!r}: messages of {roles} do not fit the layout {layout!r}, one question and one answer; use "
+            "messages or conversations"
+        )
+    (_, question), (_, answer) = row.messages
+    return record | {asked: question} | ({extra: ""} if extra else {}) | {answered: answer}
+
+
+def _columns(layout: str) -> list[str]:
+    """Every column that a record of the layout may have, in order."""
+    own = [name for name in PAIRS[layout] if name] if layout in PAIRS else [layout]
+    return ["id", "domain", *own, "source", "licence", "topic", "subtopic", "tests", "check"]
+
+
+# ---------------------------------------------------------------- kinds of files
+
+
+@contextmanager
+def _jsonl(draft: Path, layout: str) -> Iterator[Write]:
+    with draft.open("w", encoding="utf-8") as stream:
+
+        def write(record: Mapping[str, Any]) -> None:
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+        yield write
+
+
+@contextmanager
+def _json(draft: Path, layout: str) -> Iterator[Write]:
+    with draft.open("w", encoding="utf-8") as stream:
+        before = "[\n"
+
+        def write(record: Mapping[str, Any]) -> None:
+            nonlocal before
+            stream.write(before + json.dumps(record, ensure_ascii=False))
+            before = ",\n"
+
+        yield write
+        stream.write("[]\n" if before == "[\n" else "\n]\n")
+
+
+@contextmanager
+def _csv(draft: Path, layout: str) -> Iterator[Write]:
+    with draft.open("w", encoding="utf-8", newline="") as stream:
+        table = csv.DictWriter(stream, _columns(layout), restval="")
+        table.writeheader()
+        yield table.writerow
+
+
+@contextmanager
+def _parquet(draft: Path, layout: str) -> Iterator[Write]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    turns = {"messages": ("role", "content"), "conversations": ("from", "value")}
+
+    def kind(column: str) -> Any:
+        if column not in turns:
+            return pa.string()
+        return pa.list_(pa.struct([(name, pa.string()) for name in turns[column]]))
+
+    schema = pa.schema([(column, kind(column)) for column in _columns(layout)])
+    waiting: list[Mapping[str, Any]] = []
+    with pq.ParquetWriter(draft, schema) as file:
+
+        def flush() -> None:
+            file.write_table(pa.Table.from_pylist(waiting, schema=schema))
+            waiting.clear()
+
+        def write(record: Mapping[str, Any]) -> None:
+            waiting.append(record)
+            if len(waiting) == _ROWS_PER_GROUP:
+                flush()
+
+        yield write
+        flush()
+
+
+_OPENERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

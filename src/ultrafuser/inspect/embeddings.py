@@ -1,0 +1,118 @@
+"""Texts as vectors: the mean last hidden state of a causal model, fused or not, or of a sentence embedding model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ultrafuser.errors import CheckpointError
+from ultrafuser.model.references import PACKAGE
+from ultrafuser.progress import Progress
+from ultrafuser.recipe import load_recipe
+from ultrafuser.specialists import fuse, load, pick_device
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that reads.
+
+    Attributes:
+        states: input_ids (B, T), attention_mask (B, T) -> last hidden states (B, T, D).
+        context: tokens that it can read.
+    """
+
+    tokenizer: Any
+    states: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    context: int
+
+
+def load_reader(source: str, *, dtype: str = "auto", device: str = "auto") -> Reader:
+    """Load what can read.
+
+    Args:
+        source: a fused folder (the states of all specialists side by side), a GGUF file, `BASE+ADAPTER`, `package:...`, or
+            a folder or hub id of any model that transformers' AutoModel loads, sentence embedding models included.
+
+    Raises:
+        CheckpointError: nothing there, or not loadable.
+        RecipeError: a device that cannot be used.
+    """
+    base, plus, adapter = source.partition("+") if not Path(source).exists() else (source, "", "")
+    if _is_fused(source):
+        model, renderer = load(source, dtype=dtype, device_map=pick_device(device))
+        return _ours(model, renderer.tokenizer)
+    if plus or base.endswith(".gguf") or base.startswith(PACKAGE):
+        spec = {"name": "model", "model": base, "adapter": adapter or None, "chat_template": "plain"}
+        return _ours(*fuse(load_recipe({"specialists": [spec], "dtype": dtype, "device": device})))
+    return _plain(source, dtype, pick_device(device))
+
+
+def _is_fused(source: str) -> bool:
+    config = Path(source) / "config.json"
+    return config.is_file() and '"ultrafuser"' in config.read_text(encoding="utf-8")
+
+
+def _ours(model: Any, tokenizer: Any) -> Reader:
+    def states(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        own = model.specialist_states(ids.to(model.device), mask.to(model.device))
+        return torch.cat([one.float().cpu() for one in own], dim=-1)  # K x (B, T, D_k) -> (B, T, sum D_k)
+
+    return Reader(tokenizer, states, model.config.max_position_embeddings)
+
+
+def _plain(source: str, dtype: str, device: str) -> Reader:
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModel.from_pretrained(source, dtype=dtype, use_safetensors=True).to(device).eval()
+    except (OSError, ValueError, KeyError) as error:  # transformers raises all three for files that are not there
+        raise CheckpointError(f"{source}: no model that can read text: {error}") from error
+    reads = model.get_encoder() if model.config.is_encoder_decoder else model
+
+    def states(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return reads(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float().cpu()
+
+    return Reader(tokenizer, states, getattr(model.config, "max_position_embeddings", None) or 512)
+
+
+@torch.no_grad()
+def embed(
+    reader: Reader,
+    texts: Sequence[str],
+    *,
+    max_tokens: int = 256,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """The mean of the last hidden states over the tokens of each text, (N, D) float32.
+
+    Texts are cut to `max_tokens`. BERT's kind of model gets its special tokens, causal models read the bare text.
+    """
+    progress = progress or Progress()
+    tokenizer = reader.tokenizer
+    limit = min(max_tokens, reader.context, getattr(tokenizer, "model_max_length", max_tokens))
+    special = getattr(tokenizer, "cls_token_id", None) is not None
+    options = {"truncation": True, "max_length": limit, "add_special_tokens": special, "verbose": False}
+    fill = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    encoded = [ids or [fill] for ids in tokenizer(list(texts), **options)["input_ids"]]
+    order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))  # equal lengths need no padding
+    vectors: list[np.ndarray] = [np.empty(0)] * len(encoded)
+    progress.start("texts read by the model", len(encoded))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = len(encoded[batch[-1]])
+        ids = torch.tensor([encoded[number] + [fill] * (longest - len(encoded[number])) for number in batch])
+        mask = torch.tensor([[1] * len(encoded[n]) + [0] * (longest - len(encoded[n])) for n in batch])
+        weights = mask[..., None].float()  # (B, T, 1)
+        means = (reader.states(ids, mask) * weights).sum(1) / weights.sum(1)  # (B, D)
+        for number, vector in zip(batch, means.numpy(), strict=True):
+            vectors[number] = vector
+        progress.advance(len(batch))
+    progress.finish()
+    return np.stack(vectors).astype(np.float32)

@@ -1,0 +1,71 @@
+"""What is asked of a model in synthesis, and what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+STAGES = ("meta_topics", "sub_topics", "instructions", "expand", "complex", "responses", "turns", "judge", "samples")
+CUT_OFF = "length"  # the reason of an `ok` outcome whose text ends at the limit of tokens
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question to a model.
+
+    Attributes:
+        stage: what it is for, one of `STAGES`.
+        item: id of the item that it is asked for.
+        role: name of the model that answers.
+        messages: (role, content) pairs, the last one a user's.
+        sample: the n-th draw of the same question.
+        schema: a JSON schema of the reply, for endpoints that keep to one.
+        temperature: of the sampling; None: the model's own.
+        max_tokens: of the reply at most.
+    """
+
+    stage: str
+    domain: str
+    item: str
+    role: str
+    messages: tuple[tuple[str, str], ...]
+    sample: int = 0
+    schema: dict[str, Any] | None = field(default=None, compare=False)
+    temperature: float | None = field(default=None, compare=False)
+    max_tokens: int = field(default=1024, compare=False)
+
+    @cached_property
+    def key(self) -> str:
+        """The name of the question: equal questions have equal keys, however the model is set to answer."""
+        facts = json.dumps([self.stage, self.role, self.messages, self.sample])
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    def chat(self) -> list[dict[str, str]]:
+        """The messages as endpoints and chat templates take them."""
+        return [{"role": role, "content": content} for role, content in self.messages]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a question: a reply, or a failure that is final.
+
+    Attributes:
+        reason: of a failure, `KIND: DETAIL`, such as `context overflow: ...`; of a reply that reached the limit of
+            tokens, `length`; otherwise empty.
+        cost_usd: of all tries, those that broke off included.
+    """
+
+    status: Literal["ok", "failed"]
+    text: str = ""
+    reason: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        """The reason without its detail, to count by."""
+        return self.reason.partition(":")[0]

@@ -1,0 +1,228 @@
+"""`ultrafuser synth`: stage by stage, derive the items again from what is stored, ask what is missing, write the data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultrafuser.data.near_duplicates import Likeness, LikenessIndex
+from ultrafuser.errors import DataError, RecipeError, SandboxError
+from ultrafuser.evaluate import sandbox
+from ultrafuser.progress import Progress
+from ultrafuser.synth import filters, stages
+from ultrafuser.synth.asks import Ask, Outcome
+from ultrafuser.synth.card import write_data_set
+from ultrafuser.synth.dataset import (
+    DataSet,
+    Decision,
+    as_rows,
+    balanced,
+    index_of_tests,
+    without_duplicates,
+    without_overlaps,
+)
+from ultrafuser.synth.prompts import Prompts
+from ultrafuser.synth.recipe import SynthRecipe
+from ultrafuser.synth.stages import Look, Run
+from ultrafuser.synth.store import CallStore
+
+STORE = "calls.sqlite"
+# Where a run may stop to be looked at.
+STOPS = ("meta_topics", "sub_topics", "instructions", "complex", "responses", "checks", "judge", "turns")
+Shard = tuple[int, int]
+
+
+def derive(
+    recipe: SynthRecipe,
+    prompts: Prompts,
+    look: Look,
+    *,
+    reviews: Mapping[str, Decision] | None = None,
+    shard: Shard | None = None,
+    until: str | None = None,
+    progress: Progress | None = None,
+) -> DataSet:
+    """All stages, from nothing to rows: a pure function of the recipe, the prompts, the replies and the reviews.
+
+    Args:
+        look: questions -> their outcomes by key; a question without one is left open, and what hangs on it missing.
+        shard: (number from 1 on, how many): the part of the sub-topics to work on; a part has no rows yet.
+        until: the stage to stop after.
+    """
+    run = Run(recipe, prompts, look)
+    out = DataSet(run.ledger)
+
+    def stop(stage: str) -> bool:
+        if stage == until:
+            out.stopped_after = stage
+        return stage == until
+
+    out.topics = stages.find_topics(run)
+    if stop("meta_topics"):
+        return out
+    out.sub_topics = stages.find_sub_topics(run, out.topics)
+    if stop("sub_topics"):
+        return out
+    mine = stages.of_shard(out.sub_topics, shard)
+    instructions = stages.find_instructions(run, mine)
+    if stop("instructions"):
+        return out
+    instructions = stages.make_complex(run, instructions)
+    if stop("complex"):
+        return out
+    talks = stages.respond(run, instructions)
+    if stop("responses"):
+        return out
+    talks = stages.compare_samples(run, stages.check_answers(run, stages.filter_answers(run, talks)))
+    if stop("checks"):
+        return out
+    talks = stages.judge(run, talks)
+    if stop("judge"):
+        return out
+    talks = stages.go_on(run, talks)
+    if stop("turns"):
+        return out
+    if shard is not None:
+        out.stopped_after = "turns"
+        return out
+    index = index_of_tests(recipe.filters)
+    rows = as_rows(recipe, talks, reviews or {}, run.ledger)
+    rows = without_duplicates(rows, recipe.filters, run.ledger, progress)
+    rows, out.overlaps = without_overlaps(rows, index, run.ledger)
+    out.rows = balanced(rows, recipe, run.ledger)
+    return out
+
+
+def synthesise(
+    recipe: SynthRecipe,
+    *,
+    budget_usd: float | None = None,
+    shard: Shard | None = None,
+    until: str | None = None,
+    retry_failed: bool = False,
+    callers: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> DataSet:
+    """Ask what is missing, and write the data set when all is there. Stopped at any point, it goes on where it was.
+
+    Args:
+        budget_usd: for the whole store, in place of the recipe's.
+        retry_failed: ask again what failed for good before, e.g. after raising a model's context.
+        callers: role -> caller, in place of those that the recipe names.
+
+    Raises:
+        RecipeError, DataError, MissingExtraError, SandboxError: found before anything is asked.
+        BudgetExceeded, EndpointError: on the way; what was answered is kept.
+        DataError: no row is left; the report says why.
+    """
+    from ultrafuser.synth.callers import make_callers
+    from ultrafuser.synth.scheduler import answer
+
+    progress = progress or Progress()
+    prompts = check(recipe, shard=shard, until=until)
+    budget = recipe.budget_usd if budget_usd is None else budget_usd
+    with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
+        if retry_failed:
+            progress.say(f"{store.forget_failures()} failed calls are asked again")
+        if shard is not None:
+            _check_topics_are_there(recipe, prompts, store)
+        models = callers if callers is not None else make_callers(recipe.used_models())
+
+        def look(asks: Sequence[Ask]) -> Mapping[str, Outcome]:
+            answer(asks, store, models, budget_usd=budget, progress=progress)
+            return outcomes(store, asks)
+
+        done = derive(recipe, prompts, look, reviews=store.reviews(), shard=shard, until=until, progress=progress)
+        return _finish(recipe, prompts, done, store)
+
+
+def write_again(recipe: SynthRecipe, progress: Progress | None = None) -> DataSet:
+    """The data set of what is stored, without asking anything: after reviews, or from a run that was given up.
+
+    Raises:
+        DataError: nothing is stored, or no row is left.
+    """
+    prompts = check(recipe)
+    with CallStore(Path(recipe.output) / STORE) as store:
+        done = derive(recipe, prompts, stored(store), reviews=store.reviews(), progress=progress)
+        return _finish(recipe, prompts, done, store)
+
+
+def join(recipe: SynthRecipe, others: Sequence[Path], progress: Progress | None = None) -> DataSet:
+    """Take the stores of other shards over into the recipe's own, then write the data set of all of them.
+
+    Raises:
+        DataError: a file that is missing, no store, or of another recipe; or no row is left.
+    """
+    progress = progress or Progress()
+    check(recipe)
+    with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
+        for file in others:
+            merged = store.merge(file)
+            progress.say(f"{file}: {merged.added} calls added, {merged.twice} were there already")
+    return write_again(recipe, progress)
+
+
+def check(recipe: SynthRecipe, *, shard: Shard | None = None, until: str | None = None) -> Prompts:
+    """Find out before anything is asked what would stop the run in the end; the prompts.
+
+    Raises:
+        RecipeError: prompts or a language that cannot be used, no such stage, a shard that is none.
+        DataError: a test file that is missing.
+        MissingExtraError: a library that a filter needs.
+        SandboxError: answers with tests, and nowhere to run them.
+    """
+    if until is not None and until not in STOPS:
+        raise RecipeError(f"--until {until}: no such stage, expected one of {', '.join(STOPS)}")
+    if shard is not None and not 1 <= shard[0] <= shard[1]:
+        raise RecipeError(f"--shard {shard[0]}/{shard[1]}: expected NUMBER/HOW-MANY such as 1/8, counted from 1")
+    prompts = Prompts(recipe.prompts)
+    filters.check_language(recipe.filters)
+    index_of_tests(recipe.filters)
+    if recipe.filters.near_duplicates is not None:
+        LikenessIndex(Likeness(threshold=recipe.filters.near_duplicates))
+    if any(domain.tests for domain in recipe.domains) and not recipe.filters.unsafe_code:
+        if (reason := sandbox.available()) is not None:
+            raise SandboxError(
+                f"domains with 'tests' need a sandbox to run them in, and there is none: {reason}; install bubblewrap 0.8 or "
+                "newer, set filters.unsafe_code=true to run the code without one, or leave 'tests' out"
+            )
+    return prompts
+
+
+def stored(store: CallStore) -> Look:
+    """What is in the store, and nothing else."""
+    return lambda asks: outcomes(store, asks)
+
+
+def outcomes(store: CallStore, asks: Sequence[Ask]) -> dict[str, Outcome]:
+    """The outcomes that there are, by key."""
+    found = ((ask.key, store.outcome(ask.key)) for ask in asks)
+    return {key: outcome for key, outcome in found if outcome is not None}
+
+
+def _check_topics_are_there(recipe: SynthRecipe, prompts: Prompts, store: CallStore) -> None:
+    """Shards work on parts of the same topics, so these come first and are the same everywhere."""
+    done = derive(recipe, prompts, stored(store), until="sub_topics")
+    if done.ledger.open() or not any(done.sub_topics.values()):
+        raise DataError(
+            f"{store.file}: the topics are not complete, and every shard needs the same ones; run `ultrafuser synth RECIPE "
+            f"--until sub_topics` once, then copy {STORE} to every shard's output folder"
+        )
+
+
+def _finish(recipe: SynthRecipe, prompts: Prompts, done: DataSet, store: CallStore) -> DataSet:
+    wrong = done.ledger.unbalanced()
+    if wrong:
+        raise AssertionError(f"the accounts do not add up: {'; '.join(wrong)}")
+    write_data_set(recipe, prompts, done, store)
+    if done.stopped_after is None and not done.rows:
+        reasons = (
+            ", ".join(f"{reason} ({number})" for reason, number in list(done.ledger.reasons().items())[:5]) or "none"
+        )
+        raise DataError(
+            f"{recipe.output}: no row is left; the reasons that come first: {reasons}; see report.json there, which quotes "
+            "examples, then change the filters, the prompts or the models"
+        )
+    return done

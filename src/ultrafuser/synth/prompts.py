@@ -1,0 +1,139 @@
+"""The questions: our Jinja files, or a folder of the user's own in their place; whatever a model wrote is quoted as data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError, meta
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ultrafuser.errors import RecipeError
+from ultrafuser.synth.recipe import DomainRecipe
+
+# What each file may use, with values that every file is tried out on before anything is asked.
+_DOMAIN = DomainRecipe(
+    name="domain", description="What the domain is.", instruction_style="How they look.", answer_style="How they look."
+)
+_QUESTION, _ANSWER = "How many days has a week?", "A week has seven days."
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "meta_topics": {"domain": _DOMAIN, "number": 2, "known": ["a topic"]},
+    "sub_topics": {"domain": _DOMAIN, "number": 2, "known": ["a sub-topic"], "topic": "a topic", "num_concepts": 3},
+    "instructions": {
+        "domain": _DOMAIN, "number": 2, "known": [_QUESTION], "topic": "a topic", "subtopic": "a sub-topic",
+        "concepts": ["a concept"],
+    },
+    "expand": {
+        "domain": _DOMAIN, "number": 2, "relation": "strong", "topic": "a topic", "subtopic": "a sub-topic",
+        "examples": [_QUESTION, "Name the months."],
+    },
+    "complex": {"domain": _DOMAIN, "instruction": _QUESTION},
+    "responses": {"domain": _DOMAIN, "instruction": _QUESTION, "history": [{"user": _QUESTION, "assistant": _ANSWER}]},
+    "turns": {"domain": _DOMAIN, "history": [{"user": _QUESTION, "assistant": _ANSWER}]},
+    "judge": {"domain": _DOMAIN, "instruction": _QUESTION, "answer": _ANSWER},
+}  # fmt: skip
+ALWAYS = ("mark", "quote")
+NAMES = tuple(EXAMPLES)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    where: str
+    template: Template
+    sha256: str
+
+
+class Prompts:
+    """The templates of all stages, checked.
+
+    Raises:
+        RecipeError: no such folder, a file in it that no stage reads, a file that is no Jinja, or that uses a variable
+            which its stage does not have; the message names the file and the variable.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
+        self._environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+        )
+        if folder is not None:
+            self._check_folder(Path(folder))
+        self._prompts = {name: self._load(name) for name in NAMES}
+        for name, example in EXAMPLES.items():
+            self.render(name, **example)
+            if "history" in example:
+                self.render(name, **{**example, "history": []} if name == "responses" else example)
+
+    def _check_folder(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise RecipeError(f"prompts: no folder {folder}, expected one with files such as responses.jinja")
+        odd = sorted(file.name for file in folder.iterdir() if file.stem not in NAMES or file.suffix != ".jinja")
+        if odd := [name for name in odd if not name.startswith((".", "README"))]:
+            expected = ", ".join(f"{name}.jinja" for name in NAMES)
+            raise RecipeError(f"prompts: {folder / odd[0]} belongs to no stage; expected {expected}")
+
+    def _load(self, name: str) -> _Prompt:
+        own = Path(self.folder) / f"{name}.jinja" if self.folder is not None else None
+        if own is not None and own.is_file():
+            where = str(own)
+            try:
+                text = own.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise RecipeError(f"{own}: byte {error.start} is not UTF-8 text") from None
+        else:
+            where = f"prompts/{name}.jinja"
+            text = (resources.files("ultrafuser.synth") / "prompts" / f"{name}.jinja").read_text(encoding="utf-8")
+        try:
+            unknown = meta.find_undeclared_variables(self._environment.parse(text)) - {*EXAMPLES[name], *ALWAYS}
+            template = self._environment.from_string(text)
+        except TemplateSyntaxError as error:
+            raise RecipeError(f"{where}: line {error.lineno}: not a Jinja template: {error.message}") from None
+        if unknown:
+            known = ", ".join(sorted([*EXAMPLES[name], *ALWAYS]))
+            raise RecipeError(f"{where}: undefined variable {sorted(unknown)[0]!r}; this file may use: {known}")
+        return _Prompt(where, template, hashlib.sha256(text.encode()).hexdigest())
+
+    def render(self, name: str, **values: Any) -> str:
+        """A question. `quote(text)` puts what a model wrote between two lines with a mark that the text cannot hold.
+
+        Raises:
+            RecipeError: the template uses something that is not there.
+        """
+        prompt = self._prompts[name]
+        mark = _mark(values)
+        try:
+            return prompt.template.render(mark=mark, quote=_Quote(mark), **values).strip()
+        except UndefinedError as error:
+            raise RecipeError(f"{prompt.where}: undefined variable: {error.message}") from None
+        except (TypeError, ValueError, SecurityError) as error:
+            raise RecipeError(f"{prompt.where}: the template cannot be rendered: {error}") from None
+
+    def messages(self, name: str, **values: Any) -> tuple[tuple[str, str], ...]:
+        """The question as one message of the user; nothing that a model wrote ever becomes a system message."""
+        return (("user", self.render(name, **values)),)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each template's text, by stage."""
+        return {name: prompt.sha256 for name, prompt in self._prompts.items()}
+
+
+@dataclass(frozen=True)
+class _Quote:
+    mark: str
+
+    def __call__(self, text: str, what: str = "text") -> str:
+        return f"=== {what} {self.mark}\n{text}\n=== end of {what} {self.mark}"
+
+
+def _mark(values: Mapping[str, Any]) -> str:
+    """A hash of all that is quoted: no text can hold the hash of a whole that it is part of."""
+    plain = {key: value for key, value in values.items() if key != "domain"}
+    return hashlib.sha256(
+        json.dumps(plain, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    ).hexdigest()[:8]

@@ -1,0 +1,306 @@
+"""What a synthesis does: domains, models, how each stage asks, what is kept; imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from ultrafuser import typed_yaml
+from ultrafuser.evaluate.endpoint_recipe import EndpointRecipe
+from ultrafuser.recipe import Dtype, Fraction, Identifier, LocalGlob, LocalPath, load_node
+from ultrafuser.synth.asks import STAGES
+from ultrafuser.typed_yaml import FreeForm, Node
+
+
+class ModelRecipe(Node):
+    """A model that answers: behind an endpoint, or in this process."""
+
+    name: Identifier = Field(description="What stages and domains call it, unique in the recipe.")
+    endpoint: EndpointRecipe | None = Field(
+        default=None, description="An OpenAI-compatible endpoint: `NAME@http://host/v1`, or a mapping."
+    )
+    local: LocalPath | None = Field(
+        default=None,
+        description="A model run in this process, as `ultrafuser eval` takes it: folder, hub id, BASE+ADAPTER.",
+    )
+    licence: str = Field(default="", description="Licence or terms of what it writes; stands in each row and the card.")
+    prompt_usd: NonNegativeFloat = Field(default=0.0, description="Price of a million prompt tokens.")
+    completion_usd: NonNegativeFloat = Field(default=0.0, description="Price of a million written tokens.")
+    requests_per_minute: PositiveInt | None = Field(default=None, description="Rate limit; null: none.")
+    tokens_per_minute: PositiveInt | None = Field(default=None, description="Rate limit; null: none.")
+    structured: bool = Field(
+        default=False, description="Send a JSON schema with list stages, where the endpoint has structured output."
+    )
+    chat_template: LocalPath | None = Field(
+        default=None, description="Local: `chatml`, `plain`, `inst`, `alpaca`, a Jinja file or text; null: its own."
+    )
+    dtype: Dtype = Field(default="auto", description="Local: type of the weights.")
+    device: str = Field(default="auto", description="Local: `auto`, `cpu`, `cuda` or another torch device.")
+    batch_size: PositiveInt = Field(default=8, description="Local: questions answered at once.")
+    generation: FreeForm = Field(default={}, description="Local: further arguments of transformers' `generate`.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelRecipe:
+        if (self.endpoint is None) == (self.local is None):
+            raise ValueError(
+                f"model {self.name!r}: expected one of 'endpoint' (NAME@http://host/v1) and 'local' (a folder, a hub id, "
+                f"BASE+ADAPTER), got {'none' if self.endpoint is None else 'both'}"
+            )
+        return self
+
+
+class CallRecipe(Node):
+    """How one stage asks; a bare string is its model."""
+
+    shorthand: ClassVar[str | None] = "model"
+
+    model: str | None = Field(default=None, description="Name of the model; null: the first one of the recipe.")
+    temperature: NonNegativeFloat | None = Field(default=None, description="Temperature; null: the model's own.")
+    max_tokens: PositiveInt = Field(default=1024, description="Tokens of a reply at most.")
+
+
+class ListCallRecipe(CallRecipe):
+    """How a stage asks that wants several items in one reply; a bare string is its model."""
+
+    per_call: PositiveInt = Field(default=10, description="Items wanted in one reply.")
+    rounds: PositiveInt = Field(
+        default=3, description="How often it asks again for what replies left out, until it has enough."
+    )
+
+
+class ExpandCallRecipe(CallRecipe):
+    """How the expansion asks; a bare string is its model."""
+
+    examples: PositiveInt = Field(default=4, description="Instructions shown in one question, as examples to expand.")
+
+
+# A model that writes topics should vary, a judge should not; what else differs is how long replies are.
+CALL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "meta_topics": {"temperature": 1.0, "max_tokens": 1024, "per_call": 20},
+    "sub_topics": {"temperature": 1.0, "max_tokens": 2048, "per_call": 20},
+    "instructions": {"temperature": 1.0, "max_tokens": 2048, "per_call": 10},
+    "expand": {"temperature": 1.0, "max_tokens": 2048},
+    "complex": {"temperature": 0.7, "max_tokens": 1024},
+    "responses": {"temperature": 0.7, "max_tokens": 2048},
+    "turns": {"temperature": 1.0, "max_tokens": 512},
+    "samples": {"temperature": 0.7, "max_tokens": 2048},
+    "judge": {"temperature": 0.0, "max_tokens": 512},
+}
+
+
+def _usual(stage: str) -> str:
+    values = CALL_DEFAULTS[stage]
+    return ", ".join(f"{key} {values[key]}" for key in ("temperature", "max_tokens", "per_call") if key in values)
+
+
+class CallsRecipe(Node):
+    """How each stage asks; what a stage does not say is that stage's usual value."""
+
+    meta_topics: ListCallRecipe = Field(
+        default_factory=lambda: ListCallRecipe(**CALL_DEFAULTS["meta_topics"]),
+        description=f"Broad topics of a domain; usually {_usual('meta_topics')}.",
+    )
+    sub_topics: ListCallRecipe = Field(
+        default_factory=lambda: ListCallRecipe(**CALL_DEFAULTS["sub_topics"]),
+        description=f"Sub-topics of a topic, with concepts; usually {_usual('sub_topics')}.",
+    )
+    instructions: ListCallRecipe = Field(
+        default_factory=lambda: ListCallRecipe(**CALL_DEFAULTS["instructions"]),
+        description=f"Instructions on a sub-topic; usually {_usual('instructions')}.",
+    )
+    expand: ExpandCallRecipe = Field(
+        default_factory=lambda: ExpandCallRecipe(**CALL_DEFAULTS["expand"]),
+        description=f"New instructions, strongly or weakly related to those shown; usually {_usual('expand')}.",
+    )
+    complex: CallRecipe = Field(
+        default_factory=lambda: CallRecipe(**CALL_DEFAULTS["complex"]),
+        description=f"An instruction made more complex; usually {_usual('complex')}.",
+    )
+    responses: CallRecipe = Field(
+        default_factory=lambda: CallRecipe(**CALL_DEFAULTS["responses"]),
+        description=f"The answers; usually {_usual('responses')}.",
+    )
+    turns: CallRecipe = Field(
+        default_factory=lambda: CallRecipe(**CALL_DEFAULTS["turns"]),
+        description=f"What the simulated user says next; usually {_usual('turns')}.",
+    )
+    samples: CallRecipe = Field(
+        default_factory=lambda: CallRecipe(**CALL_DEFAULTS["samples"]),
+        description=f"Further answers, to see whether they agree; usually {_usual('samples')}.",
+    )
+    judge: CallRecipe = Field(
+        default_factory=lambda: CallRecipe(**CALL_DEFAULTS["judge"]),
+        description=f"A score of 1 to 10; usually {_usual('judge')}.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        out = dict(value)
+        for stage, usual in CALL_DEFAULTS.items():
+            if isinstance(given := out.get(stage), str):
+                out[stage] = {**usual, "model": given}
+            elif isinstance(given, Mapping):
+                out[stage] = {**usual, **given}
+        return out
+
+
+class CountsRecipe(Node):
+    """How many of everything a domain gets."""
+
+    meta_topics: PositiveInt = Field(default=10, description="Topics, seed topics included.")
+    sub_topics: PositiveInt = Field(default=50, description="Sub-topics of all topics together.")
+    concepts: PositiveInt = Field(default=8, description="Concepts asked for with each sub-topic.")
+    instructions: PositiveInt = Field(default=500, description="First instructions of all sub-topics together.")
+    strong: NonNegativeFloat = Field(default=1.0, description="Strongly related ones for each first instruction.")
+    weak: NonNegativeFloat = Field(default=1.0, description="Weakly related ones for each first instruction.")
+    rows: PositiveInt | None = Field(
+        default=None, description="Rows kept at most, evenly over topics and sub-topics; null: all that pass."
+    )
+
+
+class DomainRecipe(Node):
+    """One domain: what it is, how its instructions and answers look, how answers are checked."""
+
+    name: Identifier = Field(description="Its name; the `domain` of its rows.")
+    description: str = Field(min_length=1, description="What the domain is, in a sentence or two for the models.")
+    instruction_style: str = Field(default="", description="How its instructions look.")
+    answer_style: str = Field(default="", description="How its answers look.")
+    check: Literal["none", "python", "math"] = Field(
+        default="none",
+        description="`python`: code must parse, and pass its tests if it has any; `math`: the answer must settle on a "
+        "result, its arithmetic must be right, and `samples` must agree.",
+    )
+    tests: bool = Field(default=False, description="`check: python`: ask for tests with each answer.")
+    samples: NonNegativeInt = Field(default=0, description="`check: math`: further answers that are compared.")
+    agreement: Fraction = Field(default=0.5, description="Share of the samples that must agree with the answer.")
+    topics: list[str] = Field(default=[], description="Seed topics, taken as the first ones; the models add the rest.")
+    counts: CountsRecipe = Field(default_factory=CountsRecipe, description="How many of everything.")
+    answer_model: str | None = Field(
+        default=None, description="Model of this domain's answers and samples; null: that of `calls`."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> DomainRecipe:
+        if self.check != "math" and self.samples:
+            raise ValueError(f"domain {self.name!r}: 'samples' are compared with 'check: math' alone; remove it")
+        if self.check != "python" and self.tests:
+            raise ValueError(f"domain {self.name!r}: 'tests' are run with 'check: python' alone; remove it")
+        if twice := [topic for topic in self.topics if self.topics.count(topic) > 1]:
+            raise ValueError(f"domain {self.name!r}: the topic {twice[0]!r} is listed twice")
+        return self
+
+
+class FiltersRecipe(Node):
+    """What is left out of the data set."""
+
+    language: str | None = Field(default="en", description="ISO 639-1 code of the only language kept; null: any.")
+    language_confidence: Fraction = Field(
+        default=0.5, description="Confidence in another language from which a text is left out."
+    )
+    min_instruction_chars: NonNegativeInt = Field(default=12, description="Characters of an instruction at least.")
+    max_instruction_chars: PositiveInt = Field(default=6000, description="Characters of an instruction at most.")
+    min_answer_chars: NonNegativeInt = Field(default=20, description="Characters of an answer at least.")
+    max_answer_chars: PositiveInt = Field(default=20000, description="Characters of an answer at most.")
+    refusals: bool = Field(default=True, description="Leave out refusals and boilerplate about being a model.")
+    max_repetition: Fraction = Field(
+        default=0.3, description="Share of an answer's words that repeat a run of words from before it, at most."
+    )
+    near_duplicates: Annotated[float, Field(ge=0.1, le=1)] | None = Field(
+        default=0.8,
+        description="Jaccard similarity from which instructions or answers are duplicates; null: exact only.",
+    )
+    decontaminate: list[LocalGlob] = Field(
+        default=[],
+        description="Test files, folders or globs: rows that share an n-gram of words with one are left out.",
+    )
+    ngram: Annotated[int, Field(ge=3)] = Field(default=13, description="Words of that n-gram; the paper's 13.")
+    min_score: Annotated[int, Field(ge=1, le=10)] | None = Field(
+        default=None, description="The judge's score of an answer at least, of 10; null: nothing is judged."
+    )
+    unsafe_code: bool = Field(default=False, description="Run generated code without a sandbox.")
+
+
+class SynthRecipe(Node):
+    """A synthesis: domains, models, and what becomes of them."""
+
+    title: str = Field(default="Synthetic instructions", description="Heading of the data card.")
+    licence: str = Field(default="", description="Licence of the data set as a whole; the models' terms apply too.")
+    models: list[ModelRecipe] = Field(description="The models that are asked.")
+    domains: list[DomainRecipe] = Field(description="The domains.")
+    calls: CallsRecipe = Field(default_factory=CallsRecipe, description="How each stage asks.")
+    prompts: LocalPath | None = Field(
+        default=None, description="Folder with Jinja files that replace our own of the same name."
+    )
+    complex_share: Fraction = Field(default=0.3, description="Share of the instructions that are made more complex.")
+    turns: PositiveInt = Field(
+        default=1, description="Turns of a multi-turn conversation; 1: one question, one answer."
+    )
+    multi_turn_share: Fraction = Field(default=1.0, description="Share of conversations that go on beyond one turn.")
+    filters: FiltersRecipe = Field(default_factory=FiltersRecipe, description="What is left out.")
+    budget_usd: PositiveFloat | None = Field(default=None, description="Money to spend at most; null: no limit.")
+    seed: NonNegativeInt = Field(default=0, description="Seed of what is drawn at random.")
+    output: str = Field(default="runs/synth", description="Folder of store and data set, seen from the working folder.")
+
+    @model_validator(mode="after")
+    def _check(self) -> SynthRecipe:
+        for key in ("models", "domains"):
+            names = [item.name for item in getattr(self, key)]
+            if not names:
+                raise ValueError(f"{key!r} is empty, expected at least one")
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{key!r} has two items named {twice[0]!r}; names must differ")
+        named = {f"calls.{stage}.model": self.call(stage).model for stage in STAGES}
+        named |= {f"domains.{domain.name}.answer_model": domain.answer_model for domain in self.domains}
+        known = [model.name for model in self.models]
+        for where, name in named.items():
+            if name is not None and name not in known:
+                raise ValueError(f"{where}: no model {name!r}; there are: {', '.join(known)}")
+        return self
+
+    def call(self, stage: str) -> CallRecipe:
+        """How a stage asks."""
+        return getattr(self.calls, stage)
+
+    def role(self, stage: str, domain: DomainRecipe) -> str:
+        """Name of the model that answers for a stage and domain."""
+        if stage in ("responses", "samples") and domain.answer_model is not None:
+            return domain.answer_model
+        return self.call(stage).model or self.models[0].name
+
+    def model(self, name: str) -> ModelRecipe:
+        """A model by its name."""
+        return next(model for model in self.models if model.name == name)
+
+    def domain(self, name: str) -> DomainRecipe:
+        """A domain by its name."""
+        return next(domain for domain in self.domains if domain.name == name)
+
+    def used_models(self) -> list[ModelRecipe]:
+        """The models that some stage of some domain may ask."""
+        stages = [stage for stage in STAGES if stage != "judge" or self.filters.min_score is not None]
+        names = {self.role(stage, domain) for stage in stages for domain in self.domains}
+        return [model for model in self.models if model.name in names]
+
+    def identity(self) -> str:
+        """What a store belongs to. Calls are found by what was asked, so any change of the recipe may go on with its store."""
+        return self.title
+
+
+def load_synth_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> SynthRecipe:
+    """Read a synthesis recipe, as `load_recipe` does.
+
+    Raises:
+        RecipeError: a file, key, value or override that cannot be used.
+    """
+    return load_node(SynthRecipe, source, overrides)
+
+
+def dump_synth_recipe(recipe: SynthRecipe) -> str:
+    """The whole recipe as YAML, defaults included; `load_synth_recipe` reads it back exactly."""
+    return typed_yaml.dump(recipe.model_dump())

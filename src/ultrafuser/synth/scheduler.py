@@ -1,0 +1,245 @@
+"""Has every question answered: claims, calls, keeps each outcome at once; stops when the money or the model ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from ultrafuser.errors import BudgetExceeded, DataError, RecipeError
+from ultrafuser.progress import Progress
+from ultrafuser.synth.asks import Ask, Outcome
+from ultrafuser.synth.callers import Caller
+from ultrafuser.synth.store import CallStore, new_worker
+
+LEASE_S = 60.0  # that a claim outlives a worker of which nothing can be known; renewed three times as often
+GRACE_S = 15.0  # for calls under way when the run has to stop
+CLAIMS_AT_ONCE = 32
+_LOOK_S = 0.5  # between two looks at what other processes have in hand
+
+
+def answer(
+    asks: Sequence[Ask],
+    store: CallStore,
+    callers: Mapping[str, Caller],
+    *,
+    budget_usd: float | None = None,
+    progress: Progress | None = None,
+    lease_s: float = LEASE_S,
+    grace_s: float = GRACE_S,
+) -> None:
+    """Have every ask answered that has no outcome yet; other processes may do the same with the same store.
+
+    Args:
+        callers: role -> the model that answers.
+        budget_usd: dollars that all calls in the store may cost; None: no limit.
+
+    Raises:
+        BudgetExceeded: the next call might cost more than what is left; what was answered is kept.
+        EndpointError: a model cannot be asked any more; what was answered is kept.
+        DataError: the store cannot be written; what was stored before is kept.
+        RecipeError: a role that no caller has.
+    """
+    by_key = {ask.key: ask for ask in asks}
+    left = [by_key[key] for key in store.missing(by_key)]
+    if unknown := {ask.role for ask in left} - set(callers):
+        raise RecipeError(f"no model {sorted(unknown)[0]!r} to ask; there are: {', '.join(callers)}")
+    if not left:
+        return
+    progress = progress or Progress()
+    progress.start(", ".join(dict.fromkeys(ask.stage for ask in left)), len(left))
+    try:
+        run = _Run(store, budget_usd, progress, lease_s)
+        _in_a_loop_of_its_own(run.work(left, callers, grace_s))
+    finally:
+        progress.finish()
+
+
+def _in_a_loop_of_its_own(work: Coroutine[Any, Any, None]) -> None:
+    """Run it to its end, also where the caller is inside an event loop already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:  # none
+        asyncio.run(work)
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, work).result()
+
+
+class _Run:
+    """One call of `answer`: what its workers share."""
+
+    def __init__(self, store: CallStore, budget_usd: float | None, progress: Progress, lease_s: float) -> None:
+        self.store, self.budget_usd, self.progress, self.lease_s = store, budget_usd, progress, lease_s
+        self.worker = new_worker()
+        self.sent: set[str] = set()
+        self.unstored: deque[tuple[Ask, Outcome]] = deque()
+        self.callers: dict[str, Caller] = {}
+
+    async def work(self, asks: Sequence[Ask], callers: Mapping[str, Caller], grace_s: float) -> None:
+        self.stop, self.changed = asyncio.Event(), asyncio.Event()
+        feeds: dict[str, _Feed] = {}
+        for ask in asks:
+            if ask.role not in feeds:
+                feeds[ask.role] = _Feed(self, callers[ask.role])
+            feeds[ask.role].waiting.append(ask)
+        self.callers = {role: callers[role] for role in feeds}
+        heart = asyncio.create_task(self._beat())
+        workers: list[asyncio.Task[None]] = []
+        opened: list[Caller] = []
+        try:
+            for feed in feeds.values():
+                await feed.caller.open()
+                opened.append(feed.caller)
+                number = min(feed.caller.concurrency, len(feed.waiting))
+                workers += [asyncio.create_task(self._work(feed)) for _ in range(number)]
+            await self._until_done(workers, heart, grace_s)
+        finally:
+            for task in (heart, *workers):
+                task.cancel()
+            await asyncio.gather(heart, *workers, return_exceptions=True)
+            for caller in opened:
+                await caller.close()
+            with suppress(DataError):  # of a full disk, which is known by then
+                self.store.release(self.worker, self.sent)
+
+    async def _until_done(self, workers: list[asyncio.Task[None]], heart: asyncio.Task[None], grace_s: float) -> None:
+        """Until all asks are answered, or the first error: then what is under way may still come."""
+        pending: set[asyncio.Task[None]] = {heart, *workers}
+        failed: list[asyncio.Task[None]] = []
+        while not failed and pending != {heart}:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            failed = [task for task in done if task.exception() is not None]
+        if not failed:
+            return
+        self.stop.set()
+        self.changed.set()
+        await asyncio.wait(workers, timeout=grace_s)
+        try:
+            self._store()  # what came while the store could not be written may find room now
+        except DataError as error:
+            raise DataError(f"{error}; {len(self.unstored)} replies were lost and will be asked for again") from error
+        failed[0].result()
+
+    async def _work(self, feed: _Feed) -> None:
+        while batch := await feed.take():
+            outcomes = await feed.caller.answer(batch, self)
+            for ask, outcome in zip(batch, outcomes, strict=True):
+                if outcome is None:
+                    feed.waiting.append(ask)
+                else:
+                    self.unstored.append((ask, outcome))
+            self._store()
+            self.changed.set()
+
+    def _store(self) -> None:
+        """Keep what came: nothing is let go of before it is stored."""
+        while self.unstored:
+            ask, outcome = self.unstored[0]
+            self.store.finish(ask, outcome, self.worker)
+            self.unstored.popleft()
+            self.sent.discard(ask.key)
+            spent_usd = self.store.spent_usd()
+            self.progress.advance(1, f"${spent_usd:.2f}" if spent_usd else "")
+
+    async def _beat(self) -> None:
+        """Renew the claims for as long as this process lives."""
+        while True:
+            await asyncio.sleep(self.lease_s / 3)
+            self.store.renew(self.worker, self.lease_s)
+
+    # ---------------------------------------------------------------- for callers
+
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing more should be sent."""
+        return self.stop.is_set()
+
+    async def wait(self, seconds: float) -> bool:
+        """Sleep; False: the run ends."""
+        if seconds > 0 and not self.stop.is_set():
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.stop.wait(), seconds)
+        return not self.stop.is_set()
+
+    def say(self, text: str) -> None:
+        """One line of news."""
+        self.progress.say(text)
+
+    def pay_again(self, ask: Ask) -> bool:
+        """Count what was sent as spent, and set the same aside for another try, if the budget lasts for it."""
+        ceiling_usd = self.callers[ask.role].ceiling_usd(ask)
+        return self.store.ask_again(ask.key, self.worker, ceiling_usd, self.budget_usd)
+
+
+class _Feed:
+    """The asks of one role, claimed a few at a time.
+
+    Attributes:
+        waiting: not claimed by us; perhaps by another process.
+    """
+
+    def __init__(self, run: _Run, caller: Caller) -> None:
+        self.run, self.caller = run, caller
+        self.waiting: deque[Ask] = deque()
+        self._claimed: deque[Ask] = deque()
+        self._busy = 0  # asks in a row that other processes have in hand
+        self._turn = asyncio.Lock()
+
+    async def take(self) -> list[Ask]:
+        """The next batch; none when all are answered, or the run ends.
+
+        Raises:
+            BudgetExceeded: the next call might cost more than what is left, and nothing is under way.
+        """
+        async with self._turn:
+            was_idle = False
+            while not self._claimed and not self.run.stop.is_set():
+                if not self.waiting:
+                    return []
+                stuck = self._claim(was_idle)
+                if stuck:
+                    was_idle = self.run.store.under_way() == 0
+                    await self._until_something_changes()
+            if self.run.stop.is_set():
+                return []
+            return [self._claimed.popleft() for _ in range(min(self.caller.batch_size, len(self._claimed)))]
+
+    def _claim(self, was_idle: bool) -> bool:
+        """Claim the next few; whether that brought nothing.
+
+        Args:
+            was_idle: nobody had anything under way just now, so that no money that is set aside will be freed.
+        """
+        run = self.run
+        size = max(min(CLAIMS_AT_ONCE, self.caller.concurrency), self.caller.batch_size)
+        asks = {ask.key: ask for ask in (self.waiting.popleft() for _ in range(min(size, len(self.waiting))))}
+        ceilings = {key: self.caller.ceiling_usd(ask) for key, ask in asks.items()}
+        claim = run.store.claim(ceilings, run.worker, run.lease_s, run.budget_usd)
+        self._claimed.extend(asks[key] for key in claim.taken)
+        self.waiting.extendleft(asks[key] for key in reversed(claim.dear))
+        self.waiting.extend(asks[key] for key in claim.busy)
+        if claim.done:
+            run.progress.advance(len(claim.done))
+        if claim.dear and not claim.taken and was_idle and run.store.under_way() == 0:
+            raise self._broke(ceilings[claim.dear[0]])
+        self._busy = 0 if claim.taken or claim.done else self._busy + len(claim.busy)
+        return not claim.taken and (bool(claim.dear) or self._busy >= len(self.waiting) > 0)
+
+    async def _until_something_changes(self) -> None:
+        changed = self.run.changed
+        changed.clear()
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(changed.wait(), _LOOK_S)
+
+    def _broke(self, ceiling_usd: float) -> BudgetExceeded:
+        spent_usd, budget_usd = self.run.store.spent_usd(), self.run.budget_usd
+        assert budget_usd is not None
+        return BudgetExceeded(
+            f"the budget of ${budget_usd:.2f} does not last: ${spent_usd:.4f} is spent, the next call may cost up to "
+            f"${ceiling_usd:.4f}, and {len(self.waiting)} questions wait for an answer; raise --budget-usd and run "
+            "again: what was answered is kept"
+        )

@@ -1,0 +1,523 @@
+"""Every call to a model in one SQLite file, which several processes may share: what was stored survives a kill.
+
+A call is claimed before it is sent: the claim is a lease that its worker renews while it lives, and it sets aside the
+most that the call may cost. The reply, its cost and the end of the claim are one transaction.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ultrafuser.errors import DataError
+from ultrafuser.synth.asks import Ask, Outcome
+
+FORMAT = 1  # of the file
+BUSY_S = 60.0  # that a process waits for another one's transaction
+_MARK = 0x55465359  # "UFSY": application_id of our files
+_NANO = 1_000_000_000  # money is counted in whole billionths of a dollar, so that sums are exact
+_KEYS_AT_ONCE = 500
+_CALL = (
+    "key, stage, domain, item, role, sample, status, reason, prompt_tokens, completion_tokens, cost, worker, at, text"
+)
+_TABLES = (
+    "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT)",
+    "CREATE TABLE calls (key TEXT PRIMARY KEY, stage TEXT, domain TEXT, item TEXT, role TEXT, sample INTEGER,"
+    " status TEXT, reason TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, cost INTEGER, worker TEXT, at REAL, text TEXT)",
+    "CREATE INDEX calls_by_stage ON calls (stage, domain, status)",
+    "CREATE INDEX calls_by_time ON calls (at)",
+    # expires 0: nobody's; lost: cost of tries that broke off and may have been billed all the same
+    "CREATE TABLE leases (key TEXT PRIMARY KEY, worker TEXT, expires REAL, reserved INTEGER, lost INTEGER)",
+    # replies that another file had a better one for, or the same one earlier: paid for, too
+    "CREATE TABLE dropped (worker TEXT, key TEXT, cost INTEGER, PRIMARY KEY (worker, key))",
+    "CREATE TABLE reviews (row TEXT PRIMARY KEY, decision TEXT, note TEXT, at REAL)",
+    "CREATE TABLE money (spent INTEGER, reserved INTEGER)",
+    "INSERT INTO money VALUES (0, 0)",
+)
+_MONEY = {"calls": ("{}.cost", "0"), "dropped": ("{}.cost", "0"), "leases": ("{}.lost", "{}.reserved")}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What became of the keys that a worker wanted.
+
+    Attributes:
+        taken: its own now.
+        done: answered already.
+        busy: another live worker's.
+        dear: left alone, since the budget may not last for them.
+    """
+
+    taken: list[str]
+    done: list[str]
+    busy: list[str]
+    dear: list[str]
+
+
+@dataclass(frozen=True)
+class Count:
+    """Calls that ended alike; `kind`: of their reason, without its detail."""
+
+    stage: str
+    domain: str
+    status: str
+    kind: str
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    usd: float
+
+
+@dataclass(frozen=True)
+class Review:
+    """What a reader decided on a row of the data set."""
+
+    decision: str
+    note: str
+    at: float
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What another file brought: calls that were missing here, and calls that both had asked."""
+
+    added: int
+    twice: int
+
+
+class CallStore:
+    """Replies, failures, claims and reviews. One object may be used from several threads.
+
+    Raises:
+        DataError: the file is no store, of another version or recipe, or cannot be read or written.
+    """
+
+    def __init__(self, file: Path, identity: str | None = None) -> None:
+        """
+        Args:
+            identity: of the recipe whose calls these are; None: whichever there is, in a file that must exist.
+        """
+        self.file = file
+        self._lock = threading.RLock()
+        self._db = self._connect(new=identity is not None)
+        try:
+            self._prepare(identity)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def __enter__(self) -> CallStore:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+    # ---------------------------------------------------------------- replies
+
+    def outcome(self, key: str) -> Outcome | None:
+        """What came of a question; None: it was not answered yet."""
+        sql = "SELECT status, text, reason, prompt_tokens, completion_tokens, cost FROM calls WHERE key = ?"
+        found = self._read(sql, (key,))
+        if not found:
+            return None
+        status, text, reason, prompt_tokens, completion_tokens, cost = found[0]
+        return Outcome(status, text, reason, prompt_tokens, completion_tokens, cost / _NANO)
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those without an outcome, in their order."""
+        wanted = list(keys)
+        done: set[str] = set()
+        for start in range(0, len(wanted), _KEYS_AT_ONCE):
+            done.update(self._known("SELECT key FROM calls", wanted[start : start + _KEYS_AT_ONCE]))
+        return [key for key in wanted if key not in done]
+
+    def claim(
+        self, ceilings: Mapping[str, float], worker: str, lease_s: float, budget_usd: float | None = None
+    ) -> Claim:
+        """Take calls for a worker, in order, as far as the budget lasts.
+
+        Args:
+            ceilings: key -> dollars that the call may cost at most; they are set aside until it ends.
+            budget_usd: that the whole file may cost, what is set aside included; None: no limit.
+        """
+        now, keys = time.time(), list(ceilings)
+        out = Claim([], [], [], [])
+        with self._writing() as db:
+            done = set(self._known("SELECT key FROM calls", keys))
+            held = self._known("SELECT key, worker, expires FROM leases", keys)
+            left = self._left(budget_usd)
+            for number, key in enumerate(keys):
+                if key in done:
+                    out.done.append(key)
+                elif key in held and held[key][0] != worker and _is_live(held[key][0], held[key][1], now):
+                    out.busy.append(key)
+                elif (cost := _at_most(ceilings[key])) > left:
+                    out.dear.extend(keys[number:])
+                    break
+                else:
+                    left -= cost
+                    out.taken.append(key)
+                    db.execute(  # what a dead worker had set aside may have been billed
+                        "INSERT INTO leases VALUES (?, ?, ?, ?, 0) ON CONFLICT (key) DO UPDATE SET "
+                        "worker = excluded.worker, expires = excluded.expires, lost = lost + reserved, reserved = excluded.reserved",
+                        (key, worker, now + lease_s, cost),
+                    )
+        return out
+
+    def renew(self, worker: str, lease_s: float) -> None:
+        """Keep a worker's claims for another while."""
+        with self._writing() as db:
+            db.execute("UPDATE leases SET expires = ? WHERE worker = ?", (time.time() + lease_s, worker))
+
+    def ask_again(self, key: str, worker: str, ceiling_usd: float, budget_usd: float | None = None) -> bool:
+        """Count a try that broke off as spent, and set the same aside for the next one.
+
+        Returns:
+            False where the budget may not last for it, or the claim is lost: the key is free again.
+        """
+        with self._writing() as db:
+            db.execute(
+                "UPDATE leases SET lost = lost + reserved, reserved = 0 WHERE key = ? AND worker = ?", (key, worker)
+            )
+            cost = _at_most(ceiling_usd)
+            if cost > self._left(budget_usd):
+                db.execute("UPDATE leases SET worker = '', expires = 0 WHERE key = ? AND worker = ?", (key, worker))
+                return False
+            again = db.execute("UPDATE leases SET reserved = ? WHERE key = ? AND worker = ?", (cost, key, worker))
+            return again.rowcount == 1
+
+    def finish(self, ask: Ask, outcome: Outcome, worker: str = "") -> None:
+        """Keep what came of a question, and end the claim on it. An outcome that is there already stays."""
+        cost = round(outcome.cost_usd * _NANO)
+        text, reason = _storable(outcome.text), _storable(outcome.reason)
+        with self._writing() as db:
+            own = "FROM leases WHERE key = ? AND worker = ?"
+            if found := db.execute(f"SELECT lost {own}", (ask.key, worker)).fetchone():
+                cost += found[0]
+                db.execute(f"DELETE {own}", (ask.key, worker))
+            db.execute(
+                f"INSERT INTO calls ({_CALL}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+                "ON CONFLICT (key) DO UPDATE SET cost = cost + excluded.cost",
+                (ask.key, ask.stage, ask.domain, ask.item, ask.role, ask.sample, outcome.status, reason,
+                 outcome.prompt_tokens, outcome.completion_tokens, cost, worker, time.time(), text),
+            )  # fmt: skip
+
+    def forget_failures(self, kind: str | None = None) -> int:
+        """Have failed calls asked again, those of one kind or all; what they cost stays spent. How many there were."""
+        which, values = "status = 'failed'", tuple[str, ...]()
+        if kind is not None:
+            which, values = f"{which} AND (reason = ? OR instr(reason, ? || ':') = 1)", (kind, kind)
+        with self._writing() as db:
+            db.execute(
+                f"INSERT INTO dropped SELECT worker, key, cost FROM calls WHERE {which} "
+                "ON CONFLICT (worker, key) DO UPDATE SET cost = cost + excluded.cost",
+                values,
+            )
+            return db.execute(f"DELETE FROM calls WHERE {which}", values).rowcount
+
+    def release(self, worker: str, sent: Container[str] | None = None) -> None:
+        """Give up a worker's claims.
+
+        Args:
+            sent: keys of the calls that were sent, which may be billed, so that what was set aside for them counts as
+                spent; None: all were.
+        """
+        with self._writing() as db:
+            own = db.execute("SELECT key FROM leases WHERE worker = ?", (worker,)).fetchall()
+            unsent = [key for key in own if sent is not None and key[0] not in sent]
+            db.executemany("UPDATE leases SET reserved = 0 WHERE key = ?", unsent)
+            db.execute(
+                "UPDATE leases SET worker = '', expires = 0, lost = lost + reserved, reserved = 0 WHERE worker = ?",
+                (worker,),
+            )
+            db.execute("DELETE FROM leases WHERE expires = 0 AND lost = 0")
+
+    def under_way(self) -> int:
+        """Claims of live workers, whichever process they run in."""
+        now = time.time()
+        claims = self._read("SELECT worker, expires FROM leases")
+        return sum(_is_live(worker, expires, now) for worker, expires in claims)
+
+    # ---------------------------------------------------------------- sums
+
+    def spent_usd(self) -> float:
+        """Dollars spent: replies, and tries that broke off and may have been billed."""
+        return self._read("SELECT spent FROM money")[0][0] / _NANO
+
+    def reserved_usd(self) -> float:
+        """Dollars set aside for calls under way."""
+        return self._read("SELECT reserved FROM money")[0][0] / _NANO
+
+    def counts(self) -> list[Count]:
+        """Calls by stage, domain and how they ended."""
+        kind_of = "CASE instr(reason, ':') WHEN 0 THEN reason ELSE substr(reason, 1, instr(reason, ':') - 1) END"
+        sums = "count(*), sum(prompt_tokens), sum(completion_tokens), sum(cost)"
+        groups = "GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4"
+        rows = self._read(f"SELECT stage, domain, status, {kind_of}, {sums} FROM calls {groups}")
+        return [
+            Count(stage, domain, status, kind, calls, prompt_tokens, completion_tokens, cost / _NANO)
+            for stage, domain, status, kind, calls, prompt_tokens, completion_tokens, cost in rows
+        ]
+
+    def mean_tokens(self, stage: str) -> tuple[float, float] | None:
+        """(prompt, completion) tokens of a stage's replies on average; None before the first."""
+        sql = "SELECT avg(prompt_tokens), avg(completion_tokens) FROM calls WHERE stage = ? AND status = 'ok'"
+        prompt, completion = self._read(sql, (stage,))[0]
+        return None if prompt is None else (prompt, completion)
+
+    def pace(self, window_s: float = 600.0) -> float | None:
+        """Calls answered a second, over the last while; None where there were none."""
+        now = time.time()
+        calls, first = self._read("SELECT count(*), min(at) FROM calls WHERE at > ?", (now - window_s,))[0]
+        return calls / max(now - first, 1.0) if calls else None
+
+    # ---------------------------------------------------------------- reviews
+
+    def review(self, row_id: str) -> Review | None:
+        """What was decided on a row; None: nothing yet."""
+        found = self._read("SELECT decision, note, at FROM reviews WHERE row = ?", (row_id,))
+        return Review(*found[0]) if found else None
+
+    def reviews(self) -> dict[str, Review]:
+        """All decisions, by row."""
+        found = self._read("SELECT row, decision, note, at FROM reviews ORDER BY row")
+        return {row: Review(*rest) for row, *rest in found}
+
+    def set_review(self, row_id: str, decision: str, note: str = "") -> None:
+        """Keep a decision, in place of an earlier one."""
+        with self._writing() as db:
+            db.execute("INSERT OR REPLACE INTO reviews VALUES (?, ?, ?, ?)", (row_id, decision, note, time.time()))
+
+    # ---------------------------------------------------------------- joining files
+
+    def merge(self, other: Path) -> Merged:
+        """Take over all that another file of this recipe holds; doing so again, or in another order, changes nothing.
+
+        Where both have an answer, one that is no failure stays, and of two such the first in alphabetical order.
+
+        Raises:
+            DataError: not a store of the same version and recipe, or in use.
+        """
+        with CallStore(other) as theirs:
+            if theirs.identity() != self.identity():
+                raise DataError(f"{other}: holds the calls of the recipe {theirs.identity()!r}, expected "
+                                f"{self.identity()!r} as in {self.file}; join files of one recipe")  # fmt: skip
+            if busy := theirs.under_way():
+                raise DataError(f"{other}: {busy} calls are under way in it, expected a file that no run uses; wait for "
+                                "the run to end, or stop it")  # fmt: skip
+        with self._lock:
+            self._db.execute("ATTACH DATABASE ? AS other", (str(other),))
+            try:
+                with self._writing() as db:
+                    return _merge(db)
+            finally:
+                self._db.execute("DETACH DATABASE other")
+
+    def identity(self) -> str:
+        """Of the recipe whose calls these are."""
+        return self._read("SELECT value FROM facts WHERE name = 'identity'")[0][0]
+
+    # ---------------------------------------------------------------- the file
+
+    def _connect(self, new: bool) -> sqlite3.Connection:
+        if not new and not self.file.is_file():
+            raise DataError(f"{self.file}: no such file, expected the calls of a run; start one first")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            return sqlite3.connect(self.file, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.OperationalError) as error:
+            raise DataError(
+                f"{self.file}: cannot be opened ({error}); expected a place that can be written to"
+            ) from error
+
+    def _prepare(self, identity: str | None) -> None:
+        try:
+            # the tables first: whoever makes them sets the rest in the same transaction
+            tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            version, mark = self._pragma("user_version"), self._pragma("application_id")
+        except sqlite3.OperationalError as error:
+            raise self._error(error) from error
+        except sqlite3.DatabaseError as error:
+            raise self._foreign(str(error)) from error
+        if tables and mark != _MARK:
+            raise self._foreign("another program's database")
+        if tables and version != FORMAT:
+            next_step = "upgrade ultrafuser" if version > FORMAT else "move the file away, or use the older ultrafuser"
+            raise DataError(f"{self.file}: written in version {version} of the format, expected {FORMAT}; {next_step}")
+        if not tables and identity is None:
+            raise self._foreign("an empty file")
+        self._use_wal()
+        if identity is not None:
+            self._create(identity)
+            if (before := self.identity()) != identity:
+                raise DataError(f"{self.file}: holds the calls of another recipe ({before!r}), expected {identity!r}; "
+                                "choose another output folder, or go back to that recipe")  # fmt: skip
+
+    def _create(self, identity: str) -> None:
+        """The tables, unless they are there: another process may be doing the same."""
+        with self._writing() as db:
+            if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                return
+            for statement in _TABLES:
+                db.execute(statement)
+            for table, (spent, reserved) in _MONEY.items():
+                for event, sign in (("INSERT", "+NEW"), ("DELETE", "-OLD"), ("UPDATE", "+NEW-OLD")):
+                    db.execute(
+                        f"CREATE TRIGGER {table}_{event} AFTER {event} ON {table} BEGIN UPDATE money SET "
+                        f"spent = spent {_signed(spent, sign)}, reserved = reserved {_signed(reserved, sign)}; END"
+                    )
+            db.execute("INSERT INTO facts VALUES ('identity', ?)", (identity,))
+            db.execute(f"PRAGMA application_id = {_MARK}")
+            db.execute(f"PRAGMA user_version = {FORMAT}")
+
+    def _use_wal(self) -> None:
+        """Readers never wait, and a commit needs no fsync: it survives a kill, though not always a power cut."""
+        until = time.monotonic() + BUSY_S
+        while True:  # the change of mode does not wait for other processes by itself
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA synchronous = NORMAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise self._error(error) from error
+                time.sleep(0.05)
+
+    def _pragma(self, name: str) -> int:
+        return self._db.execute(f"PRAGMA {name}").fetchone()[0]
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, begun with the lock that it needs in the end, so that no two processes block each other."""
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield self._db
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise self._error(error) from error
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+
+    def _read(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._lock:
+            try:
+                with closing(self._db.execute(sql, values)) as rows:
+                    return rows.fetchall()
+            except sqlite3.Error as error:
+                raise self._error(error) from error
+
+    def _known(self, sql: str, keys: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+        """Key -> the other columns, of the rows with one of these keys."""
+        return {row[0]: row[1:] for row in self._read(f"{sql} WHERE key IN ({', '.join('?' * len(keys))})", keys)}
+
+    def _left(self, budget_usd: float | None) -> float:
+        if budget_usd is None:
+            return math.inf
+        spent, reserved = self._read("SELECT spent, reserved FROM money")[0]
+        return math.floor(budget_usd * _NANO) - spent - reserved
+
+    def _foreign(self, problem: str) -> DataError:
+        return DataError(f"{self.file}: not a file of calls ({problem}); move it away, or choose another output folder")
+
+    def _error(self, error: sqlite3.Error) -> DataError:
+        text = str(error)
+        if "locked" in text:
+            next_step = "see what else uses it; it must not lie on a network file system"
+        elif "full" in text:
+            next_step = "make room on the disk and run again: all that was stored is kept"
+        elif "malformed" in text or "not a database" in text:
+            next_step = "the file is damaged; `sqlite3 FILE .recover` saves what it can"
+        else:
+            next_step = "see that file, folder and disk can be written to, and run again: all that was stored is kept"
+        return DataError(f"{self.file}: cannot be used ({text}); {next_step}")
+
+
+def new_worker() -> str:
+    """A name that no other worker has, and from which others on this machine see whether its process lives."""
+    return f"{_machine()}|{os.getpid()}|{uuid.uuid4().hex[:12]}"
+
+
+def _machine() -> str:
+    """Where process ids mean the same: containers of one host have the same name, perhaps, but not the same ids."""
+    try:
+        ids = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        ids = 0
+    return f"{socket.gethostname()}|{ids}"
+
+
+def _is_live(worker: str, expires: float, now: float) -> bool:
+    """Whether a claim still holds: neither given up nor run out, and its process not known to be dead."""
+    if expires <= now:
+        return False
+    machine, _, rest = worker.rpartition("|")[0].rpartition("|")
+    if machine != _machine() or not rest.isdecimal() or os.name != "posix":
+        return True
+    try:
+        os.kill(int(rest), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's: it lives
+        return True
+    return True
+
+
+def _merge(db: sqlite3.Connection) -> Merged:
+    """`other` into `main`, inside a transaction."""
+    both = "other.calls AS theirs JOIN main.calls AS ours ON theirs.key = ours.key AND theirs.worker <> ours.worker"
+    better = (
+        "(theirs.status > ours.status OR theirs.status = ours.status AND "
+        "(theirs.text, theirs.reason) < (ours.text, ours.reason))"
+    )
+    drop = "INSERT OR IGNORE INTO main.dropped SELECT {0}.worker, {0}.key, {0}.cost FROM " + both + " WHERE "
+    twice = db.execute(f"SELECT count(*) FROM {both}").fetchone()[0]
+    before = db.execute("SELECT count(*) FROM main.calls").fetchone()[0]
+    db.execute(drop.format("theirs") + f"NOT {better}")
+    db.execute(drop.format("ours") + better)
+    db.execute(f"DELETE FROM main.calls WHERE key IN (SELECT ours.key FROM {both} WHERE {better})")
+    db.execute(  # what is in both files because one was copied
+        f"INSERT INTO main.calls ({_CALL}) SELECT {_CALL} FROM other.calls WHERE true "
+        "ON CONFLICT (key) DO UPDATE SET cost = max(cost, excluded.cost) WHERE worker = excluded.worker"
+    )
+    db.execute("INSERT OR IGNORE INTO main.dropped SELECT worker, key, cost FROM other.dropped")
+    db.execute(
+        "INSERT INTO main.leases SELECT key, '', 0, 0, reserved + lost FROM other.leases WHERE reserved + lost > 0 "
+        "ON CONFLICT (key) DO UPDATE SET lost = max(lost, excluded.lost)"
+    )
+    db.execute(
+        "INSERT INTO main.reviews SELECT row, decision, note, at FROM other.reviews WHERE true ON CONFLICT (row) "
+        "DO UPDATE SET decision = excluded.decision, note = excluded.note, at = excluded.at WHERE excluded.at > at"
+    )
+    return Merged(db.execute("SELECT count(*) FROM main.calls").fetchone()[0] - before, twice)
+
+
+def _signed(column: str, sign: str) -> str:
+    """`{}.cost` and `+NEW-OLD` -> `+ NEW.cost - OLD.cost`."""
+    parts = sign.replace("+", " +").replace("-", " -").split()
+    return " ".join(f"{part[0]} {column.format(part[1:])}" for part in parts)
+
+
+def _at_most(usd: float) -> int:
+    return math.ceil(usd * _NANO)
+
+
+def _storable(text: str) -> str:
+    """The text without halves of characters, which UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode()

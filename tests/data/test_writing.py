@@ -1,0 +1,127 @@
+"""Writing: what is written reads back exactly in every layout and kind of file, and files are whole or not there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ultrafuser.data.convert import convert
+from ultrafuser.data.schema import Row
+from ultrafuser.data.sources import SUFFIXES, load_rows, read_records, write_rows
+from ultrafuser.data.writing import LAYOUTS, PAIRS, check_layout, row_writer, whole_file, write_json
+from ultrafuser.errors import DataError
+
+PAIR = Row("1", "math", (("user", 'Q, "é"\n\nmore'), ("assistant", "A\nB")), "s", "CC0", "t", "u", check="answer == 1")
+CODE = Row("2", "code", (("user", "数?"), ("assistant", "x = 1")), tests="assert x")
+TALK = Row("3", "ü", (("system", "S"), ("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")))
+
+
+def write(rows, path, layout=None, **options):
+    with row_writer(path, layout, **options) as put:
+        for row in rows:
+            put(row)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_in_every_kind_of_file_reads_back(suffix, layout, tmp_path):
+    if suffix == ".csv" and layout not in PAIRS:
+        with pytest.raises(DataError, match="has lists, which CSV cannot hold; use instruction/input/output or JSONL"):
+            write([PAIR], tmp_path / f"out{suffix}", layout)
+        return
+    rows = [PAIR, CODE] if layout in PAIRS else [PAIR, CODE, TALK]
+    path = write(rows, tmp_path / f"out{suffix}", layout)
+    assert load_rows(path) == rows
+    columns = set(next(read_records(path))[0])
+    assert columns >= (set(filter(None, PAIRS[layout])) if layout in PAIRS else {layout})
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_many_rows_and_none(suffix, tmp_path):
+    rows = [Row(str(n), "text", (("user", f"Q{n}"), ("assistant", f"A{n}"))) for n in range(4321)]
+    assert load_rows(write(rows, tmp_path / f"many{suffix}")) == rows
+    empty = write([], tmp_path / f"empty{suffix}")
+    assert list(read_records(empty)) == []
+
+
+def test_jsonl_is_what_write_rows_writes(tmp_path):
+    write([PAIR, CODE, TALK], tmp_path / "a.jsonl")
+    write_rows([PAIR, CODE, TALK], tmp_path / "b.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_a_talk_does_not_fit_one_question_and_one_answer(tmp_path):
+    words = "row '3': messages of system, user, assistant, user, assistant do not fit the layout 'prompt/response'"
+    with pytest.raises(DataError, match=words):
+        write([PAIR, TALK], tmp_path / "out.jsonl", "prompt/response")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_character_is_an_error_that_names_the_row(tmp_path):
+    broken = Row("x", "text", (("user", "\ud800"), ("assistant", "A")))
+    with pytest.raises(DataError, match="row 'x': holds half a character"):
+        write([broken], tmp_path / "out.jsonl")
+
+
+# ---------------------------------------------------------------- whole or not there
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), row_writer(path, force=True) as put:
+        put(PAIR)
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    write([PAIR], path, force=True)
+    assert load_rows(str(path)) == [PAIR] and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_there_is_not_replaced_unasked(tmp_path):
+    (tmp_path / "out.jsonl").write_text("old")
+    with pytest.raises(DataError, match=r"out\.jsonl: is there already; replace it with --force"):
+        write([PAIR], tmp_path / "out.jsonl")
+    with pytest.raises(DataError, match="is a folder; expected the name of a file"):
+        write_json({}, tmp_path, force=True)
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"out\.jsonl: could not be written: .*; nothing was changed"):
+        write([PAIR], tmp_path / "file" / "out.jsonl")
+
+
+def test_an_error_of_another_file_is_left_alone(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone"), whole_file(tmp_path / "out"):
+        (tmp_path / "gone").read_text()
+
+
+def test_folders_are_made(tmp_path):
+    write_json({"é": 1}, tmp_path / "a" / "b" / "out.json")
+    assert json.loads((tmp_path / "a" / "b" / "out.json").read_text(encoding="utf-8")) == {"é": 1}
+
+
+def test_unknown_kinds_and_layouts(tmp_path):
+    with pytest.raises(DataError, match=r"unknown kind of file '\.txt'; expected one of \.jsonl, \.json"):
+        check_layout(tmp_path / "out.txt", None)
+    with pytest.raises(DataError, match="layout 'alpaca': expected one of messages, conversations, instruction/input"):
+        check_layout(tmp_path / "out.jsonl", "alpaca")
+    assert check_layout(tmp_path / "out.csv", None) == "instruction/input/output"
+
+
+# ---------------------------------------------------------------- convert
+
+
+def test_convert_reads_one_layout_and_writes_another(tmp_path):
+    (tmp_path / "in.csv").write_text("prompt,completion,licence\nQ1,A1,MIT\nQ2,A2,\n")
+    number = convert([str(tmp_path / "in.csv")], tmp_path / "out.parquet", "conversations", domain="text")
+    assert number == 2
+    first, second = load_rows(str(tmp_path / "out.parquet"))
+    assert (first.messages, first.licence, first.domain) == ((("user", "Q1"), ("assistant", "A1")), "MIT", "text")
+    assert convert([str(tmp_path / "out.parquet")], tmp_path / "one.jsonl", limit=1) == 1
+    assert load_rows(str(tmp_path / "one.jsonl")) == [first]
+    both = [str(tmp_path / "one.jsonl"), str(tmp_path / "out.parquet")]
+    assert convert(both, tmp_path / "all.json") == 3
+    assert load_rows(str(tmp_path / "all.json")) == [first, first, second]

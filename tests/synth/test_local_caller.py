@@ -1,0 +1,102 @@
+"""A model in this process: batches, what does not fit, sampled draws that differ and come again the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ultrafuser.errors import CheckpointError, RecipeError
+from ultrafuser.synth.asks import Ask, Outcome
+from ultrafuser.synth.callers import make_callers
+from ultrafuser.synth.local_caller import LocalCaller
+from ultrafuser.synth.recipe import ModelRecipe
+from ultrafuser.synth.scheduler import answer
+from ultrafuser.synth.store import CallStore
+
+pytest.importorskip("lm_eval", reason="the eval extra is not installed")
+
+
+@pytest.fixture
+def model(save, tokenizer) -> str:
+    """A tiny model with a context of 256 tokens that never ends an answer by itself, as a rule."""
+    folder = save("writer", vocab_size=320, max_position_embeddings=256)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def recipe(model: str, **changes) -> ModelRecipe:
+    return ModelRecipe.model_validate({"name": "writer", "local": model, "batch_size": 2, **changes})
+
+
+def asks(number: int, **changes) -> list[Ask]:
+    settings = {"max_tokens": 6, **changes}
+    return [
+        Ask("responses", "math", str(i), "writer", (("user", f"{'why? ' * i}{i}"),), **settings) for i in range(number)
+    ]
+
+
+def outcomes(folder: Path, caller: LocalCaller, asked: list[Ask]) -> list[Outcome]:
+    with CallStore(folder / "calls.sqlite", "recipe") as store:
+        answer(asked, store, {"writer": caller})
+        return [store.outcome(ask.key) for ask in asked]
+
+
+def test_answers_are_those_of_the_model_itself(tmp_path: Path, model: str):
+    from ultrafuser.evaluate.judged import answer_chats
+    from ultrafuser.evaluate.models import serve
+
+    found = outcomes(tmp_path, make_callers([recipe(model)])["writer"], asks(5))
+    expected = answer_chats(serve(model).lm, "", [ask.chat() for ask in asks(5)], 6)
+    assert [one.text for one in found] == [text if text.strip() else "" for text in expected]
+    assert all(one.prompt_tokens > 5 and one.cost_usd == 0 for one in found)
+    assert [one.prompt_tokens for one in found] == sorted(one.prompt_tokens for one in found)
+
+
+def test_the_weights_are_loaded_once_and_kept(tmp_path: Path, model: str):
+    caller = LocalCaller(recipe(model))
+    outcomes(tmp_path, caller, asks(1))
+    served = caller._served
+    outcomes(tmp_path, caller, asks(3))
+    assert caller._served is served is not None
+
+
+def test_what_does_not_fit_is_a_failure_of_its_own(tmp_path: Path, model: str):
+    long = Ask("responses", "math", "long", "writer", (("user", "0123456789 " * 60),), max_tokens=6)
+    found = outcomes(tmp_path, LocalCaller(recipe(model)), [*asks(2), long])
+    assert (
+        found[2].status == "failed"
+        and found[2].kind == "context overflow"
+        and "tokens leaves no room" in found[2].reason
+    )
+    assert not any(one.kind == "context overflow" for one in found[:2])
+
+
+def test_a_reply_ends_where_its_limit_or_the_context_does(tmp_path: Path, model: str):
+    found = outcomes(tmp_path, LocalCaller(recipe(model)), asks(1, max_tokens=4000))
+    assert found[0].prompt_tokens + found[0].completion_tokens <= 256
+
+
+def test_draws_differ_and_come_again_the_same(tmp_path: Path, model: str):
+    drawn = [ask for n in range(4) for ask in asks(2, temperature=1.0, sample=n)]
+    first = outcomes(tmp_path / "1", LocalCaller(recipe(model)), drawn)
+    caller = LocalCaller(recipe(model))
+    outcomes(tmp_path / "2", caller, drawn[:4])
+    again = outcomes(tmp_path / "2", LocalCaller(recipe(model)), drawn)  # a run that was cut off and goes on
+    assert again == first
+    assert len({one.text for one in first[::2]}) > 1
+
+
+def test_further_arguments_of_generate(tmp_path: Path, model: str):
+    plain = outcomes(tmp_path / "1", LocalCaller(recipe(model)), asks(1, temperature=1.0))
+    greedy = outcomes(tmp_path / "2", LocalCaller(recipe(model, generation={"top_k": 1})), asks(1, temperature=1.0))
+    assert greedy == outcomes(tmp_path / "3", LocalCaller(recipe(model)), asks(1)) and len(plain) == 1
+
+
+def test_models_that_cannot_be_asked(tmp_path: Path):
+    with pytest.raises(
+        RecipeError, match="model 'writer': 'local' names the endpoint openai:m@http://h/v1, .*put it under 'endpoint'"
+    ):
+        LocalCaller(recipe("openai:m@http://h/v1"))
+    with pytest.raises(CheckpointError):
+        outcomes(tmp_path, LocalCaller(recipe(str(tmp_path / "nothing"))), asks(1))

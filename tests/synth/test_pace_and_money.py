@@ -1,0 +1,122 @@
+"""How fast an endpoint is asked, and what calls cost."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from ultrafuser.synth.asks import Ask
+from ultrafuser.synth.money import Planned, Prices, estimate, likely_prompt_tokens, most_prompt_tokens, planned
+from ultrafuser.synth.pace import MAX_BACKOFF_S, MAX_PAUSE_S, Health, Pace
+from ultrafuser.synth.recipe import ModelRecipe
+
+
+def ask(text: str, **changes) -> Ask:
+    return Ask("responses", "math", "", "m", (("user", text),), **changes)
+
+
+def test_pauses_double_until_something_is_served(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    health = Health(backoff_s=1.0)
+    for number in range(9):
+        assert health.pause(now[0], None)
+        longest = min(2.0**number, MAX_BACKOFF_S)
+        assert longest / 2 <= health.until - now[0] <= longest
+        now[0] = health.until
+    assert health.failing_s() == now[0] - 1000.0
+    health.served()
+    assert health.failing_s() == 0
+    health.pause(now[0], None)
+    assert health.until - now[0] <= 1.0
+    assert health.pause(now[0] + 1, 7.0) and health.until == now[0] + 7
+    assert health.pause(now[0] + 1, 1e9) and health.until == now[0] + MAX_PAUSE_S
+
+
+def test_of_requests_sent_together_only_the_first_answer_is_news(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pace = Pace(64, Health(1.0))
+    now[0] += 1
+    for _ in range(64):
+        pace.full(1000.5, None)
+    assert pace.slots == 32 and pace.health.until <= 1002
+    pace.full(1001.5, None)
+    assert pace.slots == 16
+    for _ in range(9):
+        now[0] += 1
+        pace.full(now[0], None)
+    assert pace.slots == 1
+    for _ in range(5000):
+        pace.served()
+    assert pace.slots == 64
+
+
+def test_turns_wait_for_a_slot():
+    async def run() -> int:
+        pace, most = Pace(8, Health()), 0
+        pace.slots = 2.0
+
+        async def one() -> None:
+            nonlocal most
+            async with pace.turn(1):
+                most = max(most, pace.under_way)
+                await asyncio.sleep(0.005)
+
+        await asyncio.gather(*(one() for _ in range(20)))
+        assert pace.under_way == 0
+        return most
+
+    assert asyncio.run(run()) == 2
+
+
+def test_turns_keep_to_the_tokens_a_minute():
+    async def run() -> float:
+        pace, began = Pace(8, Health(), tokens_per_minute=60_000), time.monotonic()
+        for _ in range(4):
+            async with pace.turn(200):
+                pass
+            pace.settle(200, 100)
+        return time.monotonic() - began
+
+    assert 0.28 < asyncio.run(run()) < 1.5  # three waits of 100 tokens at 1,000 a second
+
+
+def test_no_tokenizer_makes_more_of_a_text():
+    texts = ["", "why?", "\u00fc\u6f22\U0001f600" * 20, "a" * 999]
+    for text in texts:
+        assert most_prompt_tokens(ask(text)) >= len(text.encode())
+        assert likely_prompt_tokens(ask(text)) <= most_prompt_tokens(ask(text))
+    assert most_prompt_tokens(ask("a", schema={"type": "object"})) > most_prompt_tokens(ask("a"))
+
+
+def test_prices():
+    prices = Prices(2.0, 8.0)
+    assert prices.cost_usd(1_000_000, 500_000) == 6.0
+    assert prices.ceiling_usd(ask("12345678", max_tokens=1000)) == pytest.approx((40 * 2 + 1000 * 8) / 1e6)
+
+
+def test_estimates():
+    models = {
+        "free": ModelRecipe(name="free", endpoint={"model": "x"}),
+        "dear": ModelRecipe(name="dear", endpoint={"model": "x"}, prompt_usd=1, completion_usd=4, requests_per_minute=100,
+                            tokens_per_minute=50_000),
+    }  # fmt: skip
+    calls = [Planned("topics", "free", 10, 100, 200), Planned("responses", "dear", 1000, 300, 500)]
+    first, second = estimate(calls, models.__getitem__)
+    assert (first.usd, first.minutes, first.prompt_tokens, first.completion_tokens) == (0.0, 0.0, 1000, 2000)
+    assert (second.usd, second.minutes) == (pytest.approx(2.3), 16.0)
+
+
+def test_asks_as_planned_calls():
+    asks = [
+        ask("a" * 40, max_tokens=100),
+        ask("a" * 80, max_tokens=300),
+        Ask("judge", "d", "", "m", (("user", ""),), max_tokens=9),
+    ]
+    first, second = planned(asks)
+    assert (first.stage, first.calls, first.prompt_tokens, first.completion_tokens) == ("responses", 2, 31.0, 200.0)
+    assert (second.stage, second.calls, second.completion_tokens) == ("judge", 1, 9.0)
+    assert planned(asks, completion_tokens=50.0)[0].completion_tokens == 50.0

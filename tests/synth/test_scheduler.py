@@ -1,0 +1,289 @@
+"""The scheduler with models in memory: every ask is answered once, in several processes too; money and errors stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from ultrafuser.errors import BudgetExceeded, DataError, EndpointError, RecipeError
+from ultrafuser.progress import Progress
+from ultrafuser.synth.asks import Ask, Outcome
+from ultrafuser.synth.callers import Caller, Run
+from ultrafuser.synth.scheduler import answer
+from ultrafuser.synth.store import CallStore, new_worker
+
+
+class Memory:
+    """A caller that answers from memory and writes down what it was asked."""
+
+    def __init__(
+        self,
+        reply: Callable[[Ask], Outcome | None] | None = None,
+        *,
+        concurrency: int = 4,
+        batch_size: int = 1,
+        delay_s: float = 0.0,
+        ceiling_usd: float = 0.0,
+    ) -> None:
+        self.reply = reply or (lambda ask: Outcome("ok", f"re: {ask.messages[-1][1]}"))
+        self.concurrency, self.batch_size, self.delay_s, self._ceiling_usd = (
+            concurrency,
+            batch_size,
+            delay_s,
+            ceiling_usd,
+        )
+        self.batches: list[list[str]] = []
+        self.under_way = self.most_at_once = self.opened = self.closed = 0
+
+    @property
+    def asked(self) -> Counter[str]:
+        return Counter(text for batch in self.batches for text in batch)
+
+    def ceiling_usd(self, ask: Ask) -> float:
+        return self._ceiling_usd
+
+    async def open(self) -> None:
+        self.opened += 1
+
+    async def close(self) -> None:
+        self.closed += 1
+
+    async def answer(self, asks: Sequence[Ask], run: Run) -> list[Outcome | None]:
+        self.batches.append([ask.messages[-1][1] for ask in asks])
+        run.sent.update(ask.key for ask in asks)
+        self.under_way += 1
+        self.most_at_once = max(self.most_at_once, self.under_way)
+        await asyncio.sleep(self.delay_s)
+        self.under_way -= 1
+        return [self.reply(ask) for ask in asks]
+
+
+class Seen(Progress):
+    def __init__(self) -> None:
+        self.started: list[tuple[str, int]] = []
+        self.steps, self.finished, self.notes = 0, 0, []
+
+    def start(self, what: str, total: int) -> None:
+        self.started.append((what, total))
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.steps += steps
+        self.notes.append(note)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def asks(number: int, role: str = "writer", stage: str = "responses") -> list[Ask]:
+    return [Ask(stage, "math", str(i), role, (("user", f"{role} {i}"),)) for i in range(number)]
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    with CallStore(tmp_path / "calls.sqlite", "recipe") as store:
+        yield store
+
+
+def test_the_protocol_is_what_fakes_have():
+    caller: Caller = Memory()
+    assert caller.concurrency == 4
+
+
+def test_every_ask_is_answered_once_and_never_again(store: CallStore):
+    caller, seen = Memory(delay_s=0.001), Seen()
+    answer(asks(50) + asks(50), store, {"writer": caller}, progress=seen)
+    assert caller.asked == Counter(f"writer {i}" for i in range(50))
+    assert store.outcome(asks(50)[49].key) == Outcome("ok", "re: writer 49")
+    assert caller.most_at_once == 4 and (caller.opened, caller.closed) == (1, 1)
+    assert (seen.started, seen.steps, seen.finished) == ([("responses", 50)], 50, 1)
+    answer(asks(51), store, {"writer": caller})
+    assert sum(caller.asked.values()) == 51 and caller.opened == 2
+    answer(asks(51), store, {})
+    assert store.under_way() == 0
+
+
+def test_models_work_beside_each_other_each_as_it_likes(store: CallStore):
+    one, many = Memory(concurrency=1, batch_size=8, delay_s=0.002), Memory(concurrency=20, delay_s=0.002)
+    answer(asks(20, "one") + asks(60, "many", "judge"), store, {"one": one, "many": many, "idle": Memory()})
+    assert [len(batch) for batch in one.batches] == [8, 8, 4] and one.most_at_once == 1
+    assert many.most_at_once == 20 and all(len(batch) == 1 for batch in many.batches)
+
+
+def test_a_model_that_nobody_offers(store: CallStore):
+    with pytest.raises(RecipeError, match="no model 'judge' to ask; there are: writer, other"):
+        answer(asks(1, "judge"), store, {"writer": Memory(), "other": Memory()})
+
+
+def test_what_was_put_back_is_asked_again(store: CallStore):
+    refused: set[str] = set()
+
+    def reply(ask: Ask) -> Outcome | None:
+        if ask.key in refused:
+            return Outcome("ok", "at last")
+        refused.add(ask.key)
+        return None
+
+    caller = Memory(reply)
+    answer(asks(9), store, {"writer": caller})
+    assert set(caller.asked.values()) == {2} and not store.missing(ask.key for ask in asks(9))
+
+
+# ---------------------------------------------------------------- money
+
+
+def test_the_budget_is_never_exceeded_and_it_is_used_up(store: CallStore):
+    caller = Memory(lambda ask: Outcome("ok", "x", cost_usd=0.03), concurrency=16, delay_s=0.001, ceiling_usd=0.1)
+    with pytest.raises(BudgetExceeded, match=r"the budget of \$1.00 does not last: \$0.9\d00 is spent, the next call may cost up "
+                       r"to \$0.1000, and 6\d questions wait .*--budget-usd and run again: what was answered is kept"):  # fmt: skip
+        answer(asks(100), store, {"writer": caller}, budget_usd=1.0)
+    assert 0.9 < store.spent_usd() <= 1.0 and store.reserved_usd() == 0 == store.under_way()
+    assert store.counts()[0].calls == sum(caller.asked.values())
+    answer(asks(100), store, {"writer": caller}, budget_usd=10.0)
+    assert store.counts()[0].calls == 100 and store.spent_usd() == 3.0
+    assert set(caller.asked.values()) == {1}
+
+
+def test_a_dear_model_at_its_ceiling(store: CallStore):
+    caller = Memory(lambda ask: Outcome("ok", "x", cost_usd=0.25), concurrency=16, ceiling_usd=0.25)
+    with pytest.raises(BudgetExceeded):
+        answer(asks(9), store, {"writer": caller}, budget_usd=1.0)
+    assert store.spent_usd() == 1.0 and sum(caller.asked.values()) == 4
+
+
+def test_nothing_is_asked_without_money(store: CallStore):
+    caller, seen = Memory(ceiling_usd=2.0), Seen()
+    with pytest.raises(BudgetExceeded, match="2 questions wait"):
+        answer(asks(2), store, {"writer": caller}, budget_usd=1.0, progress=seen)
+    assert not caller.batches and (seen.steps, seen.finished) == (0, 1)
+
+
+def test_money_that_another_process_has_set_aside_is_waited_for(store: CallStore):
+    other = new_worker()
+    theirs = asks(1, "other")[0]
+    store.claim({theirs.key: 0.9}, other, 60)
+    timer = threading.Timer(0.3, lambda: store.finish(theirs, Outcome("ok", "x", cost_usd=0.1), other))
+    timer.start()
+    answer(asks(1), store, {"writer": Memory(ceiling_usd=0.5)}, budget_usd=1.0)
+    timer.join()
+    assert not store.missing([asks(1)[0].key])
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def test_several_runs_share_the_work(tmp_path: Path):
+    callers = [Memory(concurrency=8, delay_s=0.002) for _ in range(3)]
+
+    def run(caller: Memory) -> None:
+        with CallStore(tmp_path / "calls.sqlite", "recipe") as store:
+            answer(asks(300), store, {"writer": caller})
+            assert not store.missing(ask.key for ask in asks(300))  # each comes back when all is done, not only its own
+
+    threads = [threading.Thread(target=run, args=(caller,)) for caller in callers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    asked = sum((caller.asked for caller in callers), Counter())
+    assert asked == Counter(f"writer {i}" for i in range(300))
+    assert all(caller.batches for caller in callers)
+
+
+def test_a_call_that_another_process_does_not_finish_is_taken_over(store: CallStore):
+    store.claim({ask.key: 0.0 for ask in asks(5)}, "another machine|1|2|x", 0.7)
+    caller = Memory()
+    answer(asks(6), store, {"writer": caller})
+    assert caller.batches[0] == ["writer 5"] and set(caller.asked.values()) == {1}
+
+
+def test_claims_are_renewed_while_a_call_lasts(store: CallStore):
+    slow, other = Memory(delay_s=1.2, concurrency=2), Memory()
+    file = store.file
+    thread = threading.Thread(target=answer, args=(asks(2), store, {"writer": slow}), kwargs={"lease_s": 0.3})
+    thread.start()
+    time.sleep(0.3)
+    with CallStore(file, "recipe") as mine:
+        answer(asks(2), mine, {"writer": other})
+    thread.join()
+    assert not other.batches and sum(slow.asked.values()) == 2
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_an_error_stops_the_run_but_what_is_under_way_still_comes(store: CallStore):
+    class Dying(Memory):
+        async def answer(self, asks: Sequence[Ask], run: Run) -> list[Outcome | None]:
+            if asks[0].item == "3":
+                raise EndpointError("no more")
+            return await super().answer(asks, run)
+
+    caller, seen = Dying(delay_s=0.05), Seen()
+    with pytest.raises(EndpointError, match="no more"):
+        answer(asks(100), store, {"writer": caller}, progress=seen)
+    assert caller.asked == Counter(f"writer {i}" for i in range(3))
+    assert store.missing(ask.key for ask in asks(4)) == [asks(4)[3].key]
+    assert caller.closed == 1 == seen.finished and store.under_way() == 0
+    answer(asks(100), store, {"writer": Memory()})
+    assert store.counts()[0].calls == 100
+
+
+def test_what_hangs_when_the_run_ends_is_given_up_and_counts_as_spent(store: CallStore):
+    class Dying(Memory):
+        async def answer(self, asks: Sequence[Ask], run: Run) -> list[Outcome | None]:
+            if asks[0].item == "1":
+                await asyncio.sleep(0.05)
+                raise EndpointError("no more")
+            return await super().answer(asks, run)
+
+    with pytest.raises(EndpointError, match="no more"):
+        answer(asks(2), store, {"writer": Dying(delay_s=60, ceiling_usd=0.5)}, grace_s=0.1)
+    assert (store.spent_usd(), store.reserved_usd(), store.under_way()) == (0.5, 0.0, 0)  # the one that was sent
+
+
+def test_a_full_disk_loses_nothing_that_was_stored_and_says_what_it_lost(store: CallStore):
+    caller = Memory(lambda ask: Outcome("ok", "x" * 30_000), delay_s=0.001)
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages + 100}")
+    with pytest.raises(
+        DataError, match=r"database or disk is full\); make room .*; \d replies were lost and will be asked"
+    ):
+        answer(asks(50), store, {"writer": caller})
+    kept = store.counts()[0].calls
+    assert 5 < kept < 50
+    store._db.execute("PRAGMA max_page_count = 1000000")
+    answer(asks(50), store, {"writer": caller})
+    assert sum(caller.asked.values()) <= 50 + caller.concurrency
+    assert store.counts()[0].calls == 50
+
+
+def test_replies_that_came_on_a_full_disk_are_stored_when_there_is_room_again(store: CallStore, monkeypatch):
+    room, finish = [False], store.finish
+
+    def full(ask: Ask, outcome: Outcome, worker: str = "") -> None:
+        if not room[0]:
+            raise DataError("disk is full")
+        finish(ask, outcome, worker)
+
+    def reply(ask: Ask) -> Outcome:
+        room[0] = ask.item == "3"
+        return Outcome("ok", "x")
+
+    monkeypatch.setattr(store, "finish", full)
+    with pytest.raises(DataError, match="disk is full$"):
+        answer(asks(4), store, {"writer": Memory(reply, concurrency=4)})
+    assert not store.missing(ask.key for ask in asks(4))
+
+
+def test_it_may_be_called_from_inside_an_event_loop(store: CallStore):
+    async def cell() -> None:
+        answer(asks(5), store, {"writer": Memory()})
+
+    asyncio.run(cell())
+    assert not store.missing(ask.key for ask in asks(5))

@@ -1,0 +1,99 @@
+"""`ultrafuser synth`: the recipe as first word is a run, options before it too; words and JSON on stdout, errors in a line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from scripted_writer import FakeCaller, Writer, tiny
+from typer.testing import CliRunner
+
+from ultrafuser.cli_synth import synth_app
+from ultrafuser.errors import DataError, RecipeError
+from ultrafuser.synth.recipe import dump_synth_recipe
+
+app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
+app.add_typer(synth_app, name="synth")
+
+
+@app.callback()
+def _options() -> None:
+    pass
+
+
+def invoke(*words):
+    return CliRunner().invoke(app, ["synth", *map(str, words)], catch_exceptions=True)
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    file = tmp_path / "r.yaml"
+    file.write_text(dump_synth_recipe(tiny(f"output={tmp_path / 'out'}")))
+    from ultrafuser.synth import callers
+
+    monkeypatch.setattr(callers, "make_callers", lambda models: {model.name: FakeCaller(Writer()) for model in models})
+    return file
+
+
+def test_a_recipe_is_run(recipe, tmp_path):
+    done = invoke(recipe)
+    assert done.exit_code == 0, done.output
+    assert "144 rows: math 72, text 72" in done.stdout
+    assert (tmp_path / "out" / "data.jsonl").is_file()
+    again = invoke("run", recipe, "--json")
+    assert json.loads(again.stdout)["rows"] == {"math": 72, "text": 72}
+
+
+def test_overrides_and_options_before_the_recipe(recipe):
+    done = invoke("--until", "meta_topics", recipe, "complex_share=0")
+    assert done.exit_code == 0, done.output
+    assert "stopped after meta_topics" in done.stdout
+
+
+def test_a_dry_run_asks_nothing(recipe, tmp_path):
+    done = invoke(recipe, "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "responses" in done.stdout and "estimate" in done.stdout
+    assert not (tmp_path / "out").exists()
+    planned = json.loads(invoke(recipe, "--dry-run", "--json").stdout)
+    assert {one["stage"] for one in planned} >= {"meta_topics", "responses"}
+
+
+def test_status_and_join(recipe):
+    assert invoke(recipe).exit_code == 0
+    shown = invoke("status", recipe)
+    assert shown.exit_code == 0, shown.output
+    assert "near duplicates included: math 72, text 72" in shown.stdout and "about 0 left" in shown.stdout
+    assert json.loads(invoke("status", recipe, "--json").stdout)["rows"] == {"math": 72, "text": 72}
+    fewer = invoke("join", recipe, "filters.min_answer_chars=82")
+    assert fewer.exit_code == 0 and "144 rows" not in fewer.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "problem"),
+    [
+        (["--shard", "2"], RecipeError, "--shard 2: expected NUMBER/HOW-MANY such as 1/8"),
+        (["--shard", "9/8"], RecipeError, "--shard 9/8"),
+        (["--until", "dinner"], RecipeError, "--until dinner: no such stage"),
+        (["domains.law.name=x"], RecipeError, "no item named 'law'"),
+        (["colour=red"], RecipeError, "unknown key"),
+    ],
+)
+def test_errors(recipe, words, kind, problem):
+    error = invoke(recipe, *words).exception
+    assert isinstance(error, kind) and problem in str(error)
+
+
+def test_a_store_or_recipe_that_is_not_there(recipe, tmp_path):
+    error = invoke("join", recipe, tmp_path / "shard.sqlite").exception
+    assert isinstance(error, DataError) and "expected the calls.sqlite of a shard" in str(error)
+    assert "no such file, expected a YAML recipe" in str(invoke(tmp_path / "no.yaml").exception)
+
+
+def test_help():
+    shown = invoke("--help")
+    assert shown.exit_code == 0
+    for command in ("run", "status", "join", "review"):
+        assert command in shown.stdout
+    assert "--budget-usd" in invoke("run", "--help").stdout

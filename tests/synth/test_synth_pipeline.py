@@ -1,0 +1,292 @@
+"""Whole runs on a real store: what is written, what stops them before anything is asked, shards, reviews, status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from scripted_writer import FakeCaller, Memory, Writer, misbehaving, tiny
+
+from ultrafuser.data.sources import load_rows
+from ultrafuser.errors import DataError, MissingExtraError, RecipeError, SandboxError
+from ultrafuser.evaluate import sandbox
+from ultrafuser.synth import dataset
+from ultrafuser.synth.asks import Outcome
+from ultrafuser.synth.card import CARD, PARQUET, RECIPE, REPORT, ROWS, TOPICS
+from ultrafuser.synth.pipeline import STORE, check, derive, join, synthesise, write_again
+from ultrafuser.synth.plan import plan
+from ultrafuser.synth.prompts import Prompts
+from ultrafuser.synth.recipe import load_synth_recipe
+from ultrafuser.synth.review import ALL, Desk
+from ultrafuser.synth.status import status
+from ultrafuser.synth.store import CallStore
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return tiny(f"output={tmp_path / 'out'}")
+
+
+def go(recipe, writer=None, **more):
+    return synthesise(recipe, callers={"writer": FakeCaller(writer or Writer())}, **more)
+
+
+def rows_of(recipe):
+    return [row.to_dict() for row in load_rows(str(Path(recipe.output) / ROWS))]
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def test_a_run_writes_rows_card_report_topics_and_recipe(recipe):
+    data = go(recipe)
+    folder = Path(recipe.output)
+    assert rows_of(recipe) == [row.to_dict() for row in data.rows]
+    assert [row.to_dict() for row in load_rows(str(folder / PARQUET))] == rows_of(recipe)
+    assert {file.name for file in folder.iterdir()} >= {ROWS, PARQUET, CARD, REPORT, TOPICS, RECIPE, STORE}
+    report = json.loads((folder / REPORT).read_text())
+    assert report["rows"] == len(data.rows) == sum(report["rows_by_domain"].values())
+    for entry in report["stages"]:
+        assert entry["asked"] == entry["kept"] + entry["open"] + sum(entry["rejected"].values())
+    assert sum(count["calls"] for count in report["calls"]) > 150
+    topics = json.loads((folder / TOPICS).read_text())
+    assert set(topics) == {"text", "math"} and "Tea" in topics["text"]
+    assert load_synth_recipe(folder / RECIPE) == recipe
+
+
+def test_a_second_run_asks_nothing_and_writes_the_same(recipe):
+    go(recipe, misbehaving(0.3))
+    files = {name: (Path(recipe.output) / name).read_bytes() for name in (ROWS, REPORT, CARD, TOPICS)}
+    idle = Writer()
+    go(recipe, idle)
+    assert not idle.asked
+    assert {name: (Path(recipe.output) / name).read_bytes() for name in files} == files
+
+
+def test_the_store_and_memory_give_the_same(recipe):
+    go(recipe, misbehaving(0.3))
+    assert rows_of(recipe) == [row.to_dict() for row in derive(recipe, Prompts(), Memory(misbehaving(0.3))).rows]
+
+
+def test_stopping_after_a_stage_writes_the_report_alone(recipe):
+    done = go(recipe, until="sub_topics")
+    folder = Path(recipe.output)
+    assert done.stopped_after == "sub_topics"
+    assert (folder / TOPICS).is_file() and (folder / REPORT).is_file() and not (folder / ROWS).exists()
+
+
+def test_a_run_without_a_row_says_why(recipe):
+    refusing = Writer(
+        lambda ask: Outcome("ok", "I'm sorry, but I can't do that.") if ask.stage == "responses" else None
+    )
+    with pytest.raises(DataError, match=r"no row is left; the reasons that come first: refusal \(144\)"):
+        go(recipe, refusing)
+    assert json.loads((Path(recipe.output) / REPORT).read_text())["rows"] == 0
+
+
+def test_other_filters_need_no_new_questions(recipe, tmp_path):
+    go(recipe)
+    stricter = tiny(f"output={recipe.output}", "filters.min_answer_chars=82")
+    assert 0 < len(write_again(stricter).rows) < 144
+    with pytest.raises(DataError, match="no such file, expected the calls of a run"):
+        write_again(tiny(f"output={tmp_path / 'other'}"))
+
+
+# ---------------------------------------------------------------- before anything is asked
+
+
+def failing(ask):
+    raise AssertionError("nothing should be asked")
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "kind", "problem"),
+    [
+        (["filters.decontaminate=[nowhere/test.jsonl]"], {}, DataError, "nowhere/test.jsonl"),
+        (["prompts=nowhere"], {}, RecipeError, "prompts: no folder nowhere"),
+        ([], {"until": "answers"}, RecipeError, "--until answers: no such stage, expected one of meta_topics"),
+        ([], {"shard": (3, 2)}, RecipeError, "--shard 3/2: expected NUMBER/HOW-MANY"),
+        ([], {"shard": (1, 2)}, DataError, "the topics are not complete, and every shard needs the same ones"),
+    ],
+)
+def test_what_stops_a_run_at_once(tmp_path, changes, more, kind, problem):
+    with pytest.raises(kind) as error:
+        go(tiny(f"output={tmp_path / 'out'}", *changes), Writer(failing), **more)
+    assert problem in str(error.value)
+
+
+def test_a_prompt_with_an_undefined_variable_stops_a_run_at_once(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "judge.jinja").write_text("{{ colour }}")
+    with pytest.raises(RecipeError, match="judge.jinja: undefined variable 'colour'"):
+        go(tiny(f"output={tmp_path / 'out'}", f"prompts={tmp_path / 'mine'}"), Writer(failing))
+
+
+def test_tests_without_a_sandbox(monkeypatch, recipe):
+    monkeypatch.setattr(sandbox, "available", lambda: "bubblewrap is not installed")
+    wanted = ["domains.math.check=python", "domains.math.tests=true"]
+    with pytest.raises(SandboxError, match="domains with 'tests' need a sandbox .*unsafe_code=true"):
+        check(tiny(*wanted))
+    check(tiny(*wanted, "filters.unsafe_code=true"))
+    check(recipe)
+
+
+def test_near_duplicates_without_datasketch(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    with pytest.raises(MissingExtraError, match="datasketch"):
+        check(tiny("filters.near_duplicates=0.8"))
+
+
+# ---------------------------------------------------------------- shards
+
+
+def test_shards_are_joined_to_the_same_data_set(tmp_path):
+    whole = tiny(f"output={tmp_path / 'whole'}")
+    go(whole, misbehaving(0.2))
+    first = tiny(f"output={tmp_path / 'first'}")
+    writer = misbehaving(0.2)
+    go(first, writer, until="sub_topics")
+    stores = []
+    for number in (1, 2, 3):
+        part = tiny(f"output={tmp_path / f'part{number}'}")
+        with CallStore(Path(first.output) / STORE) as store:
+            store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        Path(part.output).mkdir()
+        (Path(part.output) / STORE).write_bytes((Path(first.output) / STORE).read_bytes())
+        assert go(part, writer, shard=(number, 3)).rows == []
+        stores.append(Path(part.output) / STORE)
+    join(first, stores)
+    assert rows_of(first) == rows_of(whole)
+    assert set(writer.asked.values()) == {1}
+
+
+def test_joining_what_is_no_store(recipe, tmp_path):
+    go(recipe)
+    (tmp_path / "letter.txt").write_text("Dear store")
+    with pytest.raises(DataError, match="letter.txt: not a file of calls"):
+        join(recipe, [tmp_path / "letter.txt"])
+
+
+# ---------------------------------------------------------------- reviews
+
+
+def test_decisions_of_the_desk_are_in_the_next_data_set(recipe):
+    go(recipe)
+    desk = Desk.open(recipe)
+    assert desk.domains == (ALL, *dict.fromkeys(row.domain for row in desk.rows))
+    assert desk.shown() == list(range(144)) and len(desk.shown("math")) == 72
+    a, b, c, d = (desk.rows[place] for place in range(4))
+    desk.accept(0)
+    desk.reject(1, "dull")
+    desk.edit(2, ["A better question?", "A better answer, with more words."])
+    desk.edit(3, [content for _, content in d.messages])  # nothing changed
+    assert desk.shown() == list(range(4, 144))
+    assert (desk.shown(what="rejected"), desk.shown(what="edited"), desk.shown(what="accepted")) == ([1], [2], [0, 3])
+    assert desk.summary() == "4 of 144 rows reviewed: 2 accepted, 1 edited, 1 rejected"
+    assert desk.messages(2)[0] == ("user", "A better question?")
+    assert desk.decision(b) == "reject" and desk.decision(desk.rows[9]) == ""
+    desk.store.close()
+    go(recipe, Writer(failing))
+    rows = {row["id"]: row for row in rows_of(recipe)}
+    assert len(rows) == 143 and b.id not in rows and a.id in rows
+    assert rows[c.id]["messages"][0]["content"] == "A better question?"
+
+
+def test_what_the_desk_refuses(recipe, tmp_path):
+    with pytest.raises(DataError, match="run `ultrafuser synth RECIPE` to its end first"):
+        Desk.open(recipe)
+    go(recipe)
+    desk = Desk.open(recipe)
+    with pytest.raises(DataError, match="the message of the assistant is empty"):
+        desk.edit(0, ["Fine?", "  "])
+    with pytest.raises(DataError, match="got 1 messages, expected 2"):
+        desk.edit(0, ["Fine?"])
+    desk.store.close()
+
+
+def test_the_page_is_built(recipe):
+    pytest.importorskip("gradio")
+    from ultrafuser.synth.review_page import review_page
+
+    go(recipe)
+    desk = Desk.open(recipe)
+    assert review_page(desk) is not None
+    desk.store.close()
+
+
+def test_the_page_without_gradio(recipe, monkeypatch):
+    import sys
+
+    from ultrafuser.synth.review_page import review_page
+
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(MissingExtraError, match=r"ultrafuser\[review\]"):
+        review_page(None)
+
+
+def test_an_edit_that_another_hand_spoilt(recipe):
+    go(recipe)
+    desk = Desk.open(recipe)
+    desk.store.set_review(desk.rows[0].id, "edit", "nonsense")
+    desk.store.close()
+    with pytest.raises(DataError, match="the edit in the store is not a list"):
+        write_again(recipe)
+    assert dataset.DECISIONS == ("accept", "edit", "reject")
+
+
+# ---------------------------------------------------------------- status and plan
+
+
+def test_status_of_a_finished_run(recipe):
+    go(recipe)
+    now = status(recipe)
+    assert now.rows == {"math": 72, "text": 72}
+    assert (now.left_calls, now.left_usd, now.under_way) == (0, 0.0, 0)
+    stages = {one.stage: one for one in now.stages}
+    assert (stages["responses"].asked, stages["responses"].kept, stages["responses"].share_kept) == (144, 144, 1.0)
+    assert json.loads(json.dumps(now.to_dict()))["calls"] == now.calls
+
+
+def test_status_in_the_middle(recipe):
+    with pytest.raises(DataError, match="no such file, expected the calls of a run"):
+        status(recipe)
+    go(recipe, until="instructions")
+    now = status(recipe)
+    stages = {one.stage: one for one in now.stages}
+    assert stages["responses"].open == stages["responses"].asked > 0
+    assert now.left_calls > 140
+    assert now.rows == {}
+
+
+def test_the_plan_is_what_a_perfect_writer_is_asked(tmp_path):
+    recipe = tiny("turns=2", "filters.min_score=1", "domains.math.samples=2", "domains.math.agreement=0", "complex_share=1",
+                  f"output={tmp_path / 'out'}", "models.writer.prompt_usd=1", "models.writer.completion_usd=2")  # fmt: skip
+    planned = plan(recipe, Prompts())
+    look = Memory(Writer())
+    derive(recipe, Prompts(), look)
+    for stage in {one.stage for one in planned}:
+        calls = sum(one.calls for one in planned if one.stage == stage)
+        assert calls == sum(ask.stage == stage for ask in look.asks.values()), stage
+    for one in planned:
+        assert one.usd == pytest.approx((one.prompt_tokens + 2 * one.completion_tokens) / 1e6)
+        assert one.prompt_tokens > 20 * one.calls
+
+
+def test_the_papers_sizes_cost_something_known():
+    recipe = load_synth_recipe(Path(__file__).parents[2] / "recipes" / "ultrachat2.yaml")
+    planned = plan(recipe, Prompts(recipe.prompts))
+    answers = sum(one.calls for one in planned if one.stage == "responses")
+    assert 310_000 <= answers <= 360_000
+    assert all(one.calls > 0 for one in planned)
+
+
+def test_what_failed_for_good_is_asked_again_on_demand(recipe):
+    broken = Writer(lambda ask: Outcome("failed", reason="context overflow: x") if ask.stage == "responses" else None)
+    with pytest.raises(DataError, match=r"call failed: context overflow \(144\)"):
+        go(recipe, broken)
+    with pytest.raises(DataError):
+        go(recipe, Writer())  # kept as it is
+    assert len(go(recipe, Writer(), retry_failed=True).rows) == 144

@@ -1,0 +1,117 @@
+"""Synthesis recipes: what is refused and in which words, defaults that survive a partial block, the recipes that ship."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from scripted_writer import tiny
+
+from ultrafuser.errors import RecipeError
+from ultrafuser.synth.prompts import EXAMPLES, Prompts
+from ultrafuser.synth.recipe import dump_synth_recipe, load_synth_recipe
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = [ROOT / "recipes" / name for name in ("synth-tiny.yaml", "ultrachat2.yaml")]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_recipes_load_and_their_prompts_render(path, tmp_path):
+    recipe = load_synth_recipe(path)
+    Prompts(recipe.prompts)
+    (tmp_path / "again.yaml").write_text(dump_synth_recipe(recipe))
+    assert load_synth_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_the_papers_sizes():
+    recipe = load_synth_recipe(ROOT / "recipes" / "ultrachat2.yaml")
+    sizes = {d.name: (d.counts.meta_topics, d.counts.sub_topics, d.counts.rows) for d in recipe.domains}
+    assert sizes == {"text": (30, 1100, 100000), "code": (21, 407, 100000), "math": (21, 80, 110000)}
+    assert sum(topics for topics, _, _ in sizes.values()) == 72
+    assert sum(topics for _, topics, _ in sizes.values()) == 1587
+    assert recipe.complex_share == 0.3
+    for domain in recipe.domains:  # enough is asked for
+        counts = domain.counts
+        assert counts.instructions * (1 + counts.strong + counts.weak) >= counts.rows
+
+
+def test_a_call_keeps_its_stages_usual_values():
+    recipe = tiny(calls={"sub_topics": {"per_call": 5}, "responses": "writer"})
+    assert (recipe.calls.sub_topics.per_call, recipe.calls.sub_topics.temperature) == (5, 1.0)
+    assert recipe.calls.sub_topics.max_tokens == 2048
+    assert (recipe.calls.responses.model, recipe.calls.responses.temperature) == ("writer", 0.7)
+    assert tiny("calls.judge.max_tokens=7").calls.judge.temperature == 0.0
+
+
+def test_models_by_stage_and_domain():
+    models = [{"name": name, "endpoint": f"{name}@http://h/v1"} for name in ("cheap", "strong", "maths", "unused")]
+    recipe = tiny("domains.math.answer_model=maths", models=models, calls={"responses": "strong", "complex": "cheap"})
+    text, math = recipe.domains
+    assert recipe.role("meta_topics", text) == "cheap"
+    assert recipe.role("responses", text) == "strong"
+    assert recipe.role("responses", math) == recipe.role("samples", math) == "maths"
+    assert [model.name for model in recipe.used_models()] == ["cheap", "strong", "maths"]
+
+
+def test_paths_beside_the_file_are_found(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "tests.txt").write_text("a test")
+    text = dump_synth_recipe(tiny()).replace("prompts: null", "prompts: mine")
+    (tmp_path / "r.yaml").write_text(text.replace("decontaminate: []", "decontaminate: ['*.txt']"))
+    recipe = load_synth_recipe(tmp_path / "r.yaml")
+    assert recipe.prompts == str(tmp_path / "mine")
+    assert recipe.filters.decontaminate == [str(tmp_path / "*.txt")]
+
+
+MODEL = {"name": "m", "endpoint": "m@http://h/v1"}
+DOMAIN = {"name": "d", "description": "Things."}
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"models": []}, "'models' is empty"),
+        ({"domains": []}, "'domains' is empty"),
+        ({"domains": [DOMAIN, DOMAIN]}, "'domains' has two items named 'd'"),
+        ({"models": [MODEL, MODEL]}, "'models' has two items named 'm'"),
+        ({"models": [{"name": "m"}]}, "expected one of 'endpoint' (NAME@http://host/v1) and 'local'"),
+        ({"models": [MODEL | {"local": "x"}]}, "got both"),
+        ({"models": [{"name": "m", "endpoint": {"model": "m", "base_url": "nowhere"}}]}, "expected an address"),
+        ({"calls": {"judge": "oracle"}}, "calls.judge.model: no model 'oracle'; there are: writer"),
+        ({"domains": [DOMAIN | {"answer_model": "oracle"}]}, "domains.d.answer_model: no model 'oracle'"),
+        ({"domains": [DOMAIN | {"check": "spelling"}]}, "none or python or math"),
+        ({"domains": [DOMAIN | {"samples": 2}]}, "'samples' are compared with 'check: math' alone"),
+        ({"domains": [DOMAIN | {"tests": True}]}, "'tests' are run with 'check: python' alone"),
+        ({"domains": [DOMAIN | {"topics": ["a", "a"]}]}, "the topic 'a' is listed twice"),
+        ({"domains": [{"name": "d"}]}, "description: missing"),
+        ({"domains": [DOMAIN | {"colour": "red"}]}, "colour: unknown key"),
+        ({"filters": {"near_duplicates": 3}}, "near_duplicates"),
+        ({"complex_share": 2}, "complex_share"),
+        ({"domain": []}, "unknown key; did you mean 'domains'"),
+    ],
+)
+def test_what_is_refused(fields, problem):
+    with pytest.raises(RecipeError) as error:
+        tiny(**fields)
+    assert problem in str(error.value)
+
+
+def test_an_override_of_a_domain_that_is_not_there():
+    with pytest.raises(RecipeError, match="domains: no item named 'law'"):
+        tiny("domains.law.counts.rows=3")
+
+
+def test_the_pages_example_loads(tmp_path):
+    page = (ROOT / "docs" / "synthesis.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    (tmp_path / "r.yaml").write_text(example)
+    recipe = load_synth_recipe(tmp_path / "r.yaml")
+    assert recipe.role("responses", recipe.domain("tax")) == "strong"
+
+
+def test_the_page_lists_each_prompts_variables():
+    page = (ROOT / "docs" / "synthesis.md").read_text(encoding="utf-8")
+    for name, example in EXAMPLES.items():
+        [line] = re.findall(rf"^\| `{name}\.jinja` \| (.*) \|$", page, re.M)
+        assert set(re.findall(r"`(\w+)`", line)) - {"strong", "weak", "user", "assistant"} == set(example) - {"domain"}

@@ -1,0 +1,141 @@
+"""Whole processes against a server that misbehaves: killed at random moments, the data set is the undisturbed one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from scripted_writer import FAULTS, reply_to, tiny
+
+from crowd_endpoint import CrowdEndpoint, crowd_endpoint
+from scripted_endpoint import CUT, HTML, NOT_JSON, Step, failing, fine
+from ultrafuser.synth.card import REPORT, ROWS
+from ultrafuser.synth.recipe import dump_synth_recipe
+
+pytest.importorskip("aiohttp", reason="the synth extra is not installed")
+
+RUN = """
+import sys
+from ultrafuser.errors import UltraFuserError
+from ultrafuser.synth.pipeline import synthesise
+from ultrafuser.synth.recipe import load_synth_recipe
+
+try:
+    synthesise(load_synth_recipe(sys.argv[1], sys.argv[2:]))
+except UltraFuserError as error:
+    sys.exit(str(error))
+"""
+PASSING = [failing(429, "slow down", retry_after="0"), failing(500), Step("busy", 503), CUT, NOT_JSON, HTML,
+           Step('{"choices": []}')]  # fmt: skip
+LASTING = [fine(outcome.text) for outcome in FAULTS.values() if outcome.status == "ok"]
+LASTING += [fine(None), fine("", finish_reason="content_filter"), fine(None, refusal="no"), fine('["half a list", "of', finish_reason="length"),
+            failing(400, "this model's maximum context length is 64 tokens", code="context_length_exceeded")]  # fmt: skip
+
+
+def misbehaving(question: str, before: int) -> Step:
+    """By the question: fine, wrong for good, or wrong at first."""
+    draw = random.Random(hashlib.sha256(question.encode()).hexdigest())
+    kind = draw.random()
+    if kind < 0.2:
+        return draw.choice(LASTING)
+    if kind < 0.5 and before == 0:
+        return draw.choice(PASSING)
+    return fine(reply_to(question))
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    """start(server, folder): a process that runs the tiny recipe into a folder."""
+    runs: list[subprocess.Popen[str]] = []
+
+    def start(server: CrowdEndpoint, folder: str, *overrides: str) -> subprocess.Popen[str]:
+        model = {
+            "name": "writer",
+            "endpoint": {
+                "model": "writer",
+                "base_url": server.url,
+                "concurrency": 16,
+                "timeout_s": 5,
+                "backoff_s": 0.01,
+            },
+        }
+        recipe = tiny(f"output={tmp_path / folder}", models=[model], turns=2)
+        (tmp_path / f"{folder}.yaml").write_text(dump_synth_recipe(recipe))
+        command = [sys.executable, "-c", RUN, str(tmp_path / f"{folder}.yaml"), *overrides]
+        runs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
+        run.communicate()
+
+
+def finish(run: subprocess.Popen[str]) -> None:
+    assert run.wait(120) == 0, run.stderr and run.stderr.read()
+
+
+def results(folder: Path) -> tuple[str, list[object]]:
+    """Rows, and the accounts: what a run was disturbed by shows in neither."""
+    report = json.loads((folder / REPORT).read_text())
+    for entry in report["stages"]:
+        assert entry["asked"] == entry["kept"] + entry["open"] + sum(entry["rejected"].values())
+        assert entry["open"] == 0
+    return (folder / ROWS).read_text(), report["stages"]
+
+
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path, start):
+    draw = random.Random(7)
+    with crowd_endpoint(misbehaving, delay_s=0.01) as server:
+        finish(start(server, "whole"))
+    with crowd_endpoint(misbehaving, delay_s=0.01) as server:
+        for _ in range(5):
+            run, hits = start(server, "killed"), server.hits + draw.randrange(1, 80)
+            while server.hits < hits and run.poll() is None:
+                time.sleep(0.002)
+            time.sleep(draw.random() * 0.05)
+            run.kill()
+            run.wait()
+        finish(start(server, "killed"))
+        assert results(tmp_path / "killed") == results(tmp_path / "whole")
+        before = server.hits
+        finish(start(server, "killed"))  # all is there
+        assert server.hits == before
+
+
+def test_two_processes_on_one_store(tmp_path, start):
+    with crowd_endpoint(misbehaving, delay_s=0.01) as server:
+        finish(start(server, "one"))
+        alone = server.hits
+    with crowd_endpoint(misbehaving, delay_s=0.01) as server:
+        two = [start(server, "two") for _ in range(2)]
+        for run in two:
+            finish(run)
+        assert results(tmp_path / "two") == results(tmp_path / "one")
+        assert server.hits <= alone * 1.2  # pauses and retries differ, answers are shared
+
+
+def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path, start):
+    prices = ("models.writer.prompt_usd=100", "models.writer.completion_usd=100")
+    with crowd_endpoint(lambda question, before: fine(reply_to(question))) as server:
+        run = start(server, "money", *prices, "budget_usd=0.3")
+        assert run.wait(60) == 1
+        assert "budget" in run.stderr.read()
+        assert not (tmp_path / "money" / ROWS).exists()
+        finish(start(server, "money", *prices, "budget_usd=5000"))
+        assert (tmp_path / "money" / ROWS).is_file()
+
+
+def test_an_endpoint_that_is_not_there(tmp_path, start):
+    with crowd_endpoint() as server:
+        pass
+    run = start(server, "nobody")
+    assert run.wait(60) == 1
+    said = run.stderr.read()
+    assert server.url in said and "\n" not in said.strip()
