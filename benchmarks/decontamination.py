@@ -31,9 +31,14 @@ WORDS = 500  # of a conversation
 
 
 def vocabulary() -> list[str]:
-    """Words of the zoo's rows as often as they stand there, so that common words are common."""
+    """Words of the zoo's rows as often as they stand there, so that common words are common.
+
+    Regular expressions and formulas without blanks are left out: they are many words in one piece, so that two texts
+    made of pieces would share 13 of them.
+    """
     rows = [row for name in ("text", "code", "math") for row in load_rows(ZOO.format(name))]
-    return [word for row in rows for _, content in row.messages for word in content.split()]
+    pieces = [piece for row in rows for _, content in row.messages for piece in content.split()]
+    return [piece for piece in pieces if len(words(piece)) == 1]
 
 
 def sentence(rng: random.Random, spoken: list[str], size: int) -> str:

@@ -1,14 +1,21 @@
-"""Kill a scripted synthesis at 50 random moments: is the data set the undisturbed one, and was anything asked twice?"""
+"""Kill a scripted synthesis at 50 random moments: is the data set the undisturbed one, and was anything asked again
+whose answer was stored? The server misbehaves besides: floods, errors, cut connections, broken and foreign replies.
+
+    python benchmarks/synth_kills.py [--kills 50] [--seed 0]
+"""
 
 from __future__ import annotations
 
 import argparse
 import random
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "synth")]
@@ -16,54 +23,77 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "synth")]
 from scripted_writer import tiny  # noqa: E402
 from test_synth_whole_runs import RUN, misbehaving, results  # noqa: E402
 
-from crowd_endpoint import crowd_endpoint  # noqa: E402
+from crowd_endpoint import CrowdEndpoint, crowd_endpoint  # noqa: E402
+from ultrafuser.synth.asks import STAGES, Ask  # noqa: E402
+from ultrafuser.synth.pipeline import STORE  # noqa: E402
 from ultrafuser.synth.recipe import dump_synth_recipe  # noqa: E402
+
+COUNTS = {"meta_topics": 6, "sub_topics": 30, "concepts": 3, "instructions": 240}
+DOMAINS = [{"name": name, "description": f"The domain {name}.", "counts": COUNTS} for name in ("one", "two")]
+
+
+def start(server: CrowdEndpoint, folder: Path) -> subprocess.Popen[bytes]:
+    """A process that runs the recipe into a folder."""
+    endpoint = {"model": "writer", "base_url": server.url, "concurrency": 16, "timeout_s": 5, "backoff_s": 0.01}
+    recipe = tiny(f"output={folder}", domains=DOMAINS, turns=2, models=[{"name": "writer", "endpoint": endpoint}])
+    file = folder.with_suffix(".yaml")
+    file.write_text(dump_synth_recipe(recipe))
+    return subprocess.Popen([sys.executable, "-c", RUN, str(file)])
+
+
+def answered(folder: Path) -> set[str]:
+    """Keys of the questions whose answers are stored."""
+    if not (folder / STORE).is_file():
+        return set()
+    with closing(sqlite3.connect(folder / STORE)) as db:
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+        return {key for (key,) in db.execute("SELECT key FROM calls")} if "calls" in tables else set()
+
+
+def possible_keys(body: dict[str, Any]) -> set[str]:
+    """The key of a request, which does not say for which stage it is."""
+    messages = tuple((message["role"], message["content"]) for message in body["messages"])
+    return {Ask(stage, "", "", "writer", messages).key for stage in STAGES}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as home, crowd_endpoint(misbehaving, delay_s=0.02) as server:
-        counts = {"meta_topics": 6, "sub_topics": 30, "concepts": 3, "instructions": 240}
-        domains = [{"name": name, "description": f"The domain {name}.", "counts": counts} for name in ("one", "two")]
-        endpoint = {"model": "writer", "base_url": server.url, "concurrency": 16, "timeout_s": 5, "backoff_s": 0.01}
-
-        def start(folder: str) -> subprocess.Popen[bytes]:
-            recipe = tiny(
-                f"output={home}/{folder}", domains=domains, turns=2, models=[{"name": "writer", "endpoint": endpoint}]
-            )
-            (Path(home) / f"{folder}.yaml").write_text(dump_synth_recipe(recipe))
-            return subprocess.Popen([sys.executable, "-c", RUN, f"{home}/{folder}.yaml"])
-
-        began = time.monotonic()
-        if start("whole").wait():
-            sys.exit("the undisturbed run failed")
-        undisturbed, seconds = server.hits, time.monotonic() - began
-        print(f"undisturbed: {undisturbed} requests, {seconds:.1f} s")
-        kills = 0
-        while kills < options.kills:
-            run, hits = start("killed"), server.hits + draw.randrange(1, max(2, 2 * undisturbed // options.kills))
-            while server.hits < hits and run.poll() is None:
-                time.sleep(0.001)
-            if run.poll() is not None:
-                print(f"it was done after {kills} kills")
-                break
-            time.sleep(draw.random() * 0.05)
-            run.kill()
-            run.wait()
-            kills += 1
-        if start("killed").wait():
-            sys.exit("the last run failed")
-        again = server.hits - 2 * undisturbed
-        same = results(Path(home) / "killed") == results(Path(home) / "whole")
-        print(
-            f"{kills} kills: {again} requests more than undisturbed ({again / max(kills, 1):.1f} a kill, 16 were under way at most)"
-        )
+    with tempfile.TemporaryDirectory() as home:
+        whole, killed = Path(home) / "whole", Path(home) / "killed"
+        with crowd_endpoint(misbehaving, delay_s=0.02) as server:
+            began = time.monotonic()
+            if start(server, whole).wait():
+                sys.exit("the undisturbed run failed")
+            undisturbed = server.hits
+            print(f"undisturbed: {undisturbed} requests, {time.monotonic() - began:.1f} s")
+        repeated = 0
+        with crowd_endpoint(misbehaving, delay_s=0.02) as server:
+            for kill in range(options.kills):
+                known, before = answered(killed), server.hits
+                run = start(server, killed)
+                hits = before + draw.randrange(1, max(2, undisturbed // options.kills))
+                while server.hits < hits and run.poll() is None:
+                    time.sleep(0.001)
+                if run.poll() is not None:
+                    sys.exit(f"it was done after {kill} kills; ask for fewer")
+                time.sleep(draw.random() * 0.05)
+                run.kill()
+                run.wait()
+                repeated += sum(bool(possible_keys(body) & known) for body in server.bodies[before:])
+            known, before = answered(killed), server.hits
+            if start(server, killed).wait():
+                sys.exit("the last run failed")
+            repeated += sum(bool(possible_keys(body) & known) for body in server.bodies[before:])
+            more = server.hits - undisturbed
+        same = results(killed) == results(whole)
+        print(f"{options.kills} kills: {more} requests more than undisturbed ({more / options.kills:.1f} a kill; 16 were "
+              f"under way at most), {repeated} of them for a question whose answer was stored")  # fmt: skip
         print(f"same data set and accounts: {'yes' if same else 'NO'}")
-        sys.exit(not same)
+        sys.exit(not same or repeated > 0)
 
 
 if __name__ == "__main__":

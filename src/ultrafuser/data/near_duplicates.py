@@ -32,7 +32,7 @@ class Likeness:
         num_perm: permutations of MinHash: more find pairs near the threshold more surely, and take longer.
     """
 
-    threshold: float | None = 0.8
+    threshold: float | None = 0.7
     on: str = "conversation"
     shingle: int = 3
     num_perm: int = 128
@@ -41,7 +41,7 @@ class Likeness:
         if self.on not in PARTS:
             raise DataError(f"compare on {self.on!r}: expected one of {', '.join(PARTS)}")
         if self.threshold is not None and not 0.1 <= self.threshold <= 1:
-            raise DataError(f"a similarity of {self.threshold}: expected 0.1 to 1; 0.8 is usual")
+            raise DataError(f"a similarity of {self.threshold}: expected 0.1 to 1; 0.7 is usual")
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """A model behind an OpenAI-compatible endpoint: hundreds of requests at once on little processor time.
 
-Plain requests by aiohttp: the `openai` package, which `ultrafuser eval` uses, takes several times the processor time
-for each call, which does not matter for a judge and does for a million replies.
+Plain requests by aiohttp: the `openai` package, which `ultrafuser eval` uses, takes six times the processor time for each
+call (benchmarks/synth_throughput.py), which does not matter for a judge and does for a million replies.
 """
 
 from __future__ import annotations

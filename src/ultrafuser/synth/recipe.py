@@ -212,7 +212,7 @@ class FiltersRecipe(Node):
         default=0.3, description="Share of an answer's words that repeat a run of words from before it, at most."
     )
     near_duplicates: Annotated[float, Field(ge=0.1, le=1)] | None = Field(
-        default=0.8,
+        default=0.7,
         description="Jaccard similarity from which instructions or answers are duplicates; null: exact only.",
     )
     decontaminate: list[LocalGlob] = Field(

@@ -1,0 +1,131 @@
+"""What `ultrafuser data dedup` finds of edited copies planted among real rows, and what it takes for copies that are none.
+
+Of every row (default: the zoo's) one copy is planted for each kind of edit: words replaced by words of other rows, an
+opening phrase and closing phrase added, sentences in another order. Recall: copies found with their original. Precision: of all rows
+that are dropped, those that are dropped for their own original. Time and memory are measured on copies of the rows that
+share nothing (every word carries a number).
+
+    python benchmarks/near_duplicates.py [--data FILE...] [--on conversation] [--many 20000] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ultrafuser.data.near_duplicates import PARTS, Likeness, clusters
+from ultrafuser.data.schema import Row
+from ultrafuser.data.sources import load_rows
+
+ZOO = [f"package:ultrafuser/zoo/data/{name}.train.jsonl" for name in ("text", "code", "math", "mixed")]
+THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5)
+Edit = Callable[[random.Random, str], str]
+
+
+def replaced(share: float, vocabulary: list[str]) -> Edit:
+    """So large a share of the words by others; a synonym and any other word are the same to a set of shingles."""
+
+    def edit(rng: random.Random, text: str) -> str:
+        pieces = re.split(r"(\s+)", text)
+        places = [i for i, piece in enumerate(pieces) if piece.strip()]
+        for i in rng.sample(places, round(share * len(places))):
+            pieces[i] = rng.choice(vocabulary)
+        return "".join(pieces)
+
+    return edit
+
+
+def framed(rng: random.Random, text: str) -> str:
+    """Another opening and closing, another case and punctuation."""
+    opening = rng.choice(["Could you help me with this, please?", "I have a question for you.", "Hello there,"])
+    closing = rng.choice(["Thank you very much in advance.", "Please take your time.", "Let me know."])
+    return f"{opening} {text.upper().replace('.', '!')} {closing}"
+
+
+def reordered(rng: random.Random, text: str) -> str:
+    """Its sentences and lines in another order."""
+    parts = re.split(r"(?<=[.!?])\s+|\n+", text)
+    rng.shuffle(parts)
+    return " ".join(parts)
+
+
+def edited(row: Row, id: str, edit: Edit, rng: random.Random) -> Row:
+    """A copy with every message edited."""
+    return replace(row, id=id, messages=tuple((role, edit(rng, content)) for role, content in row.messages))
+
+
+def found(rows: list[Row], copies: list[Row], likeness: Likeness) -> tuple[float, float]:
+    """Recall and precision of the copies."""
+    everything = [*rows, *copies]
+    hits = wrong = 0
+    for cluster in clusters(everything, likeness):
+        kept = everything[cluster.kept].id.split("/")[0]
+        dropped = [*cluster.exact, *(number for number, _ in cluster.near)]
+        own = sum(everything[number].id.split("/")[0] == kept for number in dropped)
+        hits, wrong = hits + own, wrong + len(dropped) - own
+    return hits / len(copies), hits / (hits + wrong) if hits + wrong else 1.0
+
+
+def load(rows: list[Row], many: int, likeness: Likeness) -> dict[str, Any]:
+    """Seconds, and memory above that of the rows, of comparing so many rows that share nothing."""
+    rng = random.Random(0)
+    numbered = [
+        edited(rows[i % len(rows)], f"{i:07}", lambda _, text, i=i: re.sub(r"(\w+)", rf"\g<1>{i}", text), rng)  # type: ignore[misc]
+        for i in range(many)
+    ]
+    before, began = _peak_mb(), time.perf_counter()
+    kept = len(clusters(numbered, likeness))
+    return {"rows": many, "kept": kept, "s": time.perf_counter() - began, "mb_above_rows": _peak_mb() - before}
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=ZOO)
+    parser.add_argument("--on", choices=list(PARTS), default="conversation")
+    parser.add_argument("--many", type=int, default=20_000, help="rows for time and memory; 0: not measured")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    # what is alike already would blur both figures
+    loaded = [row for path in args.data for row in load_rows(path)]
+    rows = [replace(loaded[one.kept], id=f"{i:06}") for i, one in enumerate(clusters(loaded, Likeness(0.5, args.on)))]
+    vocabulary = [word for row in rows for _, content in row.messages for word in content.split()]
+    edits: dict[str, Edit] = {
+        f"{share:.0%} of the words": replaced(share, vocabulary) for share in (0.02, 0.05, 0.1, 0.2)
+    }
+    edits |= {"another frame": framed, "sentences in another order": reordered}
+    table = Table(title=f"{len(rows):,} rows, compared on the {args.on}: recall (precision)")
+    for column in ("edit", *(f"threshold {value}" for value in THRESHOLDS)):
+        table.add_column(column, justify="left" if column == "edit" else "right")
+    result: dict[str, Any] = {"rows": len(rows), "on": args.on, "found": {}}
+    for name, edit in edits.items():
+        rng = random.Random(args.seed)
+        copies = [edited(row, f"{row.id}/copy", edit, rng) for row in rows]
+        cells = {str(value): found(rows, copies, Likeness(value, args.on)) for value in THRESHOLDS}
+        result["found"][name] = {key: {"recall": r, "precision": p} for key, (r, p) in cells.items()}
+        table.add_row(name, *(f"{r:.3f} ({p:.3f})" for r, p in cells.values()))
+    Console().print(table)
+    if args.many:
+        result["load"] = load(rows, args.many, Likeness(on=args.on))
+        Console().print(result["load"])
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
