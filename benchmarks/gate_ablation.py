@@ -4,7 +4,7 @@
 
 The folder is one of `ultrafuser compare`, whose frozen specialists' states on training and test rows are reused. Every
 variant trains with the same balanced batches; nothing is chosen by the test rows. Each is compared with the default
-gate on the same test rows, by a paired bootstrap.
+gate on the same test rows, by a paired bootstrap. Mixing is of probabilities: cached log-probabilities suffice for it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,42 @@ from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.evaluate.intervals import Stratum, difference, estimate
 from ultrafuser.evaluate.workplace import Workplace
 from ultrafuser.model.gate import Gate, StaticGate
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.progress import ConsoleProgress
+from ultrafuser.specialists import fuse
 from ultrafuser.train.features import FeatureStore
 
-STEPS, ROWS_PER_DOMAIN, LR = 200, 8, 1e-3
+STEPS, ROWS_PER_DOMAIN, LR = 60, 8, 1e-3
+TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # at which every token's log-probabilities are computed
+TOKENS_AT_ONCE = 1024
+
+
+class Features:
+    """Rows with the states of the specialists and their log-probabilities at several temperatures.
+
+    Attributes:
+        grid: (N, K, T) log-probabilities of all response tokens, in nats.
+    """
+
+    def __init__(self, model: UltraFuserForCausalLM, store: FeatureStore) -> None:
+        self.store, self.rows, self.states = store, store.rows, store.states
+        labels = torch.tensor([label for row in store.rows for label in row.labels])
+        self.grid = torch.empty(len(labels), len(store.states), len(TEMPERATURES))
+        with torch.no_grad():
+            for k, (states, head) in enumerate(zip(store.states, model.heads(), strict=True)):
+                for start in range(0, len(labels), TOKENS_AT_ONCE):
+                    part = slice(start, start + TOKENS_AT_ONCE)
+                    logits = head.logits(states[part]).float()
+                    for t, temperature in enumerate(TEMPERATURES):
+                        log_p = (logits / temperature).log_softmax(-1)
+                        self.grid[part, k, t] = log_p.gather(-1, labels[part, None])[:, 0]
+
+    def batch(self, indices: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """All response tokens of some rows: K x (N, D), (N, K, T)."""
+        offsets = self.store.offsets
+        parts = [slice(offsets[i], offsets[i + 1]) for i in indices]
+        states = [torch.cat([own[part] for part in parts]).float() for own in self.states]
+        return states, torch.cat([self.grid[part] for part in parts])
 
 
 class Normed(nn.Module):
@@ -42,7 +74,7 @@ class Normed(nn.Module):
 class Standardised(nn.Module):
     """A gate on states with the mean and deviation of the training states taken out, by specialist and feature."""
 
-    def __init__(self, widths: Sequence[int], store: FeatureStore) -> None:
+    def __init__(self, widths: Sequence[int], store: Features) -> None:
         super().__init__()
         self.gate = Gate(widths)
         self.mean = [states.float().mean(0) for states in store.states]
@@ -108,7 +140,44 @@ class Linear(nn.Module):
         return torch.cat([self.score(state) for state in states], -1).log_softmax(-1)
 
 
-def variants(widths: Sequence[int], store: FeatureStore) -> dict[str, Callable[[], nn.Module]]:
+class Tempered(nn.Module):
+    """The default gate, and a learned temperature for each specialist's probabilities."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.gate, self.tenths = Gate(widths), nn.Parameter(torch.zeros(len(widths)))
+
+    def forward(self, states):
+        return self.gate(states)
+
+    def temper(self, grid: torch.Tensor) -> torch.Tensor:
+        """(N, K, T) -> (N, K), between the two nearest temperatures of the grid."""
+        knots = torch.tensor(TEMPERATURES).log()
+        at = (10 * self.tenths).clamp(float(knots[0]), float(knots[-1]))  # log of the temperature
+        upper = torch.searchsorted(knots, at.detach()).clamp(1, len(knots) - 1)
+        share = (at - knots[upper - 1]) / (knots[upper] - knots[upper - 1])  # (K,)
+        low, high = (grid.gather(-1, i.expand(len(grid), -1)[..., None])[..., 0] for i in (upper - 1, upper))
+        return low + share * (high - low)
+
+
+class Dropped(nn.Module):
+    """The default gate with dropout on its inputs."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.gate, self.dropout = Gate(widths), nn.Dropout(0.3)
+
+    def forward(self, states):
+        return self.gate([self.dropout(state) for state in states])
+
+
+def log_likelihood(gate: nn.Module, states: list[torch.Tensor], grid: torch.Tensor) -> torch.Tensor:
+    """(N,) log-probabilities of the response tokens under the mixture."""
+    log_probs = gate.temper(grid) if isinstance(gate, Tempered) else grid[..., TEMPERATURES.index(1.0)]
+    return torch.logsumexp(gate(states) + log_probs, -1)
+
+
+def variants(widths: Sequence[int], store: Features) -> dict[str, Callable[[], nn.Module]]:
     return {
         "default (paper's, shared)": lambda: Gate(widths),
         "static weights": lambda: StaticGate(len(widths)),
@@ -121,17 +190,12 @@ def variants(widths: Sequence[int], store: FeatureStore) -> dict[str, Callable[[
         "with differences from the mean": lambda: Differences(widths),
         "concatenated states": lambda: Concatenated(widths),
         "a gate per specialist": lambda: Separate(widths),
+        "a temperature per specialist": lambda: Tempered(widths),
+        "dropout 0.3": lambda: Dropped(widths),
     }
 
 
-def batch_of(store: FeatureStore, indices: Sequence[int]):
-    """All labelled tokens of some rows: K x (N, D), (N, K), and their rows."""
-    items = [store[i] for i in indices]
-    states = [torch.cat(own).float() for own in zip(*(item.states for item in items), strict=True)]
-    return states, torch.cat([item.log_probs for item in items]), [len(item.row.labels) for item in items]
-
-
-def train(gate: nn.Module, store: FeatureStore, steps: int, lr: float, seed: int) -> nn.Module:
+def train(gate: nn.Module, store: Features, steps: int, lr: float, seed: int) -> nn.Module:
     sampler = BalancedBatchSampler([row.domain for row in store.rows], ROWS_PER_DOMAIN, steps, seed=seed)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -141,8 +205,7 @@ def train(gate: nn.Module, store: FeatureStore, steps: int, lr: float, seed: int
         batch += part
         if len(batch) < size:
             continue
-        states, log_probs, _ = batch_of(store, batch)
-        loss = -torch.logsumexp(gate(states) + log_probs, -1).mean()
+        loss = -log_likelihood(gate, *store.batch(batch)).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
@@ -153,13 +216,12 @@ def train(gate: nn.Module, store: FeatureStore, steps: int, lr: float, seed: int
 
 
 @torch.no_grad()
-def measure(gate: nn.Module, store: FeatureStore) -> dict[str, Stratum]:
+def measure(gate: nn.Module, store: Features) -> dict[str, Stratum]:
     out: dict[str, Stratum] = {}
-    for i in range(len(store)):
-        states, log_probs, _ = batch_of(store, [i])
-        row = store.rows[i]
+    gate.eval()
+    for i, row in enumerate(store.rows):
         own = out.setdefault(row.domain, Stratum({}, {}))
-        own.totals[row.row_id] = -torch.logsumexp(gate(states) + log_probs, -1).sum().item()
+        own.totals[row.row_id] = -log_likelihood(gate, *store.batch([i])).sum().item()
         own.weights[row.row_id] = len(row.labels)
     return out
 
@@ -169,10 +231,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
     place = Workplace(args.folder, ConsoleProgress())
-    train_rows, test_rows = place.frozen_features("train"), place.frozen_features("test")
+    model, _ = fuse(place.recipe.training())
+    train_rows, test_rows = (Features(model, place.frozen_features(part)) for part in ("train", "test"))
     widths = [states.shape[1] for states in train_rows.states]
     results: dict[str, dict] = {}
     reference: list[dict[str, Stratum]] = []
@@ -200,7 +263,12 @@ def main() -> None:
             f"{name:32} {line}  mean - default {minus['mean']['difference']:+.4f} [{low:+.4f}, {high:+.4f}]", flush=True
         )
     if args.output:
-        facts = {"steps": args.steps, "seeds": args.seeds, "rows": {"train": len(train_rows), "test": len(test_rows)}}
+        facts = {
+            "steps": args.steps,
+            "seeds": args.seeds,
+            "lr": LR,
+            "rows": {"train": len(train_rows.rows), "test": len(test_rows.rows)},
+        }
         args.output.write_text(json.dumps(facts | {"variants": results}, indent=1) + "\n", encoding="utf-8")
 
 

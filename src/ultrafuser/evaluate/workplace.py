@@ -44,8 +44,8 @@ _USED = {
     "router": {*_SPECIALISTS, "data", "seed"},
 }
 # what a measurement depends on besides
-_MEASURED_BY = {"test", "tasks", "decode", "batch_size", "seed", "device"}
-_TASKS_BY = {"data_dir", "limit", "max_new_tokens", "unsafe_code"}
+_MEASURED_BY = {"test", "tasks", "decode", "seed", "device"}
+_TASKS_BY = {"data_dir", "limit", "max_new_tokens", "batch_size", "unsafe_code"}
 _JUDGED_BY = {"model", "base_url", "temperature", "max_tokens", "extra_body"}
 _HASH_LIMIT_BYTES = 64 << 20  # larger files are told apart by size and time
 
