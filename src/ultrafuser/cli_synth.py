@@ -47,6 +47,10 @@ def run_command(
         float | None,
         typer.Option(min=0.0, help="Dollars to spend at most, over all runs on this store; default: the recipe's."),
     ] = None,
+    budget_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens read and written, over all runs on this store, after which it stops."),
+    ] = None,
     until: Annotated[
         str | None,
         typer.Option(
@@ -75,10 +79,10 @@ def run_command(
     typed = load_synth_recipe(recipe, overrides or [])
     part = _shard(shard)
     if dry_run:
+        from ultrafuser.synth.pipeline import check
         from ultrafuser.synth.plan import plan
-        from ultrafuser.synth.prompts import Prompts
 
-        planned = plan(typed, Prompts(typed.prompts))
+        planned = plan(typed, check(typed, shard=part, until=until))
         if as_json:
             say(json.dumps([vars(one) for one in planned]))
         else:
@@ -90,7 +94,13 @@ def run_command(
     if any(model.local is not None for model in typed.used_models()):
         quiet_libraries()
     done = synthesise(
-        typed, budget_usd=budget_usd, shard=part, until=until, retry_failed=retry_failed, progress=ConsoleProgress()
+        typed,
+        budget_usd=budget_usd,
+        budget_tokens=budget_tokens,
+        shard=part,
+        until=until,
+        retry_failed=retry_failed,
+        progress=ConsoleProgress(),
     )
     _say_done(typed.output, done, as_json)
 
@@ -196,6 +206,8 @@ def _say_done(output: str, done: Any, as_json: bool) -> None:
         )
         return
     say(f"{len(done.rows)} rows: " + ", ".join(f"{domain} {number}" for domain, number in sorted(rows.items())))
+    if missing := done.ledger.open():
+        say(f"{missing} items have no reply yet, and what would come of them is not in it; run the recipe to its end")
     say(f"data set: {Path(output) / 'data.jsonl'}, {Path(output) / 'data.parquet'}; card: {Path(output) / 'README.md'}")
 
 

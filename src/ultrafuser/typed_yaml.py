@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
@@ -218,23 +218,35 @@ def explain(root: type[Node], error: ValidationError) -> tuple[str, str]:
     return ".".join(path), problem
 
 
-def describe(model: type[Node], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(path, type, default, description) of every field below `model`."""
+def describe(model: type[Node], prefix: str = "", usual: Node | None = None) -> Iterator[tuple[str, str, str, str]]:
+    """(path, type, default, description) of every field below `model`; `usual`: a node whose values are the defaults."""
     for name, field in model.model_fields.items():
         path, kind = prefix + name, field.rebuild_annotation()
-        yield path, _in_words(kind), _default_in_words(field), field.description or ""
+        default = _default(field) if usual is None else getattr(usual, name)
+        in_words = default.text if isinstance(default, _Words) else _default_in_words(default)
+        yield path, _in_words(kind), in_words, field.description or ""
         item = _child(kind, 0)  # not None: a list
         for option in _options(kind if item is None else item):
             if _is_node(option):
-                yield from describe(option, f"{path}." if item is None else f"{path}[].")
+                own = default if type(default) is option else None
+                yield from describe(option, f"{path}." if item is None else f"{path}[].", own)
 
 
-def _default_in_words(field: FieldInfo) -> str:
+class _Words(NamedTuple):
+    """What is said in place of a default."""
+
+    text: str
+
+
+def _default(field: FieldInfo) -> Any:
     if field.is_required():
-        return "required"
+        return _Words("required")
     if field.default_factory_takes_validated_data:  # it depends on other fields: its docstring says how
-        return field.default_factory.__doc__ or ""
-    default = field.get_default(call_default_factory=True)
+        return _Words(field.default_factory.__doc__ or "")
+    return field.get_default(call_default_factory=True)
+
+
+def _default_in_words(default: Any) -> str:
     if isinstance(default, Node):
         return "its fields' own"
     if isinstance(default, list):

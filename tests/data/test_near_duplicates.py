@@ -62,8 +62,14 @@ def variants(number=120, seed=0):
 # ---------------------------------------------------------------- exact
 
 
+@pytest.mark.parametrize("likeness", [EXACT, Likeness(0.7)])
+def test_another_sign_is_another_question(likeness):
+    rows = [row("a", "What is 5 + 3?"), row("b", "What is 5 - 3?"), row("c", "What is C++?"), row("d", "What is C#?")]
+    assert len(clusters(rows, likeness)) == 4
+
+
 def test_exact_duplicates_differ_in_case_punctuation_and_space_at_most():
-    rows = [row("c", "What is 1,000 + 1?"), row("a", "what is 1000  1"), row("b", "What is 1,000 + 2?")]
+    rows = [row("c", "What is 1,000 + 1?"), row("a", "what is 1000  +  1"), row("b", "What is 1,000 + 2?")]
     assert named(clusters(rows, EXACT), rows) == {"a": (["c"], []), "b": ([], [])}
 
 

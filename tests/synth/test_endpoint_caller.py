@@ -279,6 +279,15 @@ def test_an_endpoint_that_serves_nothing_any_more_is_not_blamed_on_the_requests(
     assert not store.counts()
 
 
+def test_an_endpoint_that_breaks_in_the_middle_is_not_blamed_on_the_requests(server: CrowdEndpoint, store: CallStore):
+    """Of those under way when it broke, some had seen others being served after they were sent."""
+    server.reply = lambda question, before: fine("x") if server.hits <= 30 else failing(500, "out of memory")
+    caller = EndpointCaller(server.recipe(endpoint_backoff_s=0.02, endpoint_concurrency=16), patience_s=0.5)
+    with pytest.raises(EndpointError, match=r"no reply for \d+ s, at last status 500: out of memory"):
+        outcomes(store, caller, *[ask(str(i)) for i in range(100)])
+    assert [(count.status, count.calls) for count in store.counts()] == [("ok", 30)]
+
+
 # ---------------------------------------------------------------- floods
 
 

@@ -8,9 +8,8 @@ import time
 import pytest
 
 from ultrafuser.synth.asks import Ask
-from ultrafuser.synth.money import Planned, Prices, estimate, likely_prompt_tokens, most_prompt_tokens, planned
+from ultrafuser.synth.money import Prices, likely_prompt_tokens, most_prompt_tokens
 from ultrafuser.synth.pace import MAX_BACKOFF_S, MAX_PAUSE_S, Health, Pace
-from ultrafuser.synth.recipe import ModelRecipe
 
 
 def ask(text: str, **changes) -> Ask:
@@ -96,27 +95,3 @@ def test_prices():
     prices = Prices(2.0, 8.0)
     assert prices.cost_usd(1_000_000, 500_000) == 6.0
     assert prices.ceiling_usd(ask("12345678", max_tokens=1000)) == pytest.approx((40 * 2 + 1000 * 8) / 1e6)
-
-
-def test_estimates():
-    models = {
-        "free": ModelRecipe(name="free", endpoint={"model": "x"}),
-        "dear": ModelRecipe(name="dear", endpoint={"model": "x"}, prompt_usd=1, completion_usd=4, requests_per_minute=100,
-                            tokens_per_minute=50_000),
-    }  # fmt: skip
-    calls = [Planned("topics", "free", 10, 100, 200), Planned("responses", "dear", 1000, 300, 500)]
-    first, second = estimate(calls, models.__getitem__)
-    assert (first.usd, first.minutes, first.prompt_tokens, first.completion_tokens) == (0.0, 0.0, 1000, 2000)
-    assert (second.usd, second.minutes) == (pytest.approx(2.3), 16.0)
-
-
-def test_asks_as_planned_calls():
-    asks = [
-        ask("a" * 40, max_tokens=100),
-        ask("a" * 80, max_tokens=300),
-        Ask("judge", "d", "", "m", (("user", ""),), max_tokens=9),
-    ]
-    first, second = planned(asks)
-    assert (first.stage, first.calls, first.prompt_tokens, first.completion_tokens) == ("responses", 2, 31.0, 200.0)
-    assert (second.stage, second.calls, second.completion_tokens) == ("judge", 1, 9.0)
-    assert planned(asks, completion_tokens=50.0)[0].completion_tokens == 50.0

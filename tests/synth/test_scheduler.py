@@ -156,6 +156,17 @@ def test_a_dear_model_at_its_ceiling(store: CallStore):
     assert store.spent_usd() == 1.0 and sum(caller.asked.values()) == 4
 
 
+def test_a_budget_of_tokens_ends_a_run(store: CallStore):
+    caller = Memory(lambda ask: Outcome("ok", "x", "", 60, 40), concurrency=2, delay_s=0.001)
+    with pytest.raises(
+        BudgetExceeded, match=r"the budget of 1,000 tokens is used up: 1,\d00 were read .*--budget-tokens"
+    ):
+        answer(asks(100), store, {"writer": caller}, budget_tokens=1000)
+    assert 1000 <= store.tokens() <= 1600  # what had been claimed still came
+    answer(asks(100), store, {"writer": caller}, budget_tokens=100_000)
+    assert store.tokens() == 10_000 and set(caller.asked.values()) == {1}
+
+
 def test_nothing_is_asked_without_money(store: CallStore):
     caller, seen = Memory(ceiling_usd=2.0), Seen()
     with pytest.raises(BudgetExceeded, match="2 questions wait"):

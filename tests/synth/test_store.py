@@ -14,8 +14,9 @@ import pytest
 
 from ultrafuser.errors import DataError
 from ultrafuser.synth import store as store_module
-from ultrafuser.synth.asks import Ask, Outcome
-from ultrafuser.synth.store import CallStore, Merged, Review, new_worker
+from ultrafuser.synth.asks import CUT_OFF, Ask, Outcome
+from ultrafuser.synth.store import CallStore, Review, new_worker
+from ultrafuser.synth.store_tables import Merged
 
 
 def ask(text: str, stage: str = "responses", **changes) -> Ask:
@@ -83,7 +84,7 @@ def test_more_keys_than_a_statement_takes(store: CallStore):
 
 
 def test_counts_means_and_pace(store: CallStore):
-    assert store.counts() == [] and store.mean_tokens("responses") is None and store.pace() is None
+    assert store.counts() == [] and store.pace() is None and store.tokens() == 0
     for number, text in enumerate("abc"):
         store.finish(ask(text), Outcome("ok", text, "", 10 * number, number, 0.1))
     store.finish(ask("d", "judge"), Outcome("failed", reason="unanswered: status 500: x, after 3 tries"))
@@ -93,7 +94,7 @@ def test_counts_means_and_pace(store: CallStore):
     ]
     assert counts == [("judge", "math", "failed", "unanswered", 2, 0, 0), ("responses", "math", "ok", "", 3, 30, 3)]
     assert store.counts()[1].usd == pytest.approx(0.3)
-    assert store.mean_tokens("responses") == (10.0, 1.0)
+    assert store.tokens() == 33
     assert 0 < store.pace() <= 5
 
 
@@ -224,11 +225,21 @@ def test_failures_may_be_forgotten_but_not_what_they_cost(store: CallStore):
     store.finish(ask("a"), ok(usd=0.5))
     for text, reason in (("b", "empty: x"), ("c", "empty"), ("d", "emptyish: x")):
         store.finish(ask(text), Outcome("failed", reason=reason, cost_usd=0.25), "w")
-    assert store.forget_failures("empty") == 2
-    assert store.missing(keys(*"abcd")) == keys("b", "c") and store.spent_usd() == 1.25
+    store.finish(ask("e"), Outcome("ok", "half a", CUT_OFF, cost_usd=0.25), "w")
+    assert store.forget_failures() == 4
+    assert store.missing(keys(*"abcde")) == keys("b", "c", "d", "e") and store.spent_usd() == 1.5
     store.finish(ask("b"), Outcome("failed", reason="empty: again", cost_usd=0.25), "w")
-    assert store.forget_failures() == 2
-    assert store.missing(keys(*"abcd")) == keys("b", "c", "d") and store.spent_usd() == 1.5
+    assert store.forget_failures() == 1 and store.spent_usd() == 1.75
+
+
+def test_verdicts_stay_as_they_are_and_are_taken_over(store: CallStore, tmp_path: Path):
+    store.keep_verdicts({"a": "", "b": "tests: failed"})
+    store.keep_verdicts({"a": "tests: timeout"})
+    assert store.verdicts(["a", "b", "c"]) == {"a": "", "b": "tests: failed"}
+    with CallStore(tmp_path / "other.sqlite", store.identity()) as other:
+        other.keep_verdicts({"b": "", "c": "tests: failed"})
+    store.merge(tmp_path / "other.sqlite")
+    assert store.verdicts(["a", "b", "c"]) == {"a": "", "b": "", "c": "tests: failed"}
 
 
 def test_the_running_sum_is_the_sum(store: CallStore):

@@ -68,11 +68,34 @@ def test_an_item_goes_on_over_several_lines():
 
 
 @pytest.mark.parametrize(
+    "reply",
+    [
+        "1. Sort the list [3, 1, 2].\n2. Name a hill.",
+        '1. What does ["a", "b"][0] give?\n2. Name a hill.',
+        '1. Mend this code:\n```python\nx = ["a", "b"\n```\n2. Name a hill.',
+        "Here are two:\n- What is in {'a': 1}?\n- Name a hill.",
+    ],
+)
+def test_brackets_and_code_in_an_item_are_part_of_it(reply):
+    items = read_list(reply)
+    assert len(items) == 2 and items[1] == "Name a hill."
+
+
+def test_a_list_of_numbers_is_no_list_of_texts():
+    assert read_list("I sorted it: [1, 2, 3].") == Unreadable("no list")
+
+
+def test_commas_within_texts_stay():
+    assert read_list('["Is [1, 2,] a list?", "Name a hill."]') == ["Is [1, 2,] a list?", "Name a hill."]
+
+
+@pytest.mark.parametrize(
     ("reply", "reason"),
     [
         ("", "empty reply"),
         ("  \n ", "empty reply"),
         ("<think>hm</think>", "empty reply"),
+        ("<think>hm, perhaps\n1. Name a river.\n2. Na", "empty reply"),  # cut off in its thoughts
         ("x" * (GIANT_CHARS + 1), "giant reply"),
         ("I would be glad to help.", "no list"),
         ('{"topics": [{"name": ', "wrong JSON"),
@@ -134,6 +157,7 @@ def test_instructions_out_of_lists():
 
 def test_one_text():
     assert read_text("<think>x</think> An answer. ") == "An answer."
+    assert read_text("hm\n</think>\nAn answer.") == "An answer."  # some templates open the thoughts in the prompt
     assert read_text("=== the assistant 12ab34cd\nAn answer.\n=== end of the assistant 12ab34cd") == "An answer."
     assert read_text(" ") == Unreadable("empty reply")
     assert read_instruction("**Rewritten instruction:** Name two rivers.") == "Name two rivers."

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 from scripted_writer import FakeCaller, Memory, Writer, misbehaving, tiny
 
+from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
 from ultrafuser.errors import DataError, MissingExtraError, RecipeError, SandboxError
 from ultrafuser.evaluate import sandbox
-from ultrafuser.synth import dataset
+from ultrafuser.synth import checks, dataset
 from ultrafuser.synth.asks import Outcome
 from ultrafuser.synth.card import CARD, PARQUET, RECIPE, REPORT, ROWS, TOPICS
 from ultrafuser.synth.pipeline import STORE, check, derive, join, synthesise, write_again
@@ -107,6 +109,8 @@ def failing(ask):
         (["prompts=nowhere"], {}, RecipeError, "prompts: no folder nowhere"),
         ([], {"until": "answers"}, RecipeError, "--until answers: no such stage, expected one of meta_topics"),
         ([], {"shard": (3, 2)}, RecipeError, "--shard 3/2: expected NUMBER/HOW-MANY"),
+        (["budget_usd=5"], {}, RecipeError, "a budget of $5.00, but no model has a price"),
+        ([], {"budget_usd": 5.0}, RecipeError, "a budget of $5.00, but no model has a price"),
         ([], {"shard": (1, 2)}, DataError, "the topics are not complete, and every shard needs the same ones"),
     ],
 )
@@ -130,6 +134,14 @@ def test_tests_without_a_sandbox(monkeypatch, recipe):
         check(tiny(*wanted))
     check(tiny(*wanted, "filters.unsafe_code=true"))
     check(recipe)
+
+
+def test_samples_without_math_verify(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else found(name))
+    with pytest.raises(MissingExtraError, match="math-verify"):
+        check(tiny("domains.math.samples=2"))
+    check(tiny())
 
 
 def test_near_duplicates_without_datasketch(monkeypatch):
@@ -193,6 +205,77 @@ def test_decisions_of_the_desk_are_in_the_next_data_set(recipe):
     rows = {row["id"]: row for row in rows_of(recipe)}
     assert len(rows) == 143 and b.id not in rows and a.id in rows
     assert rows[c.id]["messages"][0]["content"] == "A better question?"
+    desk = Desk.open(recipe)  # of rows that hold the edit already
+    [again] = desk.shown(what="edited")
+    desk.accept(again)
+    desk.edit(again, [content for _, content in desk.messages(again)])
+    assert desk.decision(desk.rows[again]) == "edit"
+    desk.store.close()
+    assert {row["id"]: row for row in [*map(Row.to_dict, write_again(recipe).rows)]} == rows
+
+
+def test_a_decision_holds_for_the_words_that_were_read_not_for_the_place(recipe):
+    go(recipe)
+    desk = Desk.open(recipe)
+    for place in range(len(desk.rows)):
+        desk.reject(place)
+    desk.store.close()
+    other = recipe.model_copy(update={"seed": recipe.seed + 1})  # other instructions are rewritten
+    assert 0 < len(go(other).rows) < 144
+
+
+def test_another_model_under_the_same_name_is_asked_itself(recipe):
+    go(recipe)
+    idle = Writer()
+    go(recipe.model_copy(update={"models": [recipe.models[0].model_copy(update={"prompt_usd": 3.0})]}), idle)
+    assert not idle.asked
+    endpoint = recipe.models[0].endpoint.model_copy(update={"model": "better"})
+    model = recipe.models[0].model_copy(update={"endpoint": endpoint})
+    busy = Writer()
+    data = go(recipe.model_copy(update={"models": [model]}), busy)
+    assert busy.asked and {row.source for row in data.rows} == {"synthetic: better"}
+
+
+def test_verdicts_on_code_are_kept(recipe, monkeypatch):
+    code = "Like this:\n```python\ndef f():\n    return %d\n```\n\n```python\nassert f() == 1\n```"
+    writer = Writer(lambda ask: Outcome("ok", code % (ask.item < "8")) if ask.stage == "responses" else None)
+    recipe = tiny(f"output={recipe.output}", "domains.math.check=python", "domains.math.tests=true")
+    ran = []
+
+    def run_tests(cases, *, unsafe):
+        ran.extend(cases)
+        return ["tests: failed" if "return 0" in answer else None for answer, _ in cases]
+
+    monkeypatch.setattr(checks, "run_tests", run_tests)
+    first = go(recipe, writer)
+    assert len(ran) == len(set(ran)) == 2
+    assert any(one.rejected["tests: failed"] for one in first.ledger.entries.values())
+    assert [row.id for row in write_again(recipe).rows] == [row.id for row in first.rows]
+    assert status(recipe).rows and len(ran) == 2
+
+
+def test_status_runs_no_code(recipe, monkeypatch):
+    code = "Like this:\n```python\ndef f():\n    return 1\n```\n\n```python\nassert f() == 1\n```"
+    recipe = tiny(f"output={recipe.output}", "domains.math.check=python", "domains.math.tests=true")
+    go(recipe, Writer(lambda ask: Outcome("ok", code) if ask.stage == "responses" else None), until="responses")
+    monkeypatch.setattr(checks, "run_tests", lambda *_, **__: pytest.fail("code was run"))
+    assert next(one for one in status(recipe).stages if one.stage == "checks").open == 72
+
+
+def test_replies_in_another_language_are_left_out(recipe):
+    pytest.importorskip("py3langid")
+    german = "Das Wasser kocht bei hundert Grad, und auf hohen Bergen kocht es bei weniger, weil dort der Druck geringer ist."
+    english = (
+        "Water boils at a hundred degrees, and on high mountains it boils at fewer, since the pressure is lower there."
+    )
+    writer = Writer(
+        lambda ask: Outcome("ok", german if ask.domain == "math" else english) if ask.stage == "responses" else None
+    )
+    recipe = tiny(f"output={recipe.output}", "filters.language=en", "filters.language_confidence=0.9")
+    data = go(recipe, writer)
+    rejected = {key: one.rejected["another language"] for key, one in data.ledger.entries.items()}
+    assert rejected["filters", "math"] > 60 and not rejected["filters", "text"]
+    assert {row.domain for row in data.rows} == {"text"}
 
 
 def test_what_the_desk_refuses(recipe, tmp_path):

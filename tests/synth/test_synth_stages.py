@@ -10,6 +10,7 @@ import pytest
 from scripted_writer import FAULTS, Memory, Writer, misbehaving, tiny
 
 from ultrafuser.data.schema import parse_row
+from ultrafuser.synth import checks
 from ultrafuser.synth.asks import CUT_OFF, Outcome
 from ultrafuser.synth.items import draw, item_id, portions, shares
 from ultrafuser.synth.pipeline import derive
@@ -124,6 +125,31 @@ def test_a_turn_that_fails_ends_the_conversation_before_it():
     assert entries(data)["turns", "text"]["rejected"] == {"call failed: unanswered": 72}
 
 
+def test_later_answers_are_checked_as_the_first_one():
+    def faults(ask):
+        later = ask.stage == "turns" and "You play the person" not in ask.messages[0][1]
+        return Outcome("ok", "That makes 2 + 2 = 5, so the answer is 5.") if later and ask.domain == "math" else None
+
+    data, _ = run(tiny(turns=2), Writer(faults))
+    assert entries(data)["turns", "math"]["rejected"] == {"wrong arithmetic": 72}
+    assert {len(row.messages) for row in data.rows if row.domain == "math"} == {2}
+
+
+def test_tests_are_those_of_the_last_answer(monkeypatch):
+    monkeypatch.setattr(checks, "run_tests", lambda cases, unsafe: [None] * len(cases))
+    code = "Like this:\n```python\ndef f():\n    return 1\n```\n\n```python\nassert f() == 1\n```"
+
+    def faults(ask):
+        is_answer = ask.stage == "responses" or "You play the person" not in ask.messages[0][1]
+        return Outcome("ok", code) if ask.stage in ("responses", "turns") and is_answer else None
+
+    recipe = tiny("domains.math.check=python", "domains.math.tests=true", turns=2, multi_turn_share=0.5)
+    data, _ = run(recipe, Writer(faults))
+    rows = [row for row in data.rows if row.domain == "math"]
+    assert {len(row.messages): row.tests for row in rows} == {2: "assert f() == 1", 4: None}
+    assert not any("assert" in content for row in rows for _, content in row.messages)
+
+
 def test_the_judge_decides():
     recipe = tiny("filters.min_score=6")
     data, _ = run(
@@ -152,8 +178,6 @@ def test_samples_must_agree():
 
 
 def test_tests_of_an_answer_are_cut_off_and_run(monkeypatch):
-    from ultrafuser.synth import checks
-
     ran = []
     monkeypatch.setattr(checks, "run_tests", lambda cases, unsafe: ran.extend(cases) or ["tests: failed"] * len(cases))
     code = "```python\ndef f():\n    return 1\n```"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ultrafuser.data.ngrams import WordCodes, window_hashes, words
+from ultrafuser.data.ngrams import WordCodes, pieces, window_hashes
 from ultrafuser.data.schema import Row
 from ultrafuser.data.streaming import stream_rows
 from ultrafuser.data.writing import check_layout, check_target, row_writer, write_json
@@ -104,7 +104,7 @@ class LikenessIndex:
 
     def _shingles_of(self, row: Row) -> np.ndarray:
         """The set of a row's shingles, as ascending 32-bit hashes."""
-        spoken = [word for text in _texts(row, self.likeness.on) for word in words(text)]
+        spoken = [word for text in _texts(row, self.likeness.on) for word in pieces(text)]
         hashes = window_hashes(self._codes.array(spoken), max(1, min(self.likeness.shingle, len(spoken))))
         return np.unique((hashes >> np.uint64(32)).astype(np.uint32))
 
@@ -175,7 +175,7 @@ def _exact(rows: Sequence[Row], on: str) -> Iterator[tuple[int, list[int]]]:
     """The first row by id of every set of equal ones, and the others; ties of ids in the order of the list."""
     twins: dict[bytes, list[int]] = {}
     for number in sorted(range(len(rows)), key=lambda number: (rows[number].id, number)):
-        key = "\x1e".join(" ".join(words(text)) or text for text in _texts(rows[number], on))
+        key = "\x1e".join(" ".join(pieces(text)) or text for text in _texts(rows[number], on))
         twins.setdefault(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest(), []).append(number)
     for first, *others in twins.values():
         yield first, others

@@ -12,6 +12,7 @@ import numpy as np
 # Han and kana are written without spaces: each character counts as a word.
 _HAN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_HAN}]|[^\W_{_HAN}]+")
+_WORD_OR_SIGN = re.compile(rf"{_WORD.pattern}|[-+*/^=<>%#&|√×÷−≤≥≠]")
 # An apostrophe within a word and a comma within a number separate nothing: don't = dont, 1,000 = 1000.
 _INSIDE = re.compile(r"['’](?<=\w.)(?=\w)|,(?<=\d.)(?=\d{3}(?!\d))")
 
@@ -29,6 +30,13 @@ def words(text: str) -> list[str]:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return _WORD.findall(_INSIDE.sub("", text.casefold()))
+
+
+def pieces(text: str) -> list[str]:
+    """The words of a text, and between them the signs that change what it asks: `5 + 3` is not `5 - 3`, nor C `C++`."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return _WORD_OR_SIGN.findall(_INSIDE.sub("", text.casefold()))
 
 
 class WordCodes(dict[str, int]):

@@ -98,8 +98,13 @@ def split(
     check_shares(shares)
     likeness = likeness or Likeness()
     targets = {part: folder / f"{part}.{kind}" for part in shares}
+    if folder / REPORT in targets.values():
+        raise DataError(
+            f"part {Path(REPORT).stem!r}: {folder / REPORT} is the report; choose another name, or another kind"
+        )
     for target in targets.values():
         check_layout(target, None)
+    for target in (*targets.values(), folder / REPORT):
         check_target(target, force=force)
     rows = list(stream_rows(sources, domain=domain, progress=progress, what="rows read"))
     parts = assign(rows, shares, seed=seed, likeness=likeness, progress=progress)
@@ -119,5 +124,5 @@ def split(
         writers = {part: stack.enter_context(row_writer(target, force=force)) for part, target in targets.items()}
         for row, part in zip(rows, parts, strict=True):
             writers[part](row)
-    write_json(report, folder / REPORT, force=True)
+    write_json(report, folder / REPORT, force=force)
     return report

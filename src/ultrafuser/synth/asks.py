@@ -19,7 +19,8 @@ class Ask:
     Attributes:
         stage: what it is for, one of `STAGES`.
         item: id of the item that it is asked for.
-        role: name of the model that answers.
+        role: name in the recipe of the model that answers.
+        model: what that name stood for when the question was asked: the model served, or the folder; empty: the role.
         messages: (role, content) pairs, the last one a user's.
         sample: the n-th draw of the same question.
         schema: a JSON schema of the reply, for endpoints that keep to one.
@@ -36,11 +37,12 @@ class Ask:
     schema: dict[str, Any] | None = field(default=None, compare=False)
     temperature: float | None = field(default=None, compare=False)
     max_tokens: int = field(default=1024, compare=False)
+    model: str = ""
 
     @cached_property
     def key(self) -> str:
-        """The name of the question: equal questions have equal keys, however the model is set to answer."""
-        facts = json.dumps([self.stage, self.role, self.messages, self.sample])
+        """The name of the question: equal questions to one model have equal keys, however it is set to answer."""
+        facts = json.dumps([self.stage, self.model or self.role, self.messages, self.sample])
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def chat(self) -> list[dict[str, str]]:

@@ -66,7 +66,7 @@ def report(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStor
 
 def _model_facts(model: ModelRecipe) -> dict[str, Any]:
     where = model.endpoint.base_url if model.endpoint is not None else "this process"
-    name = model.endpoint.model if model.endpoint is not None else model.local
+    name = model.served
     return {"name": model.name, "model": name, "where": where, "licence": model.licence}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -20,6 +21,12 @@ _BLOCK = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*(
 _PYTHON = ("python", "python3", "py", "py3")
 _LOOKS_LIKE_PYTHON = re.compile(r"^(?:def |class |import |from \w[\w.]* import |@\w|async def )", re.M)
 _SESSION = re.compile(r"^>>> ", re.M)
+
+
+def check_answer(kind: str, answer: str) -> str | None:
+    """Why an answer cannot be right by a domain's `check`: `python`, `math` or `none`; None: nothing speaks against it."""
+    return {"python": check_code, "math": check_arithmetic}.get(kind, lambda _: None)(answer)
+
 
 # ---------------------------------------------------------------- code
 
@@ -63,14 +70,23 @@ def _parses_indented(code: str) -> bool:
     return True
 
 
-def run_tests(cases: Sequence[tuple[str, str]], *, unsafe: bool = False, workers: int = 2) -> list[str | None]:
+Case = tuple[str, str]  # an answer, and the tests that its code has to pass
+
+
+def case_key(case: Case) -> str:
+    """The name of a verdict: of the code, the tests and the limits they run under."""
+    answer, tests = case
+    return hashlib.sha256(repr((python_blocks(answer), tests, LIMITS)).encode()).hexdigest()
+
+
+def run_tests(cases: Sequence[Case], *, unsafe: bool = False, workers: int = 2) -> list[str | None]:
     """For each answer with its tests, why it is left out; None: the tests pass.
 
     Raises:
         SandboxError: there is no sandbox and `unsafe` is not set, or it failed twice for one answer.
     """
 
-    def one(case: tuple[str, str]) -> str | None:
+    def one(case: Case) -> str | None:
         answer, tests = case
         code = "\n\n".join(python_blocks(answer))
         if not code.strip():

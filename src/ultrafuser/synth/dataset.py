@@ -58,8 +58,7 @@ def as_rows(
     rows = []
     for one in conversations:
         model = recipe.model(recipe.role("responses", recipe.domain(one.domain)))
-        name = model.endpoint.model if model.endpoint is not None else str(model.local)
-        row = one.row(f"synthetic: {name}", model.licence or recipe.licence)
+        row = one.row(f"synthetic: {model.served}", model.licence or recipe.licence)
         decided = reviews.get(row.id)
         if decided is not None:
             if not ledger.decide(

@@ -127,16 +127,18 @@ class EndpointCaller:
 
     async def _tries(self, ask: Ask, run: Run) -> Outcome | None:
         """Tries until there is an outcome; None where the run ends, or the money does."""
-        tries, served = 0, self.served
+        tries, at_start, served = 0, self.served, None
         while True:
             try:
                 return await self._try(ask, run)
             except _Refused as refused:
                 problem = str(refused)
-                if not await self._serves_others(served, run):
+                if not await self._serves_others(at_start, run):
                     raise self._fatal(refused.refusal) from None
                 return self._failed(f"refused: {problem}")
             except _Again as again:
+                # since the first failure: what was served before it says nothing of the time after it
+                served = self.served if served is None else served
                 tries += again.counts
                 problem, wait_s = str(again), again.wait_s
                 if again.billed:

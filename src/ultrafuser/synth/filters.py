@@ -20,8 +20,10 @@ MIN_WORDS = 20  # fewer words cannot be a loop
 _UNIT = re.compile(rf"(\S{{1,8}}?)\1{{{CHAR_RUN},}}")
 _RULE = re.compile(rf"([-=*_#.~ ])\1{{{CHAR_RUN},}}")  # a line drawn across the page
 _PIPELINE = re.compile(
-    r"\b(?:ignore|disregard|forget|override|skip)\b[^.\n]{0,30}\b(?:previous|prior|above|earlier|preceding|all|these|your|the)\b"
-    r"[^.\n]{0,20}\b(?:instruction|prompt|rule|direction|message|text|guideline|context|above)s?\b"
+    r"\b(?:ignore|disregard|forget)\b[^.\n]{0,30}\b(?:previous|prior|above|earlier|preceding|all|these|your|the)\b"
+    r"[^.\n]{0,20}\b(?:instruction|prompt|rule|direction|guideline|above)s?\b"
+    r"|\b(?:ignore|disregard|forget|override|skip)\b[^.\n]{0,30}\b(?:previous|prior|above|earlier|preceding)\b"
+    r"[^.\n]{0,20}\b(?:message|text|context)s?\b"
     r"|\b(?:ignore|disregard|forget)\b (?:all |everything |anything )?(?:of )?(?:the )?(?:above|previous)\b"
     r"|\b(?:new|updated|real|actual) (?:system )?(?:instructions?|prompt)\s*:"
     r"|\b(?:reveal|print|repeat|output|show)\b[^.\n]{0,20}\b(?:system|hidden|initial) (?:prompt|instructions?)\b"

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ultrafuser.data.ngrams import pieces
 from ultrafuser.data.schema import Row
 
 
@@ -98,3 +99,8 @@ class Conversation:
 def history(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     """Turns as prompts take them."""
     return [{"user": user, "assistant": assistant} for user, assistant in turns]
+
+
+def plain(text: str) -> str:
+    """What two texts that say the same have in common."""
+    return " ".join(pieces(text)) or text

@@ -8,11 +8,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ultrafuser.evaluate.tasks.answers import after_thinking
+
 GIANT_CHARS = 200_000  # of a reply: nothing that was asked for is that long
 MAX_NAME_CHARS = 100
 MAX_NAME_WORDS = 14
 
-_THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.S)
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*[\w+.-]*[^\n]*\n(.*?)(?:^[ \t]*(?:```|~~~)[ \t]*$|\Z)", re.M | re.S)
 _BULLET = re.compile(r"\s{0,8}(?:\(?\d{1,3}[.):]|\(?[a-z]\)|[-*•–·])\s+(\S.*)")
 _NUMBERED = re.compile(r"\s{0,8}\(?\d{1,3}[.):]\s")
@@ -51,33 +52,51 @@ class NamedConcepts:
 def read_list(reply: str) -> list[Any] | Unreadable:
     """The items of a reply: strings, or JSON objects.
 
-    Tried in this order: JSON in a fence, JSON anywhere, numbered lines, bulleted lines. JSON may have trailing commas, be
-    cut off in its last item, hold the list under any key, or be one object a line.
+    Tried in this order: JSON in a fence, JSON anywhere, numbered lines, bulleted lines; lines first where one of them
+    comes before any bracket or fence. JSON may have trailing commas, be cut off in its last item, hold the list under any
+    key, or be one object a line.
     """
-    text = _THOUGHTS.sub("", reply).strip()
+    text = after_thinking(reply).strip()
     if not text:
         return Unreadable("empty reply")
     if len(text) > GIANT_CHARS:
         return Unreadable("giant reply")
+    for read in (_listed_lines, _any_json) if _starts_with_a_line(text) else (_any_json, _listed_lines):
+        if items := read(text):
+            return items
+    return Unreadable("wrong JSON" if re.search(r"[\[{]\s*[\"{\[]", text) else "no list")
+
+
+def _starts_with_a_line(text: str) -> bool:
+    """Whether a listed line comes first, so that brackets and code further on are part of an item."""
+    line = re.search(rf"^{_BULLET.pattern}", text, re.M)
+    code = re.search(r"[\[{]|^[ \t]*(?:```|~~~)", text, re.M)
+    return line is not None and line[1][0] not in "[{" and (code is None or line.start() < code.start())
+
+
+def _any_json(text: str) -> list[Any] | None:
+    """The items of JSON in a fence, else anywhere; a list of numbers is something else."""
     for part in [*_FENCE.findall(text), text]:
         items = _json_items(part)
-        if items:
+        if items and any(isinstance(item, (str, dict)) for item in items):
             return items
-    items = _listed_lines(text)
-    if items:
-        return items
-    return Unreadable("wrong JSON" if re.search(r"[\[{]\s*[\"{\[]", text) else "no list")
+    return None
 
 
 def _json_items(text: str) -> list[Any] | None:
     start = re.search(r"[\[{]", text)
     if start is None:
         return None
-    text = _TRAILING_COMMA.sub(r"\1", text[start.start() :])
-    try:
-        value, end = json.JSONDecoder(strict=False).raw_decode(text)
-    except (ValueError, RecursionError):
-        return _salvaged(text)
+    text = text[start.start() :]
+    for written in (text, mended := _TRAILING_COMMA.sub(r"\1", text)):
+        try:
+            value, end = json.JSONDecoder(strict=False).raw_decode(written)
+        except (ValueError, RecursionError):
+            continue
+        text = written
+        break
+    else:
+        return _salvaged(mended)
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
         if len(lists) == 1 and not any(key in value for key in _NAME_KEYS):
@@ -178,7 +197,7 @@ def as_instruction(item: Any) -> str | Unreadable:
 
 def read_text(reply: str) -> str | Unreadable:
     """A reply that is one text: without thoughts, and without the lines that prompts put around what they quote."""
-    text = _THOUGHTS.sub("", _printable(reply)).strip()
+    text = after_thinking(_printable(reply)).strip()
     text = re.sub(r"^=== .{0,60} [0-9a-f]{8}\s*\n|\n=== end of .{0,60} [0-9a-f]{8}\s*$", "", text).strip()
     if not text:
         return Unreadable("empty reply")
@@ -196,7 +215,7 @@ def read_instruction(reply: str) -> str | Unreadable:
 
 def read_rating(reply: str) -> int | Unreadable:
     """The rating, if the last line holds one and the reply no other."""
-    text = _THOUGHTS.sub("", reply).strip()
+    text = after_thinking(reply).strip()
     if not text:
         return Unreadable("empty reply")
     found = _RATING.findall(text[-GIANT_CHARS:])

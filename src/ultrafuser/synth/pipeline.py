@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ultrafuser.data.near_duplicates import Likeness, LikenessIndex
-from ultrafuser.errors import DataError, RecipeError, SandboxError
+from ultrafuser.errors import DataError, MissingExtraError, RecipeError, SandboxError
 from ultrafuser.evaluate import sandbox
 from ultrafuser.progress import Progress
-from ultrafuser.synth import filters, stages
+from ultrafuser.synth import checks, filters, list_stages, stages
 from ultrafuser.synth.asks import Ask, Outcome
 from ultrafuser.synth.card import write_data_set
 from ultrafuser.synth.dataset import (
@@ -24,10 +26,11 @@ from ultrafuser.synth.dataset import (
 )
 from ultrafuser.synth.prompts import Prompts
 from ultrafuser.synth.recipe import SynthRecipe
-from ultrafuser.synth.stages import Look, Run
+from ultrafuser.synth.stage_run import Look, Run, Test
 from ultrafuser.synth.store import CallStore
 
 STORE = "calls.sqlite"
+TESTS_AT_ONCE = 32  # between two savings of their verdicts
 # Where a run may stop to be looked at.
 STOPS = ("meta_topics", "sub_topics", "instructions", "complex", "responses", "checks", "judge", "turns")
 Shard = tuple[int, int]
@@ -38,6 +41,7 @@ def derive(
     prompts: Prompts,
     look: Look,
     *,
+    test: Test | None = None,
     reviews: Mapping[str, Decision] | None = None,
     shard: Shard | None = None,
     until: str | None = None,
@@ -47,10 +51,11 @@ def derive(
 
     Args:
         look: questions -> their outcomes by key; a question without one is left open, and what hangs on it missing.
+        test: answers with tests -> their verdicts; None: each is run.
         shard: (number from 1 on, how many): the part of the sub-topics to work on; a part has no rows yet.
         until: the stage to stop after.
     """
-    run = Run(recipe, prompts, look)
+    run = Run(recipe, prompts, look, test or partial(_run_tests, recipe))
     out = DataSet(run.ledger)
 
     def stop(stage: str) -> bool:
@@ -58,14 +63,14 @@ def derive(
             out.stopped_after = stage
         return stage == until
 
-    out.topics = stages.find_topics(run)
+    out.topics = list_stages.find_topics(run)
     if stop("meta_topics"):
         return out
-    out.sub_topics = stages.find_sub_topics(run, out.topics)
+    out.sub_topics = list_stages.find_sub_topics(run, out.topics)
     if stop("sub_topics"):
         return out
-    mine = stages.of_shard(out.sub_topics, shard)
-    instructions = stages.find_instructions(run, mine)
+    mine = list_stages.of_shard(out.sub_topics, shard)
+    instructions = list_stages.find_instructions(run, mine)
     if stop("instructions"):
         return out
     instructions = stages.make_complex(run, instructions)
@@ -98,6 +103,7 @@ def synthesise(
     recipe: SynthRecipe,
     *,
     budget_usd: float | None = None,
+    budget_tokens: int | None = None,
     shard: Shard | None = None,
     until: str | None = None,
     retry_failed: bool = False,
@@ -107,7 +113,7 @@ def synthesise(
     """Ask what is missing, and write the data set when all is there. Stopped at any point, it goes on where it was.
 
     Args:
-        budget_usd: for the whole store, in place of the recipe's.
+        budget_usd, budget_tokens: for the whole store, in place of the recipe's.
         retry_failed: ask again what failed for good before, e.g. after raising a model's context.
         callers: role -> caller, in place of those that the recipe names.
 
@@ -120,20 +126,26 @@ def synthesise(
     from ultrafuser.synth.scheduler import answer
 
     progress = progress or Progress()
+    budgets = {"budget_usd": budget_usd, "budget_tokens": budget_tokens}
+    recipe = recipe.model_copy(update={key: value for key, value in budgets.items() if value is not None})
     prompts = check(recipe, shard=shard, until=until)
-    budget = recipe.budget_usd if budget_usd is None else budget_usd
     with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
-        if retry_failed:
-            progress.say(f"{store.forget_failures()} failed calls are asked again")
         if shard is not None:
             _check_topics_are_there(recipe, prompts, store)
+        if retry_failed:
+            progress.say(f"{store.forget_failures()} calls that failed or were cut off are asked again")
         models = callers if callers is not None else make_callers(recipe.used_models())
 
         def look(asks: Sequence[Ask]) -> Mapping[str, Outcome]:
-            answer(asks, store, models, budget_usd=budget, progress=progress)
+            answer(
+                asks, store, models, budget_usd=recipe.budget_usd, budget_tokens=recipe.budget_tokens, progress=progress
+            )
             return outcomes(store, asks)
 
-        done = derive(recipe, prompts, look, reviews=store.reviews(), shard=shard, until=until, progress=progress)
+        test = partial(tested, recipe, store)
+        done = derive(
+            recipe, prompts, look, test=test, reviews=store.reviews(), shard=shard, until=until, progress=progress
+        )
         return _finish(recipe, prompts, done, store)
 
 
@@ -145,7 +157,8 @@ def write_again(recipe: SynthRecipe, progress: Progress | None = None) -> DataSe
     """
     prompts = check(recipe)
     with CallStore(Path(recipe.output) / STORE) as store:
-        done = derive(recipe, prompts, stored(store), reviews=store.reviews(), progress=progress)
+        test = partial(tested, recipe, store)
+        done = derive(recipe, prompts, stored(store), test=test, reviews=store.reviews(), progress=progress)
         return _finish(recipe, prompts, done, store)
 
 
@@ -168,7 +181,8 @@ def check(recipe: SynthRecipe, *, shard: Shard | None = None, until: str | None 
     """Find out before anything is asked what would stop the run in the end; the prompts.
 
     Raises:
-        RecipeError: prompts or a language that cannot be used, no such stage, a shard that is none.
+        RecipeError: prompts or a language that cannot be used, no such stage, a shard that is none, a budget in dollars
+            where nothing has a price.
         DataError: a test file that is missing.
         MissingExtraError: a library that a filter needs.
         SandboxError: answers with tests, and nowhere to run them.
@@ -177,11 +191,18 @@ def check(recipe: SynthRecipe, *, shard: Shard | None = None, until: str | None 
         raise RecipeError(f"--until {until}: no such stage, expected one of {', '.join(STOPS)}")
     if shard is not None and not 1 <= shard[0] <= shard[1]:
         raise RecipeError(f"--shard {shard[0]}/{shard[1]}: expected NUMBER/HOW-MANY such as 1/8, counted from 1")
+    if recipe.budget_usd is not None and not any(m.prompt_usd or m.completion_usd for m in recipe.used_models()):
+        raise RecipeError(
+            f"a budget of ${recipe.budget_usd:.2f}, but no model has a price, so that nothing would ever count; set prompt_usd "
+            "and completion_usd of the models, give --budget-tokens instead, or leave the budget out"
+        )
     prompts = Prompts(recipe.prompts)
     filters.check_language(recipe.filters)
     index_of_tests(recipe.filters)
     if recipe.filters.near_duplicates is not None:
         LikenessIndex(Likeness(threshold=recipe.filters.near_duplicates))
+    if any(domain.samples for domain in recipe.domains) and importlib.util.find_spec("math_verify") is None:
+        raise MissingExtraError("math-verify", "eval", "comparing samples of mathematical answers (`samples`)")
     if any(domain.tests for domain in recipe.domains) and not recipe.filters.unsafe_code:
         if (reason := sandbox.available()) is not None:
             raise SandboxError(
@@ -189,6 +210,27 @@ def check(recipe: SynthRecipe, *, shard: Shard | None = None, until: str | None 
                 "newer, set filters.unsafe_code=true to run the code without one, or leave 'tests' out"
             )
     return prompts
+
+
+def _run_tests(recipe: SynthRecipe, cases: Sequence[checks.Case]) -> dict[checks.Case, str | None]:
+    return dict(zip(cases, checks.run_tests(cases, unsafe=recipe.filters.unsafe_code), strict=True))
+
+
+def tested(recipe: SynthRecipe, store: CallStore, cases: Sequence[checks.Case]) -> dict[checks.Case, str | None]:
+    """The verdicts on answers with tests; those that are missing are found and kept, so that no run changes them."""
+    known = verdicts(store, cases)
+    missing = [case for case in dict.fromkeys(cases) if case not in known]
+    for start in range(0, len(missing), TESTS_AT_ONCE):
+        found = _run_tests(recipe, missing[start : start + TESTS_AT_ONCE])
+        store.keep_verdicts({checks.case_key(case): reason or "" for case, reason in found.items()})
+        known |= found
+    return known
+
+
+def verdicts(store: CallStore, cases: Sequence[checks.Case]) -> dict[checks.Case, str | None]:
+    """The verdicts that there are."""
+    keys = {checks.case_key(case): case for case in cases}
+    return {keys[key]: reason or None for key, reason in store.verdicts(keys).items()}
 
 
 def stored(store: CallStore) -> Look:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ultrafuser.synth.asks import Ask
 from ultrafuser.synth.items import portions, shares
-from ultrafuser.synth.money import Planned, estimate, likely_prompt_tokens
+from ultrafuser.synth.money import likely_prompt_tokens, prices_of
 from ultrafuser.synth.prompts import Prompts
 from ultrafuser.synth.recipe import DomainRecipe, SynthRecipe
 
@@ -28,7 +28,6 @@ class PlannedStage:
     prompt_tokens: int
     completion_tokens: int
     usd: float
-    minutes: float
 
 
 def plan(recipe: SynthRecipe, prompts: Prompts) -> list[PlannedStage]:
@@ -38,14 +37,12 @@ def plan(recipe: SynthRecipe, prompts: Prompts) -> list[PlannedStage]:
         for stage, prompt, calls, values, tokens in _calls(recipe, domain):
             if not calls:
                 continue
-            call = recipe.call(stage)
-            ask = Ask(
-                stage, domain.name, "", recipe.role(stage, domain), prompts.messages(prompt, domain=domain, **values)
-            )
-            planned = Planned(stage, ask.role, calls, likely_prompt_tokens(ask), min(tokens, call.max_tokens))
-            [one] = estimate([planned], recipe.model)
-            out.append(PlannedStage(stage, domain.name, one.role, one.calls, one.prompt_tokens, one.completion_tokens, one.usd,
-                                    one.minutes))  # fmt: skip
+            asked_as = recipe.asked_as(stage, prompt)
+            call, role = recipe.call(asked_as), recipe.role(asked_as, domain)
+            ask = Ask(stage, domain.name, "", role, prompts.messages(prompt, domain=domain, **values))
+            read, written = calls * likely_prompt_tokens(ask), calls * min(tokens, call.max_tokens)
+            usd = prices_of(recipe.model(role)).cost_usd(read, written)
+            out.append(PlannedStage(stage, domain.name, role, calls, read, written, usd))
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -51,6 +52,14 @@ class ModelRecipe(Node):
             )
         return self
 
+    @property
+    def served(self) -> str:
+        """What answers under this name, the same on every machine: the endpoint's model, or the local one without folders."""
+        if self.endpoint is not None:
+            return self.endpoint.model
+        parts = str(self.local).split("+")
+        return "+".join(Path(part).name if Path(part).is_absolute() else part for part in parts)
+
 
 class CallRecipe(Node):
     """How one stage asks; a bare string is its model."""
@@ -91,49 +100,44 @@ CALL_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _usual(stage: str) -> str:
-    values = CALL_DEFAULTS[stage]
-    return ", ".join(f"{key} {values[key]}" for key in ("temperature", "max_tokens", "per_call") if key in values)
-
-
 class CallsRecipe(Node):
     """How each stage asks; what a stage does not say is that stage's usual value."""
 
     meta_topics: ListCallRecipe = Field(
         default_factory=lambda: ListCallRecipe(**CALL_DEFAULTS["meta_topics"]),
-        description=f"Broad topics of a domain; usually {_usual('meta_topics')}.",
+        description="Broad topics of a domain.",
     )
     sub_topics: ListCallRecipe = Field(
         default_factory=lambda: ListCallRecipe(**CALL_DEFAULTS["sub_topics"]),
-        description=f"Sub-topics of a topic, with concepts; usually {_usual('sub_topics')}.",
+        description="Sub-topics of a topic, with concepts.",
     )
     instructions: ListCallRecipe = Field(
         default_factory=lambda: ListCallRecipe(**CALL_DEFAULTS["instructions"]),
-        description=f"Instructions on a sub-topic; usually {_usual('instructions')}.",
+        description="Instructions on a sub-topic.",
     )
     expand: ExpandCallRecipe = Field(
         default_factory=lambda: ExpandCallRecipe(**CALL_DEFAULTS["expand"]),
-        description=f"New instructions, strongly or weakly related to those shown; usually {_usual('expand')}.",
+        description="New instructions, strongly or weakly related to those shown.",
     )
     complex: CallRecipe = Field(
         default_factory=lambda: CallRecipe(**CALL_DEFAULTS["complex"]),
-        description=f"An instruction made more complex; usually {_usual('complex')}.",
+        description="An instruction made more complex.",
     )
     responses: CallRecipe = Field(
         default_factory=lambda: CallRecipe(**CALL_DEFAULTS["responses"]),
-        description=f"The answers; usually {_usual('responses')}.",
+        description="The answers.",
     )
     turns: CallRecipe = Field(
         default_factory=lambda: CallRecipe(**CALL_DEFAULTS["turns"]),
-        description=f"What the simulated user says next; usually {_usual('turns')}.",
+        description="What the simulated user says next.",
     )
     samples: CallRecipe = Field(
         default_factory=lambda: CallRecipe(**CALL_DEFAULTS["samples"]),
-        description=f"Further answers, to see whether they agree; usually {_usual('samples')}.",
+        description="Further answers, to see whether they agree.",
     )
     judge: CallRecipe = Field(
         default_factory=lambda: CallRecipe(**CALL_DEFAULTS["judge"]),
-        description=f"A score of 1 to 10; usually {_usual('judge')}.",
+        description="A score of 1 to 10.",
     )
 
     @model_validator(mode="before")
@@ -229,7 +233,9 @@ class FiltersRecipe(Node):
 class SynthRecipe(Node):
     """A synthesis: domains, models, and what becomes of them."""
 
-    title: str = Field(default="Synthetic instructions", description="Heading of the data card.")
+    title: str = Field(
+        default="Synthetic instructions", description="Heading of the data card; a store belongs to one title."
+    )
     licence: str = Field(default="", description="Licence of the data set as a whole; the models' terms apply too.")
     models: list[ModelRecipe] = Field(description="The models that are asked.")
     domains: list[DomainRecipe] = Field(description="The domains.")
@@ -244,6 +250,9 @@ class SynthRecipe(Node):
     multi_turn_share: Fraction = Field(default=1.0, description="Share of conversations that go on beyond one turn.")
     filters: FiltersRecipe = Field(default_factory=FiltersRecipe, description="What is left out.")
     budget_usd: PositiveFloat | None = Field(default=None, description="Money to spend at most; null: no limit.")
+    budget_tokens: PositiveInt | None = Field(
+        default=None, description="Tokens read and written after which nothing more is sent; null: no limit."
+    )
     seed: NonNegativeInt = Field(default=0, description="Seed of what is drawn at random.")
     output: str = Field(default="runs/synth", description="Folder of store and data set, seen from the working folder.")
 
@@ -272,6 +281,10 @@ class SynthRecipe(Node):
         if stage in ("responses", "samples") and domain.answer_model is not None:
             return domain.answer_model
         return self.call(stage).model or self.models[0].name
+
+    def asked_as(self, stage: str, prompt: str) -> str:
+        """The stage whose model and settings hold for a question: a later turn's answer is asked for like the first."""
+        return "responses" if (stage, prompt) == ("turns", "responses") else stage
 
     def model(self, name: str) -> ModelRecipe:
         """A model by its name."""

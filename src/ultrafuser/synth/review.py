@@ -66,8 +66,9 @@ class Desk:
         return list(row.messages)
 
     def accept(self, place: int) -> None:
-        """Keep a row as it is."""
-        self.store.set_review(self.rows[place].id, "accept")
+        """Keep a row as it is shown, an edit of before included."""
+        if self.decision(self.rows[place]) != "edit":
+            self.store.set_review(self.rows[place].id, "accept")
 
     def reject(self, place: int, why: str = "") -> None:
         """Leave a row out."""
@@ -85,7 +86,7 @@ class Desk:
         if empty := [role for (role, _), content in zip(row.messages, contents, strict=True) if not content.strip()]:
             raise DataError(f"row {row.id}: the message of the {empty[0]} is empty; write something, or reject the row")
         messages = [[role, content.strip()] for (role, _), content in zip(row.messages, contents, strict=True)]
-        if messages == [list(pair) for pair in row.messages]:
+        if messages == [list(pair) for pair in self.messages(place)]:
             self.accept(place)
         else:
             self.store.set_review(row.id, "edit", json.dumps(messages, ensure_ascii=False))

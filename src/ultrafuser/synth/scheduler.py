@@ -27,6 +27,7 @@ def answer(
     callers: Mapping[str, Caller],
     *,
     budget_usd: float | None = None,
+    budget_tokens: int | None = None,
     progress: Progress | None = None,
     lease_s: float = LEASE_S,
     grace_s: float = GRACE_S,
@@ -36,9 +37,12 @@ def answer(
     Args:
         callers: role -> the model that answers.
         budget_usd: dollars that all calls in the store may cost; None: no limit.
+        budget_tokens: tokens that all calls in the store read and wrote, after which nothing more is sent; what is under
+            way then still comes. None: no limit.
 
     Raises:
-        BudgetExceeded: the next call might cost more than what is left; what was answered is kept.
+        BudgetExceeded: the next call might cost more than what is left, or the tokens are used up; what was answered is
+            kept.
         EndpointError: a model cannot be asked any more; what was answered is kept.
         DataError: the store cannot be written; what was stored before is kept.
         RecipeError: a role that no caller has.
@@ -52,7 +56,7 @@ def answer(
     progress = progress or Progress()
     progress.start(", ".join(dict.fromkeys(ask.stage for ask in left)), len(left))
     try:
-        run = _Run(store, budget_usd, progress, lease_s)
+        run = _Run(store, budget_usd, budget_tokens, progress, lease_s)
         _in_a_loop_of_its_own(run.work(left, callers, grace_s))
     finally:
         progress.finish()
@@ -72,8 +76,16 @@ def _in_a_loop_of_its_own(work: Coroutine[Any, Any, None]) -> None:
 class _Run:
     """One call of `answer`: what its workers share."""
 
-    def __init__(self, store: CallStore, budget_usd: float | None, progress: Progress, lease_s: float) -> None:
-        self.store, self.budget_usd, self.progress, self.lease_s = store, budget_usd, progress, lease_s
+    def __init__(
+        self,
+        store: CallStore,
+        budget_usd: float | None,
+        budget_tokens: int | None,
+        progress: Progress,
+        lease_s: float,
+    ) -> None:
+        self.store, self.progress, self.lease_s = store, progress, lease_s
+        self.budget_usd, self.budget_tokens = budget_usd, budget_tokens
         self.worker = new_worker()
         self.sent: set[str] = set()
         self.unstored: deque[tuple[Ask, Outcome]] = deque()
@@ -215,6 +227,12 @@ class _Feed:
             was_idle: nobody had anything under way just now, so that no money that is set aside will be freed.
         """
         run = self.run
+        if run.budget_tokens is not None and (tokens := run.store.tokens()) >= run.budget_tokens:
+            raise BudgetExceeded(
+                f"the budget of {run.budget_tokens:,} tokens is used up: {tokens:,} were read and written, and "
+                f"{len(self.waiting)} questions wait for an answer; raise --budget-tokens and run again: what was "
+                "answered is kept"
+            )
         size = max(min(CLAIMS_AT_ONCE, self.caller.concurrency), self.caller.batch_size)
         asks = {ask.key: ask for ask in (self.waiting.popleft() for _ in range(min(size, len(self.waiting))))}
         ceilings = {key: self.caller.ceiling_usd(ask) for key, ask in asks.items()}

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ultrafuser.synth.dataset import DataSet
 from ultrafuser.synth.ledger import Entry
-from ultrafuser.synth.pipeline import STORE, derive, stored
+from ultrafuser.synth.pipeline import STORE, derive, stored, verdicts
 from ultrafuser.synth.plan import PlannedStage, plan
 from ultrafuser.synth.prompts import Prompts
 from ultrafuser.synth.recipe import SynthRecipe
@@ -81,7 +82,7 @@ def status(recipe: SynthRecipe) -> Status:
     quick = recipe.filters.model_copy(update={"near_duplicates": None})  # sketches of all rows would take too long
     recipe = recipe.model_copy(update={"filters": quick})
     with CallStore(Path(recipe.output) / STORE) as store:
-        data = derive(recipe, prompts, stored(store), reviews=store.reviews())
+        data = derive(recipe, prompts, stored(store), test=partial(verdicts, store), reviews=store.reviews())
         return _summary(plan(recipe, prompts), data, store)
 
 

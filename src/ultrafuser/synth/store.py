@@ -20,31 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from ultrafuser.errors import DataError
-from ultrafuser.synth.asks import Ask, Outcome
+from ultrafuser.synth.asks import CUT_OFF, Ask, Outcome
+from ultrafuser.synth.store_tables import CALL, Merged, create_tables, merge
 
 FORMAT = 1  # of the file
 BUSY_S = 60.0  # that a process waits for another one's transaction
 _MARK = 0x55465359  # "UFSY": application_id of our files
 _NANO = 1_000_000_000  # money is counted in whole billionths of a dollar, so that sums are exact
 _KEYS_AT_ONCE = 500
-_CALL = (
-    "key, stage, domain, item, role, sample, status, reason, prompt_tokens, completion_tokens, cost, worker, at, text"
-)
-_TABLES = (
-    "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT)",
-    "CREATE TABLE calls (key TEXT PRIMARY KEY, stage TEXT, domain TEXT, item TEXT, role TEXT, sample INTEGER,"
-    " status TEXT, reason TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, cost INTEGER, worker TEXT, at REAL, text TEXT)",
-    "CREATE INDEX calls_by_stage ON calls (stage, domain, status)",
-    "CREATE INDEX calls_by_time ON calls (at)",
-    # expires 0: nobody's; lost: cost of tries that broke off and may have been billed all the same
-    "CREATE TABLE leases (key TEXT PRIMARY KEY, worker TEXT, expires REAL, reserved INTEGER, lost INTEGER)",
-    # replies that another file had a better one for, or the same one earlier: paid for, too
-    "CREATE TABLE dropped (worker TEXT, key TEXT, cost INTEGER, PRIMARY KEY (worker, key))",
-    "CREATE TABLE reviews (row TEXT PRIMARY KEY, decision TEXT, note TEXT, at REAL)",
-    "CREATE TABLE money (spent INTEGER, reserved INTEGER)",
-    "INSERT INTO money VALUES (0, 0)",
-)
-_MONEY = {"calls": ("{}.cost", "0"), "dropped": ("{}.cost", "0"), "leases": ("{}.lost", "{}.reserved")}
 
 
 @dataclass(frozen=True)
@@ -85,14 +68,6 @@ class Review:
     decision: str
     note: str
     at: float
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What another file brought: calls that were missing here, and calls that both had asked."""
-
-    added: int
-    twice: int
 
 
 class CallStore:
@@ -211,17 +186,15 @@ class CallStore:
                 cost += found[0]
                 db.execute(f"DELETE {own}", (ask.key, worker))
             db.execute(
-                f"INSERT INTO calls ({_CALL}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+                f"INSERT INTO calls ({CALL}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
                 "ON CONFLICT (key) DO UPDATE SET cost = cost + excluded.cost",
                 (ask.key, ask.stage, ask.domain, ask.item, ask.role, ask.sample, outcome.status, reason,
                  outcome.prompt_tokens, outcome.completion_tokens, cost, worker, time.time(), text),
             )  # fmt: skip
 
-    def forget_failures(self, kind: str | None = None) -> int:
-        """Have failed calls asked again, those of one kind or all; what they cost stays spent. How many there were."""
-        which, values = "status = 'failed'", tuple[str, ...]()
-        if kind is not None:
-            which, values = f"{which} AND (reason = ? OR instr(reason, ? || ':') = 1)", (kind, kind)
+    def forget_failures(self) -> int:
+        """Have calls asked again that failed or were cut off; what they cost stays spent. How many there were."""
+        which, values = "status = 'failed' OR reason = ?", (CUT_OFF,)
         with self._writing() as db:
             db.execute(
                 f"INSERT INTO dropped SELECT worker, key, cost FROM calls WHERE {which} "
@@ -263,6 +236,10 @@ class CallStore:
         """Dollars set aside for calls under way."""
         return self._read("SELECT reserved FROM money")[0][0] / _NANO
 
+    def tokens(self) -> int:
+        """Tokens read and written by the calls that are stored."""
+        return self._read("SELECT tokens FROM money")[0][0]
+
     def counts(self) -> list[Count]:
         """Calls by stage, domain and how they ended."""
         kind_of = "CASE instr(reason, ':') WHEN 0 THEN reason ELSE substr(reason, 1, instr(reason, ':') - 1) END"
@@ -273,12 +250,6 @@ class CallStore:
             Count(stage, domain, status, kind, calls, prompt_tokens, completion_tokens, cost / _NANO)
             for stage, domain, status, kind, calls, prompt_tokens, completion_tokens, cost in rows
         ]
-
-    def mean_tokens(self, stage: str) -> tuple[float, float] | None:
-        """(prompt, completion) tokens of a stage's replies on average; None before the first."""
-        sql = "SELECT avg(prompt_tokens), avg(completion_tokens) FROM calls WHERE stage = ? AND status = 'ok'"
-        prompt, completion = self._read(sql, (stage,))[0]
-        return None if prompt is None else (prompt, completion)
 
     def pace(self, window_s: float = 600.0) -> float | None:
         """Calls answered a second, over the last while; None where there were none."""
@@ -303,6 +274,21 @@ class CallStore:
         with self._writing() as db:
             db.execute("INSERT OR REPLACE INTO reviews VALUES (?, ?, ?, ?)", (row_id, decision, note, time.time()))
 
+    # ---------------------------------------------------------------- verdicts on code
+
+    def verdicts(self, keys: Iterable[str]) -> dict[str, str]:
+        """Key -> why code is left out, empty where its tests pass; of those that were run."""
+        wanted, found = list(keys), dict[str, str]()
+        for start in range(0, len(wanted), _KEYS_AT_ONCE):
+            known = self._known("SELECT key, reason FROM verdicts", wanted[start : start + _KEYS_AT_ONCE])
+            found |= {key: reason for key, (reason,) in known.items()}
+        return found
+
+    def keep_verdicts(self, verdicts: Mapping[str, str]) -> None:
+        """Keep what came of running tests; a verdict that is there already stays."""
+        with self._writing() as db:
+            db.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", verdicts.items())
+
     # ---------------------------------------------------------------- joining files
 
     def merge(self, other: Path) -> Merged:
@@ -324,7 +310,7 @@ class CallStore:
             self._db.execute("ATTACH DATABASE ? AS other", (str(other),))
             try:
                 with self._writing() as db:
-                    return _merge(db)
+                    return merge(db)
             finally:
                 self._db.execute("DETACH DATABASE other")
 
@@ -373,14 +359,7 @@ class CallStore:
         with self._writing() as db:
             if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 return
-            for statement in _TABLES:
-                db.execute(statement)
-            for table, (spent, reserved) in _MONEY.items():
-                for event, sign in (("INSERT", "+NEW"), ("DELETE", "-OLD"), ("UPDATE", "+NEW-OLD")):
-                    db.execute(
-                        f"CREATE TRIGGER {table}_{event} AFTER {event} ON {table} BEGIN UPDATE money SET "
-                        f"spent = spent {_signed(spent, sign)}, reserved = reserved {_signed(reserved, sign)}; END"
-                    )
+            create_tables(db)
             db.execute("INSERT INTO facts VALUES ('identity', ?)", (identity,))
             db.execute(f"PRAGMA application_id = {_MARK}")
             db.execute(f"PRAGMA user_version = {FORMAT}")
@@ -477,41 +456,6 @@ def _is_live(worker: str, expires: float, now: float) -> bool:
     except OSError:  # another user's: it lives
         return True
     return True
-
-
-def _merge(db: sqlite3.Connection) -> Merged:
-    """`other` into `main`, inside a transaction."""
-    both = "other.calls AS theirs JOIN main.calls AS ours ON theirs.key = ours.key AND theirs.worker <> ours.worker"
-    better = (
-        "(theirs.status > ours.status OR theirs.status = ours.status AND "
-        "(theirs.text, theirs.reason) < (ours.text, ours.reason))"
-    )
-    drop = "INSERT OR IGNORE INTO main.dropped SELECT {0}.worker, {0}.key, {0}.cost FROM " + both + " WHERE "
-    twice = db.execute(f"SELECT count(*) FROM {both}").fetchone()[0]
-    before = db.execute("SELECT count(*) FROM main.calls").fetchone()[0]
-    db.execute(drop.format("theirs") + f"NOT {better}")
-    db.execute(drop.format("ours") + better)
-    db.execute(f"DELETE FROM main.calls WHERE key IN (SELECT ours.key FROM {both} WHERE {better})")
-    db.execute(  # what is in both files because one was copied
-        f"INSERT INTO main.calls ({_CALL}) SELECT {_CALL} FROM other.calls WHERE true "
-        "ON CONFLICT (key) DO UPDATE SET cost = max(cost, excluded.cost) WHERE worker = excluded.worker"
-    )
-    db.execute("INSERT OR IGNORE INTO main.dropped SELECT worker, key, cost FROM other.dropped")
-    db.execute(
-        "INSERT INTO main.leases SELECT key, '', 0, 0, reserved + lost FROM other.leases WHERE reserved + lost > 0 "
-        "ON CONFLICT (key) DO UPDATE SET lost = max(lost, excluded.lost)"
-    )
-    db.execute(
-        "INSERT INTO main.reviews SELECT row, decision, note, at FROM other.reviews WHERE true ON CONFLICT (row) "
-        "DO UPDATE SET decision = excluded.decision, note = excluded.note, at = excluded.at WHERE excluded.at > at"
-    )
-    return Merged(db.execute("SELECT count(*) FROM main.calls").fetchone()[0] - before, twice)
-
-
-def _signed(column: str, sign: str) -> str:
-    """`{}.cost` and `+NEW-OLD` -> `+ NEW.cost - OLD.cost`."""
-    parts = sign.replace("+", " +").replace("-", " -").split()
-    return " ".join(f"{part[0]} {column.format(part[1:])}" for part in parts)
 
 
 def _at_most(usd: float) -> int:
