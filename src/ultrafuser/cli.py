@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ultrafuser import __version__
 from ultrafuser.cli_data import data_app
@@ -31,6 +30,7 @@ from ultrafuser.cli_options import (
     quiet,
     say,
 )
+from ultrafuser.cli_print import print_info, print_means
 from ultrafuser.cli_synth import synth_app
 from ultrafuser.errors import DataError, RecipeError, UltraFuserError
 
@@ -123,7 +123,7 @@ def fuse_command(
             tokenizer.save_pretrained(draft)
             (draft / "recipe.yaml").write_text(dump_recipe(typed), encoding="utf-8")
             write_card(draft, model.config, None, [], title=output.name)
-    _print_info(describe(output), as_json)
+    print_info(describe(output), as_json)
 
 
 def _specialists(given: list[str], templates: list[str]) -> list[dict[str, Any]]:
@@ -368,7 +368,7 @@ def inspect(
     if as_json:
         say(json.dumps({"mean_weights": means, "traces": [trace.to_dict() for trace in traces]}, ensure_ascii=False))
     elif file:
-        _print_means(means)
+        print_means(means)
     else:
         from ultrafuser.inspect.terminal import render_terminal
 
@@ -387,7 +387,7 @@ def info(
 
     with quiet():
         facts = describe(folder, verify=verify)
-    _print_info(facts, as_json)
+    print_info(facts, as_json)
 
 
 app.command(name="eval")(eval_command)
@@ -445,49 +445,6 @@ def _conversations(given: list[str] | None, file: Path | None, system: str | Non
     if not prompts:
         raise DataError(f"{'--prompt' if given else file or 'standard input'}: holds no prompt")
     return [_chat(text, system) for text in prompts]
-
-
-def _print_info(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        say(json.dumps(facts))
-        return
-    table = Table(title=f"{facts['folder']}: {facts['mixing']} mixing, context {facts['context']}")
-    for column in ("specialist", "domain", "kind", "model", "adapter", "size", "status"):
-        table.add_column(column, overflow="fold")
-    for one in facts["specialists"]:
-        parts = [one[part] for part in ("model", "adapter") if part in one]
-        table.add_row(
-            one["name"],
-            one["domain"],
-            one["architecture"],
-            one["model"]["source"],
-            one["adapter"]["source"] if "adapter" in one else "",
-            _size(sum(part["size_bytes"] for part in parts)),
-            ", ".join(dict.fromkeys(part["status"] for part in parts)),
-        )
-    Console().print(table)
-    for group in sorted({tuple(sorted([s["name"], *s["shares_base_with"]])) for s in facts["specialists"]}):
-        if len(group) > 1:
-            say(f"one base, loaded once: {', '.join(group)}")
-    gate = _size(facts["gate_size_bytes"] or 0)
-    elsewhere = _size(facts["referenced_size_bytes"])
-    say(f"gate {gate}; folder {_size(facts['size_bytes'])}; referenced elsewhere {elsewhere}")
-    if facts["verified"]:
-        say("every checksum holds")
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
-
-
-def _print_means(means: dict[str, dict[str, float]]) -> None:
-    table = Table(title="mean gate weight by domain")
-    table.add_column("domain")
-    for name in next(iter(means.values())):
-        table.add_column(name, justify="right")
-    for domain, row in means.items():
-        table.add_row(domain, *(f"{value:.3f}" for value in row.values()))
-    Console().print(table)
 
 
 def _write_traces(traces: list[Any], means: dict[str, Any], html: Path | None, png: Path | None) -> None:

@@ -290,16 +290,6 @@ def test_what_the_desk_refuses(recipe, tmp_path):
     desk.store.close()
 
 
-def test_the_page_is_built(recipe):
-    pytest.importorskip("gradio")
-    from ultrafuser.synth.review_page import review_page
-
-    go(recipe)
-    desk = Desk.open(recipe)
-    assert review_page(desk) is not None
-    desk.store.close()
-
-
 def test_the_page_without_gradio(recipe, monkeypatch):
     import sys
 

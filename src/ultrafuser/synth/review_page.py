@@ -76,12 +76,12 @@ def review_page(desk: Desk) -> Any:
             skip_button = gr.Button("Next")
         why = gr.Textbox(label="why it is rejected, if you like", lines=1)
         shown = [place, where, summary, why, *boxes]
-        page.load(lambda d, w: show(d, w, None, 0), [domain, what], shown)
+        page.load(lambda d, w: show(d, w, None, 0), [domain, what], shown, api_name="show")
         for choice in (domain, what):
             choice.change(lambda d, w: show(d, w, None, 0), [domain, what], shown)
-        accept_button.click(accept, [domain, what, place], shown)
-        reject_button.click(reject, [domain, what, place, why], shown)
-        save_button.click(save, [domain, what, place, *boxes], shown)
-        back_button.click(lambda d, w, p: show(d, w, p, -1), [domain, what, place], shown)
-        skip_button.click(lambda d, w, p: show(d, w, p, 1), [domain, what, place], shown)
+        accept_button.click(accept, [domain, what, place], shown, api_name="accept")
+        reject_button.click(reject, [domain, what, place, why], shown, api_name="reject")
+        save_button.click(save, [domain, what, place, *boxes], shown, api_name="save")
+        back_button.click(lambda d, w, p: show(d, w, p, -1), [domain, what, place], shown, api_name="previous")
+        skip_button.click(lambda d, w, p: show(d, w, p, 1), [domain, what, place], shown, api_name="next")
     return page
