@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "recipe", "typed_yaml", "model", "progress", "_register"},
     {"templates", "specialists", "data"},
     {"train", "evaluate", "inspect", "serve", "synth", "info", "demo", "zoo"},
-    {"cli", "cli_data", "cli_evaluate", "cli_options", "cli_synth", "__main__"},
+    {"cli", "cli_data", "cli_evaluate", "cli_options", "cli_print", "cli_synth", "__main__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
