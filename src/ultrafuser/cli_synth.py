@@ -82,7 +82,7 @@ def run_command(
         from ultrafuser.synth.pipeline import check
         from ultrafuser.synth.plan import plan
 
-        planned = plan(typed, check(typed, shard=part, until=until))
+        planned = plan(typed, check(typed, shard=part, until=until).prompts)
         if as_json:
             say(json.dumps([vars(one) for one in planned]))
         else:

@@ -111,7 +111,7 @@ class Memory:
 class FakeCaller:
     """A writer as the scheduler wants it."""
 
-    concurrency, batch_size, retries, backoff_s, where, served = 8, 1, 0, 0.0, "fake", 0
+    concurrency, batch_size = 8, 1
 
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
@@ -125,9 +125,6 @@ class FakeCaller:
 
     async def answer(self, asks: Sequence[Ask], run: Any = None) -> list[Outcome]:
         return [self.writer(ask) for ask in asks]
-
-    async def serves_others(self, before: int) -> bool:
-        return True
 
 
 FAULTS: dict[str, Outcome] = {

@@ -16,7 +16,7 @@ from ultrafuser.data.ngrams import window_hashes, words
 from ultrafuser.data.schema import Row
 from ultrafuser.data.streaming import stream_rows
 from ultrafuser.data.texts import Text, read_texts
-from ultrafuser.data.writing import check_layout, check_target, row_writer, write_json
+from ultrafuser.data.writing import check_targets, row_writer, write_json
 from ultrafuser.errors import DataError
 from ultrafuser.progress import Progress
 
@@ -223,10 +223,7 @@ def decontaminate(
     Raises:
         DataError: rows or tests that cannot be read, an output that cannot be written or is there already.
     """
-    if output is not None:
-        check_layout(output, None)
-    for target in filter(None, (output, report)):
-        check_target(target, force=force)
+    check_targets(output, report, force=force)
     index = ContaminationIndex((text for path in tests for text in read_texts(path, fields)), rule)
     counts = {kind: index.counts[kind] for kind in ("ngram", "whole", "message", "ignored")}
     done = Report({"ngram": index.rule.ngram, "min_words": index.rule.min_words, "tests": list(tests)}, counts)

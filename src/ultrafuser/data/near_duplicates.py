@@ -13,7 +13,7 @@ import numpy as np
 from ultrafuser.data.ngrams import WordCodes, pieces, window_hashes
 from ultrafuser.data.schema import Row
 from ultrafuser.data.streaming import stream_rows
-from ultrafuser.data.writing import check_layout, check_target, row_writer, write_json
+from ultrafuser.data.writing import check_targets, row_writer, write_json
 from ultrafuser.errors import DataError, MissingExtraError
 from ultrafuser.progress import Progress
 
@@ -213,10 +213,7 @@ def deduplicate(
         MissingExtraError: near duplicates are wanted and datasketch is not installed.
     """
     likeness = likeness or Likeness()
-    if output is not None:
-        check_layout(output, None)
-    for target in filter(None, (output, report)):
-        check_target(target, force=force)
+    check_targets(output, report, force=force)
     rows = list(stream_rows(sources, domain=domain, progress=progress, what="rows read"))
     found = clusters(rows, likeness, progress)
     exact, near = sum(len(one.exact) for one in found), sum(len(one.near) for one in found)

@@ -70,6 +70,18 @@ def check_target(target: Path, *, force: bool) -> None:
         raise DataError(f"{target}: is there already; replace it with --force, or choose another output")
 
 
+def check_targets(rows: Path | None, report: Path | None, *, force: bool) -> None:
+    """`check_layout` and `check_target` of the files that a command may write: its rows and its report.
+
+    Raises:
+        DataError: as these two.
+    """
+    if rows is not None:
+        check_layout(rows, None)
+    for target in filter(None, (rows, report)):
+        check_target(target, force=force)
+
+
 def write_json(value: Any, target: Path, *, force: bool = False) -> None:
     """Any value as indented JSON.
 

@@ -212,15 +212,9 @@ class Endpoint:
 
     def _status_error(self, error: Any) -> EndpointError:
         status, text = error.status_code, _excerpt(error)
-        name = self.recipe.api_key_env
         what = f"status {status}: {text}"
-        if status in (401, 403):
-            state = "is set, but its key was not accepted" if os.environ.get(name) else "is not set"
-            return self._error(EndpointError, what, f"the environment variable {name} {state}; set it to a key of this "
-                               "endpoint, or name another variable in `api_key_env`")  # fmt: skip
-        if status == 404:
-            return self._error(EndpointError, what, f"no such model or address; {self.recipe.base_url}/models lists the "
-                               "models, and an address usually ends in /v1")  # fmt: skip
+        if next_step := self.recipe.next_step(status):
+            return self._error(EndpointError, what, next_step)
         if status == 429:
             return self._error(EndpointError, what, "this account has nothing left to spend; top it up and run again")
         if status == 413 or any(sign in f"{error.code} {text}".lower() for sign in _OVERFLOW):

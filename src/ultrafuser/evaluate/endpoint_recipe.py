@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -61,6 +62,21 @@ class EndpointRecipe(Node):
         default=0.0, description="Temperature of sampling; null: not sent, for models that refuse it."
     )
     extra_body: FreeForm = Field(default={}, description="Further fields of each request, as the endpoint knows them.")
+
+    def next_step(self, status: int) -> str | None:
+        """What to do about a refusal for want of access or of the model; None: it is about something else."""
+        if status in (401, 403):
+            name = self.api_key_env
+            state = "is set, but its key was not accepted" if os.environ.get(name) else "is not set"
+            return (
+                f"the environment variable {name} {state}; set it to a key of this endpoint, or name another variable in "
+                "`api_key_env`"
+            )
+        if status == 404:
+            return (
+                f"no such model or address; {self.base_url}/models lists the models, and an address usually ends in /v1"
+            )
+        return None
 
     @model_validator(mode="before")
     @classmethod

@@ -66,8 +66,7 @@ def report(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStor
 
 def _model_facts(model: ModelRecipe) -> dict[str, Any]:
     where = model.endpoint.base_url if model.endpoint is not None else "this process"
-    name = model.served
-    return {"name": model.name, "model": name, "where": where, "licence": model.licence}
+    return {"name": model.name, "model": model.served, "where": where, "licence": model.licence}
 
 
 def _topics(data: DataSet) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from fractions import Fraction
 
 from ultrafuser.errors import SandboxError
 from ultrafuser.evaluate import sandbox
+from ultrafuser.evaluate.tasks.answers import CODE_BLOCK
 
 MAX_DIGITS = 40  # of a number that is computed again
 MAX_EXPONENT = 64
 MAX_CHARS = 300  # of an expression
 LIMITS = sandbox.Limits(timeout_s=10.0, memory_bytes=1 << 29)
-_BLOCK = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*(?:```|~~~)[ \t]*$|\Z)", re.M | re.S)
 _PYTHON = ("python", "python3", "py", "py3")
 _LOOKS_LIKE_PYTHON = re.compile(r"^(?:def |class |import |from \w[\w.]* import |@\w|async def )", re.M)
 _SESSION = re.compile(r"^>>> ", re.M)
@@ -44,7 +44,7 @@ def check_code(answer: str) -> str | None:
 def python_blocks(answer: str) -> list[str]:
     """The Python in an answer: blocks that say so, unnamed ones that look like it, sessions left out."""
     found = []
-    for language, body in _BLOCK.findall(answer):
+    for language, body in CODE_BLOCK.findall(answer):
         named = language.lower() in _PYTHON
         if (named or (not language and _LOOKS_LIKE_PYTHON.search(body))) and not _SESSION.search(body):
             found.append(body)

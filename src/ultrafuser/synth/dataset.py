@@ -46,6 +46,7 @@ class DataSet:
     ledger: Ledger
     topics: dict[str, list[Topic]] = field(default_factory=dict)
     sub_topics: dict[str, list[SubTopic]] = field(default_factory=dict)
+    conversations: list[Conversation] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     overlaps: list[dict[str, Any]] = field(default_factory=list)
     stopped_after: str | None = None

@@ -287,20 +287,11 @@ class EndpointCaller:
         return random.uniform(longest / 2, longest)
 
     def _fatal(self, refusal: Refusal) -> EndpointError:
-        status, name = refusal.status, self.recipe.api_key_env
+        status = refusal.status
         if refusal.is_spent:
             next_step = "this account has nothing left to spend; top it up and run again: what was answered is kept"
-        elif status in (401, 403):
-            state = "is set, but its key was not accepted" if os.environ.get(name) else "is not set"
-            next_step = (
-                f"the environment variable {name} {state}; set it to a key of this endpoint, or name another variable "
-                "in `api_key_env`"
-            )
-        elif status == 404:
-            next_step = (
-                f"no such model or address; {self.recipe.base_url}/models lists the models, and an address usually ends "
-                "in /v1"
-            )
+        elif access := self.recipe.next_step(status):
+            next_step = access
         elif 300 <= status < 400:
             next_step = "the endpoint has moved; set `base_url` to its new address"
         else:

@@ -6,7 +6,6 @@ Every filter is a function of one text, so that a row's fate does not depend on 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -60,47 +59,49 @@ _NEEDS_MORE = re.compile(
 _FENCED = re.compile(r"^[ \t]*(?:```|~~~).*?(?:^[ \t]*(?:```|~~~)[ \t]*$|\Z)", re.M | re.S)
 _FORMULA = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|(?<!\\)\$[^$\n]+\$|`[^`\n]+`|https?://\S+", re.S)
 
-Filter = Callable[[str, FiltersRecipe], str | None]
 
-
-def check_name(text: str, filters: FiltersRecipe) -> str | None:
+def check_name(text: str) -> str | None:
     """Why a topic or concept is left out."""
     return "instructs the pipeline" if instructs_pipeline(text) else None
 
 
 def check_instruction(text: str, filters: FiltersRecipe) -> str | None:
     """Why an instruction is left out; None: it stays."""
-    if len(text) < filters.min_instruction_chars:
-        return "instruction too short"
-    if len(text) > filters.max_instruction_chars:
-        return "instruction too long"
-    if instructs_pipeline(text):
-        return "instructs the pipeline"
+    limits = filters.min_instruction_chars, filters.max_instruction_chars
+    if reason := _misplaced("instruction", text, *limits):
+        return reason
     if _ABOUT_THE_TASK.match(text):
         return "speaks about the task"
     if filters.refusals and (_REFUSAL.match(text) or _BOILERPLATE.search(text)):
         return "refusal or boilerplate"
     if _NEEDS_MORE.search(text):
         return "needs what is not there"
-    if repetition(text) > filters.max_repetition:
-        return "repetition"
-    return "another language" if speaks_otherwise(text, filters) else None
+    return _badly_written(text, filters)
 
 
 def check_answer(text: str, filters: FiltersRecipe) -> str | None:
     """Why an answer is left out; None: it stays."""
-    if len(text) < filters.min_answer_chars:
-        return "answer too short"
-    if len(text) > filters.max_answer_chars:
-        return "answer too long"
-    if instructs_pipeline(text):
-        return "instructs the pipeline"
+    if reason := _misplaced("answer", text, filters.min_answer_chars, filters.max_answer_chars):
+        return reason
     if filters.refusals and _REFUSAL.match(text):
         return "refusal"
     if filters.refusals and _BOILERPLATE.search(text):
         return "boilerplate"
     if _LEFT_OVER.search(text):
         return "speaks about the task"
+    return _badly_written(text, filters)
+
+
+def _misplaced(what: str, text: str, min_chars: int, max_chars: int) -> str | None:
+    """Why a text is none of what was asked for, whatever it says."""
+    if len(text) < min_chars:
+        return f"{what} too short"
+    if len(text) > max_chars:
+        return f"{what} too long"
+    return "instructs the pipeline" if instructs_pipeline(text) else None
+
+
+def _badly_written(text: str, filters: FiltersRecipe) -> str | None:
     if repetition(text) > filters.max_repetition:
         return "repetition"
     return "another language" if speaks_otherwise(text, filters) else None

@@ -1,4 +1,4 @@
-"""What goes from stage to stage: topics, instructions, conversations. Ids come from the parent and the place alone."""
+"""What goes from stage to stage: topics, instructions, conversations. Ids come from the parent and the place, those of rows also from their words."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Conversation:
 
     Attributes:
         turns: (user, assistant) pairs.
-        tests: Python statements that the first answer's code must pass, if the reply brought any.
+        tests: Python statements that the last answer's code must pass, if its reply brought any.
     """
 
     id: str

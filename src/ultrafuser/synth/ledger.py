@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +98,7 @@ class Ledger:
                         "examples": {reason: one.examples[reason] for reason in sorted(one.examples) if one.examples[reason]}})  # fmt: skip
         return out
 
-    def reasons(self, stage: str | None = None) -> Mapping[str, int]:
+    def reasons(self, stage: str | None = None) -> Counter[str]:
         """Rejected items by reason, over all domains."""
         total: Counter[str] = Counter()
         for (own, _), entry in self.entries.items():

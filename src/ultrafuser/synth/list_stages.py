@@ -11,7 +11,7 @@ from ultrafuser.synth import filters, parsing
 from ultrafuser.synth.asks import Ask, Outcome
 from ultrafuser.synth.items import Instruction, SubTopic, Topic, draw, item_id, plain, portions, shares
 from ultrafuser.synth.parsing import Unreadable
-from ultrafuser.synth.recipe import DomainRecipe
+from ultrafuser.synth.recipe import DomainRecipe, ListCallRecipe
 from ultrafuser.synth.stage_run import Run
 
 T = TypeVar("T")
@@ -62,11 +62,12 @@ def _gather(
 ) -> None:
     """Ask for lists until every parent has what it wants, or the rounds are over."""
     call = run.recipe.call(stage)
-    for _ in range(getattr(call, "rounds", 1)):
+    assert isinstance(call, ListCallRecipe)
+    for _ in range(call.rounds):
         asks: list[tuple[_Want[T], int, Ask]] = []
         for want in wants:
             have = [known(item) for item in want.found[-shown:]]
-            for number in portions(want.wanted - len(want.found), getattr(call, "per_call", 1)):
+            for number in portions(want.wanted - len(want.found), call.per_call):
                 values = want.values(want.asked) | {"number": number, "known": have}
                 ask = run.ask(stage, want.domain, want.parent, stage, values, sample=want.asked, schema=dict(schema))
                 asks.append((want, number, ask))
@@ -118,7 +119,7 @@ def find_topics(run: Run) -> dict[str, list[Topic]]:
     wants = []
     for domain in run.recipe.domains:
         want: _Want[Topic] = _Want(
-            domain, item_id(domain.name), domain.counts.meta_topics, lambda _: {}, _topic_reader(run, domain),
+            domain, item_id(domain.name), domain.counts.meta_topics, lambda _: {}, _topic_reader(domain),
             {plain(name) for name in domain.topics},
         )  # fmt: skip
         want.found += [
@@ -129,12 +130,12 @@ def find_topics(run: Run) -> dict[str, list[Topic]]:
     return {want.domain.name: want.found for want in wants}
 
 
-def _topic_reader(run: Run, domain: DomainRecipe) -> Callable[[Any, str], tuple[str, Topic] | Unreadable]:
+def _topic_reader(domain: DomainRecipe) -> Callable[[Any, str], tuple[str, Topic] | Unreadable]:
     def read(raw: Any, id: str) -> tuple[str, Topic] | Unreadable:
         name = parsing.as_name(raw)
         if isinstance(name, Unreadable):
             return name
-        reason = filters.check_name(str(raw), run.recipe.filters)
+        reason = filters.check_name(str(raw))
         return Unreadable(reason) if reason else (name, Topic(id, domain.name, name))
 
     return read
@@ -152,9 +153,7 @@ def find_sub_topics(run: Run, topics: Mapping[str, Sequence[Topic]]) -> dict[str
         own, seen = topics[domain.name], set[str]()
         for topic, share in zip(own, shares(domain.counts.sub_topics, len(own)) if own else [], strict=True):
             values = {"topic": topic.name, "num_concepts": domain.counts.concepts}
-            wants.append(
-                _Want(domain, topic.id, share, partial(_same, values), _sub_topic_reader(run, domain, topic), seen)
-            )
+            wants.append(_Want(domain, topic.id, share, partial(_same, values), _sub_topic_reader(domain, topic), seen))
     _gather(run, "sub_topics", wants, lambda sub_topic: sub_topic.name, KNOWN_TOPICS, _OBJECTS)
     found: dict[str, list[SubTopic]] = {domain.name: [] for domain in run.recipe.domains}
     for want in wants:
@@ -162,14 +161,12 @@ def find_sub_topics(run: Run, topics: Mapping[str, Sequence[Topic]]) -> dict[str
     return found
 
 
-def _sub_topic_reader(
-    run: Run, domain: DomainRecipe, topic: Topic
-) -> Callable[[Any, str], tuple[str, SubTopic] | Unreadable]:
+def _sub_topic_reader(domain: DomainRecipe, topic: Topic) -> Callable[[Any, str], tuple[str, SubTopic] | Unreadable]:
     def read(raw: Any, id: str) -> tuple[str, SubTopic] | Unreadable:
         named = parsing.as_named_concepts(raw, domain.counts.concepts)
         if isinstance(named, Unreadable):
             return named
-        reason = filters.check_name(str(raw), run.recipe.filters)
+        reason = filters.check_name(str(raw))
         if reason:
             return Unreadable(reason)
         return named.name, SubTopic(id, domain.name, topic.name, named.name, named.concepts)

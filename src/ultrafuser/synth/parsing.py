@@ -8,13 +8,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ultrafuser.evaluate.tasks.answers import after_thinking
+from ultrafuser.evaluate.tasks.answers import CODE_BLOCK, after_thinking
 
 GIANT_CHARS = 200_000  # of a reply: nothing that was asked for is that long
 MAX_NAME_CHARS = 100
 MAX_NAME_WORDS = 14
 
-_FENCE = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*[\w+.-]*[^\n]*\n(.*?)(?:^[ \t]*(?:```|~~~)[ \t]*$|\Z)", re.M | re.S)
 _BULLET = re.compile(r"\s{0,8}(?:\(?\d{1,3}[.):]|\(?[a-z]\)|[-*•–·])\s+(\S.*)")
 _NUMBERED = re.compile(r"\s{0,8}\(?\d{1,3}[.):]\s")
 _WRAPPED = re.compile(r"^[\"'“”‘’«»`*_]+|[\"'“”‘’«»`*_]+$")
@@ -76,7 +75,7 @@ def _starts_with_a_line(text: str) -> bool:
 
 def _any_json(text: str) -> list[Any] | None:
     """The items of JSON in a fence, else anywhere; a list of numbers is something else."""
-    for part in [*_FENCE.findall(text), text]:
+    for part in [*(body for _, body in CODE_BLOCK.findall(text)), text]:
         items = _json_items(part)
         if items and any(isinstance(item, (str, dict)) for item in items):
             return items

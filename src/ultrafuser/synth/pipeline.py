@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ultrafuser.data.decontaminate import ContaminationIndex
 from ultrafuser.data.near_duplicates import Likeness, LikenessIndex
 from ultrafuser.errors import DataError, MissingExtraError, RecipeError, SandboxError
 from ultrafuser.evaluate import sandbox
@@ -42,6 +43,7 @@ def derive(
     look: Look,
     *,
     test: Test | None = None,
+    tests: ContaminationIndex | None = None,
     reviews: Mapping[str, Decision] | None = None,
     shard: Shard | None = None,
     until: str | None = None,
@@ -52,51 +54,43 @@ def derive(
     Args:
         look: questions -> their outcomes by key; a question without one is left open, and what hangs on it missing.
         test: answers with tests -> their verdicts; None: each is run.
+        tests: the test data that rows must not touch; None: read from the recipe's files.
         shard: (number from 1 on, how many): the part of the sub-topics to work on; a part has no rows yet.
         until: the stage to stop after.
     """
     run = Run(recipe, prompts, look, test or partial(_run_tests, recipe))
     out = DataSet(run.ledger)
-
-    def stop(stage: str) -> bool:
-        if stage == until:
+    last = STOPS[-1] if shard is not None else None
+    for stage in _stages(run, out, shard):
+        if stage in (until, last):
             out.stopped_after = stage
-        return stage == until
-
-    out.topics = list_stages.find_topics(run)
-    if stop("meta_topics"):
-        return out
-    out.sub_topics = list_stages.find_sub_topics(run, out.topics)
-    if stop("sub_topics"):
-        return out
-    mine = list_stages.of_shard(out.sub_topics, shard)
-    instructions = list_stages.find_instructions(run, mine)
-    if stop("instructions"):
-        return out
-    instructions = stages.make_complex(run, instructions)
-    if stop("complex"):
-        return out
-    talks = stages.respond(run, instructions)
-    if stop("responses"):
-        return out
-    talks = stages.compare_samples(run, stages.check_answers(run, stages.filter_answers(run, talks)))
-    if stop("checks"):
-        return out
-    talks = stages.judge(run, talks)
-    if stop("judge"):
-        return out
-    talks = stages.go_on(run, talks)
-    if stop("turns"):
-        return out
-    if shard is not None:
-        out.stopped_after = "turns"
-        return out
-    index = index_of_tests(recipe.filters)
-    rows = as_rows(recipe, talks, reviews or {}, run.ledger)
+            return out
+    rows = as_rows(recipe, out.conversations, reviews or {}, run.ledger)
     rows = without_duplicates(rows, recipe.filters, run.ledger, progress)
-    rows, out.overlaps = without_overlaps(rows, index, run.ledger)
+    rows, out.overlaps = without_overlaps(rows, tests or index_of_tests(recipe.filters), run.ledger)
     out.rows = balanced(rows, recipe, run.ledger)
     return out
+
+
+def _stages(run: Run, out: DataSet, shard: Shard | None) -> Iterator[str]:
+    """Each of `STOPS` once it is through and what came of it is in `out`."""
+    out.topics = list_stages.find_topics(run)
+    yield "meta_topics"
+    out.sub_topics = list_stages.find_sub_topics(run, out.topics)
+    yield "sub_topics"
+    instructions = list_stages.find_instructions(run, list_stages.of_shard(out.sub_topics, shard))
+    yield "instructions"
+    instructions = stages.make_complex(run, instructions)
+    yield "complex"
+    out.conversations = stages.respond(run, instructions)
+    yield "responses"
+    checked = stages.check_answers(run, stages.filter_answers(run, out.conversations))
+    out.conversations = stages.compare_samples(run, checked)
+    yield "checks"
+    out.conversations = stages.judge(run, out.conversations)
+    yield "judge"
+    out.conversations = stages.go_on(run, out.conversations)
+    yield "turns"
 
 
 def synthesise(
@@ -128,7 +122,7 @@ def synthesise(
     progress = progress or Progress()
     budgets = {"budget_usd": budget_usd, "budget_tokens": budget_tokens}
     recipe = recipe.model_copy(update={key: value for key, value in budgets.items() if value is not None})
-    prompts = check(recipe, shard=shard, until=until)
+    prompts, tests = check(recipe, shard=shard, until=until)
     with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
         if shard is not None:
             _check_topics_are_there(recipe, prompts, store)
@@ -144,7 +138,15 @@ def synthesise(
 
         test = partial(tested, recipe, store)
         done = derive(
-            recipe, prompts, look, test=test, reviews=store.reviews(), shard=shard, until=until, progress=progress
+            recipe,
+            prompts,
+            look,
+            test=test,
+            tests=tests,
+            reviews=store.reviews(),
+            shard=shard,
+            until=until,
+            progress=progress,
         )
         return _finish(recipe, prompts, done, store)
 
@@ -155,11 +157,9 @@ def write_again(recipe: SynthRecipe, progress: Progress | None = None) -> DataSe
     Raises:
         DataError: nothing is stored, or no row is left.
     """
-    prompts = check(recipe)
+    ready = check(recipe)
     with CallStore(Path(recipe.output) / STORE) as store:
-        test = partial(tested, recipe, store)
-        done = derive(recipe, prompts, stored(store), test=test, reviews=store.reviews(), progress=progress)
-        return _finish(recipe, prompts, done, store)
+        return _write_stored(recipe, ready, store, progress)
 
 
 def join(recipe: SynthRecipe, others: Sequence[Path], progress: Progress | None = None) -> DataSet:
@@ -169,16 +169,30 @@ def join(recipe: SynthRecipe, others: Sequence[Path], progress: Progress | None 
         DataError: a file that is missing, no store, or of another recipe; or no row is left.
     """
     progress = progress or Progress()
-    check(recipe)
+    ready = check(recipe)
     with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
         for file in others:
             merged = store.merge(file)
             progress.say(f"{file}: {merged.added} calls added, {merged.twice} were there already")
-    return write_again(recipe, progress)
+        return _write_stored(recipe, ready, store, progress)
 
 
-def check(recipe: SynthRecipe, *, shard: Shard | None = None, until: str | None = None) -> Prompts:
-    """Find out before anything is asked what would stop the run in the end; the prompts.
+def _write_stored(recipe: SynthRecipe, ready: Ready, store: CallStore, progress: Progress | None) -> DataSet:
+    prompts, tests = ready
+    test = partial(tested, recipe, store)
+    done = derive(recipe, prompts, stored(store), test=test, tests=tests, reviews=store.reviews(), progress=progress)
+    return _finish(recipe, prompts, done, store)
+
+
+class Ready(NamedTuple):
+    """What was read while a run was checked: its prompts, and the test data that rows must not touch."""
+
+    prompts: Prompts
+    tests: ContaminationIndex | None
+
+
+def check(recipe: SynthRecipe, *, shard: Shard | None = None, until: str | None = None) -> Ready:
+    """Find out before anything is asked what would stop the run in the end.
 
     Raises:
         RecipeError: prompts or a language that cannot be used, no such stage, a shard that is none, a budget in dollars
@@ -198,7 +212,7 @@ def check(recipe: SynthRecipe, *, shard: Shard | None = None, until: str | None 
         )
     prompts = Prompts(recipe.prompts)
     filters.check_language(recipe.filters)
-    index_of_tests(recipe.filters)
+    tests = index_of_tests(recipe.filters)
     if recipe.filters.near_duplicates is not None:
         LikenessIndex(Likeness(threshold=recipe.filters.near_duplicates))
     if any(domain.samples for domain in recipe.domains) and importlib.util.find_spec("math_verify") is None:
@@ -209,7 +223,7 @@ def check(recipe: SynthRecipe, *, shard: Shard | None = None, until: str | None 
                 f"domains with 'tests' need a sandbox to run them in, and there is none: {reason}; install bubblewrap 0.8 or "
                 "newer, set filters.unsafe_code=true to run the code without one, or leave 'tests' out"
             )
-    return prompts
+    return Ready(prompts, tests)
 
 
 def _run_tests(recipe: SynthRecipe, cases: Sequence[checks.Case]) -> dict[checks.Case, str | None]:

@@ -100,45 +100,24 @@ CALL_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+def _call(kind: type[CallRecipe], stage: str, description: str) -> Any:
+    return Field(default_factory=lambda: kind(**CALL_DEFAULTS[stage]), description=description)
+
+
 class CallsRecipe(Node):
     """How each stage asks; what a stage does not say is that stage's usual value."""
 
-    meta_topics: ListCallRecipe = Field(
-        default_factory=lambda: ListCallRecipe(**CALL_DEFAULTS["meta_topics"]),
-        description="Broad topics of a domain.",
+    meta_topics: ListCallRecipe = _call(ListCallRecipe, "meta_topics", "Broad topics of a domain.")
+    sub_topics: ListCallRecipe = _call(ListCallRecipe, "sub_topics", "Sub-topics of a topic, with concepts.")
+    instructions: ListCallRecipe = _call(ListCallRecipe, "instructions", "Instructions on a sub-topic.")
+    expand: ExpandCallRecipe = _call(
+        ExpandCallRecipe, "expand", "New instructions, strongly or weakly related to those shown."
     )
-    sub_topics: ListCallRecipe = Field(
-        default_factory=lambda: ListCallRecipe(**CALL_DEFAULTS["sub_topics"]),
-        description="Sub-topics of a topic, with concepts.",
-    )
-    instructions: ListCallRecipe = Field(
-        default_factory=lambda: ListCallRecipe(**CALL_DEFAULTS["instructions"]),
-        description="Instructions on a sub-topic.",
-    )
-    expand: ExpandCallRecipe = Field(
-        default_factory=lambda: ExpandCallRecipe(**CALL_DEFAULTS["expand"]),
-        description="New instructions, strongly or weakly related to those shown.",
-    )
-    complex: CallRecipe = Field(
-        default_factory=lambda: CallRecipe(**CALL_DEFAULTS["complex"]),
-        description="An instruction made more complex.",
-    )
-    responses: CallRecipe = Field(
-        default_factory=lambda: CallRecipe(**CALL_DEFAULTS["responses"]),
-        description="The answers.",
-    )
-    turns: CallRecipe = Field(
-        default_factory=lambda: CallRecipe(**CALL_DEFAULTS["turns"]),
-        description="What the simulated user says next.",
-    )
-    samples: CallRecipe = Field(
-        default_factory=lambda: CallRecipe(**CALL_DEFAULTS["samples"]),
-        description="Further answers, to see whether they agree.",
-    )
-    judge: CallRecipe = Field(
-        default_factory=lambda: CallRecipe(**CALL_DEFAULTS["judge"]),
-        description="A score of 1 to 10.",
-    )
+    complex: CallRecipe = _call(CallRecipe, "complex", "An instruction made more complex.")
+    responses: CallRecipe = _call(CallRecipe, "responses", "The answers.")
+    turns: CallRecipe = _call(CallRecipe, "turns", "What the simulated user says next.")
+    samples: CallRecipe = _call(CallRecipe, "samples", "Further answers, to see whether they agree.")
+    judge: CallRecipe = _call(CallRecipe, "judge", "A score of 1 to 10.")
 
     @model_validator(mode="before")
     @classmethod

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ultrafuser.synth.dataset import DataSet
-from ultrafuser.synth.ledger import Entry
 from ultrafuser.synth.pipeline import STORE, derive, stored, verdicts
 from ultrafuser.synth.plan import PlannedStage, plan
 from ultrafuser.synth.prompts import Prompts
@@ -100,8 +99,12 @@ def _summary(planned: Sequence[PlannedStage], data: DataSet, store: CallStore) -
         missing = max(0, calls - answered) if _is_open(name, data) else 0
         left_calls += missing
         left_usd += missing * sum(one.usd for one in wanted) / calls if calls else 0.0
-        stages.append(_stage(name, calls, answered, sum(c.calls for c in own if c.status == "failed"), entries,
-                             sum(count.usd for count in own)))  # fmt: skip
+        reasons = data.ledger.reasons(name)
+        stages.append(StageStatus(
+            name, calls, answered, sum(count.calls for count in own if count.status == "failed"),
+            sum(one.asked for one in entries), sum(one.kept for one in entries), sum(one.open for one in entries),
+            reasons.total(), dict(reasons.most_common()), sum(count.usd for count in own),
+        ))  # fmt: skip
     a_second = store.pace(PACE_WINDOW_S)
     return Status(
         stages=stages,
@@ -123,13 +126,3 @@ def _is_open(stage: str, data: DataSet) -> bool:
         if entry["stage"] == stage:
             return seen_open or entry["open"] > 0
     return data.ledger.open() > 0  # not reached yet
-
-
-def _stage(name: str, planned: int, answered: int, failed: int, entries: Sequence[Entry], usd: float) -> StageStatus:
-    reasons: Counter[str] = Counter()
-    for entry in entries:
-        reasons.update(entry.rejected)
-    return StageStatus(
-        name, planned, answered, failed, sum(one.asked for one in entries), sum(one.kept for one in entries),
-        sum(one.open for one in entries), reasons.total(), dict(reasons.most_common()), usd,
-    )  # fmt: skip

@@ -116,9 +116,7 @@ class CallStore:
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those without an outcome, in their order."""
         wanted = list(keys)
-        done: set[str] = set()
-        for start in range(0, len(wanted), _KEYS_AT_ONCE):
-            done.update(self._known("SELECT key FROM calls", wanted[start : start + _KEYS_AT_ONCE]))
+        done = self._known("SELECT key FROM calls", wanted)
         return [key for key in wanted if key not in done]
 
     def claim(
@@ -133,7 +131,7 @@ class CallStore:
         now, keys = time.time(), list(ceilings)
         out = Claim([], [], [], [])
         with self._writing() as db:
-            done = set(self._known("SELECT key FROM calls", keys))
+            done = self._known("SELECT key FROM calls", keys)
             held = self._known("SELECT key, worker, expires FROM leases", keys)
             left = self._left(budget_usd)
             for number, key in enumerate(keys):
@@ -278,11 +276,8 @@ class CallStore:
 
     def verdicts(self, keys: Iterable[str]) -> dict[str, str]:
         """Key -> why code is left out, empty where its tests pass; of those that were run."""
-        wanted, found = list(keys), dict[str, str]()
-        for start in range(0, len(wanted), _KEYS_AT_ONCE):
-            known = self._known("SELECT key, reason FROM verdicts", wanted[start : start + _KEYS_AT_ONCE])
-            found |= {key: reason for key, (reason,) in known.items()}
-        return found
+        found = self._known("SELECT key, reason FROM verdicts", list(keys))
+        return {key: reason for key, (reason,) in found.items()}
 
     def keep_verdicts(self, verdicts: Mapping[str, str]) -> None:
         """Keep what came of running tests; a verdict that is there already stays."""
@@ -404,7 +399,12 @@ class CallStore:
 
     def _known(self, sql: str, keys: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         """Key -> the other columns, of the rows with one of these keys."""
-        return {row[0]: row[1:] for row in self._read(f"{sql} WHERE key IN ({', '.join('?' * len(keys))})", keys)}
+        found: dict[str, tuple[Any, ...]] = {}
+        for start in range(0, len(keys), _KEYS_AT_ONCE):
+            part = keys[start : start + _KEYS_AT_ONCE]
+            rows = self._read(f"{sql} WHERE key IN ({', '.join('?' * len(part))})", part)
+            found |= {row[0]: row[1:] for row in rows}
+        return found
 
     def _left(self, budget_usd: float | None) -> float:
         if budget_usd is None:

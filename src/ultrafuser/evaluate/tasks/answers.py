@@ -11,6 +11,10 @@ _SPACES = re.compile(r"(?<=\d)(?:\{,\}|\\[,!;: ])(?=\d{3})")  # 10{,}000 and 10\
 _NUMBER = re.compile(r"(?:(?<![\w.)\]}])[-−])?(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
 
 
+# language and body of each fenced block; one that is cut off goes to the end
+CODE_BLOCK = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*(?:```|~~~)[ \t]*$|\Z)", re.M | re.S)
+
+
 def after_thinking(answer: str) -> str:
     """The answer without the reasoning that some models put between <think> tags."""
     return answer.rsplit("</think>", 1)[-1] if "</think>" in answer else answer.split("<think>", 1)[0]

@@ -15,10 +15,9 @@ from lm_eval.api.task import ConfigurableTask
 
 from ultrafuser.errors import SandboxError
 from ultrafuser.evaluate import sandbox
-from ultrafuser.evaluate.tasks.answers import after_thinking
+from ultrafuser.evaluate.tasks.answers import CODE_BLOCK, after_thinking
 
 SAMPLING_TEMPERATURE = 0.8
-_FENCE = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*(?:```|~~~)[ \t]*$|\Z)", re.M | re.S)
 _PYTHON = ("", "python", "python3", "py", "py3")
 _OPENING = re.compile(r"^(?:import |from \w[\w.]* import |def |async def |class |@\w)", re.M)
 
@@ -93,7 +92,9 @@ def extract_code(answer: str, entry_point: str, context: str = "") -> str | None
     signature that `context` ends with; the first block as it stands.
     """
     text = after_thinking(answer).replace("\r\n", "\n")
-    blocks = [body.rstrip() for language, body in _FENCE.findall(text) if language.lower() in _PYTHON and body.strip()]
+    blocks = [
+        body.rstrip() for language, body in CODE_BLOCK.findall(text) if language.lower() in _PYTHON and body.strip()
+    ]
     for number, block in enumerate(blocks):
         if _defines(block, entry_point):
             return "\n\n".join([*(own for own in blocks[:number] if _only_defines(own)), block])
