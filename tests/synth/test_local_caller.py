@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,19 @@ def test_draws_differ_and_come_again_the_same(tmp_path: Path, model: str):
     again = outcomes(tmp_path / "2", LocalCaller(recipe(model)), drawn)  # a run that was cut off and goes on
     assert again == first
     assert len({one.text for one in first[::2]}) > 1
+
+
+def test_models_that_sample_beside_each_other_draw_as_if_alone(tmp_path: Path, model: str):
+    settings = {"max_tokens": 60, "temperature": 1.0}
+    asked = {role: [replace(ask, role=role) for ask in asks(6, **settings)] for role in ("writer", "other")}
+
+    def together(folder: str, *roles: str) -> list[Outcome | None]:
+        with CallStore(tmp_path / folder / "calls.sqlite", "recipe") as store:
+            callers = {role: LocalCaller(recipe(model)) for role in roles}
+            answer([ask for role in roles for ask in asked[role]], store, callers)
+            return [store.outcome(ask.key) for role in roles for ask in asked[role]]
+
+    assert together("both", "writer", "other") == [*together("1", "writer"), *together("2", "other")]
 
 
 def test_further_arguments_of_generate(tmp_path: Path, model: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,10 @@ from ultrafuser.synth.recipe import ModelRecipe
 
 if TYPE_CHECKING:
     from ultrafuser.evaluate.models import Served
+
+# Models take turns: torch has one random state for the process, from which two that sample at once would draw in no
+# order, and transformers loads one model at a time, or finds weights missing.
+_TURN = threading.Lock()
 
 
 class LocalCaller:
@@ -42,7 +47,11 @@ class LocalCaller:
         """Nothing."""
 
     async def answer(self, asks: Sequence[Ask], run: Run) -> list[Outcome | None]:
-        return list(await asyncio.to_thread(self._answer, asks))  # so that leases are renewed meanwhile
+        return list(await asyncio.to_thread(self._in_turn, asks))  # so that leases are renewed meanwhile
+
+    def _in_turn(self, asks: Sequence[Ask]) -> list[Outcome]:
+        with _TURN:
+            return self._answer(asks)
 
     def _answer(self, asks: Sequence[Ask]) -> list[Outcome]:
         served = self._served = self._served or self._load()
