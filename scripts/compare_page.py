@@ -64,7 +64,7 @@ def tasks(results: dict) -> str:
         lines.append(f"| {own['label']} | {' | '.join(cells)} |")
     first = next(own["tasks"] for own in results["systems"].values() if own["tasks"])
     counts = ", ".join(f"{found['samples']} of {task}" for task, found in first.items())
-    return "\n".join([*lines, "", f"Documents: {counts}, the same for every system; 95% bootstrap intervals."])
+    return "\n".join([*lines, "", f"Documents: {counts}, the same for every system; 95% intervals."])
 
 
 def paired(results: dict) -> str:
@@ -79,7 +79,7 @@ def paired(results: dict) -> str:
             cells = [_difference(pairs[c]) if c in pairs else "" for c in columns]
             if any(cells):
                 lines.append(f"| {own['label']} | {words} | {' | '.join(cells)} |")
-    note = "Paired differences on the same rows with 95% bootstrap intervals; below zero the system is better. Off zero in bold."
+    note = "Paired differences on the same rows with 95% intervals; below zero the system is better. Off zero in bold."
     return "\n".join([*lines, "", note])
 
 

@@ -19,7 +19,7 @@ from ultrafuser.errors import CheckpointError, DataError, RecipeError, Tokenizer
 from ultrafuser.model import checkpoint
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import load_recipe
-from ultrafuser.specialists import check_head, compare_tokenizers, fuse, pick_device
+from ultrafuser.specialists import check_head, compare_tokenizers, fuse, is_fused, pick_device
 from ultrafuser.templates import BUILTIN
 from workbench import NAMES, Workshop, shared_workshop
 
@@ -171,6 +171,32 @@ def test_a_device_that_is_not_there_is_an_error(device):
 
 
 # ---------------------------------------------------------------- what is kept
+
+
+@pytest.mark.parametrize("kind, expected", [("ultrafuser", True), ("llama", False), (None, False)])
+def test_a_fused_checkpoint_is_known_by_its_configuration(tmp_path, monkeypatch, kind, expected):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert not is_fused(str(folder)) and not is_fused("package:thing/model.gguf") and not is_fused("a/b+c/d")
+    config = folder / "config.json"
+    config.write_text(json.dumps({"model_type": kind}))
+    assert is_fused(str(folder)) is expected
+    monkeypatch.setattr("ultrafuser.specialists.hf_hub_download", lambda repo, file: str(config))
+    assert is_fused("owner/name") is expected
+
+
+def test_a_hub_id_that_cannot_be_had_is_not_fused(monkeypatch):
+    def missing(repo: str, file: str) -> str:
+        raise FileNotFoundError(f"{repo}/{file}")
+
+    monkeypatch.setattr("ultrafuser.specialists.hf_hub_download", missing)
+    assert not is_fused("owner/name")
+
+
+def test_a_configuration_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "ultra')
+    with pytest.raises(CheckpointError, match=r"config.json: not JSON \(.*\); is the folder half written\?"):
+        is_fused(str(tmp_path))
 
 
 def test_every_specialist_keeps_its_template(workshop, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ultrafuser.errors import CheckpointError, RecipeError, TokenizerMismatchError
@@ -100,6 +101,26 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[UltraFuserForCausalLM, Rend
     tokenizer = AutoTokenizer.from_pretrained(local)
     templates = [spec["chat_template"] for spec in model.config.specialists]
     return model, Renderer(tokenizer, templates, model.config.max_position_embeddings)
+
+
+def is_fused(source: str) -> bool:
+    """Whether a folder or a hub id is a fused checkpoint.
+
+    Raises:
+        CheckpointError: its `config.json` is not JSON.
+    """
+    file = Path(source) / "config.json"
+    if not file.is_file():
+        if Path(source).exists() or "+" in source or source.startswith(PACKAGE) or source.count("/") != 1:
+            return False
+        try:
+            file = Path(hf_hub_download(source, "config.json"))
+        except (OSError, ValueError):  # loading it will say what is wrong
+            return False
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("model_type") == UltraFuserConfig.model_type
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON ({error}); is the folder half written?") from error
 
 
 def pick_device(device: str) -> str:

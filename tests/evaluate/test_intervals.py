@@ -62,3 +62,44 @@ def test_rows_cut_differently_are_no_pair():
 
 def test_nothing_in_common_is_no_difference():
     assert difference([stratum({"a": 1.0})], [stratum({"b": 1.0})]) is None
+
+
+def share(right: int, size: int) -> Stratum:
+    return stratum({str(i): float(i < right) for i in range(size)})
+
+
+@pytest.mark.parametrize(
+    ("right", "size", "low", "high"),  # Newcombe (1998), table I, method 3: 0 of 20, 81 of 263, 15 of 148, 1 of 29
+    [(0, 20, 0.0, 0.1611), (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718)],
+)
+def test_right_or_wrong_answers_have_wilsons_interval(right, size, low, high):
+    found = estimate([share(right, size)])
+    assert found["value"] == pytest.approx(right / size)
+    assert found["ci95"] == pytest.approx([low, high], abs=5e-5)
+
+
+def test_a_share_of_one_has_an_interval_too():
+    low, high = estimate([share(32, 32)])["ci95"]
+    assert low == pytest.approx(1 - estimate([share(0, 32)])["ci95"][1]) and high == 1.0
+
+
+def test_partly_right_answers_are_bootstrapped():
+    halves = stratum({str(i): 0.5 for i in range(8)})
+    assert estimate([halves])["ci95"] == [0.5, 0.5]
+    assert estimate([share(4, 8), halves])["ci95"] != estimate([share(4, 8)])["ci95"]
+
+
+def test_the_difference_of_right_and_wrong_answers_is_agrestis_and_mins():
+    """Worked out by hand: 20 rows, 6 better and 2 worse; half a row more in each of four cells."""
+    mine = stratum({str(i): float(i < 10) for i in range(20)})
+    other = stratum({str(i): float(4 <= i < 8 or i in (18, 19)) for i in range(20)})
+    reach = 1.959964 * ((6.5 + 2.5) / 22 - (4 / 22) ** 2) ** 0.5 / 22**0.5
+    found = difference([mine], [other])
+    assert found["difference"] == pytest.approx(4 / 20)
+    assert found["ci95"] == pytest.approx([4 / 22 - reach, 4 / 22 + reach])
+
+
+def test_equal_answers_do_not_prove_equal_systems():
+    low, high = difference([share(0, 32)], [share(0, 32)])["ci95"]
+    assert low == pytest.approx(-high) and 0.02 < high < 0.1
+    assert difference([share(3, 3)], [share(0, 3)])["ci95"][1] == 1.0

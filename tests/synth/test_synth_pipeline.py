@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -69,6 +73,21 @@ def test_a_second_run_asks_nothing_and_writes_the_same(recipe):
 def test_the_store_and_memory_give_the_same(recipe):
     go(recipe, misbehaving(0.3))
     assert rows_of(recipe) == [row.to_dict() for row in derive(recipe, Prompts(), Memory(misbehaving(0.3))).rows]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+@pytest.mark.parametrize("name", [ROWS, PARQUET, CARD, REPORT])
+def test_a_disk_that_is_full_when_the_data_set_is_written_costs_nothing(recipe, name):
+    folder = Path(recipe.output)
+    go(recipe, Writer(), until="responses")
+    draft = folder / f".{name}.{os.getpid()}.tmp"
+    draft.symlink_to("/dev/full")
+    with pytest.raises(DataError, match=f"{name}: could not be written: the disk is full; nothing was changed, free"):
+        go(recipe)
+    assert not draft.is_symlink() and not (name != REPORT and (folder / name).exists())
+    idle = Writer()
+    go(recipe, idle)
+    assert not idle.asked and len(rows_of(recipe)) == 144
 
 
 def test_stopping_after_a_stage_writes_the_report_alone(recipe):
@@ -332,6 +351,17 @@ def test_status_in_the_middle(recipe):
     assert stages["responses"].open == stages["responses"].asked > 0
     assert now.left_calls > 140
     assert now.rows == {}
+
+
+def test_the_time_left_is_that_of_the_calls_left_at_the_pace_of_the_last_minutes(recipe, monkeypatch):
+    go(recipe, until="instructions")
+    with closing(sqlite3.connect(Path(recipe.output) / STORE)) as db, db:
+        calls, first = db.execute("SELECT count(*), min(at) FROM calls").fetchone()
+    monkeypatch.setattr(time, "time", lambda: first + 100)
+    now = status(recipe)
+    assert now.calls == calls and now.left_s == pytest.approx(now.left_calls * 100 / calls)
+    monkeypatch.setattr(time, "time", lambda: first + 100_000)  # nothing was answered for a day
+    assert status(recipe).left_s is None
 
 
 def test_the_plan_is_what_a_perfect_writer_is_asked(tmp_path):

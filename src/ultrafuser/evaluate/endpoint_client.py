@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ultrafuser.errors import ContextOverflowError, EndpointError, MissingExtraError, RequestError
-from ultrafuser.evaluate.endpoint_recipe import EndpointRecipe
+from ultrafuser.evaluate.endpoint_recipe import OVERFLOW, EndpointRecipe
 
 MAX_FAILURES = 5  # requests in a row that were not served, retries included: then the endpoint counts as dead
 MAX_WAIT_S = 60.0  # between two tries, unless the endpoint asks for another time
 MAX_RETRY_AFTER_S = 600.0
-_OVERFLOW = ("context length", "context window", "context size", "context_length_exceeded", "prompt is too long")
 
 
 class _Malformed(Exception):
@@ -217,7 +216,7 @@ class Endpoint:
             return self._error(EndpointError, what, next_step)
         if status == 429:
             return self._error(EndpointError, what, "this account has nothing left to spend; top it up and run again")
-        if status == 413 or any(sign in f"{error.code} {text}".lower() for sign in _OVERFLOW):
+        if status == 413 or any(sign in f"{error.code} {text}".lower() for sign in OVERFLOW):
             return self._error(ContextOverflowError, f"context overflow, {what}", "lower `max_tokens`, shorten the "
                                "answers, or take a model with a longer context")  # fmt: skip
         return self._error(RequestError, what, "the endpoint does not take this request; `max_tokens_key`, `temperature` "

@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
 from lm_eval.api.model import LM
 from pydantic import ValidationError
 
-from ultrafuser.errors import DataError, RecipeError
+from ultrafuser.errors import RecipeError
 from ultrafuser.evaluate.endpoint_recipe import EndpointRecipe
 from ultrafuser.evaluate.harness import FusionLM
 from ultrafuser.evaluate.parameters import count_parameters
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import PACKAGE, record_files
 from ultrafuser.recipe import load_recipe
-from ultrafuser.specialists import fuse, load, pick_device
+from ultrafuser.specialists import fuse, is_fused, load, pick_device
 from ultrafuser.templates import Renderer
 
 ENDPOINT = "openai:"
@@ -75,7 +74,7 @@ def serve(
     name = name or name_of(text)
     if text.startswith(ENDPOINT):
         return _endpoint(text, name)
-    if _is_fused(text):
+    if is_fused(text):
         if chat_template is not None:
             raise RecipeError(f"{text}: a fused model has a template for each specialist; leave --chat-template out")
         model, renderer = load(text, dtype=dtype, device_map=pick_device(device))
@@ -131,22 +130,6 @@ def endpoint_recipe(text: str) -> EndpointRecipe:
     except ValidationError as error:
         problem = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise RecipeError(f"{text}: {problem}; expected NAME@URL, such as my-model@http://localhost:8000/v1") from error
-
-
-def _is_fused(text: str) -> bool:
-    """Whether a folder or a hub id is a fused checkpoint."""
-    file = Path(text) / "config.json"
-    if not file.is_file():
-        if Path(text).exists() or "+" in text or text.startswith(PACKAGE) or text.count("/") != 1:
-            return False
-        try:
-            file = Path(hf_hub_download(text, "config.json"))
-        except (OSError, ValueError):  # loading it will say what is wrong
-            return False
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("model_type") == "ultrafuser"
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error}); is the folder half written?") from error
 
 
 def _fingerprint(model: UltraFuserForCausalLM, renderer: Renderer, folder: Path | None) -> str:

@@ -124,7 +124,7 @@ _LOSS = {
 _INTERVALS = {
     "95% interval": (
         "Percentiles of the number over bootstrap resamples of the test samples: how far it might move with other "
-        "samples of the same kind."
+        "samples of the same kind. For answers that are right or wrong: Wilson's interval."
     ),
 }
 _PAIRED = {

@@ -302,7 +302,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     counts = {
         f"{name}: {cell['samples']}" for model in results["models"].values() for name, cell in model["tasks"].items()
     } | {f"{d}: {c['samples']} rows" for m in results["models"].values() for d, c in m.get("loss", {}).items()}
-    return "\n".join(lines) + f"\n\n95% bootstrap intervals in brackets. Samples: {'; '.join(sorted(counts))}.\n"
+    return "\n".join(lines) + f"\n\n95% intervals in brackets. Samples: {'; '.join(sorted(counts))}.\n"
 
 
 def _named(models: Sequence[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from ultrafuser.errors import CheckpointError
 from ultrafuser.model.references import PACKAGE
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import load_recipe
-from ultrafuser.specialists import fuse, load, pick_device
+from ultrafuser.specialists import fuse, is_fused, load, pick_device
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,13 @@ def load_reader(source: str, *, dtype: str = "auto", device: str = "auto") -> Re
         RecipeError: a device that cannot be used.
     """
     base, plus, adapter = source.partition("+") if not Path(source).exists() else (source, "", "")
-    if _is_fused(source):
+    if is_fused(source):
         model, renderer = load(source, dtype=dtype, device_map=pick_device(device))
         return _ours(model, renderer.tokenizer)
     if plus or base.endswith(".gguf") or base.startswith(PACKAGE):
         spec = {"name": "model", "model": base, "adapter": adapter or None, "chat_template": "plain"}
         return _ours(*fuse(load_recipe({"specialists": [spec], "dtype": dtype, "device": device})))
     return _plain(source, dtype, pick_device(device))
-
-
-def _is_fused(source: str) -> bool:
-    config = Path(source) / "config.json"
-    return config.is_file() and '"ultrafuser"' in config.read_text(encoding="utf-8")
 
 
 def _ours(model: Any, tokenizer: Any) -> Reader:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from ultrafuser.evaluate.endpoint_recipe import OVERFLOW
 from ultrafuser.synth.asks import CUT_OFF, Outcome
 
-_OVERFLOW = ("context length", "context window", "context size", "context_length_exceeded", "prompt is too long")
 _SCHEMA = ("response_format", "json_schema", "json schema", "structured", "guided", "schema")
 
 
@@ -82,7 +82,7 @@ class Refusal:
     @property
     def is_overflow(self) -> bool:
         """Whether prompt and reply together are longer than the model's context."""
-        return self.status == 413 or (self.status < 500 and self._speaks_of(_OVERFLOW))
+        return self.status == 413 or (self.status < 500 and self._speaks_of(OVERFLOW))
 
     @property
     def is_filter(self) -> bool:
