@@ -144,7 +144,7 @@ def compare_command(
         from ultrafuser.evaluate.tasks import require_lm_eval
 
         require_lm_eval()
-        from ultrafuser.evaluate.compare import compare, state_of, table
+        from ultrafuser.evaluate.compare import compare, state_of, tables
 
         if dry_run:
             for name, state in state_of(typed).items():
@@ -154,7 +154,7 @@ def compare_command(
     if as_json:
         say(json.dumps(results))
     else:
-        Console().print(table(results))
+        Console().print(*tables(results), sep="\n\n")
         say(f"report: {Path(typed.output) / 'report.html'}")
     failed = [name for name, system in results["systems"].items() if system["status"] == "failed"]
     if failed:

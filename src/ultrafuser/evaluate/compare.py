@@ -320,23 +320,38 @@ def _stability(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def table(results: Mapping[str, Any]) -> Any:
-    """The systems and columns for the terminal."""
+def tables(results: Mapping[str, Any]) -> list[Any]:
+    """Losses, then benchmarks, for the terminal: the systems that have them, and those that failed."""
+    out = []
+    if results["domains"]:
+        columns = [*results["domains"], "mean"]
+        cells = {
+            name: [f"{system['loss'][c]['nll']:.4f}" for c in columns]
+            for name, system in results["systems"].items()
+            if system["loss"]
+        }
+        out.append(_table("nats per response token, lower is better", columns, cells, results))
+    if results["tasks"]:
+        scales = {task: 1 if facts["metric"] == "rating" else 100 for task, facts in results["tasks"].items()}
+        cells = {
+            name: [f"{scales[t] * own[t]['value']:.1f}" if t in own else "–" for t in results["tasks"]]
+            for name, own in ((name, system["tasks"]) for name, system in results["systems"].items())
+            if own
+        }
+        out.append(_table("benchmarks in %", list(results["tasks"]), cells, results))
+    return out
+
+
+def _table(title: str, columns: Sequence[str], cells: Mapping[str, Sequence[str]], results: Mapping[str, Any]) -> Any:
     from rich.box import HORIZONTALS
     from rich.table import Table
 
-    columns = [*results["domains"], *(["mean"] if results["domains"] else [])]
-    out = Table(title="loss in nats per response token, then benchmarks in %", title_justify="left", box=HORIZONTALS)
-    for head in ("system", *columns, *results["tasks"]):
+    out = Table(title=title, title_justify="left", box=HORIZONTALS)
+    for head in ("system", *columns):
         out.add_column(head, justify="left" if head == "system" else "right")
-    for system in results["systems"].values():
+    for name, system in results["systems"].items():
         if system["status"] == "failed":
-            out.add_row(system["label"], *["failed"] * (len(columns) + len(results["tasks"])), style="red")
-            continue
-        cells = [f"{system['loss'][c]['nll']:.4f}" if system["loss"] else "–" for c in columns]
-        for task in results["tasks"]:
-            found = system["tasks"].get(task)
-            scale = 1 if results["tasks"][task]["metric"] == "rating" else 100
-            cells.append(f"{scale * found['value']:.1f}" if found else "–")
-        out.add_row(system["label"], *cells, style="bold" if system is results["systems"].get(results["main"]) else "")
+            out.add_row(system["label"], *["failed"] * len(columns), style="red")
+        elif name in cells:
+            out.add_row(system["label"], *cells[name], style="bold" if name == results["main"] else "")
     return out
