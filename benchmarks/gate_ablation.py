@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,21 +30,27 @@ from ultrafuser.specialists import fuse
 from ultrafuser.train.features import FeatureStore
 
 STEPS, ROWS_PER_DOMAIN, LR = 60, 8, 1e-3
-TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # at which every token's log-probabilities are computed
+TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.8)  # at which every token's log-probabilities are computed
 TOKENS_AT_ONCE = 1024
+PAST_DECAY = 0.9
 
 
 class Features:
-    """Rows with the states of the specialists and their log-probabilities at several temperatures.
+    """Rows with the states of the specialists, their log-probabilities at several temperatures, and their confidence.
 
     Attributes:
+        names: of the specialists, which are those of their domains too.
         grid: (N, K, T) log-probabilities of all response tokens, in nats.
+        entropy: (N, K) of each specialist's distribution at each token, in nats.
+        past: (N, K) how well each specialist said the response tokens before: their log-probabilities, of which older ones
+            count less (by PAST_DECAY a token), against the mean of all specialists; 0 at the first token.
     """
 
     def __init__(self, model: UltraFuserForCausalLM, store: FeatureStore) -> None:
-        self.store, self.rows, self.states = store, store.rows, store.states
+        self.names, self.store, self.rows, self.states = model.config.names, store, store.rows, store.states
         labels = torch.tensor([label for row in store.rows for label in row.labels])
         self.grid = torch.empty(len(labels), len(store.states), len(TEMPERATURES))
+        self.entropy = torch.empty(len(labels), len(store.states))
         with torch.no_grad():
             for k, (states, head) in enumerate(zip(store.states, model.heads(), strict=True)):
                 for start in range(0, len(labels), TOKENS_AT_ONCE):
@@ -51,13 +59,38 @@ class Features:
                     for t, temperature in enumerate(TEMPERATURES):
                         log_p = (logits / temperature).log_softmax(-1)
                         self.grid[part, k, t] = log_p.gather(-1, labels[part, None])[:, 0]
+                        if temperature == 1.0:
+                            self.entropy[part, k] = -(log_p.exp() * log_p).sum(-1)
+        self.past = torch.zeros_like(self.entropy)
+        known = self.grid[..., TEMPERATURES.index(1.0)]
+        known = known - known.mean(-1, keepdim=True)
+        for first, end in pairwise(store.offsets):
+            for i in range(first + 1, end):
+                self.past[i] = PAST_DECAY * self.past[i - 1] + known[i - 1]
 
     def batch(self, indices: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """All response tokens of some rows: K x (N, D), (N, K, T)."""
+        """All response tokens of some rows: K x (N, D + 2), whose last two are entropy and past; (N, K, T)."""
         offsets = self.store.offsets
-        parts = [slice(offsets[i], offsets[i + 1]) for i in indices]
-        states = [torch.cat([own[part] for part in parts]).float() for own in self.states]
-        return states, torch.cat([self.grid[part] for part in parts])
+        where = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in indices])
+        extra = torch.stack([self.entropy[where], self.past[where]], -1)  # (N, K, 2)
+        states = [torch.cat([own[where].float(), extra[:, k]], -1) for k, own in enumerate(self.states)]
+        return states, self.grid[where]
+
+
+class Told(nn.Module):
+    """The default gate, told of some more numbers for each specialist beside its state.
+
+    Args:
+        extra: which of entropy (0) and past (1).
+    """
+
+    def __init__(self, widths: Sequence[int], extra: Sequence[int]) -> None:
+        super().__init__()
+        self.columns = [[*range(width), *(width + i for i in extra)] for width in widths]
+        self.gate = Gate([len(columns) for columns in self.columns])
+
+    def forward(self, states):
+        return self.gate([state[:, columns] for state, columns in zip(states, self.columns, strict=True)])
 
 
 class Normed(nn.Module):
@@ -160,6 +193,20 @@ class Tempered(nn.Module):
         return low + share * (high - low)
 
 
+class Calibrated(Tempered):
+    """The default gate over specialists whose temperatures were set before: each makes its own loss on training rows least."""
+
+    def __init__(self, widths: Sequence[int], store: Features, at_home: bool) -> None:
+        super().__init__(widths)
+        self.tenths.requires_grad_(False)
+        of_token = [row.domain for row in store.rows for _ in row.labels]
+        for k, name in enumerate(store.names):
+            domains = [name] if at_home else sorted(set(of_token))
+            where = [torch.tensor([own == domain for own in of_token]) for domain in domains]
+            mean = torch.stack([store.grid[part, k].mean(0) for part in where]).mean(0)  # (T,)
+            self.tenths[k] = math.log(TEMPERATURES[int(mean.argmax())]) / 10
+
+
 class Dropped(nn.Module):
     """The default gate with dropout on its inputs."""
 
@@ -174,7 +221,8 @@ class Dropped(nn.Module):
 def log_likelihood(gate: nn.Module, states: list[torch.Tensor], grid: torch.Tensor) -> torch.Tensor:
     """(N,) log-probabilities of the response tokens under the mixture."""
     log_probs = gate.temper(grid) if isinstance(gate, Tempered) else grid[..., TEMPERATURES.index(1.0)]
-    return torch.logsumexp(gate(states) + log_probs, -1)
+    seen = states if isinstance(gate, Told) else [state[:, :-2] for state in states]
+    return torch.logsumexp(gate(seen) + log_probs, -1)
 
 
 def variants(widths: Sequence[int], store: Features) -> dict[str, Callable[[], nn.Module]]:
@@ -191,7 +239,12 @@ def variants(widths: Sequence[int], store: Features) -> dict[str, Callable[[], n
         "concatenated states": lambda: Concatenated(widths),
         "a gate per specialist": lambda: Separate(widths),
         "a temperature per specialist": lambda: Tempered(widths),
+        "temperatures set before, all rows": lambda: Calibrated(widths, store, at_home=False),
+        "temperatures set before, own rows": lambda: Calibrated(widths, store, at_home=True),
         "dropout 0.3": lambda: Dropped(widths),
+        "with each specialist's entropy": lambda: Told(widths, [0]),
+        "with its past likelihoods": lambda: Told(widths, [1]),
+        "with both": lambda: Told(widths, [0, 1]),
     }
 
 
@@ -244,7 +297,9 @@ def main() -> None:
         for seed in range(args.seeds):
             torch.manual_seed(seed)
             lr = 0.05 if name.startswith("static") else LR
-            each.append(measure(train(make(), train_rows, args.steps, lr, seed), test_rows))
+            gate = train(make(), train_rows, args.steps, lr, seed)
+            each.append(measure(gate, test_rows))
+        temperatures = (10 * gate.tenths).exp().tolist() if isinstance(gate, Tempered) else None
         reference = reference or each
         domains = list(each[0])
         mean = _mean_over_seeds(each)
@@ -255,12 +310,15 @@ def main() -> None:
         results[name] = {
             "nll": found,
             "minus_default": minus,
+            "temperatures": temperatures and [round(t, 3) for t in temperatures],
             "seconds": round((time.monotonic() - began) / args.seeds, 1),
         }
         line = " ".join(f"{d} {found[d]['value']:.4f}" for d in found)
         low, high = minus["mean"]["ci95"]
         print(
-            f"{name:32} {line}  mean - default {minus['mean']['difference']:+.4f} [{low:+.4f}, {high:+.4f}]", flush=True
+            f"{name:32} {line}  mean - default {minus['mean']['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+            + (f"  temperatures {' '.join(f'{t:.2f}' for t in temperatures)}" if temperatures else ""),
+            flush=True,
         )
     if args.output:
         facts = {

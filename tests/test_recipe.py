@@ -16,7 +16,7 @@ from ultrafuser.typed_yaml import describe
 
 ROOT = Path(__file__).parents[1]
 # comparison and synthesis recipes have tests of their own; recipes/zoo/ is read by scripts/train_specialist.py
-OTHERS = {"synth-tiny.yaml", "ultrachat2.yaml"}
+OTHERS = {"synth-served.yaml", "synth-tiny.yaml", "ultrachat2.yaml"}
 SHIPPED = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.name not in OTHERS)
 TWO = """
 specialists:

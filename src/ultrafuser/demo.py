@@ -106,10 +106,10 @@ def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[dict[str
         test = FeatureStore.build(model, test_rows, output / "features" / "test", progress=progress)
         losses |= specialist_losses(test, model.config.names)
         losses["uniform"], _ = fused_losses(model, test, uniform=True)
-    with clock.phase("stage 1: specialists read"):
-        train = FeatureStore.build(model, rows, output / "features" / "train", progress=progress)
     with clock.phase("stage 1: gate"):
-        run_stage(model, recipe.stages[0], recipe, train, [], output / "1-gate", progress=progress)
+        run_stage(model, recipe.stages[0], recipe, rows, [], output / "1-gate", progress=progress)
+    with clock.phase("test: stage 1"):  # the same states, at the temperatures that stage 1 found
+        test = FeatureStore.build(model, test_rows, output / "features" / "test", progress=progress)
         losses["fused_stage1"], _ = fused_losses(model, test)
     with clock.phase("stage 2: joint"):
         run_stage(model, recipe.stages[1], recipe, rows, [], output / "2-joint", progress=progress)

@@ -146,6 +146,7 @@ class StageRecipe(Node):
     """One training stage; a bare string is its name."""
 
     shorthand: ClassVar[str | None] = "name"
+    gate_only: ClassVar[tuple[str, ...]] = ("calibrate",)
     joint_only: ClassVar[tuple[str, ...]] = ("specialist_lr", "specialists", "lora")
 
     name: Literal["gate", "joint"] = Field(
@@ -170,6 +171,11 @@ class StageRecipe(Node):
     warmup_ratio: Fraction = Field(default=0.0, description="Share of the steps over which the learning rate rises.")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="Weight decay of AdamW.")
     max_grad_norm: NonNegativeFloat = Field(default=1.0, description="Norm to which gradients are clipped; 0: never.")
+    calibrate: bool = Field(
+        default=True,
+        description="Gate stage only: first find the temperature of each specialist's logits, on training rows of its own "
+        "domain; false where the specialists were trained on these very rows.",
+    )
     specialists: Literal["lora", "full"] = Field(
         default="lora", description="Joint stage only: train adapters, or all weights, of the specialists."
     )
@@ -180,6 +186,9 @@ class StageRecipe(Node):
         for key in self.joint_only:
             if self.name == "gate" and key in self.model_fields_set:
                 raise ValueError(f"the gate stage trains no specialist, so {key!r} has no effect; remove it")
+        for key in self.gate_only:
+            if self.name == "joint" and key in self.model_fields_set:
+                raise ValueError(f"only the gate stage does this, so {key!r} has no effect in the joint one; remove it")
         return self
 
     @property
@@ -190,7 +199,8 @@ class StageRecipe(Node):
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields = handler(self)
-        return {key: fields[key] for key in fields if self.name == "joint" or key not in self.joint_only}
+        others = self.joint_only if self.name == "gate" else self.gate_only
+        return {key: fields[key] for key in fields if key not in others}
 
 
 class Recipe(Node):

@@ -12,7 +12,8 @@ from ultrafuser.model.loss import Head, label_log_prob, mixed_log_prob
 
 both = pytest.mark.parametrize("mixing", ["logits", "probabilities"])
 N, V, WIDTHS = 7, 11, (4, 6, 4)
-SHAPES = [(1.0, None), (0.3, None), (2.0, 1.5)]  # (scale, softcap): plain, Cohere or Granite, both at once
+# (scale, softcap, temperature): plain, Cohere or Granite with a temperature, all at once
+SHAPES = [(1.0, None, 1.0), (0.3, None, 1.25), (2.0, 1.5, 0.8)]
 
 
 def problem(seed: int = 0, biases: bool = True):
@@ -36,9 +37,9 @@ def heads_of(tables, biases):
 def naive_log_prob(states, tables, biases, scores, targets, mixing):
     """The oracle: all logits at once, plain autograd."""
     logits = []
-    for h, table, bias, (scale, softcap) in zip(states, tables, biases, SHAPES, strict=True):
+    for h, table, bias, (scale, softcap, temperature) in zip(states, tables, biases, SHAPES, strict=True):
         z = (h @ table.T + (0 if bias is None else bias)) * scale
-        logits.append(z if softcap is None else softcap * torch.tanh(z / softcap))
+        logits.append((z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature)
     mixed = naive_mix(logits, scores.softmax(-1), mixing)
     return mixed.log_softmax(-1)[torch.arange(len(targets)), targets]
 

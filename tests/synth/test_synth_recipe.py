@@ -13,7 +13,7 @@ from ultrafuser.synth.prompts import EXAMPLES, Prompts
 from ultrafuser.synth.recipe import dump_synth_recipe, load_synth_recipe
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = [ROOT / "recipes" / name for name in ("synth-tiny.yaml", "ultrachat2.yaml")]
+SHIPPED = [ROOT / "recipes" / name for name in ("synth-served.yaml", "synth-tiny.yaml", "ultrachat2.yaml")]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

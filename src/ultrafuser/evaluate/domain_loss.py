@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ultrafuser.data.collate import collate_rows
 from ultrafuser.errors import DataError
 from ultrafuser.model.loss import label_log_prob, mixed_log_prob
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 from ultrafuser.templates import Rendered
-from ultrafuser.train.features import TOKENS_PER_BATCH, FeatureStore, length_batches
+from ultrafuser.train.features import TOKENS_PER_BATCH, FeatureStore, length_batches, response_states
 
 BOOTSTRAP_SAMPLES = 10_000
 
@@ -89,13 +88,8 @@ def group_losses(
     active = [0] if not group.loras else [] if adapter is None else [adapter]
     head = group.head(vocab_size)
     for batch in length_batches([row.num_tokens for row in rows], budget):
-        inputs = {key: value.to(group.device) for key, value in collate_rows([rows[i] for i in batch]).items()}
-        with group.only(active):
-            states = group(inputs["specialist_input_ids"][:, template][None])[0]  # (B, T, D)
-        index = inputs["response_index"][:, template]
-        kept = inputs["labels"] != -100
-        flat = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))[kept]  # (N, D)
-        log_p = label_log_prob(flat, head, inputs["labels"][kept]).double()
+        flat, labels = response_states(group, [rows[i] for i in batch], template, active)
+        log_p = label_log_prob(flat, head, labels).double()
         for i, own in zip(batch, log_p.split([len(rows[i].labels) for i in batch]), strict=True):
             out[i] = _row_loss(rows[i], -own.sum().item())
         progress.advance(sum(rows[i].num_tokens for i in batch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -25,7 +26,8 @@ class UltraFuserConfig(PreTrainedConfig):
             `files`: size and SHA-256 of each local weight file, by path;
             `config`: the specialist's own model configuration;
             `chat_template`: the Jinja text it was trained with;
-            `dtype`, `device_map`, `quantization`: how to load it, where that differs from the others.
+            `dtype`, `device_map`, `quantization`: how to load it, where that differs from the others;
+            `temperature`: what its logits are divided by before they are mixed; 1 where it is not given.
         gate_type: `mlp`, the paper's, or `static`: the same weights at every token.
         gate_hidden_size: width of the gate's hidden layer; the paper's is 512.
         mixing: `logits` (Eq. 1 of the paper) or `probabilities`.
@@ -33,7 +35,7 @@ class UltraFuserConfig(PreTrainedConfig):
         vocab_size: tokens of the common tokenizer; rows of embedding tables beyond them are padding.
 
     Raises:
-        CheckpointError: no specialist, a repeated name, or an unknown mixing.
+        CheckpointError: no specialist, a repeated name, an unknown mixing, or a temperature that is no number above 0.
 
     Source: section 3.1 and appendix B of arXiv 2403.08281.
     """
@@ -68,7 +70,7 @@ class UltraFuserConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def check(self) -> None:
-        """Raises CheckpointError: an unknown mixing or gate, or names that are repeated or cannot be folders."""
+        """Raises CheckpointError: an unknown mixing or gate, a bad temperature, names repeated or unfit for folders."""
         if self.mixing not in MIXINGS:
             raise CheckpointError(f"mixing is {self.mixing!r}, expected one of {', '.join(MIXINGS)}")
         if self.gate_type not in GATES:
@@ -81,6 +83,9 @@ class UltraFuserConfig(PreTrainedConfig):
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
             raise CheckpointError(f"specialists must have names of their own; repeated: {', '.join(sorted(repeated))}")
+        for name, temperature in zip(names, self.temperatures, strict=True):
+            if not (type(temperature) in (int, float) and 0 < temperature < float("inf")):
+                raise CheckpointError(f"specialist {name}: temperature is {temperature!r}, expected a number above 0")
 
     @property
     def names(self) -> list[str]:
@@ -91,6 +96,17 @@ class UltraFuserConfig(PreTrainedConfig):
     def domains(self) -> list[str]:
         """The K domains, in order."""
         return [specialist.get("domain") or specialist["name"] for specialist in self.specialists]
+
+    @property
+    def temperatures(self) -> list[float]:
+        """The K temperatures, in order."""
+        return [specialist.get("temperature", 1.0) for specialist in self.specialists]
+
+    def set_temperatures(self, temperatures: Sequence[float]) -> None:
+        """Raises CheckpointError: one that is no number above 0."""
+        for specialist, temperature in zip(self.specialists, temperatures, strict=True):
+            specialist["temperature"] = temperature
+        self.check()
 
     @property
     def max_position_embeddings(self) -> int:

@@ -26,12 +26,13 @@ _CHUNK_VALUES_ACCELERATOR = 2**26
 
 
 class Head(NamedTuple):
-    """A specialist's output layer: z = softcap(scale * (W h + bias)); W is (V, D), padding rows already cut off."""
+    """A specialist's output layer: z = softcap(scale * (W h + bias)) / temperature; W is (V, D), padding rows cut off."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     def logits(self, state: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """(..., D) -> (..., V), in float32 at least; into `out` (rows, V), where one is given."""
@@ -41,7 +42,9 @@ class Head(NamedTuple):
             z = z if z.dtype == torch.float64 else z.float()
             if self.scale != 1.0:
                 z = z * self.scale
-            return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+            if self.softcap is not None:
+                z = torch.tanh(z / self.softcap) * self.softcap
+            return z if self.temperature == 1.0 else z / self.temperature
         z = out[: len(state)]
         if z.dtype == self.weight.dtype:
             torch.mm(state, self.weight.T, out=z)
@@ -51,7 +54,9 @@ class Head(NamedTuple):
             z += self.bias
         if self.scale != 1.0:
             z *= self.scale
-        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z if self.temperature == 1.0 else z.div_(self.temperature)
 
     def buffer(self, rows: int) -> torch.Tensor:
         """Room for the logits of so many tokens."""
@@ -85,7 +90,7 @@ def mixed_log_prob(
     if mixing == "probabilities":
         each = [label_log_prob(h, head, targets, chunk_tokens) for h, head in zip(states, heads, strict=True)]
         return torch.logsumexp(log_weights + torch.stack([ell.to(log_weights.device) for ell in each], -1), dim=-1)
-    shapes = [(head.scale, head.softcap) for head in heads]
+    shapes = [_shape(head) for head in heads]
     tensors = [*states, *(head.weight for head in heads), *(head.bias for head in heads)]
     return _FusedLogitsLogProb.apply(log_weights.exp(), targets, shapes, chunk_tokens, *tensors)
 
@@ -94,7 +99,12 @@ def label_log_prob(
     state: torch.Tensor, head: Head, targets: torch.Tensor, chunk_tokens: int | None = None
 ) -> torch.Tensor:
     """Log-probability of each target under one specialist: (N, D), (N,) -> (N,), in nats."""
-    return _LabelLogProb.apply(state, head.weight, head.bias, targets, (head.scale, head.softcap), chunk_tokens)
+    return _LabelLogProb.apply(state, head.weight, head.bias, targets, _shape(head), chunk_tokens)
+
+
+def _shape(head: Head) -> tuple[float, float | None, float]:
+    """What a head is beside its tensors."""
+    return head.scale, head.softcap, head.temperature
 
 
 def _chunks(tokens: int, weight: torch.Tensor, chunk_tokens: int | None) -> list[slice]:
@@ -136,13 +146,14 @@ def _accumulate(
     """Add one chunk's gradient for the mixed logits, (n, V), to those of one specialist's state, table and bias.
 
     Args:
-        own: its logits z, written over; needed where they are capped: dz / d(W h + bias) = scale * (1 - (z / cap)^2).
+        own: its logits z, written over; needed where they are capped:
+            dz / d(W h + bias) = scale / temperature * (1 - (temperature * z / cap)^2).
         weight: its weights in the mixture, (n,), or None for a specialist alone.
     """
     if head.softcap is not None and own is not None:
-        gradient = own.div_(head.softcap).square_().neg_().add_(1).mul_(gradient.to(own.device))
+        gradient = own.mul_(head.temperature / head.softcap).square_().neg_().add_(1).mul_(gradient.to(own.device))
     gradient = gradient.to(head.weight.device, head.weight.dtype)
-    factor = gradient.new_full((len(gradient), 1), head.scale)
+    factor = gradient.new_full((len(gradient), 1), head.scale / head.temperature)
     if weight is not None:
         factor *= weight[:, None].to(factor)
     if grads["state"] is not None:

@@ -116,8 +116,11 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         return self.groups[0].device
 
     def heads(self) -> list:
-        """The K output layers, without padding rows."""
-        return [self.groups[g].head(self.config.vocab_size) for g, _ in self._order]
+        """The K output layers, without padding rows, each with its temperature."""
+        return [
+            self.groups[g].head(self.config.vocab_size)._replace(temperature=temperature)
+            for (g, _), temperature in zip(self._order, self.config.temperatures, strict=True)
+        ]
 
     # ---------------------------------------------------------------- run, weigh, mix
 

@@ -21,7 +21,7 @@ class Ask:
         item: id of the item that it is asked for.
         role: name in the recipe of the model that answers.
         model: what that name stood for when the question was asked: the model served, or the folder; empty: the role.
-        messages: (role, content) pairs, the last one a user's.
+        messages: (role, content) pairs, the last one a user's, or the assistant's: the beginning of the reply.
         sample: the n-th draw of the same question.
         schema: a JSON schema of the reply, for endpoints that keep to one.
         temperature: of the sampling; None: the model's own.
@@ -44,6 +44,12 @@ class Ask:
         """The name of the question: equal questions to one model have equal keys, however it is set to answer."""
         facts = json.dumps([self.stage, self.model or self.role, self.messages, self.sample])
         return hashlib.sha256(facts.encode()).hexdigest()
+
+    @property
+    def begun(self) -> str:
+        """The beginning of the reply that the question gives; the outcome holds what the model wrote after it."""
+        role, content = self.messages[-1]
+        return content if role == "assistant" else ""
 
     def chat(self) -> list[dict[str, str]]:
         """The messages as endpoints and chat templates take them."""

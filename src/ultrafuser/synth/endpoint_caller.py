@@ -159,7 +159,7 @@ class EndpointCaller:
         """One request; `run.sent` holds the ask's key from when it is sent until it is clear that nothing is billed."""
         import aiohttp
 
-        structured = self._structured and ask.schema is not None
+        structured = self._structured and ask.schema is not None and not ask.begun
         thought = likely_prompt_tokens(ask) + ask.max_tokens
         body = self._body(ask, structured)
         async with self._pace.turn(thought, lambda: run.stopping):
@@ -245,6 +245,8 @@ class EndpointCaller:
         fields: dict[str, Any] = {"model": recipe.model, "messages": ask.chat(), recipe.max_tokens_key: ask.max_tokens}
         if recipe.temperature is not None:  # null: the model refuses one
             fields["temperature"] = recipe.temperature if ask.temperature is None else ask.temperature
+        if ask.begun:
+            fields |= {"add_generation_prompt": False, "continue_final_message": True}
         if structured:
             form = {"name": ask.stage, "schema": ask.schema, "strict": True}
             fields["response_format"] = {"type": "json_schema", "json_schema": form}

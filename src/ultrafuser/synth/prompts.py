@@ -38,7 +38,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "turns": {"domain": _DOMAIN, "history": [{"user": _QUESTION, "assistant": _ANSWER}]},
     "judge": {"domain": _DOMAIN, "instruction": _QUESTION, "answer": _ANSWER},
 }  # fmt: skip
-ALWAYS = ("mark", "quote")
+ALWAYS = ("mark", "quote", "reply")
 NAMES = tuple(EXAMPLES)
 
 
@@ -102,21 +102,27 @@ class Prompts:
     def render(self, name: str, **values: Any) -> str:
         """A question. `quote(text)` puts what a model wrote between two lines with a mark that the text cannot hold.
 
+        What follows `reply` is the beginning of the reply, below another line with that mark.
+
         Raises:
             RecipeError: the template uses something that is not there.
         """
         prompt = self._prompts[name]
         mark = _mark(values)
         try:
-            return prompt.template.render(mark=mark, quote=_Quote(mark), **values).strip()
+            return prompt.template.render(mark=mark, quote=_Quote(mark), reply=_reply_line(mark), **values).strip()
         except UndefinedError as error:
             raise RecipeError(f"{prompt.where}: undefined variable: {error.message}") from None
         except (TypeError, ValueError, SecurityError) as error:
             raise RecipeError(f"{prompt.where}: the template cannot be rendered: {error}") from None
 
     def messages(self, name: str, **values: Any) -> tuple[tuple[str, str], ...]:
-        """The question as one message of the user; nothing that a model wrote ever becomes a system message."""
-        return (("user", self.render(name, **values)),)
+        """The question as one message of the user, and the beginning of the reply, where the template gives one.
+
+        Nothing that a model wrote ever becomes a system message.
+        """
+        asked, _, begun = self.render(name, **values).partition(_reply_line(_mark(values)))
+        return (("user", asked.strip()), *([("assistant", begun.strip())] if begun.strip() else []))
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each template's text, by stage."""
@@ -129,6 +135,10 @@ class _Quote:
 
     def __call__(self, text: str, what: str = "text") -> str:
         return f"=== {what} {self.mark}\n{text}\n=== end of {what} {self.mark}"
+
+
+def _reply_line(mark: str) -> str:
+    return f"\n=== reply {mark}\n"
 
 
 def _mark(values: Mapping[str, Any]) -> str:

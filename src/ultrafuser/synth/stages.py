@@ -106,12 +106,12 @@ def compare_samples(run: Run, conversations: Sequence[Conversation]) -> list[Con
         if not asks[one.id]:
             out.append(one)
             continue
-        given = [outcomes.get(ask.key) for ask in asks[one.id]]
+        given = [(ask, outcomes.get(ask.key)) for ask in asks[one.id]]
         run.ledger.ask("samples", one.domain)
-        if any(outcome is None for outcome in given):
+        if any(outcome is None for _, outcome in given):
             run.ledger.leave_open("samples", one.domain)
             continue
-        samples = [outcome.text for outcome in given if outcome is not None and outcome.status == "ok"]
+        samples = [ask.begun + outcome.text for ask, outcome in given if outcome and outcome.status == "ok"]
         share = checks.agreement(one.answer, samples) * len(samples) / len(given)  # a failed call agrees with nothing
         if share >= run.recipe.domain(one.domain).agreement:
             run.ledger.keep("samples", one.domain)

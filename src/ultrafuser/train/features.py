@@ -1,6 +1,7 @@
 """The feature cache: while specialists are frozen, their states at the response tokens are computed once and reused.
 
 With probability mixing a token is then K states and K log-probabilities, and training the gate touches no output layer.
+Log-probabilities are at the model's temperatures; with others they are computed anew from the same states.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from ultrafuser.data.collate import collate_rows, pad_labels
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 from ultrafuser.templates import Rendered
 
@@ -30,7 +32,7 @@ class RowFeatures:
 
     Attributes:
         states: K tensors (R, D_k), the last hidden states that predict the response tokens.
-        log_probs: (R, K), log-probability of each response token under each specialist, in nats.
+        log_probs: (R, K), log-probability of each response token under each specialist at its temperature, in nats.
     """
 
     row: Rendered
@@ -44,7 +46,14 @@ class FeatureStore(Sequence[RowFeatures]):
     The states keep the specialists' own precision, so losses are the same with the cache and without.
     """
 
-    def __init__(self, folder: Path, rows: Sequence[Rendered], widths: Sequence[int], dtypes: Sequence[torch.dtype]):
+    def __init__(
+        self,
+        folder: Path,
+        rows: Sequence[Rendered],
+        widths: Sequence[int],
+        dtypes: Sequence[torch.dtype],
+        temperatures: Sequence[float],
+    ) -> None:
         self.folder, self.rows = folder, list(rows)
         ends = torch.tensor([len(row.labels) for row in rows]).cumsum(0).tolist()
         self.offsets = [0, *ends]
@@ -53,10 +62,14 @@ class FeatureStore(Sequence[RowFeatures]):
             torch.from_file(str(folder / f"states-{k}.bin"), shared=True, size=total * d, dtype=dtype).view(total, d)
             for k, (d, dtype) in enumerate(zip(widths, dtypes, strict=True))
         ]
-        self.log_probs = torch.from_file(str(folder / "log-probs.bin"), shared=True, size=total * size).view(
+        at = "-".join(f"{temperature:g}" for temperature in temperatures)
+        self.log_probs = torch.from_file(str(folder / f"log-probs-{at}.bin"), shared=True, size=total * size).view(
             total, size
         )
-        self.done = torch.from_file(str(folder / "done.bin"), shared=True, size=len(rows), dtype=torch.uint8)
+        self.read, self.scored = (  # which rows have states, which log-probabilities
+            torch.from_file(str(folder / name), shared=True, size=len(rows), dtype=torch.uint8)
+            for name in ("read.bin", f"scored-{at}.bin")
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -93,9 +106,10 @@ class FeatureStore(Sequence[RowFeatures]):
         if rank == 0:
             _prepare_folder(folder, identity, _size_bytes(rows, widths, dtypes))
         barrier()
-        store = cls(folder, rows, widths, dtypes)
-        mine = [i for i in range(rank, len(rows), num_ranks) if not store.done[i]]
-        _compute(model, store, mine, progress or Progress())
+        store = cls(folder, rows, widths, dtypes, model.config.temperatures)
+        mine = range(rank, len(rows), num_ranks)
+        _compute(model, store, [i for i in mine if not store.read[i]], progress or Progress())
+        _score(model, store, [i for i in mine if not store.scored[i]])
         barrier()
         return store
 
@@ -162,11 +176,38 @@ def _compute(model: UltraFuserForCausalLM, store: FeatureStore, mine: Sequence[i
             for own, values in zip(store.states, flat, strict=True):
                 own[part] = values[start:end].cpu()
             store.log_probs[part] = log_probs[start:end].cpu()
-            store.done[i] = 1
+            store.read[i] = store.scored[i] = 1
             start = end
         progress.advance(sum(row.num_tokens for row in rows))
     model.train(was_training)
     progress.finish()
+
+
+def _score(model: UltraFuserForCausalLM, store: FeatureStore, mine: Sequence[int]) -> None:
+    """Log-probabilities of rows whose states are there already."""
+    for i in mine:
+        item = store[i]
+        labels = torch.tensor(item.row.labels, device=model.device)
+        item.log_probs[:] = model.specialist_log_probs([own.to(model.device) for own in item.states], labels).cpu()
+        store.scored[i] = 1
+
+
+def response_states(
+    group: SpecialistGroup, rows: Sequence[Rendered], template: int, active: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one specialist, the states that predict the response tokens of some rows, and these tokens: (N, D), (N,).
+
+    Args:
+        template: the number of the specialist whose rendering of the rows is read.
+        active: the adapter of the group that runs; none: the bare base.
+    """
+    inputs = {key: value.to(group.device) for key, value in collate_rows(rows).items()}
+    with group.only(active):
+        states = group(inputs["specialist_input_ids"][:, template][None])[0]  # (B, T, D)
+    index = inputs["response_index"][:, template]
+    kept = inputs["labels"] != -100
+    flat = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))[kept]
+    return flat, inputs["labels"][kept]
 
 
 def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

@@ -29,11 +29,12 @@ from ultrafuser.progress import Progress
 from ultrafuser.recipe import GateRecipe, Recipe, SourceRecipe, StageRecipe, dump_recipe
 from ultrafuser.specialists import fuse, load, pick_device
 from ultrafuser.templates import Rendered, Renderer
+from ultrafuser.train.calibrate import calibrate
 from ultrafuser.train.card import write_card
 from ultrafuser.train.features import FeatureStore, estimate_size_bytes
 from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, save_trainable
 
-FINISHED = "finished.safetensors"
+FINISHED, TEMPERATURES = "finished.safetensors", "temperatures.json"
 # The cache pays once rows come up again; its size is bounded so that a large run does not fill the disk by surprise.
 _CACHE_LIMIT_BYTES = 200 << 30
 
@@ -144,8 +145,8 @@ def run_stage(
     model: UltraFuserForCausalLM,
     stage: StageRecipe,
     recipe: Recipe,
-    rows: Rows,
-    validation: Rows,
+    rows: Sequence[Rendered],
+    validation: Sequence[Rendered],
     folder: Path,
     *,
     features: Path | None = None,
@@ -154,7 +155,7 @@ def run_stage(
     """Train one stage in place, or load what it gave when it is finished already.
 
     Args:
-        rows, validation: rendered rows, or feature stores of them (gate stage only).
+        rows, validation: rendered rows.
         folder: of this stage; checkpoints in it are resumed from.
         features: folder of the feature cache; by default beside the stage's.
     """
@@ -162,17 +163,21 @@ def run_stage(
     dtypes = [group.model.dtype for group in model.groups]
     torch.manual_seed(recipe.seed)  # new adapters start alike whether the stage before ran now or in an earlier run
     (prepare_gate if stage.name == "gate" else prepare_joint)(model, stage)
+    if stage.name == "gate" and stage.calibrate:
+        _set_temperatures(model, rows, folder, recipe.seed, progress)
     if (folder / FINISHED).is_file():
         model.load_state_dict(load_file(folder / FINISHED), strict=False)
         progress.say(f"stage {stage.name}: finished before")
     else:
         autocast = stage.trains_all_weights and torch.bfloat16 in dtypes
         args = _arguments(stage, recipe, folder, validates=bool(validation), autocast=autocast)
-        if stage.name == "gate" and not isinstance(rows, FeatureStore) and _caching_pays(model, stage, recipe, rows):
-            rows = _store(model, rows, features / "train", args, progress)
-            if validation and not isinstance(validation, FeatureStore):
-                validation = _store(model, validation, features / "validation", args, progress)
-        _train_stage(model, stage, recipe, rows, validation, folder, args, progress)
+        train_rows: Rows = rows
+        validation_rows: Rows = validation
+        if stage.name == "gate" and _caching_pays(model, stage, recipe, rows):
+            train_rows = _store(model, rows, features / "train", args, progress)
+            if validation:
+                validation_rows = _store(model, validation, features / "validation", args, progress)
+        _train_stage(model, stage, recipe, train_rows, validation_rows, folder, args, progress)
     if stage.trains_all_weights:
         for group, dtype in zip(model.groups, dtypes, strict=True):
             group.to(dtype)
@@ -221,6 +226,23 @@ def _train_stage(
     if trainer.is_world_process_zero():
         save_trainable(model, folder / FINISHED, state)
     trainer.accelerator.wait_for_everyone()
+
+
+def _set_temperatures(
+    model: UltraFuserForCausalLM, rows: Sequence[Rendered], folder: Path, seed: int, progress: Progress
+) -> None:
+    """Measure the specialists' temperatures, or take those that this stage began with."""
+    file = folder / TEMPERATURES
+    if PartialState().is_main_process and not file.is_file():
+        found = calibrate(model, rows, seed=seed, progress=progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(".tmp")
+        draft.write_text(json.dumps(found), encoding="utf-8")
+        draft.replace(file)
+    PartialState().wait_for_everyone()
+    model.config.set_temperatures(json.loads(file.read_text(encoding="utf-8")))
+    pairs = zip(model.config.names, model.config.temperatures, strict=True)
+    progress.say("temperatures: " + ", ".join(f"{name} {temperature:.2f}" for name, temperature in pairs))
 
 
 def prepare_gate(model: UltraFuserForCausalLM, stage: StageRecipe | None = None) -> None:
