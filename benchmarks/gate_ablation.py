@@ -3,7 +3,7 @@
     python benchmarks/gate_ablation.py runs/compare-zoo --output docs/results/gate-ablation.json
 
 The folder is one of `ultrafuser compare`, whose frozen specialists' states on training and test rows are reused. Every
-variant trains with the same balanced batches; nothing is chosen by the test rows. Each is compared with the default
+variant trains with the same balanced batches; nothing is chosen by the test rows. Each is compared with the paper's
 gate on the same test rows, by a paired bootstrap. Mixing is of probabilities: cached log-probabilities suffice for it.
 """
 
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,7 +79,7 @@ class Features:
 
 
 class Told(nn.Module):
-    """The default gate, told of some more numbers for each specialist beside its state.
+    """The paper's gate, told of some more numbers for each specialist beside its state.
 
     Args:
         extra: which of entropy (0) and past (1).
@@ -118,7 +119,7 @@ class Standardised(nn.Module):
 
 
 class Biased(nn.Module):
-    """The default gate plus one learned number for each specialist: it knows whom it scores."""
+    """The paper's gate plus one learned number for each specialist: it knows whom it scores."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -174,7 +175,7 @@ class Linear(nn.Module):
 
 
 class Tempered(nn.Module):
-    """The default gate, and a learned temperature for each specialist's probabilities."""
+    """The paper's gate, and a learned temperature for each specialist's probabilities."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -194,7 +195,7 @@ class Tempered(nn.Module):
 
 
 class Calibrated(Tempered):
-    """The default gate over specialists whose temperatures were set before: each makes its own loss on training rows least."""
+    """The paper's gate over specialists whose temperatures were set before: each makes its own loss on training rows least."""
 
     def __init__(self, widths: Sequence[int], store: Features, at_home: bool) -> None:
         super().__init__(widths)
@@ -208,7 +209,7 @@ class Calibrated(Tempered):
 
 
 class Dropped(nn.Module):
-    """The default gate with dropout on its inputs."""
+    """The paper's gate with dropout on its inputs."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -227,7 +228,7 @@ def log_likelihood(gate: nn.Module, states: list[torch.Tensor], grid: torch.Tens
 
 def variants(widths: Sequence[int], store: Features) -> dict[str, Callable[[], nn.Module]]:
     return {
-        "default (paper's, shared)": lambda: Gate(widths),
+        "the paper's gate": lambda: Gate(widths),
         "static weights": lambda: StaticGate(len(widths)),
         "linear": lambda: Linear(widths),
         "hidden 64": lambda: Gate(widths, 64),
@@ -309,14 +310,14 @@ def main() -> None:
         minus["mean"] = difference(list(mean.values()), list(_mean_over_seeds(reference).values()))
         results[name] = {
             "nll": found,
-            "minus_default": minus,
+            "minus_paper": minus,
             "temperatures": temperatures and [round(t, 3) for t in temperatures],
             "seconds": round((time.monotonic() - began) / args.seeds, 1),
         }
         line = " ".join(f"{d} {found[d]['value']:.4f}" for d in found)
         low, high = minus["mean"]["ci95"]
         print(
-            f"{name:32} {line}  mean - default {minus['mean']['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+            f"{name:32} {line}  mean - paper's {minus['mean']['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
             + (f"  temperatures {' '.join(f'{t:.2f}' for t in temperatures)}" if temperatures else ""),
             flush=True,
         )
@@ -327,7 +328,37 @@ def main() -> None:
             "lr": LR,
             "rows": {"train": len(train_rows.rows), "test": len(test_rows.rows)},
         }
-        args.output.write_text(json.dumps(facts | {"variants": results}, indent=1) + "\n", encoding="utf-8")
+        facts |= {"specialists": alone(train_rows, test_rows, widths), "variants": results}
+        args.output.write_text(json.dumps(_rounded(facts), indent=1) + "\n", encoding="utf-8")
+
+
+def alone(train_rows: Features, test_rows: Features, widths: Sequence[int]) -> dict[str, dict]:
+    """Every specialist by itself, as it is and at the temperature that suits its own rows: how much is calibration."""
+    temperatures = (10 * Calibrated(widths, train_rows, at_home=True).tenths).exp().tolist()
+    out: dict[str, dict] = {}
+    for k, (name, temperature) in enumerate(zip(train_rows.names, temperatures, strict=True)):
+        t = min(range(len(TEMPERATURES)), key=lambda i: abs(TEMPERATURES[i] - temperature))
+        found = {}
+        for key, column in (("as it is", TEMPERATURES.index(1.0)), ("at its temperature", t)):
+            strata: dict[str, Stratum] = {}
+            for row, first, end in zip(
+                test_rows.rows, test_rows.store.offsets, test_rows.store.offsets[1:], strict=False
+            ):
+                own = strata.setdefault(row.domain, Stratum({}, {}))
+                own.totals[row.row_id] = -test_rows.grid[first:end, k, column].sum().item()
+                own.weights[row.row_id] = end - first
+            found[key] = {d: estimate([stratum]) for d, stratum in strata.items()}
+            found[key]["mean"] = estimate(list(strata.values()))
+        out[name] = {"temperature": TEMPERATURES[t], **found}
+    return out
+
+
+def _rounded(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _rounded(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_rounded(value) for value in tree]
+    return round(tree, 6) if isinstance(tree, float) else tree
 
 
 def _mean_over_seeds(each: Sequence[dict[str, Stratum]]) -> dict[str, Stratum]:

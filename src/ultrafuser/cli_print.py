@@ -33,6 +33,8 @@ def print_info(facts: dict[str, Any], as_json: bool) -> None:
     for group in sorted({tuple(sorted([s["name"], *s["shares_base_with"]])) for s in facts["specialists"]}):
         if len(group) > 1:
             say(f"one base, loaded once: {', '.join(group)}")
+    if any(one["temperature"] != 1 for one in facts["specialists"]):
+        say("temperatures: " + ", ".join(f"{one['name']} {one['temperature']:g}" for one in facts["specialists"]))
     gate = _size(facts["gate_size_bytes"] or 0)
     elsewhere = _size(facts["referenced_size_bytes"])
     say(f"gate {gate}; folder {_size(facts['size_bytes'])}; referenced elsewhere {elsewhere}")

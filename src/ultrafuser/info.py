@@ -72,6 +72,7 @@ def _specialist(spec: dict[str, Any], home: Path, verify: bool) -> dict[str, Any
         "domain": spec.get("domain"),
         "architecture": spec["config"].get("model_type"),
         "revision": source.get("revision"),
+        "temperature": spec.get("temperature", 1.0),
         **parts,
     }
 

@@ -76,6 +76,16 @@ def test_endpoints_that_name_the_limit_otherwise_and_refuse_a_temperature(server
     assert "authorization" not in server.headers[0]
 
 
+def test_a_reply_that_is_begun_is_to_be_continued(server: CrowdEndpoint, store: CallStore):
+    begun = Ask("instructions", "code", "i", "m", (("user", "Write tasks."), ("assistant", "1. Write")), schema=SCHEMA)
+    outcomes(store, EndpointCaller(server.recipe(structured=True)), begun, ask("a"))
+    first, second = sorted(server.bodies, key=lambda body: "continue_final_message" not in body)
+    assert first["messages"][-1] == {"role": "assistant", "content": "1. Write"}
+    assert (first["continue_final_message"], first["add_generation_prompt"]) == (True, False)
+    assert "response_format" not in first, "a schema holds for a reply from its start"
+    assert "continue_final_message" not in second
+
+
 SCHEMA = {"type": "object", "properties": {"topics": {"type": "array"}}}
 
 

@@ -54,6 +54,19 @@ def test_answers_are_those_of_the_model_itself(tmp_path: Path, model: str):
     assert [one.prompt_tokens for one in found] == sorted(one.prompt_tokens for one in found)
 
 
+def test_a_reply_that_is_begun_goes_on_from_there(tmp_path: Path, model: str):
+    """The tokens of the beginning stand behind those of the template's, as if the model had written them."""
+    plain, begun = asks(1)[0], replace(asks(1)[0], messages=(*asks(1)[0].messages, ("assistant", "1. Write")))
+    caller = LocalCaller(recipe(model))
+    first, second = outcomes(tmp_path, caller, [plain, begun])
+    assert caller._served is not None and caller._served.renderer is not None
+    [text] = caller._served.renderer.prompt_texts(begun.chat())
+    assert text == caller._served.renderer.prompt_texts(plain.chat())[0] + "1. Write"
+    added = len(caller._served.renderer._encode(text)) - first.prompt_tokens
+    assert second.prompt_tokens == first.prompt_tokens + added > first.prompt_tokens
+    assert not second.text.startswith("1. Write") and begun.whole(second.text) == "1. Write" + second.text
+
+
 def test_the_weights_are_loaded_once_and_kept(tmp_path: Path, model: str):
     caller = LocalCaller(recipe(model))
     outcomes(tmp_path, caller, asks(1))

@@ -97,6 +97,24 @@ def test_asks_carry_the_stages_settings():
     assert all(role == "user" for ask in look.asks.values() for role, _ in ask.messages)
 
 
+def test_a_list_that_the_prompt_begins_counts_its_first_item(tmp_path):
+    (tmp_path / "instructions.jinja").write_text("Write {{ number }} tasks.\n{{ reply }}1. Explain how")
+
+    def go_on(ask):
+        if ask.stage != "instructions":
+            return None
+        assert ask.begun == "1. Explain how"
+        there = ["is made", "is sold", "is drunk", "is kept"]
+        items = [f"Explain how the tea number {ask.key[:6]} {what} in the far north." for what in there]
+        first, *rest = (f"{place}. {item}" for place, item in enumerate(items, 1))
+        return Outcome("ok", "\n".join([first.removeprefix(ask.begun), *rest]))
+
+    data = derive(tiny(), Prompts(str(tmp_path)), Memory(Writer(go_on)))
+    first = [one for one in data.conversations if one.instruction.origin == "first"]
+    assert {one.instruction.text.split()[-5] for one in first} >= {"made", "sold", "drunk", "kept"}
+    assert data.ledger.unbalanced() == []
+
+
 def test_changed_settings_ask_nothing_again():
     outcomes = {}
     run(tiny(), outcomes=outcomes)

@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 from test_stages import fused_and_rows
+from typer.testing import CliRunner
 
 from specimens import VOCAB, fuse, tiny, tokens
+from ultrafuser.cli import app
 from ultrafuser.errors import CheckpointError, RecipeError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.recipe import StageRecipe, load_recipe
@@ -126,6 +128,17 @@ def test_a_checkpoint_keeps_them(workshop, tmp_path):
     again = UltraFuserForCausalLM.from_pretrained(tmp_path / "again")
     assert again.config.temperatures == [1.25, 1.0, 0.8]
     torch.testing.assert_close(again(input_ids=tokens(1, 5)).logits, model(input_ids=tokens(1, 5)).logits)
+
+
+def test_info_and_the_model_card_show_them(workshop, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FEWEST_TOKENS", 1)
+    folder = train(workshop.recipe(tmp_path / "run"))
+    temperatures = load(folder)[0].config.temperatures
+    shown = CliRunner().invoke(app, ["info", str(folder)]).output
+    pairs = ", ".join(f"{name} {value:g}" for name, value in zip(NAMES, temperatures, strict=True))
+    assert f"temperatures: {pairs}\n" in shown
+    card = (folder / "README.md").read_text()
+    assert all(f"| {value:g} |\n" in card for value in temperatures)
 
 
 @pytest.mark.parametrize("bad", [0, -1.0, float("inf"), "warm", None, True])

@@ -47,9 +47,13 @@ class Ask:
 
     @property
     def begun(self) -> str:
-        """The beginning of the reply that the question gives; the outcome holds what the model wrote after it."""
+        """The beginning of the reply, where the question gives one; an outcome holds what the model wrote after it."""
         role, content = self.messages[-1]
         return content if role == "assistant" else ""
+
+    def whole(self, text: str) -> str:
+        """The reply with its beginning, which some endpoints repeat."""
+        return text if text.startswith(self.begun) else self.begun + text
 
     def chat(self) -> list[dict[str, str]]:
         """The messages as endpoints and chat templates take them."""

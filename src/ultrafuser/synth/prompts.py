@@ -121,7 +121,7 @@ class Prompts:
 
         Nothing that a model wrote ever becomes a system message.
         """
-        asked, _, begun = self.render(name, **values).partition(_reply_line(_mark(values)))
+        asked, _, begun = self.render(name, **values).partition(_reply_line(_mark(values)).strip())
         return (("user", asked.strip()), *([("assistant", begun.strip())] if begun.strip() else []))
 
     def hashes(self) -> dict[str, str]:

@@ -51,7 +51,7 @@ class Run:
         elif outcome.status == "failed":
             self.ledger.reject(ask.stage, ask.domain, f"call failed: {outcome.kind}", outcome.reason, wanted)
         else:
-            return ask.begun + outcome.text
+            return ask.whole(outcome.text)
         return None
 
     def texts(self, asks: Sequence[Ask], read: Callable[[str], str | Unreadable]) -> Iterator[str | None]:

@@ -111,7 +111,7 @@ def compare_samples(run: Run, conversations: Sequence[Conversation]) -> list[Con
         if any(outcome is None for _, outcome in given):
             run.ledger.leave_open("samples", one.domain)
             continue
-        samples = [ask.begun + outcome.text for ask, outcome in given if outcome and outcome.status == "ok"]
+        samples = [ask.whole(outcome.text) for ask, outcome in given if outcome and outcome.status == "ok"]
         share = checks.agreement(one.answer, samples) * len(samples) / len(given)  # a failed call agrees with nothing
         if share >= run.recipe.domain(one.domain).agreement:
             run.ledger.keep("samples", one.domain)

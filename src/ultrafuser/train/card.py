@@ -30,14 +30,17 @@ def write_card(
         "",
         f"{len(config.specialists)} specialists; a gate weighs them at every token and their {config.mixing} are mixed.",
         "",
-        "| specialist | domain | model | adapter |",
-        "|---|---|---|---|",
+        "| specialist | domain | model | adapter | temperature |",
+        "|---|---|---|---|---:|",
     ]
     for spec in config.specialists:
         source = spec["source"]
         revision = f" at `{source['revision']}`" if source.get("revision") else ""
         adapter = f"`{source['adapter']}`" if source.get("adapter") else ""
-        lines.append(f"| {spec['name']} | {spec.get('domain', '')} | `{source['model']}`{revision} | {adapter} |")
+        lines.append(
+            f"| {spec['name']} | {spec.get('domain', '')} | `{source['model']}`{revision} | {adapter} | "
+            f"{spec.get('temperature', 1.0):g} |"
+        )
     lines += [
         "",
         "```python",
