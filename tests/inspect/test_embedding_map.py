@@ -147,6 +147,15 @@ def test_domains_that_lie_apart_do_so_on_the_map_and_in_the_numbers():
     assert all(value < 0.9 for value in mixed.values())
 
 
+def test_umap_keeps_domains_apart_too():
+    pytest.importorskip("sklearn")
+    pytest.importorskip("umap", reason="the umap extra is not installed")
+    vectors, domains = clouds()
+    places = maps.lay_out(maps.principal(vectors), "umap")
+    assert places.shape == (60, 2)
+    assert set(maps.neighbour_agreement(places, domains).values()) == {1.0}
+
+
 def test_few_rows_are_enough():
     pytest.importorskip("sklearn")
     reduced = maps.principal(np.random.default_rng(0).normal(size=(5, 3)))
