@@ -31,7 +31,7 @@ class RowLoss:
 
 @torch.no_grad()
 def specialist_losses(store: FeatureStore, names: Sequence[str]) -> dict[str, list[RowLoss]]:
-    """Every specialist alone, from the feature cache: no model runs."""
+    """Every specialist alone, at its temperature if it has one, from the feature cache: no model runs."""
     totals = [store[i].log_probs.double().sum(0).tolist() for i in range(len(store))]
     return {
         name: [_row_loss(row, -total[k]) for row, total in zip(store.rows, totals, strict=True)]

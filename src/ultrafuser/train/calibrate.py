@@ -33,7 +33,7 @@ def calibrate(
     Where no row is of its domain, all rows count. A specialist with fewer than FEWEST_TOKENS response tokens keeps 1.
 
     Args:
-        rows: best ones that the specialists were not trained on: on those they seem too little sure of themselves.
+        rows: ones that the specialists were not trained on; of what they know by heart they are rightly surer.
 
     Returns:
         K temperatures, within those of TEMPERATURES.
