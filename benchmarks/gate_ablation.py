@@ -22,12 +22,15 @@ import torch
 from torch import nn
 
 from ultrafuser.data.balance import BalancedBatchSampler
+from ultrafuser.evaluate.domain_loss import specialist_losses
 from ultrafuser.evaluate.intervals import Stratum, difference, estimate
+from ultrafuser.evaluate.scoring import by_stratum
 from ultrafuser.evaluate.workplace import Workplace
 from ultrafuser.model.gate import Gate, StaticGate
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.progress import ConsoleProgress
 from ultrafuser.specialists import fuse
+from ultrafuser.train.calibrate import calibrate
 from ultrafuser.train.features import FeatureStore
 
 STEPS, ROWS_PER_DOMAIN, LR = 60, 8, 1e-3
@@ -328,28 +331,23 @@ def main() -> None:
             "lr": LR,
             "rows": {"train": len(train_rows.rows), "test": len(test_rows.rows)},
         }
-        facts |= {"specialists": alone(train_rows, test_rows, widths), "variants": results}
+        facts |= {"specialists": alone(model, train_rows.store, test_rows.store), "variants": results}
         args.output.write_text(json.dumps(_rounded(facts), indent=1) + "\n", encoding="utf-8")
 
 
-def alone(train_rows: Features, test_rows: Features, widths: Sequence[int]) -> dict[str, dict]:
-    """Every specialist by itself, as it is and at the temperature that suits its own rows: how much is calibration."""
-    temperatures = (10 * Calibrated(widths, train_rows, at_home=True).tenths).exp().tolist()
+def alone(model: UltraFuserForCausalLM, train: FeatureStore, test: FeatureStore) -> dict[str, dict]:
+    """Every specialist by itself, as it is and at the temperature that the gate stage gives it: how much is calibration."""
+    temperatures = calibrate(model, train.rows)
+    model.config.set_temperatures(temperatures)
+    stores = {"as it is": test, "at its temperature": FeatureStore.build(model, test.rows, test.folder)}
     out: dict[str, dict] = {}
-    for k, (name, temperature) in enumerate(zip(train_rows.names, temperatures, strict=True)):
-        t = min(range(len(TEMPERATURES)), key=lambda i: abs(TEMPERATURES[i] - temperature))
-        found = {}
-        for key, column in (("as it is", TEMPERATURES.index(1.0)), ("at its temperature", t)):
-            strata: dict[str, Stratum] = {}
-            for row, first, end in zip(
-                test_rows.rows, test_rows.store.offsets, test_rows.store.offsets[1:], strict=False
-            ):
-                own = strata.setdefault(row.domain, Stratum({}, {}))
-                own.totals[row.row_id] = -test_rows.grid[first:end, k, column].sum().item()
-                own.weights[row.row_id] = end - first
-            found[key] = {d: estimate([stratum]) for d, stratum in strata.items()}
-            found[key]["mean"] = estimate(list(strata.values()))
-        out[name] = {"temperature": TEMPERATURES[t], **found}
+    for k, (name, temperature) in enumerate(zip(model.config.names, temperatures, strict=True)):
+        out[name] = {"temperature": temperature}
+        for how, store in stores.items():
+            losses = list(specialist_losses(store, model.config.names).values())[k]
+            strata = list(by_stratum(store.rows, losses).items())
+            out[name][how] = {domain: estimate([stratum]) for domain, stratum in strata}
+            out[name][how]["mean"] = estimate([stratum for _, stratum in strata])
     return out
 
 

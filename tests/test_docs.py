@@ -172,7 +172,7 @@ def test_links_between_pages_lead_somewhere():
     assert not missing
 
 
-@pytest.mark.parametrize("name", ["cli_docs", "recipe_docs", "readme_table", "compare_page"])
+@pytest.mark.parametrize("name", ["cli_docs", "recipe_docs", "readme_table", "compare_page", "gate_page"])
 def test_generated_pages_are_fresh(name, monkeypatch):
     if name == "readme_table" and not (ROOT / "docs" / "results" / "demo.json").is_file():
         pytest.skip("no kept run of the demo")
