@@ -174,7 +174,7 @@ class StageRecipe(Node):
     calibrate: bool = Field(
         default=True,
         description="Gate stage only: first find the temperature of each specialist's logits, on training rows of its own "
-        "domain; false where the specialists were trained on these very rows.",
+        "domain; false where the specialists wrote these rows or were trained on them.",
     )
     specialists: Literal["lora", "full"] = Field(
         default="lora", description="Joint stage only: train adapters, or all weights, of the specialists."

@@ -19,8 +19,8 @@ from ultrafuser.templates import Rendered
 from ultrafuser.train import calibrate as module
 from ultrafuser.train.calibrate import calibrate
 from ultrafuser.train.features import FeatureStore
-from ultrafuser.train.stages import TEMPERATURES, run_stage, train
-from workbench import GATE, JOINT, NAMES, losses, trained_weights
+from ultrafuser.train.stages import MEASURED, run_stage, train
+from workbench import GATE, JOINT, NAMES, Spoken, losses, trained_weights
 
 PLANTED = {"text": 1.3, "code": 0.8, "math": 1.0}
 
@@ -153,10 +153,20 @@ def test_the_gate_stage_sets_them_unless_it_is_told_not_to(workshop, tmp_path, m
     model, rows, recipe = fused_and_rows(workshop, tmp_path)
     run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-gate")
     set_here = model.config.temperatures
-    assert set_here == json.loads((tmp_path / "1-gate" / TEMPERATURES).read_text()) != [1.0] * 3
+    assert set_here == json.loads((tmp_path / "1-gate" / MEASURED).read_text()) != [1.0] * 3
     model, rows, recipe = fused_and_rows(workshop, tmp_path, stages=[GATE | {"calibrate": False}])
     run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "2-gate")
     assert model.config.temperatures == [1.0] * 3
+
+
+def test_a_temperature_at_the_limit_is_pointed_out(workshop, tmp_path, monkeypatch):
+    found = iter([[1.1, 0.9, 1.0], [0.5, 1.0, 2.0]])
+    monkeypatch.setattr("ultrafuser.train.stages.calibrate", lambda *args, **options: next(found))
+    for name in ("plain", "odd"):
+        spoken = Spoken()
+        workshop.train(tmp_path / name, progress=spoken)
+        notes = [line for line in spoken.news if "at the limit of what is tried" in line]
+        assert [note.partition(":")[0] for note in notes] == ([] if name == "plain" else ["text, math"])
 
 
 def test_what_a_stage_began_with_is_not_measured_again(workshop, tmp_path, monkeypatch):
@@ -170,7 +180,7 @@ def test_what_a_stage_began_with_is_not_measured_again(workshop, tmp_path, monke
 
     cut = tmp_path / "cut"
     (cut / "1-gate").mkdir(parents=True)
-    (cut / "1-gate" / TEMPERATURES).write_text(json.dumps(expected))
+    (cut / "1-gate" / MEASURED).write_text(json.dumps(expected))
     monkeypatch.setattr("ultrafuser.train.stages.calibrate", once_more)
     workshop.train(cut, [GATE, JOINT])
     assert losses(cut) == losses(whole)

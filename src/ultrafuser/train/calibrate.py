@@ -33,7 +33,7 @@ def calibrate(
     Where no row is of its domain, all rows count. A specialist with fewer than FEWEST_TOKENS response tokens keeps 1.
 
     Args:
-        rows: ones that the specialists were not trained on; of what they know by heart they are rightly surer.
+        rows: ones that the specialists neither were trained on nor wrote; of what they know by heart they are rightly surer.
 
     Returns:
         K temperatures, within those of TEMPERATURES.

@@ -29,12 +29,12 @@ from ultrafuser.progress import Progress
 from ultrafuser.recipe import GateRecipe, Recipe, SourceRecipe, StageRecipe, dump_recipe
 from ultrafuser.specialists import fuse, load, pick_device
 from ultrafuser.templates import Rendered, Renderer
-from ultrafuser.train.calibrate import calibrate
+from ultrafuser.train.calibrate import TEMPERATURES, calibrate
 from ultrafuser.train.card import write_card
 from ultrafuser.train.features import FeatureStore, estimate_size_bytes
 from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, save_trainable
 
-FINISHED, TEMPERATURES = "finished.safetensors", "temperatures.json"
+FINISHED, MEASURED = "finished.safetensors", "temperatures.json"
 # The cache pays once rows come up again; its size is bounded so that a large run does not fill the disk by surprise.
 _CACHE_LIMIT_BYTES = 200 << 30
 
@@ -232,7 +232,7 @@ def _set_temperatures(
     model: UltraFuserForCausalLM, rows: Sequence[Rendered], folder: Path, seed: int, progress: Progress
 ) -> None:
     """Measure the specialists' temperatures, or take those that this stage began with."""
-    file = folder / TEMPERATURES
+    file = folder / MEASURED
     if PartialState().is_main_process and not file.is_file():
         found = calibrate(model, rows, seed=seed, progress=progress)
         folder.mkdir(parents=True, exist_ok=True)
@@ -241,8 +241,11 @@ def _set_temperatures(
         draft.replace(file)
     PartialState().wait_for_everyone()
     model.config.set_temperatures(json.loads(file.read_text(encoding="utf-8")))
-    pairs = zip(model.config.names, model.config.temperatures, strict=True)
+    pairs = list(zip(model.config.names, model.config.temperatures, strict=True))
     progress.say("temperatures: " + ", ".join(f"{name} {temperature:.2f}" for name, temperature in pairs))
+    if limits := [name for name, temperature in pairs if temperature in (TEMPERATURES[0], TEMPERATURES[-1])]:
+        progress.say(f"{', '.join(limits)}: at the limit of what is tried; if the specialists wrote these rows or were trained on "
+                     "them, set stages.gate.calibrate=false")  # fmt: skip
 
 
 def prepare_gate(model: UltraFuserForCausalLM, stage: StageRecipe | None = None) -> None:
