@@ -227,7 +227,7 @@ def test_models_that_are_not_there(tmp_path):
         serve(str(tmp_path / "nothing"))
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_text("{")
-    with pytest.raises(DataError, match="not JSON"):
+    with pytest.raises(CheckpointError, match="not JSON"):
         serve(str(tmp_path / "half"))
 
 
