@@ -6,8 +6,9 @@ docs/results/compare-zoo/results.json is what `ultrafuser compare recipes/compar
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
+
+from marked_page import refresh
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results" / "compare-zoo.md"
@@ -98,15 +99,8 @@ def gate(results: dict) -> str:
 
 
 def main() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    head, start, rest = page.partition(START)
-    _, end, tail = rest.partition(END)
-    if not start or not end:
-        sys.exit(f"{PAGE}: expected the markers {START} and {END}")
-    fresh = f"{head}{START}\n{tables(json.loads(RESULTS.read_text(encoding='utf-8')))}\n{END}{tail}"
-    if "--check" in sys.argv and fresh != page:
-        sys.exit(f"{PAGE}: out of date; run: python scripts/compare_page.py")
-    PAGE.write_text(fresh, encoding="utf-8")
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    refresh(PAGE, START, END, tables(results), "compare_page")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ to docs/results/demo-full.md.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
+
+from marked_page import refresh
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- demo:start -->", "<!-- demo:end -->"
@@ -53,14 +54,7 @@ def table(results: dict) -> str:
 def main() -> None:
     for page, kept in (("README.md", "demo"), ("docs/results/demo-full.md", "demo-full")):
         results = json.loads((ROOT / f"docs/results/{kept}.json").read_text())
-        text = (ROOT / page).read_text(encoding="utf-8")
-        head, _, rest = text.partition(START)
-        _, _, tail = rest.partition(END)
-        new = f"{head}{START}\n{table(results)}\n{END}{tail}"
-        if "--check" not in sys.argv:
-            (ROOT / page).write_text(new, encoding="utf-8")
-        elif new != text:
-            sys.exit(f"{page}: the table is not that of docs/results/{kept}.json; run this script")
+        refresh(ROOT / page, START, END, table(results), "readme_table")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from marked_page import between
 from ultrafuser import typed_yaml
 from ultrafuser.evaluate.compare_recipe import CompareRecipe
 from ultrafuser.recipe import Recipe
@@ -27,11 +28,7 @@ def table(root: type[typed_yaml.Node]) -> str:
 
 
 def render(page: str, root: type[typed_yaml.Node], where: Path) -> str:
-    head, start, rest = page.partition(START)
-    _, end, tail = rest.partition(END)
-    if not start or not end:
-        sys.exit(f"{where}: expected the markers {START} and {END}")
-    return f"{head}{START}\n{table(root)}\n{END}{tail}"
+    return between(page, START, END, table(root), where)
 
 
 def main() -> None:

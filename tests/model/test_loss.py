@@ -180,7 +180,7 @@ def test_stage_one_never_goes_back_through_the_heads(mixing, monkeypatch):
 
 def test_chunks_fit_the_budget_and_cover_every_token():
     weight = torch.empty(49_152, 1)
-    parts = loss_module._chunks(4096, weight, None)
+    parts = loss_module.token_chunks(4096, weight, None)
     assert parts[0].stop * 49_152 <= loss_module._CHUNK_VALUES["cpu"]
     assert [i for part in parts for i in range(4096)[part]] == list(range(4096))
 

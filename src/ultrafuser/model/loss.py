@@ -107,7 +107,7 @@ def _shape(head: Head) -> tuple[float, float | None, float]:
     return head.scale, head.softcap, head.temperature
 
 
-def _chunks(tokens: int, weight: torch.Tensor, chunk_tokens: int | None) -> list[slice]:
+def token_chunks(tokens: int, weight: torch.Tensor, chunk_tokens: int | None = None) -> list[slice]:
     """Slices of the tokens so that an array of (chunk, V) stays within the budget."""
     if chunk_tokens is None:
         values = _CHUNK_VALUES.get(weight.device.type, _CHUNK_VALUES_ACCELERATOR)
@@ -189,7 +189,7 @@ class _LabelLogProb(torch.autograd.Function):
         ctx.save_for_backward(state, weight, bias, targets)
         ctx.shape, ctx.chunk_tokens = shape, chunk_tokens
         targets = targets.to(weight.device)
-        parts = _chunks(len(state), weight, chunk_tokens)
+        parts = token_chunks(len(state), weight, chunk_tokens)
         room = head.buffer(_rows(parts, len(state)))
         out = room.new_empty(len(state))
         for part in parts:
@@ -205,7 +205,7 @@ class _LabelLogProb(torch.autograd.Function):
         if any(value is not None for value in grads.values()):
             targets = targets.to(weight.device)
             capped = head.softcap is not None
-            parts = _chunks(len(state), weight, ctx.chunk_tokens)
+            parts = token_chunks(len(state), weight, ctx.chunk_tokens)
             room = head.buffer(_rows(parts, len(state)))
             spare = torch.empty_like(room) if capped else None
             for part in parts:
@@ -223,7 +223,7 @@ class _FusedLogitsLogProb(torch.autograd.Function):
         size = len(shapes)
         states, tables, biases = tensors[:size], tensors[size : 2 * size], tensors[2 * size :]
         heads = [Head(t, b, *shape) for t, b, shape in zip(tables, biases, shapes, strict=True)]
-        parts = _chunks(len(targets), tables[0], chunk_tokens)
+        parts = token_chunks(len(targets), tables[0], chunk_tokens)
         rooms = [head.buffer(_rows(parts, len(targets))) for head in heads]
         mixed = torch.empty_like(rooms[0], device=weights.device)
         out, closed_form = mixed.new_empty(len(targets)), torch.zeros_like(weights)
@@ -252,7 +252,7 @@ class _FusedLogitsLogProb(torch.autograd.Function):
         needs = ctx.needs_input_grad[4:]
         grads = [_empty_grads(needs[k::size], states[k], heads[k]) for k in range(size)]
         if any(value is not None for own in grads for value in own.values()):
-            parts = _chunks(len(targets), tables[0], ctx.chunk_tokens)
+            parts = token_chunks(len(targets), tables[0], ctx.chunk_tokens)
             rooms = [head.buffer(_rows(parts, len(targets))) for head in heads]
             mixed = torch.empty_like(rooms[0], device=weights.device)
             for part in parts:

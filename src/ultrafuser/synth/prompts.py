@@ -107,8 +107,10 @@ class Prompts:
         Raises:
             RecipeError: the template uses something that is not there.
         """
+        return self._render(name, _mark(values), values)
+
+    def _render(self, name: str, mark: str, values: Mapping[str, Any]) -> str:
         prompt = self._prompts[name]
-        mark = _mark(values)
         try:
             return prompt.template.render(mark=mark, quote=_Quote(mark), reply=_reply_line(mark), **values).strip()
         except UndefinedError as error:
@@ -121,7 +123,8 @@ class Prompts:
 
         Nothing that a model wrote ever becomes a system message.
         """
-        asked, _, begun = self.render(name, **values).partition(_reply_line(_mark(values)).strip())
+        mark = _mark(values)
+        asked, _, begun = self._render(name, mark, values).partition(_reply_line(mark).strip())
         return (("user", asked.strip()), *([("assistant", begun.strip())] if begun.strip() else []))
 
     def hashes(self) -> dict[str, str]:

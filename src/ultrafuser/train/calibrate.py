@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ultrafuser.model.loss import Head
+from ultrafuser.model.loss import Head, token_chunks
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
@@ -21,8 +21,6 @@ from ultrafuser.train.features import TOKENS_PER_BATCH, length_batches, response
 
 TEMPERATURES = tuple(2 ** (i / 4) for i in range(-4, 5))  # tried: 0.5 to 2; between them the loss is a parabola
 MOST_TOKENS, FEWEST_TOKENS = 4096, 256  # response tokens that a specialist is measured on
-_TOKENS_AT_ONCE = {"cpu": 256}
-_TOKENS_AT_ONCE_ACCELERATOR = 4096
 
 
 def calibrate(
@@ -82,14 +80,12 @@ def _best(
     progress: Progress,
 ) -> float:
     losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
-    device = group.device.type
-    at_once = _TOKENS_AT_ONCE.get(device, _TOKENS_AT_ONCE_ACCELERATOR)
-    budget = TOKENS_PER_BATCH.get(device, TOKENS_PER_BATCH["cuda"])
+    budget = TOKENS_PER_BATCH.get(group.device.type, TOKENS_PER_BATCH["cuda"])
     for batch in length_batches([row.num_tokens for row in rows], budget):
         states, labels = response_states(group, [rows[i] for i in batch], template, active)
-        for h, y in zip(states.split(at_once), labels.split(at_once), strict=True):
-            z = head.logits(h)  # (n, V)
-            said = z.gather(1, y.to(z.device)[:, None]).sum()
+        for part in token_chunks(len(labels), head.weight):
+            z = head.logits(states[part])  # (n, V)
+            said = z.gather(1, labels[part, None].to(z.device)).sum()
             for t, temperature in enumerate(TEMPERATURES):
                 losses[t] += float((z / temperature).logsumexp(-1).sum() - said / temperature)
         progress.advance(sum(rows[i].num_tokens for i in batch))

@@ -30,18 +30,7 @@ def write_card(
         "",
         f"{len(config.specialists)} specialists; a gate weighs them at every token and their {config.mixing} are mixed.",
         "",
-        "| specialist | domain | model | adapter | temperature |",
-        "|---|---|---|---|---:|",
-    ]
-    for spec in config.specialists:
-        source = spec["source"]
-        revision = f" at `{source['revision']}`" if source.get("revision") else ""
-        adapter = f"`{source['adapter']}`" if source.get("adapter") else ""
-        lines.append(
-            f"| {spec['name']} | {spec.get('domain', '')} | `{source['model']}`{revision} | {adapter} | "
-            f"{spec.get('temperature', 1.0):g} |"
-        )
-    lines += [
+        *_specialists(config),
         "",
         "```python",
         "import ultrafuser",
@@ -78,3 +67,15 @@ def write_card(
         lines.append("")
     lines += ["The specialists' own licences apply.", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _specialists(config: UltraFuserConfig) -> list[str]:
+    """The table of them."""
+    lines = ["| specialist | domain | model | adapter | temperature |", "|---|---|---|---|---:|"]
+    for spec, temperature in zip(config.specialists, config.temperatures, strict=True):
+        source = spec["source"]
+        revision = f" at `{source['revision']}`" if source.get("revision") else ""
+        adapter = f"`{source['adapter']}`" if source.get("adapter") else ""
+        model = f"`{source['model']}`{revision}"
+        lines.append(f"| {spec['name']} | {spec.get('domain', '')} | {model} | {adapter} | {temperature:g} |")
+    return lines

@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
+from ultrafuser.data.writing import write_json
 from ultrafuser.errors import DataError, RecipeError, TrainingError
 from ultrafuser.model.checkpoint import fused_folder, read_manifest
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -234,11 +235,7 @@ def _set_temperatures(
     """Measure the specialists' temperatures, or take those that this stage began with."""
     file = folder / MEASURED
     if PartialState().is_main_process and not file.is_file():
-        found = calibrate(model, rows, seed=seed, progress=progress)
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".tmp")
-        draft.write_text(json.dumps(found), encoding="utf-8")
-        draft.replace(file)
+        write_json(calibrate(model, rows, seed=seed, progress=progress), file)
     PartialState().wait_for_everyone()
     model.config.set_temperatures(json.loads(file.read_text(encoding="utf-8")))
     pairs = list(zip(model.config.names, model.config.temperatures, strict=True))
