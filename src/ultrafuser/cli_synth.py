@@ -91,7 +91,7 @@ def run_command(
     from ultrafuser.progress import ConsoleProgress, quiet_libraries
     from ultrafuser.synth.pipeline import synthesise
 
-    if any(model.local is not None for model in typed.used_models()):
+    if any(model.endpoint == "local" for model in typed.used_models()):
         quiet_libraries()
     done = synthesise(
         typed,

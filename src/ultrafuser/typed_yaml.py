@@ -203,8 +203,10 @@ def explain(root: type[Node], error: ValidationError) -> tuple[str, str]:
     path: list[str] = []
     for part in first["loc"]:
         inner = _child(kind, part)
-        if inner is None or inner is Any:
-            break  # an unknown key, or pydantic's name for a member of a union
+        if inner is None:
+            continue  # an unknown key, which comes last, or pydantic's name for a member of a union
+        if inner is Any:
+            break
         path, kind = [*path, str(part)], inner
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ultrafuser.errors import CheckpointError, RecipeError
+from ultrafuser.errors import CheckpointError
 from ultrafuser.synth.asks import Ask, Outcome
 from ultrafuser.synth.callers import make_callers
 from ultrafuser.synth.local_caller import LocalCaller
@@ -27,7 +27,9 @@ def model(save, tokenizer) -> str:
 
 
 def recipe(model: str, **changes) -> ModelRecipe:
-    return ModelRecipe.model_validate({"name": "writer", "local": model, "batch_size": 2, **changes})
+    return ModelRecipe.model_validate(
+        {"name": "writer", "endpoint": "local", "model": model, "batch_size": 2, **changes}
+    )
 
 
 def asks(number: int, **changes) -> list[Ask]:
@@ -120,10 +122,6 @@ def test_further_arguments_of_generate(tmp_path: Path, model: str):
     assert greedy == outcomes(tmp_path / "3", LocalCaller(recipe(model)), asks(1)) and len(plain) == 1
 
 
-def test_models_that_cannot_be_asked(tmp_path: Path):
-    with pytest.raises(
-        RecipeError, match="model 'writer': 'local' names the endpoint openai:m@http://h/v1, .*put it under 'endpoint'"
-    ):
-        LocalCaller(recipe("openai:m@http://h/v1"))
+def test_a_model_that_is_not_there(tmp_path: Path):
     with pytest.raises(CheckpointError):
         outcomes(tmp_path, LocalCaller(recipe(str(tmp_path / "nothing"))), asks(1))

@@ -75,9 +75,27 @@ DOMAIN = {"name": "d", "description": "Things."}
         ({"domains": []}, "'domains' is empty"),
         ({"domains": [DOMAIN, DOMAIN]}, "'domains' has two items named 'd'"),
         ({"models": [MODEL, MODEL]}, "'models' has two items named 'm'"),
-        ({"models": [{"name": "m"}]}, "expected one of 'endpoint' (NAME@http://host/v1) and 'local'"),
-        ({"models": [MODEL | {"local": "x"}]}, "got both"),
-        ({"models": [{"name": "m", "endpoint": {"model": "m", "base_url": "nowhere"}}]}, "expected an address"),
+        ({"models": [{"name": "m"}]}, "models.0.endpoint: missing, expected local or mapping"),
+        (
+            {"models": [{"name": "m", "endpoint": "local"}]},
+            "model 'm': with 'endpoint: local' expected 'model' (a folder",
+        ),
+        (
+            {"models": [{"name": "m", "endpoint": "local", "model": "openai:x@http://h/v1"}]},
+            "got openai:x@http://h/v1; a ser",
+        ),
+        (
+            {"models": [MODEL | {"model": "x"}]},
+            "'model' is for 'endpoint: local', got x beside the endpoint m@http://h/v1",
+        ),
+        (
+            {"models": [{"name": "m", "endpoint": {"model": "m", "base_url": "nowhere"}}]},
+            "endpoint.base_url: got 'nowhere'",
+        ),
+        (
+            {"models": [{"name": "m", "endpoint": {"model": "m", "retry": 2}}]},
+            "endpoint.retry: unknown key; did you mean 'ret",
+        ),
         ({"calls": {"judge": "oracle"}}, "calls.judge.model: no model 'oracle'; there are: writer"),
         ({"domains": [DOMAIN | {"answer_model": "oracle"}]}, "domains.d.answer_model: no model 'oracle'"),
         ({"domains": [DOMAIN | {"check": "spelling"}]}, "none or python or math"),

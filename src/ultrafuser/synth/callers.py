@@ -66,7 +66,6 @@ def make_callers(models: Iterable[ModelRecipe]) -> dict[str, Caller]:
     Raises:
         MissingExtraError: a package is not installed.
         EndpointError: a key holds what no header can.
-        RecipeError: a local model that is none.
     """
     from ultrafuser.synth.endpoint_caller import EndpointCaller
     from ultrafuser.synth.local_caller import LocalCaller
@@ -75,7 +74,7 @@ def make_callers(models: Iterable[ModelRecipe]) -> dict[str, Caller]:
     out: dict[str, Caller] = {}
     health: dict[Any, Health] = {}
     for model in models:
-        if model.endpoint is None:
+        if model.endpoint == "local":
             out[model.name] = LocalCaller(model)
         else:
             place = (model.endpoint.base_url, model.endpoint.api_key_env)

@@ -65,7 +65,7 @@ def report(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStor
 
 
 def _model_facts(model: ModelRecipe) -> dict[str, Any]:
-    where = model.endpoint.base_url if model.endpoint is not None else "this process"
+    where = "this process" if model.endpoint == "local" else model.endpoint.base_url
     return {"name": model.name, "model": model.served, "where": where, "licence": model.licence}
 
 

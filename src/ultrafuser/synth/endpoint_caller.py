@@ -81,7 +81,7 @@ class EndpointCaller:
             import aiohttp  # noqa: F401
         except ImportError:
             raise MissingExtraError("aiohttp", "synth", "synthesis with a model behind an endpoint") from None
-        assert model.endpoint is not None
+        assert model.endpoint != "local"
         self.recipe, self.prices = model.endpoint, prices_of(model)
         self.concurrency = model.endpoint.concurrency
         self.served = 0

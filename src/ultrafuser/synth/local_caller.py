@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ultrafuser.errors import DataError, RecipeError
+from ultrafuser.errors import DataError
 from ultrafuser.synth.asks import CUT_OFF, Ask, Outcome
 from ultrafuser.synth.callers import Run
 from ultrafuser.synth.recipe import ModelRecipe
@@ -21,19 +21,11 @@ _TURN = threading.Lock()
 
 
 class LocalCaller:
-    """Any model that `ultrafuser eval` takes; it is loaded when it is first asked, and costs nothing.
-
-    Raises:
-        RecipeError: an endpoint, which belongs under `endpoint`.
-    """
+    """Any model that `ultrafuser eval` takes; it is loaded when it is first asked, and costs nothing."""
 
     concurrency = 1
 
     def __init__(self, model: ModelRecipe) -> None:
-        assert model.local is not None
-        if model.local.startswith("openai:"):
-            raise RecipeError(f"model {model.name!r}: 'local' names the endpoint {model.local}, expected a folder, a hub id "
-                              "or BASE+ADAPTER; put it under 'endpoint'")  # fmt: skip
         self.recipe, self.batch_size = model, model.batch_size
         self._served: Served | None = None
 
@@ -100,8 +92,8 @@ class LocalCaller:
         from ultrafuser.evaluate.models import serve
 
         own = self.recipe
-        assert own.local is not None
-        return serve(own.local, chat_template=own.chat_template, dtype=own.dtype, device=own.device,
+        assert own.model is not None
+        return serve(own.model, chat_template=own.chat_template, dtype=own.dtype, device=own.device,
                      batch_size=own.batch_size)  # fmt: skip
 
 

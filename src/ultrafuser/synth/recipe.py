@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 from ultrafuser import typed_yaml
 from ultrafuser.evaluate.endpoint_recipe import EndpointRecipe
@@ -15,17 +24,23 @@ from ultrafuser.recipe import Dtype, Fraction, Identifier, LocalGlob, LocalPath,
 from ultrafuser.synth.asks import STAGES
 from ultrafuser.typed_yaml import FreeForm, Node
 
+# Told apart by the word, as a bare string also stands for an endpoint's model.
+_Endpoint = Annotated[
+    Annotated[Literal["local"], Tag("local")] | Annotated[EndpointRecipe, Tag("served")],
+    Discriminator(lambda value: "local" if value == "local" else "served"),
+]
+
 
 class ModelRecipe(Node):
     """A model that answers: behind an endpoint, or in this process."""
 
     name: Identifier = Field(description="What stages and domains call it, unique in the recipe.")
-    endpoint: EndpointRecipe | None = Field(
-        default=None, description="An OpenAI-compatible endpoint: `NAME@http://host/v1`, or a mapping."
+    endpoint: _Endpoint = Field(
+        description="An OpenAI-compatible endpoint: `NAME@http://host/v1`, or a mapping; `local`: this process."
     )
-    local: LocalPath | None = Field(
+    model: LocalPath | None = Field(
         default=None,
-        description="A model run in this process, as `ultrafuser eval` takes it: folder, hub id, BASE+ADAPTER.",
+        description="Local: what is run, as `ultrafuser eval` takes it: folder, hub id, BASE+ADAPTER, fused folder.",
     )
     licence: str = Field(default="", description="Licence or terms of what it writes; stands in each row and the card.")
     prompt_usd: NonNegativeFloat = Field(default=0.0, description="Price of a million prompt tokens.")
@@ -45,19 +60,24 @@ class ModelRecipe(Node):
 
     @model_validator(mode="after")
     def _check(self) -> ModelRecipe:
-        if (self.endpoint is None) == (self.local is None):
+        if self.endpoint == "local" and (self.model is None or self.model.startswith("openai:")):
             raise ValueError(
-                f"model {self.name!r}: expected one of 'endpoint' (NAME@http://host/v1) and 'local' (a folder, a hub id, "
-                f"BASE+ADAPTER), got {'none' if self.endpoint is None else 'both'}"
+                f"model {self.name!r}: with 'endpoint: local' expected 'model' (a folder, a hub id, BASE+ADAPTER), got "
+                f"{self.model or 'none'}; a served model is 'endpoint: NAME@http://host/v1'"
+            )
+        if isinstance(self.endpoint, EndpointRecipe) and self.model is not None:
+            raise ValueError(
+                f"model {self.name!r}: 'model' is for 'endpoint: local', got {self.model} beside the endpoint "
+                f"{self.endpoint.model}@{self.endpoint.base_url}; remove one of them"
             )
         return self
 
     @property
     def served(self) -> str:
         """What answers under this name, the same on every machine: the endpoint's model, or the local one without folders."""
-        if self.endpoint is not None:
+        if isinstance(self.endpoint, EndpointRecipe):
             return self.endpoint.model
-        parts = str(self.local).split("+")
+        parts = str(self.model).split("+")
         return "+".join(Path(part).name if Path(part).is_absolute() else part for part in parts)
 
 
