@@ -18,7 +18,7 @@ def eval_command(
         list[str],
         typer.Argument(
             help="A fused folder, a folder or hub id of any causal model, BASE+ADAPTER, a GGUF file, or "
-            "openai:NAME@http://host/v1.",
+            "openai:NAME@http://host/v1; NAME=MODEL gives it a name.",
             metavar="MODEL...",
         ),
     ],
@@ -54,7 +54,10 @@ def eval_command(
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(help="NAME@http://host/v1, an OpenAI-compatible endpoint that judges alpaca_eval and mt_bench."),
+        typer.Option(
+            help="What judges alpaca_eval and mt_bench: NAME@http://host/v1, or a YAML file with the fields of an "
+            "endpoint (docs/judged.md)."
+        ),  # fmt: skip
     ] = None,
     include_path: Annotated[
         str | None, typer.Option(help="A folder with lm-eval task files of your own, for --tasks.")
@@ -90,7 +93,7 @@ def eval_command(
         if left_out:
             progress.say(f"left out for want of a --judge: {', '.join(left_out)}")
         options = EvalOptions(
-            names=names, data=data or [], data_dir=data_dir, limit=limit, seed=seed, batch_size=batch_size,
+            names=names, named=given, data=data or [], data_dir=data_dir, limit=limit, seed=seed, batch_size=batch_size,
             judge=endpoint_recipe(judge) if judge else None,
             task_options={"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens,
                           "include_path": include_path, "unsafe_code": unsafe_code},

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from specimens import save_adapter, tiny
 from ultrafuser.data.schema import parse_row
 from ultrafuser.data.sources import write_rows
-from ultrafuser.errors import DataError, UltraFuserError
+from ultrafuser.errors import DataError, MissingExtraError, UltraFuserError
 from ultrafuser.evaluate import compare as module
+from ultrafuser.evaluate import merging
 from ultrafuser.evaluate.compare import compare, state_of, tables
 from ultrafuser.evaluate.compare_recipe import CompareRecipe, dump_compare_recipe, load_compare_recipe
 from ultrafuser.evaluate.system_build import build
@@ -89,7 +92,8 @@ EVERY_KIND = [
     "base", "specialist", "oracle", {"kind": "static", "name": "uniform"},
     {"kind": "static", "name": "searched", "weights": "searched"}, {"kind": "tuned", "specialist": "text"},
     "router", "best_of", "btx", {"kind": "fused", "name": "stage1", "stages": ["gate"]},
-    {"kind": "fused", "name": "joint", "after": "stage1"}, {"kind": "fused", "name": "logits", "mixing": "logits"},
+    {"kind": "fused", "name": "joint", "after": "stage1", "versus": "stage1"},
+    {"kind": "fused", "name": "logits", "mixing": "logits"},
 ]  # fmt: skip
 
 
@@ -116,6 +120,11 @@ def test_every_kind_side_by_side(training, in_process, tmp_path):
         for row, value in nats["router"].items():
             assert any(value == pytest.approx(nats[name][row], rel=1e-4) for name in ("text", "code"))
     sizes = {name: system["parameters"] for name, system in systems.items() if system["parameters"]}
+    # each system against the main one, and against what its line names
+    assert systems["joint"]["paired"]["main"] == {} and systems["base"]["paired"]["main"]["mean"]["versus"] == "joint"
+    assert (
+        systems["joint"]["paired"]["versus"]["code"]["versus"] == "stage1" and "versus" not in systems["base"]["paired"]
+    )
     assert sizes["base"]["trained"] == sizes["uniform"]["trained"] == 0
     assert sizes["searched"]["trained"] == 2
     assert sizes["joint"]["trained"] > sizes["stage1"]["trained"] > 0
@@ -184,8 +193,32 @@ def test_full_specialists_have_no_base(training, in_process, tmp_path):
         specialist["chat_template"] = "chatml"
     Path(training["recipe"]).write_text(yaml.safe_dump(recipe))
     results = compare(load(training, ["base", "specialist", "router"]))
-    assert "no base to measure" in results["systems"]["base"]["error"]
+    assert "name the model that they were trained from as 'base'" in results["systems"]["base"]["error"]
     assert results["systems"]["router"]["status"] == "done"
+
+
+def test_full_specialists_have_the_base_that_is_named(training, in_process, tmp_path):
+    pytest.importorskip("mergekit", reason="the merge extra is not installed")
+    recipe = yaml.safe_load(Path(training["recipe"]).read_text())
+    for seed, specialist in enumerate(recipe["specialists"], 1):
+        specialist |= {"model": str(tmp_path / specialist["name"]), "adapter": None, "chat_template": "chatml"}
+        tiny("llama", seed, **VOCAB).save_pretrained(specialist["model"])
+        for file in (tmp_path / "base").glob("*token*"):
+            (tmp_path / specialist["name"] / file.name).write_bytes(file.read_bytes())
+    Path(training["recipe"]).write_text(yaml.safe_dump(recipe))
+    systems = ["base", "specialist", {"kind": "merge", "method": "task_arithmetic", "weight": 1.0}]
+    results = compare(load(training, systems, base=str(tmp_path / "base")))
+    assert {name: s["error"] for name, s in results["systems"].items() if s["error"]} == {}
+    folder = tmp_path / "out" / "systems" / "task_arithmetic" / "model"
+    weights = [
+        load_file(place / "model.safetensors")
+        for place in (folder, *(tmp_path / name for name in ("base", "text", "code")))
+    ]
+    for key, merged in weights[0].items():  # the base and both differences
+        base, text, code = (own[key] for own in weights[1:])
+        torch.testing.assert_close(merged, text + code - base, atol=1e-5, rtol=1e-4)
+    state = state_of(load(training, systems, base=str(tmp_path / "text")))
+    assert {name for name, own in state.items() if "to be built" in own} == {"base", "task_arithmetic"}
 
 
 def test_tasks_and_answers_are_shared(training, in_process, tmp_path):
@@ -219,6 +252,8 @@ def test_what_does_not_depend_on_a_change_stays(training, in_process):
     assert {name for name, state in changed.items() if "to be built" in state} == {"tuned-text", "joint"}
     changed = state_of(load(training, systems, set=["balanced=false"]))
     assert {name for name, state in changed.items() if "to be built" in state} == {"tuned-text", "stage1", "joint"}
+    shown = [*systems[:-1], systems[-1] | {"versus": "stage1", "label": "the second stage"}]
+    assert {state.rpartition(", ")[2] for state in state_of(load(training, shown)).values()} == {"done"}
     changed = state_of(load(training, systems, decode={"new_tokens": 5}))
     assert set(changed.values()) == {f"{kind}, built, to be measured" for kind in
                                      ("base", "specialist", "router", "static", "tuned", "fused")}  # fmt: skip
@@ -256,6 +291,17 @@ def test_rows_with_the_same_id_are_all_counted(training, in_process, tmp_path):
 def test_tasks_are_checked_before_any_system(training, in_process, fields, problem):
     with pytest.raises(DataError, match=problem):
         compare(load(training, ["base"], **fields))
+    assert in_process == []
+
+
+def test_packages_are_looked_for_before_any_system(training, in_process, monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"matplotlib.*ultrafuser\[report\]"):
+        compare(load(training, ["base"]))
+    monkeypatch.undo()
+    monkeypatch.setattr(merging, "PROGRAM", "no-such-program")
+    with pytest.raises(MissingExtraError, match=r"mergekit.*ultrafuser\[merge\]"):
+        compare(load(training, ["base", "merge"]))
     assert in_process == []
 
 

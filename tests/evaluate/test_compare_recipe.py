@@ -97,6 +97,7 @@ def test_what_is_dumped_is_read_back(tmp_path):
         ([{"kind": "specialist", "name": "all"}], {}, "stands for all of them"),
         ([{"kind": "btx", "set": ["balanced=false"]}], {}, "balanced batches always"),
         (["base"], {"main": "fused"}, "main: no system 'fused'"),
+        ([{"kind": "base", "versus": "text"}], {}, "'base' has versus 'text', which is no system; there are: base"),
         (["base"], {"test": []}, "nothing to measure"),
         ([{"kind": "best_of", "by": "judge"}], {}, "there is no 'judge'"),
         ([{"kind": "fused", "set": ["stages.gate.lr=fast"]}], {}, "stages.gate.lr=fast"),

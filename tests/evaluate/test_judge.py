@@ -229,10 +229,21 @@ def test_the_order_shown_is_drawn_but_repeatable(server: ScriptedEndpoint):
 
 
 def test_no_readable_choice_is_none(server: ScriptedEndpoint):
-    server.script = [fine("[[3]]"), fine("2"), fine(None), failing(400)]
+    server.script = [fine("[[3]]"), fine("2"), fine(None)]
     judge = judge_of(server)
-    assert judge.choose_all([(str(i), ["a", "b"]) for i in range(4)]) == [None] * 4
-    assert judge.counts == {"unparsed": 2, "refused": 1, "error": 1}
+    assert judge.choose_all([(str(i), ["a", "b"]) for i in range(3)]) == [None] * 3
+    assert judge.counts == {"unparsed": 2, "refused": 1}
+
+
+def test_a_choice_that_was_not_made_is_no_guess(server: ScriptedEndpoint):
+    server.script = [fine("[[1]]"), failing(400), fine("[[1]]")]
+    judge, items = judge_of(server), [(str(i), ["a", "b"]) for i in range(3)]
+    with pytest.raises(
+        EndpointError, match=r"status 400: .*; 1 of 3 choices were not made, the others are kept, run again"
+    ):
+        judge.choose_all(items)
+    server.script = [fine("[[1]]")]
+    assert None not in judge.choose_all(items) and server.hits == 4
 
 
 def test_equal_answers_need_no_judge(server: ScriptedEndpoint):
@@ -248,6 +259,8 @@ def test_no_answers_to_choose_from(server: ScriptedEndpoint):
 def test_a_dead_judge_ends_a_series_of_choices(server: ScriptedEndpoint):
     server.reply = lambda _: failing(500)
     judge = judge_of(server, retries=0)
-    assert [judge.choose(str(i), ["a", "b"]) for i in range(MAX_FAILURES - 1)] == [None] * (MAX_FAILURES - 1)
+    for i in range(MAX_FAILURES - 1):
+        with pytest.raises(EndpointError, match="1 of 1 choices were not made"):
+            judge.choose(str(i), ["a", "b"])
     with pytest.raises(EndpointError, match=f"{MAX_FAILURES} requests in a row failed"):
         judge.choose("last", ["a", "b"])

@@ -149,7 +149,7 @@ def test_a_missing_mergekit_names_the_extra(tmp_path, monkeypatch):
         (
             "ties",
             {"base": None},
-            "ties adds differences to the model that the specialists were trained from; give base",
+            "ties adds differences to the model that the specialists were trained from; name it as `base`",
         ),
         ("linear", {"density": 0.5}, "linear keeps every difference, so density=0.5 has no effect; remove it"),
         ("ties", {"density": 0.0}, "ties: density is 0.0, expected more than 0 and at most 1"),

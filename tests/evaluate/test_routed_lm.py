@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from ultrafuser.errors import UltraFuserError
-from ultrafuser.evaluate.best_of import BestOfLM
+from ultrafuser.evaluate.answers import Store
+from ultrafuser.evaluate.best_of import BestOfLM, choices
 from ultrafuser.evaluate.chat import decode_chat, encode_chat
 from ultrafuser.evaluate.routed_lm import REQUESTS_PER_CALL, RoutedLM, ask
 
@@ -145,20 +147,21 @@ class Verdict:
     def __init__(self, *verdicts: Any) -> None:
         self.verdicts, self.asked = list(verdicts), []
 
-    def choose(self, question: str, answers: Sequence[str]) -> int | None:
-        self.asked.append((question, list(answers)))
-        verdict = self.verdicts.pop(0)
-        return answers.index(verdict) if isinstance(verdict, str) else verdict
+    def choose_all(self, items: Sequence[tuple[str, Sequence[str]]]) -> list[int | None]:
+        self.asked += items
+        verdicts = [self.verdicts.pop(0) for _ in items]
+        return [None if v is None else list(answers).index(v) for v, (_, answers) in zip(verdicts, items, strict=True)]
 
 
-def test_the_likeliest_answer_per_token_wins():
+def test_the_likeliest_answer_per_token_wins(tmp_path: Path):
     """Not the shortest one: `b` is likelier per token, though its whole answer is less likely."""
+    store = Store(tmp_path / "answers.sqlite", "best")
     lms = {"a": Specialist("a", log_p=-2.0, says="xx"), "b": Specialist("b", log_p=-1.0, says="yyyyyy")}
-    best = BestOfLM(lms, Letters())
+    best = BestOfLM(lms, Letters(), store=store)
     best.set_cache_hook(hook := Hook())
     mine = requests(["one", "two"])
     assert best.generate_until(mine) == ["yyyyyy", "yyyyyy"]
-    assert best.chosen == {"b": 2}
+    assert choices(store) == {"of": {"b": 2}, "by": {"log_prob": 2}}
     assert hook.kept == [("generate_until", one.args, "yyyyyy") for one in mine]
 
 
@@ -173,25 +176,14 @@ def test_an_empty_answer_comes_last_and_equal_answers_need_no_choice():
     assert BestOfLM(empty, Letters()).generate_until(requests(["one"])) == [""]
 
 
-def test_a_judge_decides_and_the_log_probability_where_it_does_not():
+def test_a_judge_decides_and_the_log_probability_where_it_does_not(tmp_path: Path):
     lms = {"a": Specialist("a", "|", log_p=-1.0, says="xx"), "b": Specialist("b", log_p=-2.0, says="yy")}
-    judge = Verdict("yy", None, "xx", 7)
-    best = BestOfLM(lms, Letters(), judge)
+    judge, store = Verdict("yy", None, "xx", None), Store(tmp_path / "answers.sqlite", "best")
+    best = BestOfLM(lms, Letters(), judge, store)
     chat = encode_chat([{"role": "user", "content": "one"}, {"role": "assistant", "content": "So"}])
     assert best.generate_until(requests([chat, "two", "three", "four"])) == ["yy", "xx", "xx", "xx"]
-    assert (best.judged, best.fallbacks) == (2, 2)
+    assert choices(store) == {"of": {"b": 1, "a": 3}, "by": {"judge": 2, "log_prob": 2}}
     assert [question for question, _ in judge.asked] == ["one", "two", "three", "four"]
-
-
-def test_the_judge_sees_the_answers_in_an_order_that_favours_no_one():
-    lms = {"a": Specialist("a", says="xx"), "b": Specialist("b", says="yy")}
-    first, again = [], []
-    for seen in (first, again):
-        judge = Verdict(*["xx"] * 40)
-        BestOfLM(lms, Letters(), judge).generate_until(requests([f"question {i}" for i in range(40)]))
-        seen += [answers[0] for _, answers in judge.asked]
-    assert first == again
-    assert 10 < first.count("xx") < 30
 
 
 def test_log_likelihoods_have_no_best_of():

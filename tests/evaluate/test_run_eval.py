@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from scripted_endpoint import fine, scripted_endpoint
 from specimens import save_adapter, tiny
 from ultrafuser.data.schema import parse_row
 from ultrafuser.data.sources import write_rows
 from ultrafuser.errors import CheckpointError, DataError, RecipeError
 from ultrafuser.evaluate import run, scoring
-from ultrafuser.evaluate.models import name_of, serve
+from ultrafuser.evaluate.models import endpoint_recipe, name_of, serve
 from ultrafuser.evaluate.run import EvalOptions, evaluate_models, markdown, names_of
 from ultrafuser.recipe import load_recipe
 from ultrafuser.specialists import fuse
@@ -231,7 +232,69 @@ def test_models_that_are_not_there(tmp_path):
         serve(str(tmp_path / "half"))
 
 
-def test_an_endpoint_has_no_loss(rows, tmp_path):
+@pytest.mark.parametrize(
+    ("names", "named"), [(["loss"], []), (["loss", "gsm8k"], ["loss"]), (["gsm8k", "sat_math"], ["sat_math"])]
+)
+def test_what_an_endpoint_cannot_tell_is_an_error_before_any_model(names, named, checkpoint, data_dir, tmp_path):
+    models = [str(checkpoint("plain")), "openai:m@http://127.0.0.1:9/v1"]
+    unseen = (named or names)[0]
+    with pytest.raises(
+        DataError, match=f"does not tell how likely a given text is, which {unseen} needs; give the model"
+    ):
+        evaluate_models(models, EvalOptions(names, named, data_dir=data_dir), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_endpoint_leaves_out_what_a_suite_asks_too_much(checkpoint, rows, data_dir, tmp_path):
     pytest.importorskip("openai")
-    with pytest.raises(DataError, match="an endpoint shows no probabilities"):
-        evaluate_models(["openai:m@http://127.0.0.1:9/v1"], EvalOptions(["loss"], data=[rows]), tmp_path / "out")
+    with scripted_endpoint() as server:
+        server.reply = lambda _: fine("#### 3")
+        short = {"max_new_tokens": 4}
+        options = EvalOptions(
+            ["loss", "gsm8k", "sat_math"], data=[rows], data_dir=data_dir, limit=3, task_options=short
+        )
+        text = f"far=openai:m@{server.url}"
+        results = evaluate_models([str(checkpoint("plain")), text], options, tmp_path / "out")["models"]
+    assert set(results["plain"]["tasks"]) == {"gsm8k", "sat_math"} and set(results["plain"]["loss"]) == {"text", "code"}
+    assert set(results["far"]["tasks"]) == {"gsm8k"} and "loss" not in results["far"]
+
+
+def test_half_a_character_in_an_answer_is_no_end(data_dir, tmp_path):
+    pytest.importorskip("openai")
+    with scripted_endpoint() as server:
+        server.reply = lambda _: fine("\ud83d 3")
+        options = EvalOptions(["gsm8k"], data_dir=data_dir, limit=2)
+        evaluate_models([f"openai:m@{server.url}"], options, tmp_path / "out")
+    lines = (tmp_path / "out" / "m" / "gsm8k.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == [["\ufffd 3"]] * 2
+
+
+def test_models_get_the_names_that_they_are_given(checkpoint, rows, tmp_path):
+    model = str(checkpoint("fused"))
+    options = EvalOptions(["loss"], data=[rows], limit=1)
+    results = evaluate_models([model, f"mine={model}", model], options, tmp_path / "out")
+    assert list(results["models"]) == ["fused", "mine", "fused-2"]
+    with pytest.raises(DataError, match="two models are named 'mine'"):
+        evaluate_models([f"mine={model}", f"mine={model}"], options, tmp_path / "out")
+
+
+def test_a_folder_of_something_else_and_two_at_once_are_refused(checkpoint, rows, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    models, options, out = [str(checkpoint("plain"))], EvalOptions(["loss"], data=[rows], limit=1), tmp_path / "out"
+    out.mkdir()
+    (out / "results.json").write_text('{"systems": {}}')
+    with pytest.raises(DataError, match="results.json: not the results of an evaluation; choose another --output"):
+        evaluate_models(models, options, out)
+    with (out / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another evaluation is at work there"):
+            evaluate_models(models, options, out)
+
+
+def test_an_endpoint_may_be_a_file(tmp_path):
+    (tmp_path / "judge.yaml").write_text("{model: m, base_url: http://h/v1, max_tokens: 4096, temperature: null}")
+    recipe = endpoint_recipe(str(tmp_path / "judge.yaml"))
+    assert (recipe.model, recipe.max_tokens, recipe.temperature) == ("m", 4096, None)
+    (tmp_path / "judge.yaml").write_text("{model: m, retry: 3}")
+    with pytest.raises(RecipeError, match="judge.yaml: retry: unknown key; did you mean 'retries'"):
+        endpoint_recipe(f"openai:{tmp_path}/judge.yaml")

@@ -44,8 +44,8 @@ class Store:
             ) from error
         if (before := self.get("owner", "")) != owner:
             raise DataError(
-                f"{file}: holds the answers of another model ({before}), expected {owner}; choose another --output, or "
-                "delete the file if the model was changed on purpose"
+                f"{file}: holds the answers of another model ({before}), expected {owner}; name it anew as "
+                "NAME=MODEL, choose another --output, or delete the file if the model was changed on purpose"
             )
 
     def get(self, kind: str, key: str) -> Any | None:
@@ -61,6 +61,10 @@ class Store:
             raise DataError(
                 f"{self.file}: the answer could not be kept ({error}); those before it are. Make room, and run again"
             ) from error
+
+    def values(self, kind: str) -> list[Any]:
+        """All values of a kind."""
+        return [json.loads(value) for (value,) in self._db.execute("SELECT value FROM answers WHERE kind = ?", (kind,))]
 
     def count(self, kind: str) -> int:
         """How many values of a kind there are."""

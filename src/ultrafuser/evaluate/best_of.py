@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import random
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -11,42 +12,41 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from ultrafuser.errors import UltraFuserError
+from ultrafuser.evaluate.answers import Store
 from ultrafuser.evaluate.chat import decode_chat, encode_chat
 from ultrafuser.evaluate.routed_lm import REQUESTS_PER_CALL, ask
+
+CHOICE = "choice"  # of the values in the store
 
 
 class Judge(Protocol):
     """Whoever chooses among answers."""
 
-    def choose(self, question: str, answers: Sequence[str]) -> int | None:
-        """The index of the best answer; None where there is no verdict."""
+    def choose_all(self, items: Sequence[tuple[str, Sequence[str]]]) -> list[int | None]:
+        """Of each (question, answers) the index of the best answer; None where there is no verdict."""
         ...
 
 
 class BestOfLM(LM):
     """Answers of all language models, of which one is given back.
 
-    Without a judge it is the answer with the highest mean log-probability per token under the model that gave it. With
-    one, the judge sees the answers in an order drawn for each question; where it gives no verdict, the
-    log-probability decides.
-
-    Attributes:
-        chosen: how often each model's answer was given back.
-        judged, fallbacks: questions that the judge decided, and that it did not.
+    Without a judge it is the answer with the highest mean log-probability per token under the model that gave it; with
+    one, that holds where the judge gives no verdict.
 
     Source: table 5 of arXiv 2403.08281 (there by a reward model and by GPT-4o).
     """
 
-    def __init__(self, lms: Mapping[str, LM], tokenizer: Any, judge: Judge | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, lms: Mapping[str, LM], tokenizer: Any, judge: Judge | None = None, store: Store | None = None
+    ) -> None:
         """
         Args:
             lms: the specialists by name.
             tokenizer: theirs, to count the tokens of an answer.
+            store: keeps which answer was chosen and by whom, see `choices`.
         """
         super().__init__()
-        self.lms, self.tokenizer, self.judge, self.seed = dict(lms), tokenizer, judge, seed
-        self.chosen: Counter[str] = Counter()
-        self.judged = self.fallbacks = 0
+        self.lms, self.tokenizer, self.judge, self.store = dict(lms), tokenizer, judge, store
 
     @property
     def tokenizer_name(self) -> str:
@@ -58,7 +58,11 @@ class BestOfLM(LM):
         return encode_chat(chat_history)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The chosen answer to each request."""
+        """The chosen answer to each request.
+
+        Raises:
+            EndpointError: the judge was not there for some; its verdicts so far are kept.
+        """
         out: list[str] = []
         for start in range(0, len(requests), REQUESTS_PER_CALL):
             part = requests[start : start + REQUESTS_PER_CALL]
@@ -66,8 +70,9 @@ class BestOfLM(LM):
             for k, lm in enumerate(self.lms.values()):
                 for i, answer in ask(lm, "generate_until", part):
                     answers[i][k] = answer
-            for request, own, k in zip(part, answers, self._choose(part, answers), strict=True):
-                self.chosen[list(self.lms)[k]] += 1
+            for request, own, (k, by) in zip(part, answers, self._choose(part, answers), strict=True):
+                if self.store is not None:
+                    self.store.put(CHOICE, _key(request), {"of": list(self.lms)[k], "by": by})
                 self.cache_hook.add_partial("generate_until", request.args, own[k])
                 out.append(own[k])
         return out
@@ -90,28 +95,17 @@ class BestOfLM(LM):
             "best-of-K chooses among answers, and rolling log-likelihood has none; measure it on tasks that generate"
         )
 
-    def _choose(self, requests: Sequence[Instance], answers: Sequence[Sequence[str]]) -> list[int]:
-        """For each request the index of the answer to give back."""
-        chosen: list[int | None] = [0 if len(set(own)) == 1 else None for own in answers]
+    def _choose(self, requests: Sequence[Instance], answers: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+        """For each request the index of the answer to give back, and who chose it."""
+        chosen = {i: (0, "equal") for i, own in enumerate(answers) if len(set(own)) == 1}
         if self.judge is not None:
-            for i, request in enumerate(requests):
-                if chosen[i] is None:
-                    chosen[i] = self._verdict(self.judge, question_of(request.args[0]), answers[i])
-        open_ones = [i for i, k in enumerate(chosen) if k is None]
-        by_log_prob = self._by_log_prob([requests[i] for i in open_ones], [answers[i] for i in open_ones])
-        for i, k in zip(open_ones, by_log_prob, strict=True):
-            chosen[i] = k
-        return [k or 0 for k in chosen]
-
-    def _verdict(self, judge: Judge, question: str, answers: Sequence[str]) -> int | None:
-        order = list(range(len(answers)))
-        random.Random(f"{self.seed}/{question}").shuffle(order)
-        place = judge.choose(question, [answers[k] for k in order])
-        if place is None or not 0 <= place < len(order):
-            self.fallbacks += 1
-            return None
-        self.judged += 1
-        return order[place]
+            asked = [i for i in range(len(requests)) if i not in chosen]
+            verdicts = self.judge.choose_all([(question_of(requests[i].args[0]), answers[i]) for i in asked])
+            chosen |= {i: (k, "judge") for i, k in zip(asked, verdicts, strict=True) if k is not None}
+        rest = [i for i in range(len(requests)) if i not in chosen]
+        by_log_prob = self._by_log_prob([requests[i] for i in rest], [answers[i] for i in rest])
+        chosen |= {i: (k, "log_prob") for i, k in zip(rest, by_log_prob, strict=True)}
+        return [chosen[i] for i in range(len(requests))]
 
     def _by_log_prob(self, requests: Sequence[Instance], answers: Sequence[Sequence[str]]) -> list[int]:
         """The answer that its own model finds likeliest, per token; an empty answer comes last."""
@@ -133,3 +127,13 @@ def question_of(context: str) -> str:
     if messages is None:
         return context
     return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+
+
+def choices(store: Store) -> dict[str, dict[str, int]]:
+    """How many answers were chosen `of` each model, and `by` whom: `judge`, `log_prob`, or neither where all were equal."""
+    found = list(store.values(CHOICE))
+    return {part: dict(Counter(own[part] for own in found)) for part in ("of", "by")}
+
+
+def _key(request: Instance) -> str:
+    return hashlib.sha256(json.dumps(request.args, sort_keys=True).encode()).hexdigest()

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.errors import DataError
-from ultrafuser.evaluate.atomic import write_json
+from ultrafuser.errors import DataError, MissingExtraError
+from ultrafuser.evaluate.atomic import alone_in, write_json
 from ultrafuser.evaluate.compare_recipe import CompareRecipe, SystemRecipe, dump_compare_recipe
 from ultrafuser.evaluate.domain_loss import mean_weights
+from ultrafuser.evaluate.endpoint_client import Endpoint
 from ultrafuser.evaluate.intervals import Stratum, difference, estimate
+from ultrafuser.evaluate.merging import find_program
 from ultrafuser.evaluate.run import LOSSES, check_tasks, loss_cell
 from ultrafuser.evaluate.scoring import TaskScores
 from ultrafuser.evaluate.system_process import start_step
 from ultrafuser.evaluate.workplace import RECIPE, Workplace, eval_options
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.progress import Progress
-
-try:
-    import fcntl
-except ImportError:  # no such locks on Windows
-    fcntl = None  # type: ignore[assignment]
 
 BUILD, MEASURE = "ultrafuser.evaluate.system_build", "ultrafuser.evaluate.system_measure"
 NOT_A_SYSTEM = "oracle"
@@ -50,8 +47,8 @@ def compare(recipe: CompareRecipe, progress: Progress | None = None) -> dict[str
     progress = progress or Progress()
     folder = Path(recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
-    _check_tasks(recipe)
-    with _alone(folder):
+    _check(recipe)
+    with alone_in(folder, "comparison"):
         (folder / RECIPE).write_text(dump_compare_recipe(recipe), encoding="utf-8")
         place = Workplace(folder, progress)
         errors = _run_all(place, progress)
@@ -64,30 +61,18 @@ def compare(recipe: CompareRecipe, progress: Progress | None = None) -> dict[str
     return results
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Only one comparison at a time works in a folder.
-
-    Raises:
-        DataError: another one does.
-    """
-    with (folder / "lock").open("w") as lock:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"{folder}: another comparison is at work there; wait for it, or choose another output="
-                ) from None
-        yield
-
-
-def _check_tasks(recipe: CompareRecipe) -> None:
-    """Find out before any system is built that a benchmark cannot run.
+def _check(recipe: CompareRecipe) -> None:
+    """Find out before any system is built that something cannot run.
 
     Raises:
         DataError, SandboxError, MissingExtraError: what is missing, and what to do.
     """
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "report", "the report's figures")
+    if any(system.kind == "merge" for system in recipe.systems):
+        find_program()
+    if recipe.judge is not None:
+        Endpoint(recipe.judge)
     if odd := [name for name in recipe.tasks if name in LOSSES]:
         raise DataError(f"tasks: {odd[0]!r} is no benchmark here; list its rows under 'test', and the loss is measured")
     check_tasks(eval_options(recipe, recipe.tasks))
@@ -117,8 +102,10 @@ def state_of(recipe: CompareRecipe) -> dict[str, str]:
     out = {}
     for system in recipe.systems:
         name = str(system.name)
-        done = [step for step in ("build", "measure") if place.facts(name, step) is not None]
-        state = {0: "to be built", 1: "built, to be measured", 2: "done"}[len(done)]
+        found = [facts for step in ("build", "measure") if (facts := place.facts(name, step)) is not None]
+        state = {0: "to be built", 1: "built, to be measured", 2: "done"}[len(found)]
+        if any(map(_lacks_verdicts, found)):
+            state = "measured, the judge to be asked again"
         out[name] = f"{system.kind}, {'made of the specialists' if system.kind == NOT_A_SYSTEM else state}"
     return out
 
@@ -129,13 +116,19 @@ def _run(place: Workplace, system: SystemRecipe, errors: Mapping[str, str]) -> s
     if system.after in errors and place.facts(str(system.after), "build") is None:
         return f"it comes after {system.after!r}, which failed"
     for step, module in (("build", BUILD), ("measure", MEASURE)):
-        if place.facts(name, step) is None:
+        facts = place.facts(name, step)
+        if facts is None or _lacks_verdicts(facts):
             error = start_step(module, place.folder, name)
             if error is not None:
                 return error
             if place.facts(name, step) is None:
                 return f"its {step} ended without results"
     return None
+
+
+def _lacks_verdicts(facts: Mapping[str, Any]) -> bool:
+    """Whether a judge was not there for some answers, which are asked again."""
+    return any(task["counts"].get("error") for task in facts.get("tasks", {}).values())
 
 
 def traces_of(place: Workplace) -> list[TokenTrace]:
@@ -176,12 +169,17 @@ def collect(place: Workplace, errors: Mapping[str, str]) -> dict[str, Any]:
         }
         systems[name] = own
     against = {"best_specialist": best}
+    columns = [*domains, "mean", *(TASK + task for task in tasks)]
     for kind in ("router", NOT_A_SYSTEM):
         if (other := next((str(s.name) for s in recipe.systems if s.kind == kind), None)) in {**losses, **scores}:
-            against[kind] = dict.fromkeys([*domains, "mean", *(TASK + task for task in tasks)], str(other))
-    for name, own in systems.items():
-        own["paired"] = {
-            kind: _paired(name, others, losses, scores, domains, recipe.seed) for kind, others in against.items()
+            against[kind] = dict.fromkeys(columns, str(other))
+    if recipe.main in measured:
+        against["main"] = dict.fromkeys(columns, recipe.main)
+    for system in recipe.systems:
+        name = str(system.name)
+        own = against | ({"versus": dict.fromkeys(columns, system.versus)} if system.versus else {})
+        systems[name]["paired"] = {
+            kind: _paired(name, others, losses, scores, domains, recipe.seed) for kind, others in own.items()
         }
     return {
         "title": recipe.title,
@@ -214,6 +212,7 @@ def _entry(system: SystemRecipe, facts: Mapping[str, Any], built: Mapping[str, A
         "tokens_per_s": facts.get("tokens_per_s"),
         "peak_memory_mb": facts.get("peak_memory_mb"),
         "parameters": _parameters(facts, built),
+        "chosen": facts.get("chosen"),
         "seconds": {"build": built.get("seconds", 0.0), "measure": facts.get("seconds", 0.0)},
     }
 
@@ -264,8 +263,8 @@ def _loss_cells(loss: Columns, domains: Sequence[str], seed: int) -> dict[str, A
 
 
 def _task_cell(stratum: Stratum, facts: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:
-    unparsed = (facts or {}).get("counts", {}).get("unparsed", 0)
-    return estimate([stratum], seed) | {"samples": len(stratum.totals), "unparsed": unparsed}
+    counts = {what: number for what, number in (facts or {}).get("counts", {}).items() if number and what != "ok"}
+    return estimate([stratum], seed) | {"samples": len(stratum.totals), "counts": counts}
 
 
 def _parameters(facts: Mapping[str, Any], built: Mapping[str, Any]) -> dict[str, int] | None:
@@ -338,7 +337,8 @@ def tables(results: Mapping[str, Any]) -> list[Any]:
             for name, own in ((name, system["tasks"]) for name, system in results["systems"].items())
             if own
         }
-        out.append(_table("benchmarks in %", list(results["tasks"]), cells, results))
+        marks = " and ratings of 1 to 10" if 1 in scales.values() else ""
+        out.append(_table(f"benchmarks in %{marks}", list(results["tasks"]), cells, results))
     return out
 
 

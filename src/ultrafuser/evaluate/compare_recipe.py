@@ -18,7 +18,7 @@ Kind = Literal["base", "specialist", "oracle", "static", "merge", "tuned", "rout
 STATIC_LR = 0.05  # K scores have further to go than a gate's weights: AdamW moves each by about lr a step
 # the stages of the training recipe that a kind runs; `fused` runs all, or those that its line names
 _STAGES: dict[str, list[str]] = {"static": ["gate"], "tuned": ["joint"], "btx": ["joint"]}
-# the fields that a kind reads, besides name and label
+# the fields that a kind reads, besides those of all
 _FIELDS: dict[str, tuple[str, ...]] = {
     "specialist": ("specialist",),
     "static": ("mixing", "weights", "set"),
@@ -77,10 +77,14 @@ class SystemRecipe(Node):
     tasks: list[str] | None = Field(
         default=None, description="Which of the comparison's benchmarks it runs; null: all of them."
     )
+    versus: Identifier | None = Field(
+        default=None,
+        description="A system to which its paired differences are shown too, e.g. what it is an ablation of.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> SystemRecipe:
-        allowed = {"kind", "name", "label", "tasks", *_FIELDS.get(self.kind, ())}
+        allowed = {"kind", "name", "label", "tasks", "versus", *_FIELDS.get(self.kind, ())}
         if odd := sorted(self.model_fields_set - allowed):
             raise ValueError(f"kind {self.kind!r} has no {odd[0]!r}; it takes {', '.join(sorted(allowed - {'kind'}))}")
         if self.kind == "specialist" and self.specialist is None and {"name", "label"} & self.model_fields_set:
@@ -120,8 +124,13 @@ class CompareRecipe(Node):
     title: str = Field(default="Fuse, merge, route or fine-tune?", description="Heading of the report.")
     recipe: LocalPath = Field(description="Training recipe: the specialists, the training rows, the stages.")
     set: list[str] = Field(default=[], description="Overrides of the training recipe for all systems.")
+    base: LocalPath | None = Field(
+        default=None,
+        description="The model that whole specialists were trained from, for `base` and for merges of differences; null: "
+        "the one below the adapters.",
+    )
     test: list[SourceRecipe] = Field(default=[], description="Rows whose loss is measured; nothing is trained on them.")
-    tasks: list[str] = Field(default=[], description="Benchmarks, as `ultrafuser eval --tasks` knows them.")
+    tasks: list[str] = Field(default=[], description="Benchmarks, by the names of docs/tasks.md and docs/judged.md.")
     data_dir: LocalPath | None = Field(default=None, description="Folder of the benchmarks' files; null: the hub.")
     limit: PositiveInt | None = Field(default=None, description="Documents of each benchmark; null: all.")
     max_new_tokens: PositiveInt | None = Field(default=None, description="Tokens of an answer; null: each task's own.")
@@ -247,6 +256,12 @@ def _check_names(systems: Sequence[SystemRecipe], main: str | None) -> None:
                 f"systems: {system.name!r} comes after {system.after!r}, which is no 'fused' system listed before it"
             )
         before.append(system.name if system.kind == "fused" else None)
+    for system in systems:
+        if system.versus is not None and system.versus not in names:
+            known = ", ".join(map(str, names))
+            raise RecipeError(
+                f"systems: {system.name!r} has versus {system.versus!r}, which is no system; there are: {known}"
+            )
     if main is not None and main not in names:
         raise RecipeError(f"main: no system {main!r}; there are: {', '.join(map(str, names))}")
 

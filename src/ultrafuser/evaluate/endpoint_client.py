@@ -236,6 +236,7 @@ def _reply(completion: Any) -> Reply:
     text = message.content or ""
     if not isinstance(text, str):
         raise _Malformed("its content is no text")
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half an emoji, where a limit cut it
     usage = getattr(completion, "usage", None)
     return Reply(
         text,

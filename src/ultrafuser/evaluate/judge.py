@@ -209,7 +209,8 @@ class Judge:
 
         Raises:
             UltraFuserError: an item without answers.
-            EndpointError: the endpoint cannot be used, or died.
+            EndpointError: the endpoint cannot be used, died, or left a question unanswered: which answer is best is not
+                guessed, and choices that were made are kept.
         """
         if empty := [question for question, answers in items if not answers]:
             raise UltraFuserError(f"no answers to choose from, expected at least one; question: {empty[0][:80]!r}")
@@ -220,6 +221,9 @@ class Judge:
             for i, order in zip(open_items, orders, strict=True)
         ]
         judgements = self.ask_all(questions, what="choices of the judge", progress=progress)
+        if errors := [judgement.text for judgement in judgements if judgement.status == "error"]:
+            raise EndpointError(f"{errors[0]}; {len(errors)} of {len(judgements)} choices were not made, the others are kept, "
+                                "run again to ask only for those")  # fmt: skip
         out: list[int | None] = [0] * len(items)
         for i, order, judgement in zip(open_items, orders, judgements, strict=True):
             out[i] = None if judgement.verdict is None else order[int(judgement.verdict) - 1]

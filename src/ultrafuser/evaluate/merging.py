@@ -120,7 +120,7 @@ def _recipe(
         raise UltraFuserError(f"{method}: there is nothing to merge; give at least one source")
     if needs_base and base is None:
         raise UltraFuserError(
-            f"{method} adds differences to the model that the specialists were trained from; give base"
+            f"{method} adds differences to the model that the specialists were trained from; name it as `base`"
         )
     if density is not None and not is_sparse:
         raise UltraFuserError(f"{method} keeps every difference, so density={density} has no effect; remove it")

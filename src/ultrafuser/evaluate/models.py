@@ -18,7 +18,7 @@ from ultrafuser.evaluate.harness import FusionLM
 from ultrafuser.evaluate.parameters import count_parameters
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import PACKAGE, record_files
-from ultrafuser.recipe import load_recipe
+from ultrafuser.recipe import load_node, load_recipe
 from ultrafuser.specialists import fuse, is_fused, load, pick_device
 from ultrafuser.templates import Renderer
 
@@ -110,19 +110,29 @@ def name_of(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "-", last).strip(".-") or "model"
 
 
+def split_name(text: str) -> tuple[str | None, str]:
+    """`NAME=MODEL` as its two parts; MODEL alone has no name."""
+    found = re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)=(.+)", text)
+    return (found[1], found[2]) if found and not Path(text).exists() else (None, text)
+
+
 def _endpoint(text: str, name: str) -> Served:
     from ultrafuser.evaluate.endpoint import Endpoint, EndpointLM
 
     recipe = endpoint_recipe(text)
-    return Served(name, EndpointLM(Endpoint(recipe)), f"openai:{recipe.model}@{recipe.base_url}")
+    own = recipe.model_dump(include={"temperature", "max_tokens", "extra_body"}, exclude_defaults=True)  # of a file
+    fingerprint = f"openai:{recipe.model}@{recipe.base_url}" + (f" {json.dumps(own, sort_keys=True)}" if own else "")
+    return Served(name, EndpointLM(Endpoint(recipe)), fingerprint)
 
 
 def endpoint_recipe(text: str) -> EndpointRecipe:
-    """`[openai:]NAME[@URL]` as an endpoint.
+    """`[openai:]NAME[@URL]` as an endpoint, or a YAML file with the fields of one.
 
     Raises:
-        RecipeError: not of that form.
+        RecipeError: not of that form, or a file with something else.
     """
+    if (file := text.removeprefix(ENDPOINT)).endswith((".yaml", ".yml")):
+        return load_node(EndpointRecipe, file)
     if "://" in text and "@http" not in text:
         raise RecipeError(f"{text}: expected NAME@URL, such as my-model@http://localhost:8000/v1")
     try:

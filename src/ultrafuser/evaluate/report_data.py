@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ RIVALS = {
     "best_specialist": "the best specialist at home",
     "oracle": "the per-domain oracle",
     "router": "the router",
+    "main": "the main system",
+    "versus": "the system that its line of the recipe names",
 }
 MEAN = "mean"
 
@@ -46,12 +48,12 @@ class Loss(BaseModel):
 
 
 class TaskScore(BaseModel):
-    """Mean score of a benchmark, and how many answers held no readable result (they count as wrong)."""
+    """Mean score of a benchmark, and how many answers or verdicts were of no use, by what became of them."""
 
     value: float
     ci95: Interval
     samples: int
-    unparsed: int = 0
+    counts: dict[str, int] = {}
 
 
 class Pair(BaseModel):
@@ -91,6 +93,7 @@ class System(BaseModel):
     tokens_per_s: Speed | None = None
     peak_memory_mb: float | None = None
     parameters: Parameters | None = None
+    chosen: dict[str, dict[str, int]] | None = None
     seconds: dict[str, float] = {}
 
     @property
@@ -132,7 +135,7 @@ class Value:
     low: float
     high: float
     samples: int | None = None
-    unparsed: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def finite(self) -> bool:
@@ -216,7 +219,7 @@ class Comparison(BaseModel):
         system = self.systems[name]
         if column.is_task:
             score = system.tasks.get(column.name)
-            return Value(score.value, *score.ci95, score.samples, score.unparsed) if score else None
+            return Value(score.value, *score.ci95, score.samples, score.counts) if score else None
         loss = (system.loss or {}).get(column.name)
         return Value(loss.nll, *loss.ci95, loss.samples) if loss else None
 

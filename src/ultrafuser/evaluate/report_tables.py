@@ -140,8 +140,8 @@ def _csv_rows(comparison: Comparison) -> Iterator[CsvRow]:
             cell = comparison.value(name, column)
             if cell:
                 yield name, column.name, column.metric, cell.value, cell.low, cell.high, cell.samples
-            if cell and column.is_task:
-                yield name, column.name, f"{column.metric}/unparsed", cell.unparsed, None, None, cell.samples
+            for what, number in cell.counts.items() if cell else ():
+                yield name, column.name, f"{column.metric}/{what}", number, None, None, None
             for rival in system.paired:
                 if pair := comparison.pair(name, rival, column):
                     metric = f"{column.metric}/minus/{rival}/{pair.versus}"
@@ -265,8 +265,8 @@ def _quality_cell(comparison: Comparison, column: Column) -> Callable[[str], str
         if value is None:
             return "–"
         number = f"<b>{value.value:.{places}f}</b>" if name in best else f"{value.value:.{places}f}"
-        unparsed = f"<small>{value.unparsed:,} unparsed</small>" if value.unparsed else ""
-        return f"{number}<small>{_range(value, places)}</small>{unparsed}"
+        counts = ", ".join(f"{number:,} {escape(what)}" for what, number in value.counts.items())
+        return f"{number}<small>{_range(value, places)}</small>" + (f"<small>{counts}</small>" if counts else "")
 
     return cell
 

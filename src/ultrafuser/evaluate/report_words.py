@@ -25,7 +25,7 @@ def summary(comparison: Comparison) -> list[str]:
                 "To win or lose means that the 95% interval of the paired difference on the same samples excludes "
                 "zero; all else is a tie."
             )
-    return [*said, *_failures(comparison)]
+    return [*said, *_choices(comparison), *_failures(comparison)]
 
 
 def _loss_rank(comparison: Comparison, main: str) -> list[str]:
@@ -92,10 +92,21 @@ def _not_compared(comparison: Comparison, main: str) -> list[str]:
         "oracle": any(system.kind == "oracle" for system in comparison.done.values()),
         "router": any(system.kind == "router" for system in comparison.done.values()),
     }
-    lacks = [words for rival, words in RIVALS.items() if measured[rival] and not _against(comparison, main, rival)]
+    lacks = [RIVALS[rival] for rival in measured if measured[rival] and not _against(comparison, main, rival)]
     if not lacks:
         return []
     return [f"There are no paired differences to {_joined(lacks, 'or')}, so no win or loss is claimed there."]
+
+
+def _choices(comparison: Comparison) -> list[str]:
+    """On how many answers a judge gave no verdict."""
+    out = []
+    for system in comparison.done.values():
+        by = (system.chosen or {}).get("by", {})
+        if by.get("judge") and (others := by.get("log_prob", 0)):
+            out.append(f"{system.label}: the judge gave no verdict on {others:,} of {others + by['judge']:,} questions; there the "
+                       "log-probability chose.")  # fmt: skip
+    return out
 
 
 def _failures(comparison: Comparison) -> list[str]:
@@ -143,10 +154,12 @@ _RELATIVE = {
 }
 _TASKS = {
     "unparsed": "Answers that held no readable result. They count as wrong.",
+    "refused, unparsed, error, unscored": "With a judge: verdicts that it refused, that could not be read, or that never "
+    "came, and samples that have no score for it. They count for no one.",
 }
 _COSTS = {
-    "tokens/s": "Generated tokens a second, over the whole batch: the median of several runs on the same machine.",
-    "peak memory": "The most memory that the process or the device held while the system generated.",
+    "tokens/s": "New tokens a second, one prompt at a time: the median of several runs on the same machine.",
+    "peak memory": "The most memory that the process, or torch on a GPU, held from loading to those answers.",
     "parameters": "Total: all that are kept. Active: those that take part in one token. Trained: those that were changed.",
 }
 _GATE = {

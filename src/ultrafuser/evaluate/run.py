@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,14 @@ from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.answers import RememberingLM, Store
-from ultrafuser.evaluate.atomic import write_json
+from ultrafuser.evaluate.atomic import alone_in, write_json
 from ultrafuser.evaluate.domain_loss import mean_weights
 from ultrafuser.evaluate.endpoint_recipe import EndpointRecipe
 from ultrafuser.evaluate.intervals import Stratum, estimate
-from ultrafuser.evaluate.models import Served, name_of, serve
+from ultrafuser.evaluate.models import ENDPOINT, Served, name_of, serve, split_name
 from ultrafuser.evaluate.scoring import TaskScores, benchmark, drawn, losses
 from ultrafuser.evaluate.tasks import SUITES as TASK_SUITES
-from ultrafuser.evaluate.tasks import load_tasks
+from ultrafuser.evaluate.tasks import TASKS, load_tasks
 from ultrafuser.progress import Progress
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class EvalOptions:
 
     Attributes:
         names: of `loss`, `mixed`, our tasks, `alpaca_eval`, `mt_bench`.
+        named: those of them that were asked for by name: an endpoint, which weighs no given text, is an error there, where
+            it leaves out the others.
         data: rows whose loss is measured, instead of the zoo's test rows.
         data_dir: folder of the benchmarks' files; None: the hub.
         limit: so many rows a domain and documents a task, the same for all models.
@@ -52,6 +54,7 @@ class EvalOptions:
     """
 
     names: Sequence[str]
+    named: Sequence[str] = ()
     data: Sequence[str] = ()
     data_dir: str | None = None
     limit: int | None = None
@@ -100,21 +103,43 @@ def evaluate_models(
     """
     progress = progress or Progress()
     rows, named = loss_rows(options), _named(models)
+    own = {name: _own_options(text, options, progress) for name, text in named.items()}
     check_tasks(options)
     output.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"created": time.strftime("%Y-%m-%d"), "models": _before(output / "results.json")}
-    for name, text in named.items():
-        progress.say(f"{name}: {text}")
-        began = time.monotonic()
-        served = serve(text, name=name, batch_size=options.batch_size, seed=options.seed, **options.model_options)
-        found = measure(served, options, rows, output / name, progress)
-        del served  # before the next one is loaded
-        found |= {"source": text, "seed": options.seed, "limit": options.limit}
-        found["seconds"] = round(time.monotonic() - began, 1)
-        results["models"][name] = _joined(results["models"].get(name, {}), found)
-        write_json(output / "results.json", results)
-        (output / "table.md").write_text(markdown(results), encoding="utf-8")
+    with alone_in(output, "evaluation"):
+        results: dict[str, Any] = {"created": time.strftime("%Y-%m-%d"), "models": _before(output / "results.json")}
+        for name, text in named.items():
+            progress.say(f"{name}: {text}")
+            began = time.monotonic()
+            served = serve(text, name=name, batch_size=options.batch_size, seed=options.seed, **options.model_options)
+            found = measure(served, own[name], rows, output / name, progress)
+            del served  # before the next one is loaded
+            found |= {"source": text, "seed": options.seed, "limit": options.limit}
+            found["seconds"] = round(time.monotonic() - began, 1)
+            results["models"][name] = _joined(results["models"].get(name, {}), found)
+            write_json(output / "results.json", results)
+            (output / "table.md").write_text(markdown(results), encoding="utf-8")
     return results
+
+
+def _own_options(text: str, options: EvalOptions, progress: Progress) -> EvalOptions:
+    """What is measured of one model: an endpoint does not tell how likely a given text is.
+
+    Raises:
+        DataError: nothing is left of an endpoint, or something that was asked for by name.
+    """
+    unseen = [name for name in options.names if name in LOSSES or name in TASKS and TASKS[name].needs_log_probs]
+    if not text.startswith(ENDPOINT) or not unseen:
+        return options
+    left = [name for name in options.names if name not in unseen]
+    if not left or set(unseen) & set(options.named):
+        what = ", ".join(name for name in unseen if not left or name in options.named)
+        raise DataError(
+            f"{text}: an endpoint does not tell how likely a given text is, which {what} needs; give the model itself, or "
+            "tasks that generate, such as --tasks gsm8k"
+        )
+    progress.say(f"left out of {text}, as an endpoint does not tell how likely a given text is: {', '.join(unseen)}")
+    return replace(options, names=left)
 
 
 def check_tasks(options: EvalOptions) -> None:
@@ -133,8 +158,17 @@ def check_tasks(options: EvalOptions) -> None:
 
 
 def _before(file: Path) -> dict[str, Any]:
-    """What earlier calls measured into the same folder."""
-    return json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else {}
+    """What earlier calls measured into the same folder.
+
+    Raises:
+        DataError: the folder holds something else, such as a comparison.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["models"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: not the results of an evaluation; choose another --output") from error
 
 
 def _joined(before: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +184,7 @@ def measure(
 ) -> dict[str, Any]:
     """One model: its losses by domain, its tasks, and what lies behind them in files of `folder`."""
     out: dict[str, Any] = {"fingerprint": served.fingerprint, "parameters": served.parameters()}
-    if rows:
+    if rows and set(options.names) & set(LOSSES):
         strata, weights = losses(served, rows, folder / "features", progress)
         out["loss"] = {domain: loss_cell([stratum], options.seed) for domain, stratum in strata.items()}
         if served.model is not None and len(served.model.config.names) > 1:
@@ -278,14 +312,17 @@ def columns_of(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def cell_text(kind: str, cell: Mapping[str, Any] | None) -> tuple[str, str]:
-    """A number and its interval as a table writes them."""
-    if cell is None or cell.get("ci95") is None:
+    """A number, and its interval with what was of no use, as a table writes them."""
+    if cell is None:
         return "–", ""
+    counts = "".join(f"; {number} {what}" for what, number in cell.get("counts", {}).items() if number and what != "ok")
+    if cell.get("ci95") is None:
+        return "–", counts.removeprefix("; ")
     low, high = cell["ci95"]
     if kind == "loss":
         return f"{cell['nll']:.4f}", f"{low:.4f} to {high:.4f}"
     scale, unit = (1, "") if cell["metric"] == "rating" else (100, " %")
-    return f"{scale * cell['value']:.2f}{unit}", f"{scale * low:.2f} to {scale * high:.2f}"
+    return f"{scale * cell['value']:.2f}{unit}", f"{scale * low:.2f} to {scale * high:.2f}{counts}"
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -306,12 +343,20 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _named(models: Sequence[str]) -> dict[str, str]:
-    """Model texts by short names of their own."""
+    """Model texts by the names that they were given, or by short ones of their own.
+
+    Raises:
+        DataError: no model, or two of one name.
+    """
     out: dict[str, str] = {}
-    for text in models:
-        name, number = name_of(text), 2
+    for given in models:
+        own, text = split_name(given)
+        if own in out:
+            raise DataError(f"two models are named {own!r}; names must differ")
+        short = own or name_of(text)
+        name, number = short, 2
         while name in out:
-            name, number = f"{name_of(text)}-{number}", number + 1
+            name, number = f"{short}-{number}", number + 1
         out[name] = text
     if not out:
         raise DataError("no model; give at least one MODEL")
@@ -326,4 +371,4 @@ def _write_documents(file: Path, scores: TaskScores) -> None:
             record |= {name: values[document] for name, values in extra.items() if document in values}
             if document in scores.answers:
                 record["answer"] = scores.answers[document]
-            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+            lines.write(json.dumps(record) + "\n")

@@ -20,7 +20,7 @@ from ultrafuser.data.schema import Row
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.answers import RememberingLM
 from ultrafuser.evaluate.atomic import write_json
-from ultrafuser.evaluate.best_of import BestOfLM
+from ultrafuser.evaluate.best_of import BestOfLM, choices
 from ultrafuser.evaluate.compare_recipe import SystemRecipe
 from ultrafuser.evaluate.domain_loss import RowLoss, by_domain, fused_losses, group_losses
 from ultrafuser.evaluate.models import Served, serve
@@ -51,6 +51,7 @@ class Opened:
         lm: what answers.
         fresh: the same without any memory, to be timed.
         traces: token weights over an answer of each domain; for a gate.
+        chosen: of how many answers each specialist's was taken, and by whom; for best-of-K.
         read: the test rows -> their losses, and each row's mean weight of every specialist where a gate weighs; None
             where a loss is not defined.
     """
@@ -62,6 +63,7 @@ class Opened:
     read: Callable[[list[Rendered]], tuple[list[RowLoss], list[list[float]] | None]] | None
     fresh: LM | None = None
     traces: Callable[[], list[TokenTrace]] | None = None
+    chosen: Callable[[], dict[str, dict[str, int]]] | None = None
 
 
 def measure(place: Workplace, name: str) -> dict[str, Any]:
@@ -74,13 +76,15 @@ def measure(place: Workplace, name: str) -> dict[str, Any]:
     began = time.monotonic()
     opened = _OPENERS[system.kind](place, system)
     facts: dict[str, Any] = {"key": place.key(name, "measure"), "parameters": opened.parameters}
-    facts["loss"], facts["sample_weights"] = _losses(opened) if recipe.test else (None, None)
     facts["tokens_per_s"] = _speed(place, opened.fresh or opened.lm)
+    facts["peak_memory_mb"] = _peak_memory_mb()  # so far: benchmarks hold more for some systems than for others
+    facts["loss"], facts["sample_weights"] = _losses(opened) if recipe.test else (None, None)
     facts["tasks"] = {task: scores.to_dict() for task, scores in _tasks(place, name, opened).items()}
     if opened.traces is not None:
         facts["traces"] = [trace.to_dict() for trace in opened.traces()]
+    if opened.chosen is not None:
+        facts["chosen"] = opened.chosen()
     facts["training"] = read_metrics(home / "run" / "metrics.jsonl")
-    facts["peak_memory_mb"] = _peak_memory_mb()
     facts["seconds"] = round(time.monotonic() - began, 1)
     write_json(home / MEASURED, facts)
     return facts
@@ -277,11 +281,12 @@ def _best_of(place: Workplace, system: SystemRecipe) -> Opened:
     members = place.members(whole)
     assert whole.model is not None and whole.renderer is not None
     tokenizer, (total, _) = whole.renderer.tokenizer, _sizes(whole.model)
-    lm = BestOfLM(_remembering(place, members), tokenizer, judge, seed=place.recipe.seed)
     fingerprint = f"best of {place.key(str(system.name), 'build')} by {who}"
+    store = place.answers(fingerprint)
+    lm = BestOfLM(_remembering(place, members), tokenizer, judge, store)
     opened = Opened(lm, fingerprint, {"total": total, "active": total}, lambda: [], None)
-    fresh = {name: member.lm for name, member in members.items()}
-    opened.fresh = BestOfLM(fresh, tokenizer, judge, seed=place.recipe.seed)
+    opened.fresh = BestOfLM({name: member.lm for name, member in members.items()}, tokenizer, judge)
+    opened.chosen = lambda: choices(store)
     return opened
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,12 @@ from ultrafuser.train.stages import read_sources
 
 RECIPE = "compare.yaml"
 BUILT, MEASURED = "built.json", "measured.json"
-# what a system depends on in the training recipe: its specialists alone, or more
+# what a system depends on in the training recipe: all that trains it, or less
 _SPECIALISTS = {"specialists", "share_base", "dtype", "device"}
 _TRAINED = {*_SPECIALISTS, "mixing", "gate", "data", "stages", "balanced", "seed", "eval_every", "save_every", "keep_best",
             "early_stop_patience"}  # fmt: skip
 _USED = {
-    "static": _TRAINED,
-    "tuned": _TRAINED,
-    "btx": _TRAINED,
-    "fused": _TRAINED,
+    **dict.fromkeys(("base", "specialist", "oracle", "merge", "best_of"), _SPECIALISTS),
     "router": {*_SPECIALISTS, "data", "seed"},
 }
 # what a measurement depends on besides
@@ -79,14 +77,17 @@ class Workplace:
         """Changes when what the step depends on does, the contents of local files included."""
         system = self.system(name)
         training = self.training(system)
-        used = _USED.get(system.kind, _SPECIALISTS)
+        used = _USED.get(system.kind, _TRAINED)
         if system.kind == "static" and system.weights == "uniform":
             used = {*_SPECIALISTS, "mixing"}
         parts: list[Any] = [
-            system.model_dump(exclude={"label", "set", "tasks"}),
+            system.model_dump(exclude={"label", "set", "tasks", "versus"}),
             training.model_dump(include=used, mode="json"),
         ]
         paths = [p for one in training.specialists for p in (one.model, one.adapter, one.chat_template)]
+        if self.recipe.base is not None and system.kind in ("base", "merge"):
+            parts.append(self.recipe.base)
+            paths.append(self.recipe.base)
         if "data" in used:
             paths += [source.path for source in (*training.data.train, *training.data.validation)]
         if system.after:
@@ -154,23 +155,29 @@ class Workplace:
         return Renderer(tokenizer, templates, min(max_length or context, context))
 
     def base(self) -> SpecialistRecipe:
-        """The model below the adapters.
+        """The model that the specialists were trained from.
 
         Raises:
-            DataError: the specialists have no common base.
+            DataError: they are not adapters on one base, and the recipe names none.
         """
         specialists = self.recipe.training().specialists
+        if self.recipe.base is not None:
+            return SpecialistRecipe(name="base", model=self.recipe.base, chat_template=specialists[0].chat_template)
         bases = {(one.model, one.revision, one.gguf_file) for one in specialists}
         if len(bases) > 1 or any(one.adapter is None for one in specialists):
-            raise DataError(
-                "the specialists are not adapters on one base, so there is no base to measure; leave it out"
-            )
+            raise DataError("the specialists are not adapters on one base; name the model that they were trained from as "
+                            "'base', beside 'recipe', or leave this system out")  # fmt: skip
         return specialists[0].model_copy(update={"name": "base", "adapter": None, "adapter_revision": None})
 
     def checkpoints(self) -> PlainCheckpoints:
         """The specialists and their base as ordinary checkpoints, written once."""
-        model, tokenizer = fuse(self.recipe.training())
-        return write_plain_checkpoints(model, tokenizer, self.folder / "checkpoints", self.progress)
+        training, folder = self.recipe.training(), self.folder / "checkpoints"
+        found = write_plain_checkpoints(*fuse(training), folder, self.progress)
+        if self.recipe.base is None:
+            return found
+        model, tokenizer = fuse(training.model_copy(update={"specialists": [self.base()]}))
+        own = write_plain_checkpoints(model, tokenizer, folder / "from", self.progress)
+        return replace(found, base=own.specialists["base"])
 
     def frozen_features(self, part: str) -> FeatureStore:
         """The frozen specialists' states on the `train` or `test` rows, computed once."""
