@@ -18,8 +18,8 @@ AGAINST = {"best_specialist": "the best specialist there", "router": "the router
 
 
 def tables(results: dict) -> str:
-    """Losses and costs of every system, then the main system's paired differences, then the gate's weights."""
-    parts = [losses(results), paired(results), gate(results)]
+    """Losses and costs of every system, benchmarks, paired differences, the gate's weights."""
+    parts = [losses(results), paired(results), to_others(results), gate(results)]
     if any(system["tasks"] for system in results["systems"].values()):
         parts.insert(1, tasks(results))
     return "\n\n".join(parts)
@@ -31,8 +31,8 @@ def losses(results: dict) -> str:
     fair = {name: own for name, own in systems.items() if own["kind"] != "oracle"}
     best = {c: min(own["loss"][c]["nll"] for own in fair.values()) for c in columns}
     lines = [
-        f"| nats a response token | {' | '.join(columns)} | tokens/s | peak MB | trained |",
-        "|---|" + "---:|" * (len(columns) + 3),
+        f"| nats a response token | {' | '.join(columns)} | tokens/s | peak MB | active, M | trained |",
+        "|---|" + "---:|" * (len(columns) + 4),
     ]
     for name, own in systems.items():
         values = [own["loss"][c]["nll"] for c in columns]
@@ -42,10 +42,11 @@ def losses(results: dict) -> str:
         ]
         speed = f"{own['tokens_per_s']['median']:.1f}" if own["tokens_per_s"] else ""
         memory = f"{own['peak_memory_mb']:,}" if own["peak_memory_mb"] else ""
+        active = f"{own['parameters']['active'] / 1e6:.0f}" if own["parameters"] else ""
         trained = f"{own['parameters']['trained']:,}" if own["parameters"] else ""
         label = f"**{own['label']}**" if name == results["main"] else own["label"]
         note = " (not a system)" if own["kind"] == "oracle" else ""
-        lines.append(f"| {label}{note} | {' | '.join(cells)} | {speed} | {memory} | {trained} |")
+        lines.append(f"| {label}{note} | {' | '.join(cells)} | {speed} | {memory} | {active} | {trained} |")
     counts = ", ".join(f"{systems[next(iter(systems))]['loss'][d]['samples']} {d}" for d in results["domains"])
     tokens = sum(systems[next(iter(systems))]["loss"][d]["tokens"] for d in results["domains"])
     return "\n".join([*lines, "", f"Test rows: {counts} ({tokens:,} response tokens), the same for every system."])
@@ -82,6 +83,18 @@ def paired(results: dict) -> str:
                 lines.append(f"| {own['label']} | {words} | {' | '.join(cells)} |")
     note = "Paired differences on the same rows with 95% intervals; below zero the system is better. Off zero in bold."
     return "\n".join([*lines, "", note])
+
+
+def to_others(results: dict) -> str:
+    """Every system minus the main one, and those lines of the recipe that name a system to compare with."""
+    columns, systems = [*results["domains"], "mean"], results["systems"]
+    lines = [f"| system | minus | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
+    for rival in ("versus", "main"):
+        for own in systems.values():
+            if pairs := own["paired"].get(rival) if own["loss"] else None:
+                cells = [_difference(pairs[c]) if c in pairs else "" for c in columns]
+                lines.append(f"| {own['label']} | {systems[pairs['mean']['versus']]['label']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "The same for single comparisons, and for every system against the main one."])
 
 
 def _difference(pair: dict) -> str:

@@ -16,17 +16,14 @@ from safetensors.torch import load_file
 from specimens import save_adapter, tiny
 from ultrafuser.data.schema import parse_row
 from ultrafuser.data.sources import write_rows
-from ultrafuser.errors import DataError, MissingExtraError, UltraFuserError
+from ultrafuser.errors import DataError, MissingExtraError
 from ultrafuser.evaluate import compare as module
 from ultrafuser.evaluate import merging
 from ultrafuser.evaluate.compare import compare, state_of, tables
 from ultrafuser.evaluate.compare_recipe import CompareRecipe, dump_compare_recipe, load_compare_recipe
-from ultrafuser.evaluate.system_build import build
-from ultrafuser.evaluate.system_measure import measure
 from ultrafuser.evaluate.workplace import RECIPE, Workplace
 
 VOCAB = {"vocab_size": 320, "max_position_embeddings": 512}
-STEPS = {module.BUILD: build, module.MEASURE: measure}
 
 
 @pytest.fixture
@@ -65,23 +62,6 @@ def training(tmp_path: Path, tokenizer: Any) -> dict[str, Any]:
         "decode": {"prompts": 1, "new_tokens": 2, "repeats": 1},
         "output": str(tmp_path / "out"),
     }
-
-
-@pytest.fixture
-def in_process(monkeypatch) -> list[tuple[str, str]]:
-    """Steps run here, not in processes of their own; which ones did."""
-    ran: list[tuple[str, str]] = []
-
-    def start_step(step: str, folder: Path, name: str) -> str | None:
-        ran.append((step.rpartition("_")[2], name))
-        try:
-            STEPS[step](Workplace(folder), name)
-        except UltraFuserError as error:
-            return f"{type(error).__name__}: {error}"
-        return None
-
-    monkeypatch.setattr(module, "start_step", start_step)
-    return ran
 
 
 def load(training: dict[str, Any], systems: list[Any], **fields: Any) -> CompareRecipe:

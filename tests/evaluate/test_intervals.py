@@ -103,3 +103,13 @@ def test_equal_answers_do_not_prove_equal_systems():
     low, high = difference([share(0, 32)], [share(0, 32)])["ci95"]
     assert low == pytest.approx(-high) and 0.02 < high < 0.1
     assert difference([share(3, 3)], [share(0, 3)])["ci95"][1] == 1.0
+
+
+def test_differences_of_other_scores_are_no_shares():
+    """Ratings one point apart, or scores of one half that are equal, differ by 0 or 1 without being right or wrong."""
+    ratings = Stratum({str(i): 7.0 for i in range(8)}, dict.fromkeys(map(str, range(8)), 1.0))
+    more = Stratum(ratings.totals | {"3": 8.0}, ratings.weights)
+    low, high = difference([more], [ratings])["ci95"]
+    assert low == 0 < high
+    assert difference([ratings], [more])["ci95"] == [-high, 0]
+    assert difference([ratings], [ratings])["ci95"] == [0, 0]

@@ -50,9 +50,7 @@ def estimate(strata: Sequence[Stratum], seed: int = 0) -> dict[str, object]:
         raise ValueError("a mean of nothing")
     if len(strata) == 1 and strata[0].binary:
         return {"value": strata[0].value, "ci95": _wilson(strata[0])}
-    drawn = np.mean([_resampled(stratum, seed + i) for i, stratum in enumerate(strata)], axis=0)
-    value = float(np.mean([stratum.value for stratum in strata]))
-    return {"value": value, "ci95": [float(x) for x in np.percentile(drawn, [2.5, 97.5])]}
+    return {"value": _mean(strata), "ci95": _bootstrap(strata, seed)}
 
 
 def difference(mine: Sequence[Stratum], other: Sequence[Stratum], seed: int = 0) -> dict[str, object] | None:
@@ -65,8 +63,7 @@ def difference(mine: Sequence[Stratum], other: Sequence[Stratum], seed: int = 0)
         return None
     if len(paired) == 1 and mine[0].binary and other[0].binary:
         return {"difference": paired[0].value, "ci95": _agresti_min(paired[0])}
-    found = estimate(paired, seed)
-    return {"difference": found["value"], "ci95": found["ci95"]}
+    return {"difference": _mean(paired), "ci95": _bootstrap(paired, seed)}
 
 
 def _paired(mine: Stratum, other: Stratum) -> Stratum:
@@ -75,6 +72,16 @@ def _paired(mine: Stratum, other: Stratum) -> Stratum:
 
     common = [row for row in mine.totals if same(row)]
     return Stratum({row: mine.totals[row] - other.totals[row] for row in common}, {r: mine.weights[r] for r in common})
+
+
+def _mean(strata: Sequence[Stratum]) -> float:
+    return float(np.mean([stratum.value for stratum in strata]))
+
+
+def _bootstrap(strata: Sequence[Stratum], seed: int) -> list[float]:
+    """Percentiles of the mean over strata, each resampled by itself."""
+    drawn = np.mean([_resampled(stratum, seed + i) for i, stratum in enumerate(strata)], axis=0)
+    return [float(x) for x in np.percentile(drawn, [2.5, 97.5])]
 
 
 def _wilson(stratum: Stratum) -> list[float]:

@@ -17,12 +17,14 @@ from transformers import PreTrainedModel
 
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.collate import collate_rows
+from ultrafuser.data.writing import whole_file
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.loss import label_log_prob
 from ultrafuser.model.saving import staging
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 from ultrafuser.templates import Rendered
+from ultrafuser.train.stages import read_metrics
 
 METRICS_FILE = "metrics.jsonl"
 _SAMPLES = 64  # values of each tensor by which the weights at the start are told apart
@@ -216,8 +218,9 @@ def _forget_after(folder: Path, step: int) -> None:
     """Drop the metrics of steps that will be trained again."""
     file = folder / METRICS_FILE
     if file.is_file():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        rows = [row for row in read_metrics(file) if row["step"] <= step]
+        with whole_file(file, force=True) as draft:
+            draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _rows_hash(rows: Sequence[Rendered]) -> str:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
-from ultrafuser.data.writing import write_json
+from ultrafuser.data.writing import whole_file, write_json
 from ultrafuser.errors import DataError, RecipeError, TrainingError
 from ultrafuser.model.checkpoint import fused_folder, read_manifest
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -73,7 +73,8 @@ def train(
     )
     if PartialState().is_main_process:  # from here on there is something to resume
         output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        with whole_file(output / "recipe.yaml", force=True) as draft:
+            draft.write_text(dump_recipe(recipe), encoding="utf-8")
     for number, stage in enumerate(recipe.stages, 1):
         home = output / f"{number}-{stage.name}"
         run_stage(model, stage, recipe, rows, validation, home, features=features, progress=progress)
@@ -413,4 +414,5 @@ def _forget_after(file: Path, stage: str, step: int) -> None:
     """Drop the metrics of steps that will be trained again."""
     if PartialState().is_main_process and file.is_file():
         rows = [row for row in read_metrics(file) if row["stage"] != stage or row["step"] <= step]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with whole_file(file, force=True) as draft:
+            draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
