@@ -1,5 +1,5 @@
 """Kill a scripted synthesis at 50 random moments: is the data set the undisturbed one, and was anything asked again
-whose answer was stored? The server misbehaves besides: floods, errors, cut connections, broken and foreign replies.
+whose answer was stored? The server misbehaves besides: floods, errors, hangs, cut connections, broken and foreign replies.
 
     python benchmarks/synth_kills.py [--kills 50] [--seed 0]
 """
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "synth")]
 
 from scripted_writer import tiny  # noqa: E402
-from test_synth_whole_runs import RUN, misbehaving, results  # noqa: E402
+from test_synth_whole_runs import MORE, RUN, misbehaving, results  # noqa: E402
 
 from crowd_endpoint import CrowdEndpoint, crowd_endpoint  # noqa: E402
 from ultrafuser.synth.asks import STAGES, Ask  # noqa: E402
@@ -34,8 +34,10 @@ DOMAINS = [{"name": name, "description": f"The domain {name}.", "counts": COUNTS
 
 def start(server: CrowdEndpoint, folder: Path) -> subprocess.Popen[bytes]:
     """A process that runs the recipe into a folder."""
-    endpoint = {"model": "writer", "base_url": server.url, "concurrency": 16, "timeout_s": 5, "backoff_s": 0.01}
-    recipe = tiny(f"output={folder}", domains=DOMAINS, turns=2, models=[{"name": "writer", "endpoint": endpoint}])
+    endpoint = {"model": "writer", "base_url": server.url, "concurrency": 16, "timeout_s": 0.5, "retries": 2,
+                "backoff_s": 0.01}  # fmt: skip
+    models = [{"name": "writer", "endpoint": endpoint}]
+    recipe = tiny(f"output={folder}", *MORE, domains=DOMAINS, turns=2, models=models)
     file = folder.with_suffix(".yaml")
     file.write_text(dump_synth_recipe(recipe))
     return subprocess.Popen([sys.executable, "-c", RUN, str(file)])

@@ -106,7 +106,7 @@ class CrowdEndpoint:
         try:
             while await self._request(reader, writer):
                 pass
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):  # they, or we, go away
             pass
         finally:
             self._writers.discard(writer)

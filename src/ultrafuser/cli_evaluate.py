@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ultrafuser.cli_options import DTYPES, Device, Dtype, Json, Overrides, Seed, quiet, say
+from ultrafuser.cli_options import DTYPES, Device, Dtype, Json, Seed, overrides_like, quiet, say
 from ultrafuser.errors import RecipeError
 
 
@@ -129,7 +129,7 @@ def _table(results: dict[str, Any]) -> Any:
 
 def compare_command(
     recipe: Annotated[Path, typer.Argument(help="A comparison recipe (YAML); `docs/comparing.md` lists its fields.")],
-    overrides: Overrides = None,
+    overrides: Annotated[list[str] | None, overrides_like("limit=20 or systems.btx.label=BTX")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the systems and what is done of each, and run nothing.")
     ] = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,10 +16,14 @@ Folder = Annotated[str, typer.Argument(help="A fused checkpoint: a folder or a h
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
 Dtype = Annotated[str, typer.Option(help="Precision of the specialists: auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, or another torch device.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Recipe fields to change, e.g. stages.gate.lr=2e-5 or stages=\\[joint].", metavar="KEY=VALUE"),
-]
+
+
+def overrides_like(example: str) -> Any:
+    """The argument KEY=VALUE, with an example that the command's recipes have."""
+    return typer.Argument(help=f"Recipe fields to change, e.g. {example}.", metavar="KEY=VALUE")
+
+
+Overrides = Annotated[list[str] | None, overrides_like("stages.gate.lr=2e-5 or stages=\\[joint]")]
 Prompt = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What the user says; may be repeated.")]
 System = Annotated[str | None, typer.Option(help="A system message before every prompt.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
@@ -33,6 +37,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the random numbers.")]
 
 def say(text: str) -> None:
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()  # what takes long may come after it
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from ultrafuser.cli_options import Json, Overrides, say
+from ultrafuser.cli_options import Json, overrides_like, say
 from ultrafuser.errors import DataError, RecipeError
 
 RUN = "run"
@@ -29,11 +29,13 @@ class RunByDefault(TyperGroup):
 synth_app = typer.Typer(
     cls=RunByDefault,
     no_args_is_help=True,
-    help="Synthesise instruction data: topics, instructions, answers, filters, a balanced data set.",
+    help="Synthesise instruction data: topics, instructions, answers, filters, a balanced data set.\n\n"
+    "`ultrafuser synth RECIPE` is short for `ultrafuser synth run RECIPE`; `ultrafuser synth run --help` shows its options.",
 )
 SynthRecipeFile = Annotated[
     Path, typer.Argument(help="A synthesis recipe (YAML); `docs/synthesis.md` lists its fields.")
 ]
+Overrides = Annotated[list[str] | None, overrides_like("calls.responses.temperature=0.3 or filters.language=null")]
 
 
 @synth_app.command(name=RUN)
@@ -41,7 +43,7 @@ def run_command(
     recipe: SynthRecipeFile,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Estimate calls, tokens and cost, and ask nothing.")
+        bool, typer.Option("--dry-run", help="Estimate calls, tokens and cost, up to --until, and ask nothing.")
     ] = False,
     budget_usd: Annotated[
         float | None,
@@ -54,7 +56,8 @@ def run_command(
     until: Annotated[
         str | None,
         typer.Option(
-            help="Stop after a stage, to look at report.json: meta_topics, sub_topics, instructions, complex, responses, checks, judge, turns."
+            help="Stop after a stage, to look at what came of it: meta_topics, sub_topics (topics.json), instructions, expand, "
+            "complex (instructions.jsonl), responses, checks, judge, turns (report.json)."
         ),
     ] = None,
     shard: Annotated[
@@ -79,10 +82,14 @@ def run_command(
     typed = load_synth_recipe(recipe, overrides or [])
     part = _shard(shard)
     if dry_run:
-        from ultrafuser.synth.pipeline import check
         from ultrafuser.synth.plan import plan
+        from ultrafuser.synth.prompts import Prompts
 
-        planned = plan(typed, check(typed, shard=part, until=until).prompts)
+        given = {"--shard": shard, "--budget-usd": budget_usd, "--budget-tokens": budget_tokens,
+                 "--retry-failed": retry_failed or None}  # fmt: skip
+        if odd := [name for name, value in given.items() if value is not None]:
+            raise RecipeError(f"{odd[0]} has no part in --dry-run, which estimates a whole run; leave one of them out")
+        planned = plan(typed, Prompts(typed.prompts), until)
         if as_json:
             say(json.dumps([vars(one) for one in planned]))
         else:
@@ -109,18 +116,21 @@ def run_command(
 def status_command(recipe: SynthRecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Show how far a synthesis is: items and yield of every stage, calls, cost, time left."""
     from ultrafuser.synth.recipe import load_synth_recipe
-    from ultrafuser.synth.status import status
+    from ultrafuser.synth.status import calls, status
 
-    now = status(load_synth_recipe(recipe, overrides or []))
+    typed = load_synth_recipe(recipe, overrides or [])
     if as_json:
-        say(json.dumps(now.to_dict()))
+        say(json.dumps(status(typed).to_dict()))
         return
+    so_far = calls(typed)
+    pace = "none in the last minutes" if so_far.a_second is None else f"{60 * so_far.a_second:.1f} a minute"
+    say(f"calls: {so_far.answered} answered, {so_far.under_way} under way ({pace}); cost: ${so_far.spent_usd:.4f}")
+    now = status(typed)
     Console().print(_status_table(now))
     rows = ", ".join(f"{domain} {number}" for domain, number in now.rows.items()) or "none"
     say(f"rows if it ended now, near duplicates included: {rows}")
     left = "unknown" if now.left_s is None else _duration(now.left_s)
-    say(f"calls: {now.calls} answered, {now.under_way} under way, about {now.left_calls} left (time: {left})")
-    say(f"cost: ${now.spent_usd:.4f}, about ${now.left_usd:.4f} more")
+    say(f"left: about {now.left_calls} calls, ${now.left_usd:.4f} (time: {left})")
 
 
 @synth_app.command(name="join")
@@ -201,9 +211,9 @@ def _say_done(output: str, done: Any, as_json: bool) -> None:
         )
         return
     if done.stopped_after is not None:
-        say(
-            f"stopped after {done.stopped_after}; report: {Path(output) / 'report.json'}, topics: {Path(output) / 'topics.json'}"
-        )
+        files = {"report": "report.json", "topics": "topics.json"}
+        files |= {} if done.instructions is None else {"instructions": "instructions.jsonl"}
+        say(f"stopped after {done.stopped_after}; " + ", ".join(f"{k}: {Path(output) / v}" for k, v in files.items()))
         return
     say(f"{len(done.rows)} rows: " + ", ".join(f"{domain} {number}" for domain, number in sorted(rows.items())))
     if missing := done.ledger.open():
@@ -215,16 +225,17 @@ def _plan_table(planned: list[Any]) -> Any:
     from rich.box import HORIZONTALS
     from rich.table import Table
 
-    title = "estimate, if every reply can be used: four characters a token, answers as long as the paper's"
-    out = Table(title=title, title_justify="left", box=HORIZONTALS)
-    out.add_column("stage")
-    out.add_column("domain")
-    out.add_column("model")
-    for name in ("calls", "tokens read", "tokens written", "dollars"):
-        out.add_column(name, justify="right")
+    title = "estimate in tokens, if every reply can be used: four characters a token, answers as long as the paper's"
+    # narrow enough for the paper's sizes in 80 columns
+    out = Table(title=title, title_justify="left", box=HORIZONTALS, padding=(0, 1, 0, 0))
+    out.add_column("stage", no_wrap=True)
+    out.add_column("domain", overflow="fold")
+    out.add_column("model", overflow="fold")
+    for name in ("calls", "read", "written", "dollars"):
+        out.add_column(name, justify="right", no_wrap=True)
     for one in planned:
         out.add_row(
-            one.stage,
+            f"{one.stage} {one.part}".rstrip(),
             one.domain,
             one.model,
             f"{one.calls:,}",

@@ -47,9 +47,30 @@ def test_many_rows_and_none(suffix, tmp_path):
 
 
 def test_jsonl_is_what_write_rows_writes(tmp_path):
-    write([PAIR, CODE, TALK], tmp_path / "a.jsonl")
-    write_rows([PAIR, CODE, TALK], tmp_path / "b.jsonl")
+    write([TALK, TALK], tmp_path / "a.jsonl")
+    write_rows([TALK, TALK], tmp_path / "b.jsonl")
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_datasets_loads_a_file_in_which_a_column_comes_late(suffix, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    late = Row("x", "code", PAIR.messages, tests="assert x", check="answer == 1")
+    rows = [Row(str(n), "math", PAIR.messages) for n in range(99)] + [late]
+    path = write(rows, tmp_path / f"rows{suffix}")
+    assert [file.name for file in tmp_path.iterdir()] == [f"rows{suffix}"]
+    small = {"chunksize": 4096} if suffix == ".jsonl" else {}
+    kind = {".jsonl": "json", ".json": "json"}.get(suffix, suffix[1:])
+    loaded = datasets.load_dataset(kind, data_files=path, split="train", cache_dir=str(tmp_path / "cache"), **small)
+    assert len(loaded) == 100 and not loaded[0]["tests"] and loaded[99]["tests"] == "assert x"
+    assert load_rows(path) == rows
+
+
+def test_columns_that_no_row_has_are_left_out(tmp_path):
+    write([TALK], tmp_path / "a.jsonl")
+    assert not {"tests", "check"} & set(json.loads((tmp_path / "a.jsonl").read_text()))
 
 
 def test_a_talk_does_not_fit_one_question_and_one_answer(tmp_path):

@@ -127,6 +127,9 @@ class FakeCaller:
         return [self.writer(ask) for ask in asks]
 
 
+GERMAN = (
+    "Das Wasser kocht bei hundert Grad, und auf hohen Bergen kocht es bei weniger, weil dort der Druck geringer ist."
+)
 FAULTS: dict[str, Outcome] = {
     "unanswered": Outcome("failed", reason="unanswered: 500 after 3 tries"),
     "overflow": Outcome("failed", reason="context overflow: 9000 tokens"),
@@ -140,6 +143,7 @@ FAULTS: dict[str, Outcome] = {
     "loop": Outcome("ok", "1. " + "and then the same thing happens once more " * 40),
     "refusal": Outcome("ok", "I'm sorry, but I can't help with that request, as it goes against my guidelines."),
     "cut off": Outcome("ok", '["Explain how a bicycle stays upright when it is ridden.", "Expl', CUT_OFF),
+    "another language": Outcome("ok", GERMAN),
     "numbers": Outcome("ok", "[1, 2, null, {}, []]"),
     "surrogate": Outcome("ok", r'["half \ud800 a character stands in this instruction"]'),
 }

@@ -76,6 +76,11 @@ def test_endpoints_that_name_the_limit_otherwise_and_refuse_a_temperature(server
     assert "authorization" not in server.headers[0]
 
 
+def test_a_stage_without_a_temperature_takes_the_endpoints(server: CrowdEndpoint, store: CallStore):
+    outcomes(store, EndpointCaller(server.recipe(endpoint_temperature=0.4)), ask("a"))
+    assert server.bodies[0]["temperature"] == 0.4
+
+
 def test_a_reply_that_is_begun_is_to_be_continued(server: CrowdEndpoint, store: CallStore):
     begun = Ask("instructions", "code", "i", "m", (("user", "Write tasks."), ("assistant", "1. Write")), schema=SCHEMA)
     outcomes(store, EndpointCaller(server.recipe(structured=True)), begun, ask("a"))

@@ -43,6 +43,9 @@ def test_buttons_write_to_the_store(served):
     assert desk.decision(desk.rows[0]) == "accept" and desk.rows[1].id in after[0]
     after = client.predict(ALL, SHOWN[0], "dull", api_name="/reject")
     assert desk.store.review(desk.rows[1].id).note == "dull" and desk.rows[2].id in after[0]
+    rejected = client.predict(ALL, "rejected", api_name="/show")
+    assert desk.rows[1].id in rejected[0] and rejected[2] == "dull"
+    client.predict(ALL, SHOWN[0], api_name="/show")
     after = client.predict(ALL, SHOWN[0], "A better question?", "A better answer.", api_name="/save")
     assert desk.messages(2) == [("user", "A better question?"), ("assistant", "A better answer.")]
     assert "3 of 144 rows reviewed" in after[1]

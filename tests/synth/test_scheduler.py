@@ -140,7 +140,7 @@ def test_what_was_put_back_is_asked_again(store: CallStore):
 def test_the_budget_is_never_exceeded_and_it_is_used_up(store: CallStore):
     caller = Memory(lambda ask: Outcome("ok", "x", cost_usd=0.03), concurrency=16, delay_s=0.001, ceiling_usd=0.1)
     with pytest.raises(BudgetExceeded, match=r"the budget of \$1.00 does not last: \$0.9\d00 is spent, the next call may cost up "
-                       r"to \$0.1000, and 6\d questions wait .*--budget-usd and run again: what was answered is kept"):  # fmt: skip
+                       r"to \$0.1000, and 6\d questions wait .*--budget-usd and run again: what was answered is kept, and `ultrafuser synth join RECIPE`"):  # fmt: skip
         answer(asks(100), store, {"writer": caller}, budget_usd=1.0)
     assert 0.9 < store.spent_usd() <= 1.0 and store.reserved_usd() == 0 == store.under_way()
     assert store.counts()[0].calls == sum(caller.asked.values())
@@ -162,9 +162,27 @@ def test_a_budget_of_tokens_ends_a_run(store: CallStore):
         BudgetExceeded, match=r"the budget of 1,000 tokens is used up: 1,\d00 were read .*--budget-tokens"
     ):
         answer(asks(100), store, {"writer": caller}, budget_tokens=1000)
-    assert 1000 <= store.tokens() <= 1600  # what had been claimed still came
+    assert 1000 <= store.tokens() <= 1100  # what was under way still came
     answer(asks(100), store, {"writer": caller}, budget_tokens=100_000)
     assert store.tokens() == 10_000 and set(caller.asked.values()) == {1}
+
+
+def test_what_is_under_way_when_the_tokens_are_used_up_still_comes(store: CallStore):
+    class Slow(Memory):
+        async def answer(self, asks: Sequence[Ask], run: Run) -> list[Outcome | None]:
+            self.delay_s = 0.0 if asks[0].item == "0" else 0.4
+            return await super().answer(asks, run)
+
+    caller = Slow(lambda ask: Outcome("ok", "x", "", 60, 40), concurrency=4)
+    message = "400 were read .* 96 questions .* `ultrafuser synth join RECIPE` writes the data set"
+    with pytest.raises(BudgetExceeded, match=message):
+        answer(asks(100), store, {"writer": caller}, budget_tokens=100, grace_s=0.05)
+    assert store.tokens() == 100 * sum(caller.asked.values()) == 400 and store.under_way() == 0
+
+
+def test_the_last_answers_may_use_the_tokens_up(store: CallStore):
+    answer(asks(3), store, {"writer": Memory(lambda ask: Outcome("ok", "x", "", 60, 40))}, budget_tokens=300)
+    assert not store.missing(ask.key for ask in asks(3))
 
 
 def test_nothing_is_asked_without_money(store: CallStore):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from fractions import Fraction
 
 import pytest
@@ -54,6 +56,18 @@ def test_code_is_run_with_its_tests():
         ("```python\nimport sys\nsys.exit(0)\n```", "assert False"),
     ]
     assert checks.run_tests(cases) == [None, "tests: failed", "tests without code", "tests: failed"]
+
+
+def test_as_many_are_run_at_once_as_there_are_processors(monkeypatch):
+    together = threading.Barrier(4)
+
+    def wait(*_, **__):
+        together.wait(timeout=10)  # breaks with fewer
+        return sandbox.Outcome("passed")
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(sandbox, "check", wait)
+    assert checks.run_tests([(SQUARE, f"assert {number}") for number in range(1, 5)]) == [None] * 4
 
 
 def test_without_a_sandbox_nothing_is_run(monkeypatch):

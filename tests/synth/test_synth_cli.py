@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import typer
 from scripted_writer import FakeCaller, Writer, tiny
 from typer.testing import CliRunner
 
-from ultrafuser.cli_synth import synth_app
+from ultrafuser.cli_synth import Overrides, synth_app
 from ultrafuser.errors import DataError, RecipeError
+from ultrafuser.evaluate import sandbox
 from ultrafuser.synth.recipe import dump_synth_recipe
 
 app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
@@ -60,11 +63,40 @@ def test_a_dry_run_asks_nothing(recipe, tmp_path):
     assert {one["stage"] for one in planned} >= {"meta_topics", "responses"}
 
 
+def test_a_dry_run_of_a_part_on_a_machine_without_sandbox_and_test_files(recipe, monkeypatch):
+    monkeypatch.setattr(sandbox, "available", lambda: "bubblewrap is not installed")
+    more = ["domains.math.check=python", "domains.math.tests=true", "filters.decontaminate=[nowhere/test.jsonl]"]
+    planned = json.loads(invoke(recipe, "--dry-run", "--json", "--until", "expand", *more).stdout)
+    assert {(one["stage"], one["part"]) for one in planned} == {
+        ("meta_topics", ""), ("sub_topics", ""), ("instructions", ""), ("expand", "strong"), ("expand", "weak"),
+    }  # fmt: skip
+
+
+def test_the_numbers_of_a_dry_run_are_whole_in_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    prices = ("models.strong.prompt_usd=2.5", "models.strong.completion_usd=10")
+    shown = invoke(Path(__file__).parents[2] / "recipes" / "ultrachat2.yaml", "--dry-run", *prices).stdout
+    assert "173,902,530" in shown and "286,984,698" in shown and "2,868.08" in shown and "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "expand strong" in shown and "expand weak" in shown
+
+
+def test_status_says_what_the_store_knows_before_it_derives_the_rest(recipe, monkeypatch):
+    from ultrafuser.synth import status
+
+    assert invoke(recipe).exit_code == 0
+    monkeypatch.setattr(status, "derive", lambda *_, **__: 1 / 0)
+    shown = invoke("status", recipe)
+    assert isinstance(shown.exception, ZeroDivisionError)
+    assert re.match(r"calls: \d+ answered, 0 under way \(\d+\.\d a minute\); cost: \$0\.0000\n", shown.stdout)
+    assert not invoke("status", recipe, "--json").stdout
+
+
 def test_status_and_join(recipe):
     assert invoke(recipe).exit_code == 0
     shown = invoke("status", recipe)
     assert shown.exit_code == 0, shown.output
-    assert "near duplicates included: math 72, text 72" in shown.stdout and "about 0 left" in shown.stdout
+    assert "near duplicates included: math 72, text 72" in shown.stdout and "left: about 0 calls" in shown.stdout
     assert json.loads(invoke("status", recipe, "--json").stdout)["rows"] == {"math": 72, "text": 72}
     fewer = invoke("join", recipe, "filters.min_answer_chars=82")
     assert fewer.exit_code == 0 and "144 rows" not in fewer.stdout
@@ -76,6 +108,11 @@ def test_status_and_join(recipe):
         (["--shard", "2"], RecipeError, "--shard 2: expected NUMBER/HOW-MANY such as 1/8"),
         (["--shard", "9/8"], RecipeError, "--shard 9/8"),
         (["--until", "dinner"], RecipeError, "--until dinner: no such stage"),
+        (["--dry-run", "--until", "dinner"], RecipeError, "--until dinner: no such stage"),
+        (["--dry-run", "--shard", "1/2"], RecipeError, "--shard has no part in --dry-run, which estimates a whole run"),
+        (["--dry-run", "--budget-usd", "2"], RecipeError, "--budget-usd has no part in --dry-run"),
+        (["--dry-run", "--budget-tokens", "2"], RecipeError, "--budget-tokens has no part in --dry-run"),
+        (["--dry-run", "--retry-failed"], RecipeError, "--retry-failed has no part in --dry-run"),
         (["domains.law.name=x"], RecipeError, "no item named 'law'"),
         (["colour=red"], RecipeError, "unknown key"),
     ],
@@ -96,4 +133,12 @@ def test_help():
     assert shown.exit_code == 0
     for command in ("run", "status", "join", "review"):
         assert command in shown.stdout
-    assert "--budget-usd" in invoke("run", "--help").stdout
+    assert "`ultrafuser synth RECIPE` is short for `ultrafuser synth run RECIPE`" in shown.stdout
+    of_run = invoke("run", "--help").stdout
+    assert "--budget-usd" in of_run and "stages.gate.lr" not in of_run
+
+
+def test_the_example_of_an_override_holds_for_a_recipe_of_synth(recipe):
+    example = next(iter(Overrides.__metadata__)).help
+    for override in re.findall(r"\S+=\S+(?<!\.)", example):
+        assert invoke(recipe, "--dry-run", override).exit_code == 0

@@ -192,6 +192,28 @@ def test_the_card_says_what_became_of_everything(tmp_path):
     assert json.loads(json.dumps(facts))["rows_by_domain"] == {"text": 72, "math": 72}
 
 
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        ([], "0 rows left out for sharing words with `tests`."),
+        (["13-gram"], "1 row left out for sharing words with `tests`: 13 words in a row 1."),
+        (
+            ["whole text", "13-gram", "whole message", "13-gram"],
+            "4 rows left out for sharing words with `tests`: 13 words in a row 2, a whole short text 1, a user's whole "
+            "message 1.",
+        ),
+    ],
+)
+def test_the_card_says_what_rows_shared_with_test_data(kinds, words):
+    recipe, prompts = tiny(), Prompts()
+    data = derive(recipe, prompts, Memory(Writer()))
+    filters = recipe.filters.model_copy(update={"decontaminate": ["some/tests"]})
+    facts = report(recipe, prompts, data, Calls()) | {
+        "overlaps_with_test_data": [{"touches": [{"kind": kind}, {"kind": "13-gram"}]} for kind in kinds]
+    }
+    assert f"- Test data: {words}\n" in card(recipe.model_copy(update={"filters": filters}), facts, data.rows)
+
+
 def test_a_card_without_test_data_says_that_in_bold():
     recipe, prompts = tiny(), Prompts()
     data = derive(recipe, prompts, Memory(Writer()))

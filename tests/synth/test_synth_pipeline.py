@@ -11,15 +11,19 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from scripted_writer import FakeCaller, Memory, Writer, misbehaving, tiny
+from scripted_writer import GERMAN, FakeCaller, Memory, Writer, misbehaving, reply_to, tiny
 
+from crowd_endpoint import crowd_endpoint
+from scripted_endpoint import failing as status_of
+from scripted_endpoint import fine
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
-from ultrafuser.errors import DataError, MissingExtraError, RecipeError, SandboxError
+from ultrafuser.errors import BudgetExceeded, DataError, EndpointError, MissingExtraError, RecipeError, SandboxError
 from ultrafuser.evaluate import sandbox
-from ultrafuser.synth import checks, dataset
+from ultrafuser.progress import Progress
+from ultrafuser.synth import checks, dataset, pipeline
 from ultrafuser.synth.asks import Outcome
-from ultrafuser.synth.card import CARD, PARQUET, RECIPE, REPORT, ROWS, TOPICS
+from ultrafuser.synth.card import CARD, INSTRUCTIONS, PARQUET, RECIPE, REPORT, ROWS, TOPICS
 from ultrafuser.synth.pipeline import STORE, check, derive, join, synthesise, write_again
 from ultrafuser.synth.plan import plan
 from ultrafuser.synth.prompts import Prompts
@@ -94,7 +98,45 @@ def test_stopping_after_a_stage_writes_the_report_alone(recipe):
     done = go(recipe, until="sub_topics")
     folder = Path(recipe.output)
     assert done.stopped_after == "sub_topics"
-    assert (folder / TOPICS).is_file() and (folder / REPORT).is_file() and not (folder / ROWS).exists()
+    assert (folder / TOPICS).is_file() and (folder / REPORT).is_file()
+    assert not (folder / ROWS).exists() and not (folder / INSTRUCTIONS).exists()
+
+
+@pytest.mark.parametrize(
+    ("until", "origins"),
+    [
+        ("instructions", {"first"}),
+        ("expand", {"first", "strong", "weak"}),
+        ("complex", {"first", "strong", "weak", "first complex", "strong complex", "weak complex"}),
+        ("responses", {"first", "strong", "weak", "first complex", "strong complex", "weak complex"}),
+    ],
+)
+def test_kept_instructions_are_written(recipe, until, origins):
+    go(recipe, misbehaving(0.2), until=until)
+    written = [json.loads(line) for line in (Path(recipe.output) / INSTRUCTIONS).read_text().splitlines()]
+    assert list(written[0]) == ["id", "domain", "topic", "subtopic", "text", "origin"]
+    assert {one["origin"] for one in written} == origins
+    kept = [one for one in derive(recipe, Prompts(), Memory(misbehaving(0.2)), until=until).instructions]
+    assert [(one["id"], one["text"]) for one in written] == [(one.id, one.text) for one in kept]
+
+
+def test_topics_and_instructions_are_there_before_the_answers(recipe):
+    def dying(ask):
+        if ask.stage == "responses":
+            raise EndpointError("no more")
+
+    with pytest.raises(EndpointError):
+        go(recipe, Writer(dying))
+    folder = Path(recipe.output)
+    assert (folder / TOPICS).is_file() and len((folder / INSTRUCTIONS).read_text().splitlines()) == 144
+    assert not (folder / REPORT).exists()
+
+
+def test_what_is_there_when_the_budget_ends_is_written_by_join(recipe):
+    with pytest.raises(BudgetExceeded, match="`ultrafuser synth join RECIPE` writes the data set of it"):
+        go(recipe, budget_tokens=2000)
+    assert not (Path(recipe.output) / ROWS).exists()
+    assert 0 < len(write_again(recipe).rows) < 144
 
 
 def test_a_run_without_a_row_says_why(recipe):
@@ -169,6 +211,48 @@ def test_near_duplicates_without_datasketch(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(MissingExtraError, match="datasketch"):
         check(tiny("filters.near_duplicates=0.8"))
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        (
+            "/nonexistent/model",
+            "model 'answers': no file or folder /nonexistent/model, and no hub id; set models.answers.model",
+        ),
+        ("some/hub-id+./adapter", "model 'answers': no file or folder ./adapter"),
+        (
+            "package:nowhere/model",
+            "model 'answers': package:nowhere/model: the Python package 'nowhere' is not installed",
+        ),
+    ],
+)
+def test_a_local_model_that_is_not_there_stops_a_run_at_once(tmp_path, model, problem):
+    models = [{"name": "writer", "endpoint": "writer@http://127.0.0.1:9/v1"},
+              {"name": "answers", "endpoint": "local", "model": model}]  # fmt: skip
+    recipe = tiny("calls.responses=answers", f"output={tmp_path / 'out'}", models=models)
+    with pytest.raises(RecipeError) as error:
+        synthesise(recipe)
+    assert problem in str(error.value) and not (tmp_path / "out").exists()
+    with pytest.raises(EndpointError):  # it is not asked before the answers
+        synthesise(recipe, until="sub_topics")
+
+
+def test_a_model_that_cannot_be_asked_is_found_before_the_first_stage(tmp_path):
+    pytest.importorskip("aiohttp")
+    with crowd_endpoint(lambda question, before: fine(reply_to(question))) as cheap:
+        with crowd_endpoint(lambda question, before: status_of(401)) as strong:
+            models = [cheap.recipe("cheap").model_dump(), strong.recipe("strong").model_dump()]
+            recipe = tiny("calls.responses=strong", f"output={tmp_path / 'out'}", models=models)
+            with pytest.raises(EndpointError, match="OPENAI_API_KEY is not set"):
+                synthesise(recipe)
+            assert set(cheap.asked) <= {"Say ok."} and set(strong.asked) == {"Say ok."}
+            synthesise(recipe, until="instructions")  # which asks the cheap one alone
+            before = strong.hits
+            with pytest.raises(EndpointError, match="OPENAI_API_KEY is not set"):
+                synthesise(recipe)
+            assert "Say ok." not in [body["messages"][0]["content"] for body in strong.bodies[before:]]
+            assert cheap.asked["Say ok."] == 1
 
 
 # ---------------------------------------------------------------- shards
@@ -273,6 +357,38 @@ def test_verdicts_on_code_are_kept(recipe, monkeypatch):
     assert status(recipe).rows and len(ran) == 2
 
 
+def test_answers_of_the_same_code_have_the_same_verdict(recipe, monkeypatch):
+    code = "In %s words:\n```python\ndef f():\n    return 1\n```\n\n```python\nassert f() == 1\n```"
+    recipe = tiny(f"output={recipe.output}", "domains.math.check=python", "domains.math.tests=true")
+    monkeypatch.setattr(checks, "run_tests", lambda cases, *, unsafe: [None] * len(cases))
+    done = go(recipe, Writer(lambda ask: Outcome("ok", code % ask.item) if ask.stage == "responses" else None))
+    assert done.ledger.entry("checks", "math").kept == 72 and done.ledger.open() == 0
+    assert next(one for one in status(recipe).stages if one.stage == "checks").open == 0
+
+
+def test_a_verdict_that_another_process_kept_first_holds_and_progress_is_shown(recipe, monkeypatch):
+    class Seen(Progress):
+        def start(self, what, total):
+            said.append((what, total))
+
+        def advance(self, steps=1, note=""):
+            said.append(steps)
+
+    said, cases = [], [(f"```python\nx = {number}\n```", "assert x") for number in range(5)]
+    monkeypatch.setattr(pipeline, "TESTS_AT_ONCE", 3)
+    with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
+
+        def run_tests(own, *, unsafe):
+            store.keep_verdicts({checks.case_key(case): "tests: timeout" for case in own})  # theirs comes first
+            return [None] * len(own)
+
+        monkeypatch.setattr(checks, "run_tests", run_tests)
+        assert set(pipeline.tested(recipe, store, cases, Seen()).values()) == {"tests: timeout"}
+        assert said == [("answers run with their tests", 5), 3, 2]
+        assert set(pipeline.tested(recipe, store, cases, Seen()).values()) == {"tests: timeout"}
+        assert len(said) == 3
+
+
 def test_status_runs_no_code(recipe, monkeypatch):
     code = "Like this:\n```python\ndef f():\n    return 1\n```\n\n```python\nassert f() == 1\n```"
     recipe = tiny(f"output={recipe.output}", "domains.math.check=python", "domains.math.tests=true")
@@ -283,12 +399,11 @@ def test_status_runs_no_code(recipe, monkeypatch):
 
 def test_replies_in_another_language_are_left_out(recipe):
     pytest.importorskip("py3langid")
-    german = "Das Wasser kocht bei hundert Grad, und auf hohen Bergen kocht es bei weniger, weil dort der Druck geringer ist."
     english = (
         "Water boils at a hundred degrees, and on high mountains it boils at fewer, since the pressure is lower there."
     )
     writer = Writer(
-        lambda ask: Outcome("ok", german if ask.domain == "math" else english) if ask.stage == "responses" else None
+        lambda ask: Outcome("ok", GERMAN if ask.domain == "math" else english) if ask.stage == "responses" else None
     )
     recipe = tiny(f"output={recipe.output}", "filters.language=en", "filters.language_confidence=0.9")
     data = go(recipe, writer)
@@ -376,6 +491,18 @@ def test_the_plan_is_what_a_perfect_writer_is_asked(tmp_path):
     for one in planned:
         assert one.usd == pytest.approx((one.prompt_tokens + 2 * one.completion_tokens) / 1e6)
         assert one.prompt_tokens > 20 * one.calls
+
+
+def test_the_plan_ends_where_the_run_does_and_tells_like_stages_apart():
+    whole = plan(tiny(turns=2), Prompts())
+    early = ("meta_topics", "sub_topics", "instructions", "expand")
+    assert plan(tiny(turns=2), Prompts(), "expand") == [one for one in whole if one.stage in early]
+    assert {(one.stage, one.part) for one in whole if one.part} == {
+        ("expand", "strong"), ("expand", "weak"), ("turns", "user"), ("turns", "answer"),
+    }  # fmt: skip
+    samples = tiny("domains.math.samples=2")
+    assert [one.stage for one in plan(samples, Prompts(), "checks")][-1] == "samples"
+    assert [one.stage for one in plan(samples, Prompts(), "responses")][-1] == "responses"
 
 
 def test_the_papers_sizes_cost_something_known():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,24 @@ def test_shipped_recipes_load_and_their_prompts_render(path, tmp_path):
     Prompts(recipe.prompts)
     (tmp_path / "again.yaml").write_text(dump_synth_recipe(recipe))
     assert load_synth_recipe(tmp_path / "again.yaml") == recipe
+
+
+def documented() -> list[str]:
+    """Every `ultrafuser synth` of the page, in blocks and in running text, that is about a recipe of ours."""
+    page = (ROOT / "docs" / "synthesis.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"(?:^|`)ultrafuser synth ([^`\n]+)", page, re.M)
+    return [line for line in lines if any((ROOT / word).is_file() for word in line.split())]
+
+
+@pytest.mark.parametrize("line", documented())
+def test_documented_commands_load_with_their_overrides(line):
+    words = shlex.split(line, comments=True)
+    [file] = [word for word in words if word.endswith(".yaml")]
+    load_synth_recipe(ROOT / file, [word for word in words if re.match(r"[\w.]+=", word)])
+
+
+def test_the_page_shows_commands():
+    assert len(documented()) >= 4 and any("models.text.model=" in line for line in documented())
 
 
 def test_the_papers_sizes():

@@ -153,16 +153,18 @@ def test_later_answers_are_checked_as_the_first_one():
     assert {len(row.messages) for row in data.rows if row.domain == "math"} == {2}
 
 
-def test_tests_are_those_of_the_last_answer(monkeypatch):
+def test_tests_are_asked_for_and_kept_with_first_answers_alone(monkeypatch):
     monkeypatch.setattr(checks, "run_tests", lambda cases, unsafe: [None] * len(cases))
-    code = "Like this:\n```python\ndef f():\n    return 1\n```\n\n```python\nassert f() == 1\n```"
+    code, tests = "Like this:\n```python\ndef f():\n    return 1\n```", "\n\n```python\nassert f() == 1\n```"
 
     def faults(ask):
-        is_answer = ask.stage == "responses" or "You play the person" not in ask.messages[0][1]
-        return Outcome("ok", code) if ask.stage in ("responses", "turns") and is_answer else None
+        prompt = ask.messages[0][1]
+        is_answer = ask.stage in ("responses", "turns") and "You play the person" not in prompt
+        return Outcome("ok", code + tests * ("assert statements" in prompt)) if is_answer else None
 
     recipe = tiny("domains.math.check=python", "domains.math.tests=true", turns=2, multi_turn_share=0.5)
-    data, _ = run(recipe, Writer(faults))
+    data, look = run(recipe, Writer(faults))
+    assert not any("assert statements" in ask.messages[0][1] for ask in look.asks.values() if ask.stage == "turns")
     rows = [row for row in data.rows if row.domain == "math"]
     assert {len(row.messages): row.tests for row in rows} == {2: "assert f() == 1", 4: None}
     assert not any("assert" in content for row in rows for _, content in row.messages)
@@ -353,7 +355,7 @@ def test_shards_together_are_the_whole():
 
 
 @pytest.mark.parametrize(
-    "stage", ["meta_topics", "sub_topics", "instructions", "complex", "responses", "checks", "judge", "turns"]
+    "stage", ["meta_topics", "sub_topics", "instructions", "expand", "complex", "responses", "checks", "judge", "turns"]
 )
 def test_a_run_may_stop_after_a_stage(stage):
     data, _ = run(tiny(), until=stage)

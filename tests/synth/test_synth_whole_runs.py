@@ -8,17 +8,20 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from scripted_writer import FAULTS, reply_to, tiny
 
 from crowd_endpoint import CrowdEndpoint, crowd_endpoint
-from scripted_endpoint import CUT, HTML, NOT_JSON, Step, failing, fine
+from scripted_endpoint import CUT, HANG, HTML, NOT_JSON, Step, failing, fine
 from ultrafuser.synth.card import REPORT, ROWS
 from ultrafuser.synth.recipe import dump_synth_recipe
 
-pytest.importorskip("aiohttp", reason="the synth extra is not installed")
+for package in ("aiohttp", "py3langid"):
+    pytest.importorskip(package, reason="the synth extra is not installed")
+MORE = ("filters.language=en", "filters.language_confidence=0.9")
 
 RUN = """
 import sys
@@ -32,9 +35,9 @@ except UltraFuserError as error:
     sys.exit(str(error))
 """
 PASSING = [failing(429, "slow down", retry_after="0"), failing(500), Step("busy", 503), CUT, NOT_JSON, HTML,
-           Step('{"choices": []}')]  # fmt: skip
+           Step('{"choices": []}'), HANG]  # fmt: skip
 LASTING = [fine(outcome.text) for outcome in FAULTS.values() if outcome.status == "ok"]
-LASTING += [fine(None), fine("", finish_reason="content_filter"), fine(None, refusal="no"), fine('["half a list", "of', finish_reason="length"),
+LASTING += [HANG, fine(None), fine("", finish_reason="content_filter"), fine(None, refusal="no"), fine('["half a list", "of', finish_reason="length"),
             failing(400, "this model's maximum context length is 64 tokens", code="context_length_exceeded")]  # fmt: skip
 
 
@@ -61,11 +64,12 @@ def start(tmp_path: Path):
                 "model": "writer",
                 "base_url": server.url,
                 "concurrency": 16,
-                "timeout_s": 5,
+                "timeout_s": 0.5,
+                "retries": 2,
                 "backoff_s": 0.01,
             },
         }
-        recipe = tiny(f"output={tmp_path / folder}", models=[model], turns=2)
+        recipe = tiny(f"output={tmp_path / folder}", *MORE, models=[model], turns=2)
         (tmp_path / f"{folder}.yaml").write_text(dump_synth_recipe(recipe))
         command = [sys.executable, "-c", RUN, str(tmp_path / f"{folder}.yaml"), *overrides]
         runs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
@@ -103,7 +107,10 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path, start):
             run.kill()
             run.wait()
         finish(start(server, "killed"))
-        assert results(tmp_path / "killed") == results(tmp_path / "whole")
+        rows, stages = results(tmp_path / "killed")
+        assert (rows, stages) == results(tmp_path / "whole")
+        reasons = sum((Counter(entry["rejected"]) for entry in stages), Counter())
+        assert reasons["another language"] and reasons["call failed: unanswered"]  # of what hangs for good
         before = server.hits
         finish(start(server, "killed"))  # all is there
         assert server.hits == before

@@ -6,7 +6,8 @@ import csv
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,12 +170,28 @@ def _columns(layout: str) -> list[str]:
 
 @contextmanager
 def _jsonl(draft: Path, layout: str) -> Iterator[Write]:
+    columns: Counter[str] = Counter()
     with draft.open("w", encoding="utf-8") as stream:
 
         def write(record: Mapping[str, Any]) -> None:
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+            columns.update(record.keys())
 
         yield write
+    if len(set(columns.values())) > 1:
+        _fill(draft, columns)
+
+
+def _fill(draft: Path, columns: Iterable[str]) -> None:
+    """Give every row all columns, empty where it has none: `datasets` knows those of the first 10 MB and takes no others."""
+    uneven = draft.rename(draft.with_suffix(".uneven"))
+    try:
+        with uneven.open(encoding="utf-8") as lines, draft.open("w", encoding="utf-8") as stream:
+            for line in lines:
+                record = dict.fromkeys(columns, "") | json.loads(line)
+                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+    finally:
+        uneven.unlink()
 
 
 @contextmanager

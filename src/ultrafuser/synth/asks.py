@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-STAGES = ("meta_topics", "sub_topics", "instructions", "expand", "complex", "responses", "turns", "judge", "samples")
+STAGES = ("meta_topics", "sub_topics", "instructions", "expand", "complex", "responses", "samples", "judge", "turns")
+# Where a run may stop to be looked at: each after the stage of the same place; checks are over with the samples.
+STOPS = ("meta_topics", "sub_topics", "instructions", "expand", "complex", "responses", "checks", "judge", "turns")
 CUT_OFF = "length"  # the reason of an `ok` outcome whose text ends at the limit of tokens
 
 
@@ -17,14 +19,14 @@ class Ask:
     """One question to a model.
 
     Attributes:
-        stage: what it is for, one of `STAGES`.
+        stage: what it is for, one of `STAGES`, or `probe`: whether the model can be asked at all.
         item: id of the item that it is asked for.
         role: name in the recipe of the model that answers.
         model: what that name stood for when the question was asked: the model served, or the folder; empty: the role.
         messages: (role, content) pairs, the last one a user's, or the assistant's: the beginning of the reply.
         sample: the n-th draw of the same question.
         schema: a JSON schema of the reply, for endpoints that keep to one.
-        temperature: of the sampling; None: the model's own.
+        temperature: of the sampling; None: the endpoint's; a local model then takes the likeliest token.
         max_tokens: of the reply at most.
     """
 

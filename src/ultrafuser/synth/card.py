@@ -19,10 +19,11 @@ from ultrafuser.synth.prompts import Prompts
 from ultrafuser.synth.recipe import ModelRecipe, SynthRecipe, dump_synth_recipe
 from ultrafuser.synth.store import CallStore
 
-ROWS, PARQUET, REPORT, TOPICS, CARD, RECIPE = (
-    "data.jsonl", "data.parquet", "report.json", "topics.json", "README.md", "recipe.yaml",
+ROWS, PARQUET, REPORT, TOPICS, INSTRUCTIONS, CARD, RECIPE = (
+    "data.jsonl", "data.parquet", "report.json", "topics.json", "instructions.jsonl", "README.md", "recipe.yaml",
 )  # fmt: skip
 _REASONS_SHOWN = 4
+_SHARED = {"whole text": "a whole short text", "whole message": "a user's whole message"}  # of other kinds of hit
 
 
 def write_data_set(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStore) -> None:
@@ -34,7 +35,7 @@ def write_data_set(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: 
     folder = Path(recipe.output)
     facts = report(recipe, prompts, data, store)
     write_json(facts, folder / REPORT, force=True)
-    write_json(_topics(data), folder / TOPICS, force=True)
+    write_items(recipe, data)
     _write_text(dump_synth_recipe(recipe), folder / RECIPE)
     if data.stopped_after is not None:
         return
@@ -43,6 +44,19 @@ def write_data_set(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: 
             for row in data.rows:
                 write(row)
     _write_text(card(recipe, facts, data.rows), folder / CARD)
+
+
+def write_items(recipe: SynthRecipe, data: DataSet) -> None:
+    """Topics and instructions as far as they have come, to be looked at before the answers are asked for.
+
+    Raises:
+        DataError: the folder cannot be written to.
+    """
+    folder = Path(recipe.output)
+    write_json(_topics(data), folder / TOPICS, force=True)
+    if data.instructions is not None:
+        with whole_file(folder / INSTRUCTIONS, force=True) as draft, draft.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in data.instructions)
 
 
 def report(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStore) -> dict[str, Any]:
@@ -209,9 +223,11 @@ def _filter_lines(recipe: SynthRecipe, facts: Mapping[str, Any]) -> list[str]:
     tests = ", ".join(f"`{Path(path).name}`" for path in filters.decontaminate)
     lines = [f"- Duplicates: instructions or answers that are {near}."]
     if tests:
-        lines.append(
-            f"- Test data: {len(facts['overlaps_with_test_data'])} rows that share {filters.ngram} words in a row with {tests}."
-        )
+        kinds = Counter(overlap["touches"][0]["kind"] for overlap in facts["overlaps_with_test_data"])
+        rows = f"{kinds.total()} {'row' if kinds.total() == 1 else 'rows'}"
+        shared = {f"{filters.ngram}-gram": f"{filters.ngram} words in a row"} | _SHARED
+        what = ", ".join(f"{words} {kinds[kind]}" for kind, words in shared.items() if kinds[kind])
+        lines.append(f"- Test data: {rows} left out for sharing words with {tests}{what and ': '}{what}.")
     else:
         lines.append("- Test data: **none was named, so the rows may hold test items.**")
     return [*lines, ""]

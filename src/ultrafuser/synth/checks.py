@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import operator
+import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,7 +80,7 @@ def case_key(case: Case) -> str:
     return hashlib.sha256(repr((python_blocks(answer), tests, LIMITS)).encode()).hexdigest()
 
 
-def run_tests(cases: Sequence[Case], *, unsafe: bool = False, workers: int = 2) -> list[str | None]:
+def run_tests(cases: Sequence[Case], *, unsafe: bool = False) -> list[str | None]:
     """For each answer with its tests, why it is left out; None: the tests pass.
 
     Raises:
@@ -97,7 +98,7 @@ def run_tests(cases: Sequence[Case], *, unsafe: bool = False, workers: int = 2) 
                 return None if outcome.passed else f"tests: {outcome.status}"
         raise SandboxError(f"the sandbox failed twice, so an answer has no verdict: {outcome.detail}")
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(one, cases))
 
 

@@ -14,7 +14,7 @@ from ultrafuser.data.schema import Row
 from ultrafuser.data.texts import read_texts
 from ultrafuser.errors import DataError
 from ultrafuser.progress import Progress
-from ultrafuser.synth.items import Conversation, SubTopic, Topic
+from ultrafuser.synth.items import Conversation, Instruction, SubTopic, Topic
 from ultrafuser.synth.ledger import Ledger
 from ultrafuser.synth.recipe import FiltersRecipe, SynthRecipe
 
@@ -39,6 +39,7 @@ class DataSet:
     """What came of a recipe so far.
 
     Attributes:
+        instructions: as far as they have come; None: not reached.
         overlaps: rows that were left out for sharing words with test data, and what they share.
         stopped_after: the last stage, where the run was to go no further; there are no rows then.
     """
@@ -46,6 +47,7 @@ class DataSet:
     ledger: Ledger
     topics: dict[str, list[Topic]] = field(default_factory=dict)
     sub_topics: dict[str, list[SubTopic]] = field(default_factory=dict)
+    instructions: list[Instruction] | None = None
     conversations: list[Conversation] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     overlaps: list[dict[str, Any]] = field(default_factory=list)

@@ -28,7 +28,7 @@ PATIENCE_S = 600.0  # without a single reply, after which an endpoint that used 
 MAX_REPLY_BYTES = 16 * 2**20
 _LONG_PAUSE_S = 5.0
 _FULL = (429, 503, 529)  # the endpoint has too much to do: no fault of the request
-_PROBE = Ask("probe", "", "", "", (("user", "Say ok."),), max_tokens=16)
+PROBE = Ask("probe", "", "", "", (("user", "Say ok."),), max_tokens=16)
 
 
 class _Again(Exception):
@@ -260,7 +260,7 @@ class EndpointCaller:
             if self.served > served:
                 return True
             try:
-                probe = await self._try(_PROBE, run)
+                probe = await self._try(PROBE, run)
             except (_Again, _Refused):
                 return False
             self._owed_usd += probe.cost_usd

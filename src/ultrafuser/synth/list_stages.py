@@ -38,7 +38,7 @@ _OBJECTS = _list_of(
 
 
 @dataclass
-class _Want(Generic[T]):
+class Want(Generic[T]):
     """So many items of one parent, and how to ask for them.
 
     Attributes:
@@ -58,13 +58,13 @@ class _Want(Generic[T]):
 
 
 def _gather(
-    run: Run, stage: str, wants: Sequence[_Want[T]], known: Callable[[T], str], shown: int, schema: Mapping[str, Any]
+    run: Run, stage: str, wants: Sequence[Want[T]], known: Callable[[T], str], shown: int, schema: Mapping[str, Any]
 ) -> None:
     """Ask for lists until every parent has what it wants, or the rounds are over."""
     call = run.recipe.call(stage)
     assert isinstance(call, ListCallRecipe)
     for _ in range(call.rounds):
-        asks: list[tuple[_Want[T], int, Ask]] = []
+        asks: list[tuple[Want[T], int, Ask]] = []
         for want in wants:
             have = [known(item) for item in want.found[-shown:]]
             for number in portions(want.wanted - len(want.found), call.per_call):
@@ -118,7 +118,7 @@ def find_topics(run: Run) -> dict[str, list[Topic]]:
     """The topics of each domain, its seed topics first."""
     wants = []
     for domain in run.recipe.domains:
-        want: _Want[Topic] = _Want(
+        want: Want[Topic] = Want(
             domain, item_id(domain.name), domain.counts.meta_topics, lambda _: {}, _topic_reader(domain),
             {plain(name) for name in domain.topics},
         )  # fmt: skip
@@ -148,12 +148,12 @@ def _same(values: Mapping[str, Any], _: int) -> dict[str, Any]:
 
 def find_sub_topics(run: Run, topics: Mapping[str, Sequence[Topic]]) -> dict[str, list[SubTopic]]:
     """The sub-topics of each domain; none occurs twice in a domain."""
-    wants: list[_Want[SubTopic]] = []
+    wants: list[Want[SubTopic]] = []
     for domain in run.recipe.domains:
         own, seen = topics[domain.name], set[str]()
         for topic, share in zip(own, shares(domain.counts.sub_topics, len(own)) if own else [], strict=True):
             values = {"topic": topic.name, "num_concepts": domain.counts.concepts}
-            wants.append(_Want(domain, topic.id, share, partial(_same, values), _sub_topic_reader(domain, topic), seen))
+            wants.append(Want(domain, topic.id, share, partial(_same, values), _sub_topic_reader(domain, topic), seen))
     _gather(run, "sub_topics", wants, lambda sub_topic: sub_topic.name, KNOWN_TOPICS, _OBJECTS)
     found: dict[str, list[SubTopic]] = {domain.name: [] for domain in run.recipe.domains}
     for want in wants:
@@ -185,17 +185,18 @@ def of_shard(
     return out
 
 
-def find_instructions(run: Run, sub_topics: Mapping[str, Sequence[tuple[SubTopic, int, int]]]) -> list[Instruction]:
-    """First instructions of each sub-topic, and those that grow out of them; none occurs twice in a sub-topic."""
-    wants: list[_Want[Instruction]] = []
+def find_instructions(
+    run: Run, sub_topics: Mapping[str, Sequence[tuple[SubTopic, int, int]]]
+) -> list[Want[Instruction]]:
+    """First instructions of each sub-topic; none occurs twice in it."""
+    wants: list[Want[Instruction]] = []
     for domain in run.recipe.domains:
         for sub_topic, place, number in sub_topics[domain.name]:
             share = shares(domain.counts.instructions, number)[place]
             read = _instruction_reader(run, sub_topic, "first")
-            wants.append(_Want(domain, sub_topic.id, share, _instruction_values(run, sub_topic), read, set()))
+            wants.append(Want(domain, sub_topic.id, share, _instruction_values(run, sub_topic), read, set()))
     _gather(run, "instructions", wants, lambda one: one.text, KNOWN_INSTRUCTIONS, _LIST)
-    grown = _expand(run, wants)
-    return [one for want in wants for one in [*want.found, *grown[want.parent]]]
+    return wants
 
 
 def _instruction_values(run: Run, sub_topic: SubTopic) -> Callable[[int], dict[str, Any]]:
@@ -223,10 +224,10 @@ def _instruction_reader(
     return read
 
 
-def _expand(run: Run, wants: Sequence[_Want[Instruction]]) -> dict[str, list[Instruction]]:
-    """In-context expansion: a few instructions are shown, strongly and weakly related ones come back; by sub-topic."""
+def expand(run: Run, wants: Sequence[Want[Instruction]]) -> list[Instruction]:
+    """In-context expansion: a few instructions are shown, strongly and weakly related ones come back; both, by sub-topic."""
     size = run.recipe.calls.expand.examples
-    asks: list[tuple[_Want[Instruction], int, str, Ask]] = []
+    asks: list[tuple[Want[Instruction], int, str, Ask]] = []
     for want in wants:
         groups = [want.found[start : start + size] for start in range(0, len(want.found), size)]
         for relation, ratio in (("strong", want.domain.counts.strong), ("weak", want.domain.counts.weak)):
@@ -252,4 +253,4 @@ def _expand(run: Run, wants: Sequence[_Want[Instruction]]) -> dict[str, list[Ins
         parent = SubTopic(want.parent, first.domain, first.topic, first.subtopic, ())
         read = _instruction_reader(run, parent, relation)
         grown[want.parent] += _read_items(run, ask, outcomes.get(ask.key), number, read, want.seen)
-    return grown
+    return [one for want in wants for one in [*want.found, *grown[want.parent]]]

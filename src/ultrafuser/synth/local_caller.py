@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrafuser.errors import DataError
+from ultrafuser.errors import CheckpointError, DataError, RecipeError
+from ultrafuser.model.references import PACKAGE, resolve
 from ultrafuser.synth.asks import CUT_OFF, Ask, Outcome
 from ultrafuser.synth.callers import Run
 from ultrafuser.synth.recipe import ModelRecipe
@@ -18,6 +20,25 @@ if TYPE_CHECKING:
 # Models take turns: torch has one random state for the process, from which two that sample at once would draw in no
 # order, and transformers loads one model at a time, or finds weights missing.
 _TURN = threading.Lock()
+
+
+def check_files(model: ModelRecipe) -> None:
+    """See that a model in this process is there, before anything is asked; what may be a hub id is left to the loading.
+
+    Raises:
+        RecipeError: no such file or folder.
+    """
+    if (text := model.model) is None:  # behind an endpoint
+        return
+    for part in [text] if Path(text).exists() else text.split("+"):
+        try:
+            resolve(part, None, model.name)
+        except CheckpointError as error:
+            problem = str(error) if part.startswith(PACKAGE) else f"no file or folder {part}, and no hub id"
+            raise RecipeError(
+                f"model {model.name!r}: {problem}; set models.{model.name}.model to a folder, a hub id, BASE+ADAPTER or a "
+                "fused folder; `ultrafuser synth join RECIPE` writes what was answered before without a model"
+            ) from error
 
 
 class LocalCaller:

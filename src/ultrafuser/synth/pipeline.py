@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +16,8 @@ from ultrafuser.errors import DataError, MissingExtraError, RecipeError, Sandbox
 from ultrafuser.evaluate import sandbox
 from ultrafuser.progress import Progress
 from ultrafuser.synth import checks, filters, list_stages, stages
-from ultrafuser.synth.asks import Ask, Outcome
-from ultrafuser.synth.card import write_data_set
+from ultrafuser.synth.asks import STOPS, Ask, Outcome
+from ultrafuser.synth.card import write_data_set, write_items
 from ultrafuser.synth.dataset import (
     DataSet,
     Decision,
@@ -25,15 +27,16 @@ from ultrafuser.synth.dataset import (
     without_duplicates,
     without_overlaps,
 )
+from ultrafuser.synth.endpoint_caller import PROBE
+from ultrafuser.synth.plan import plan, stages_until
 from ultrafuser.synth.prompts import Prompts
 from ultrafuser.synth.recipe import SynthRecipe
 from ultrafuser.synth.stage_run import Look, Run, Test
 from ultrafuser.synth.store import CallStore
 
 STORE = "calls.sqlite"
-TESTS_AT_ONCE = 32  # between two savings of their verdicts
-# Where a run may stop to be looked at.
-STOPS = ("meta_topics", "sub_topics", "instructions", "complex", "responses", "checks", "judge", "turns")
+TESTS_AT_ONCE = 16 * (os.cpu_count() or 1)  # between two savings of their verdicts
+_OF_ITEMS = STOPS[: STOPS.index("responses")]  # stages that make topics and instructions
 Shard = tuple[int, int]
 
 
@@ -47,6 +50,7 @@ def derive(
     reviews: Mapping[str, Decision] | None = None,
     shard: Shard | None = None,
     until: str | None = None,
+    show: Callable[[DataSet], None] = lambda _: None,
     progress: Progress | None = None,
 ) -> DataSet:
     """All stages, from nothing to rows: a pure function of the recipe, the prompts, the replies and the reviews.
@@ -57,11 +61,14 @@ def derive(
         tests: the test data that rows must not touch; None: read from the recipe's files.
         shard: (number from 1 on, how many): the part of the sub-topics to work on; a part has no rows yet.
         until: the stage to stop after.
+        show: is given topics and instructions after each stage that changes them.
     """
     run = Run(recipe, prompts, look, test or partial(_run_tests, recipe))
     out = DataSet(run.ledger)
     last = STOPS[-1] if shard is not None else None
     for stage in _stages(run, out, shard):
+        if stage in _OF_ITEMS:
+            show(out)
         if stage in (until, last):
             out.stopped_after = stage
             return out
@@ -78,11 +85,14 @@ def _stages(run: Run, out: DataSet, shard: Shard | None) -> Iterator[str]:
     yield "meta_topics"
     out.sub_topics = list_stages.find_sub_topics(run, out.topics)
     yield "sub_topics"
-    instructions = list_stages.find_instructions(run, list_stages.of_shard(out.sub_topics, shard))
+    wants = list_stages.find_instructions(run, list_stages.of_shard(out.sub_topics, shard))
+    out.instructions = [one for want in wants for one in want.found]
     yield "instructions"
-    instructions = stages.make_complex(run, instructions)
+    out.instructions = list_stages.expand(run, wants)
+    yield "expand"
+    out.instructions = stages.make_complex(run, out.instructions)
     yield "complex"
-    out.conversations = stages.respond(run, instructions)
+    out.conversations = stages.respond(run, out.instructions)
     yield "responses"
     checked = stages.check_answers(run, stages.filter_answers(run, out.conversations))
     out.conversations = stages.compare_samples(run, checked)
@@ -106,6 +116,9 @@ def synthesise(
 ) -> DataSet:
     """Ask what is missing, and write the data set when all is there. Stopped at any point, it goes on where it was.
 
+    Before the first stage of a new store, each served model that will be asked gets a short question: a missing key or a
+    wrong name is found while nothing is paid for yet.
+
     Args:
         budget_usd, budget_tokens: for the whole store, in place of the recipe's.
         retry_failed: ask again what failed for good before, e.g. after raising a model's context.
@@ -117,12 +130,17 @@ def synthesise(
         DataError: no row is left; the report says why.
     """
     from ultrafuser.synth.callers import make_callers
+    from ultrafuser.synth.local_caller import check_files
     from ultrafuser.synth.scheduler import answer
 
     progress = progress or Progress()
     budgets = {"budget_usd": budget_usd, "budget_tokens": budget_tokens}
     recipe = recipe.model_copy(update={key: value for key, value in budgets.items() if value is not None})
     prompts, tests = check(recipe, shard=shard, until=until)
+    asked = {one.model: one.stage for one in reversed(plan(recipe, prompts, until))}  # role -> its first stage
+    if callers is None:
+        for role in asked:
+            check_files(recipe.model(role))
     with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
         if shard is not None:
             _check_topics_are_there(recipe, prompts, store)
@@ -136,16 +154,18 @@ def synthesise(
             )
             return outcomes(store, asks)
 
-        test = partial(tested, recipe, store)
+        if callers is None and all(count.stage == PROBE.stage for count in store.counts()):
+            look(_probes(recipe, asked))
         done = derive(
             recipe,
             prompts,
             look,
-            test=test,
+            test=partial(tested, recipe, store, progress=progress),
             tests=tests,
             reviews=store.reviews(),
             shard=shard,
             until=until,
+            show=partial(write_items, recipe),
             progress=progress,
         )
         return _finish(recipe, prompts, done, store)
@@ -179,7 +199,7 @@ def join(recipe: SynthRecipe, others: Sequence[Path], progress: Progress | None 
 
 def _write_stored(recipe: SynthRecipe, ready: Ready, store: CallStore, progress: Progress | None) -> DataSet:
     prompts, tests = ready
-    test = partial(tested, recipe, store)
+    test = partial(tested, recipe, store, progress=progress)
     done = derive(recipe, prompts, stored(store), test=test, tests=tests, reviews=store.reviews(), progress=progress)
     return _finish(recipe, prompts, done, store)
 
@@ -201,8 +221,7 @@ def check(recipe: SynthRecipe, *, shard: Shard | None = None, until: str | None 
         MissingExtraError: a library that a filter needs.
         SandboxError: answers with tests, and nowhere to run them.
     """
-    if until is not None and until not in STOPS:
-        raise RecipeError(f"--until {until}: no such stage, expected one of {', '.join(STOPS)}")
+    stages_until(until)
     if shard is not None and not 1 <= shard[0] <= shard[1]:
         raise RecipeError(f"--shard {shard[0]}/{shard[1]}: expected NUMBER/HOW-MANY such as 1/8, counted from 1")
     if recipe.budget_usd is not None and not any(m.prompt_usd or m.completion_usd for m in recipe.used_models()):
@@ -230,21 +249,41 @@ def _run_tests(recipe: SynthRecipe, cases: Sequence[checks.Case]) -> dict[checks
     return dict(zip(cases, checks.run_tests(cases, unsafe=recipe.filters.unsafe_code), strict=True))
 
 
-def tested(recipe: SynthRecipe, store: CallStore, cases: Sequence[checks.Case]) -> dict[checks.Case, str | None]:
+def tested(
+    recipe: SynthRecipe, store: CallStore, cases: Sequence[checks.Case], progress: Progress | None = None
+) -> dict[checks.Case, str | None]:
     """The verdicts on answers with tests; those that are missing are found and kept, so that no run changes them."""
     known = verdicts(store, cases)
     missing = [case for case in dict.fromkeys(cases) if case not in known]
+    if not missing:
+        return known
+    progress = progress or Progress()
+    progress.start("answers run with their tests", len(missing))
     for start in range(0, len(missing), TESTS_AT_ONCE):
         found = _run_tests(recipe, missing[start : start + TESTS_AT_ONCE])
         store.keep_verdicts({checks.case_key(case): reason or "" for case, reason in found.items()})
-        known |= found
+        known |= verdicts(store, list(found))  # another process may have been the first
+        progress.advance(len(found))
+    progress.finish()
     return known
 
 
 def verdicts(store: CallStore, cases: Sequence[checks.Case]) -> dict[checks.Case, str | None]:
     """The verdicts that there are."""
-    keys = {checks.case_key(case): case for case in cases}
-    return {keys[key]: reason or None for key, reason in store.verdicts(keys).items()}
+    keys = {case: checks.case_key(case) for case in cases}  # cases of the same code have the same one
+    known = store.verdicts(set(keys.values()))
+    return {case: known[key] or None for case, key in keys.items() if key in known}
+
+
+def _probes(recipe: SynthRecipe, asked: Mapping[str, str]) -> list[Ask]:
+    """A short question to each served model, asked as its first stage asks."""
+    out = []
+    for role, stage in asked.items():
+        endpoint, call = recipe.model(role).endpoint, recipe.call(stage)
+        if endpoint != "local":
+            place = f"{endpoint.model}@{endpoint.base_url}"
+            out.append(replace(PROBE, role=role, temperature=call.temperature, max_tokens=call.max_tokens, model=place))
+    return out
 
 
 def stored(store: CallStore) -> Look:

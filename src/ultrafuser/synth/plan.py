@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ultrafuser.synth.asks import Ask
+from ultrafuser.errors import RecipeError
+from ultrafuser.synth.asks import STAGES, STOPS, Ask
 from ultrafuser.synth.items import portions, shares
 from ultrafuser.synth.money import likely_prompt_tokens, prices_of
 from ultrafuser.synth.prompts import Prompts
@@ -19,9 +20,14 @@ _NAME, _INSTRUCTION, _ANSWER = "x" * 24, "x" * 200, "x" * 1720  # four character
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """What a stage of a domain is going to take, if every reply can be used."""
+    """What a stage of a domain is going to take, if every reply can be used.
+
+    Attributes:
+        part: of a stage that asks in two ways: `strong` or `weak`, `user` or `answer`.
+    """
 
     stage: str
+    part: str
     domain: str
     model: str
     calls: int
@@ -30,19 +36,35 @@ class PlannedStage:
     usd: float
 
 
-def plan(recipe: SynthRecipe, prompts: Prompts) -> list[PlannedStage]:
-    """Every stage and domain that asks for something."""
-    out = []
+def stages_until(until: str | None) -> Sequence[str]:
+    """The stages that ask a model before a run stops there.
+
+    Raises:
+        RecipeError: no such stage.
+    """
+    if until is not None and until not in STOPS:
+        raise RecipeError(f"--until {until}: no such stage, expected one of {', '.join(STOPS)}")
+    return STAGES if until is None else STAGES[: STOPS.index(until) + 1]
+
+
+def plan(recipe: SynthRecipe, prompts: Prompts, until: str | None = None) -> list[PlannedStage]:
+    """Every stage and domain that asks for something, up to the stage to stop after.
+
+    Raises:
+        RecipeError: as of `stages_until`.
+    """
+    stages, out = stages_until(until), []
     for domain in recipe.domains:
         for stage, prompt, calls, values, tokens in _calls(recipe, domain):
-            if not calls:
+            if not calls or stage not in stages:
                 continue
             asked_as = recipe.asked_as(stage, prompt)
             call, role = recipe.call(asked_as), recipe.role(asked_as, domain)
             ask = Ask(stage, domain.name, "", role, prompts.messages(prompt, domain=domain, **values))
             read, written = calls * likely_prompt_tokens(ask), calls * min(tokens, call.max_tokens)
             usd = prices_of(recipe.model(role)).cost_usd(read, written)
-            out.append(PlannedStage(stage, domain.name, role, calls, read, written, usd))
+            part = values.get("relation", "") if stage != "turns" else "user" if prompt == stage else "answer"
+            out.append(PlannedStage(stage, part, domain.name, role, calls, read, written, usd))
     return out
 
 

@@ -87,7 +87,10 @@ class CallRecipe(Node):
     shorthand: ClassVar[str | None] = "model"
 
     model: str | None = Field(default=None, description="Name of the model; null: the first one of the recipe.")
-    temperature: NonNegativeFloat | None = Field(default=None, description="Temperature; null: the model's own.")
+    temperature: NonNegativeFloat | None = Field(
+        default=None,
+        description="Temperature; null: `endpoint.temperature`; a local model then takes the likeliest token.",
+    )
     max_tokens: PositiveInt = Field(default=1024, description="Tokens of a reply at most.")
 
 
@@ -179,7 +182,7 @@ class DomainRecipe(Node):
         description="`python`: code must parse, and pass its tests if it has any; `math`: the answer must settle on a "
         "result, its arithmetic must be right, and `samples` must agree.",
     )
-    tests: bool = Field(default=False, description="`check: python`: ask for tests with each answer.")
+    tests: bool = Field(default=False, description="`check: python`: ask for tests with each first answer.")
     samples: NonNegativeInt = Field(default=0, description="`check: math`: further answers that are compared.")
     agreement: Fraction = Field(default=0.5, description="Share of the samples that must agree with the answer.")
     topics: list[str] = Field(default=[], description="Seed topics, taken as the first ones; the models add the rest.")

@@ -48,6 +48,11 @@ class Desk:
         found = self.store.review(row.id)
         return found.decision if found is not None else ""
 
+    def why(self, row: Row) -> str:
+        """Why a row was rejected, where the reader said so."""
+        found = self.store.review(row.id)
+        return found.note if found is not None and found.decision == "reject" else ""
+
     def shown(self, domain: str = ALL, what: str = SHOWN[0]) -> list[int]:
         """The places of the rows of a domain and state."""
         decided = {id: f"{review.decision}ed" for id, review in self.store.reviews().items()}

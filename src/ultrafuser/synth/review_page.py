@@ -39,7 +39,7 @@ def review_page(desk: Desk) -> Any:
         state = desk.decision(row)
         boxes = [gr.update(label=role, value=content, visible=True) for role, content in messages]
         boxes += [gr.update(visible=False) for _ in range(most - len(messages))]
-        return [place, f"{where} · {state or 'not reviewed'}", desk.summary(), "", *boxes]
+        return [place, f"{where} · {state or 'not reviewed'}", desk.summary(), desk.why(row), *boxes]
 
     def accept(domain: str, what: str, place: int | None) -> list[Any]:
         if place is not None:

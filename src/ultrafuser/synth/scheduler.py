@@ -19,6 +19,7 @@ LEASE_S = 60.0  # that a claim outlives a worker of which nothing can be known; 
 GRACE_S = 15.0  # for calls under way when the run has to stop
 CLAIMS_AT_ONCE = 32
 _LOOK_S = 0.5  # between two looks at what other processes have in hand
+_KEPT = "what was answered is kept, and `ultrafuser synth join RECIPE` writes the data set of it"
 
 
 def answer(
@@ -87,6 +88,7 @@ class _Run:
         self.store, self.progress, self.lease_s = store, progress, lease_s
         self.budget_usd, self.budget_tokens = budget_usd, budget_tokens
         self.worker = new_worker()
+        self.asking = 0  # batches that callers have in hand
         self.sent: set[str] = set()
         self.unstored: deque[tuple[Ask, Outcome]] = deque()
         self.callers: dict[str, Caller] = {}
@@ -138,7 +140,11 @@ class _Run:
 
     async def _work(self, feed: _Feed) -> None:
         while batch := await feed.take():
-            outcomes = await feed.caller.answer(batch, self)
+            self.asking += 1
+            try:
+                outcomes = await feed.caller.answer(batch, self)
+            finally:
+                self.asking -= 1
             for ask, outcome in zip(batch, outcomes, strict=True):
                 if outcome is None:
                     feed.waiting.append(ask)
@@ -156,6 +162,10 @@ class _Run:
             self.sent.discard(ask.key)
             spent_usd = self.store.spent_usd()
             self.progress.advance(1, f"${spent_usd:.2f}" if spent_usd else "")
+
+    def tokens_used_up(self) -> bool:
+        """Whether the budget of tokens lets nothing more be sent."""
+        return self.budget_tokens is not None and self.store.tokens() >= self.budget_tokens
 
     async def _beat(self) -> None:
         """Renew the claims for as long as this process lives."""
@@ -205,34 +215,32 @@ class _Feed:
         """The next batch; none when all are answered, or the run ends.
 
         Raises:
-            BudgetExceeded: the next call might cost more than what is left, and nothing is under way.
+            BudgetExceeded: the next call might cost more than what is left, or the tokens are used up, and nothing is
+                under way.
         """
         async with self._turn:
             was_idle = False
-            while not self._claimed and not self.run.stop.is_set():
-                if not self.waiting:
+            while not self.run.stop.is_set():
+                if not self.waiting and not self._claimed:
                     return []
-                stuck = self._claim(was_idle)
-                if stuck:
+                if self.run.tokens_used_up():
+                    if not self.run.asking:
+                        raise self._out_of_tokens()
+                    await self._until_something_changes()
+                elif self._claimed:
+                    return [self._claimed.popleft() for _ in range(min(self.caller.batch_size, len(self._claimed)))]
+                elif self._claim(was_idle):
                     was_idle = self.run.store.under_way() == 0
                     await self._until_something_changes()
-            if self.run.stop.is_set():
-                return []
-            return [self._claimed.popleft() for _ in range(min(self.caller.batch_size, len(self._claimed)))]
+            return []
 
     def _claim(self, was_idle: bool) -> bool:
-        """Claim the next few; whether that brought nothing.
+        """Claim the next few; whether there is nothing to do but wait.
 
         Args:
             was_idle: nobody had anything under way just now, so that no money that is set aside will be freed.
         """
         run = self.run
-        if run.budget_tokens is not None and (tokens := run.store.tokens()) >= run.budget_tokens:
-            raise BudgetExceeded(
-                f"the budget of {run.budget_tokens:,} tokens is used up: {tokens:,} were read and written, and "
-                f"{len(self.waiting)} questions wait for an answer; raise --budget-tokens and run again: what was "
-                "answered is kept"
-            )
         size = max(min(CLAIMS_AT_ONCE, self.caller.concurrency), self.caller.batch_size)
         asks = {ask.key: ask for ask in (self.waiting.popleft() for _ in range(min(size, len(self.waiting))))}
         ceilings = {key: self.caller.ceiling_usd(ask) for key, ask in asks.items()}
@@ -259,5 +267,12 @@ class _Feed:
         return BudgetExceeded(
             f"the budget of ${budget_usd:.2f} does not last: ${spent_usd:.4f} is spent, the next call may cost up to "
             f"${ceiling_usd:.4f}, and {len(self.waiting)} questions wait for an answer; raise --budget-usd and run "
-            "again: what was answered is kept"
+            f"again: {_KEPT}"
+        )
+
+    def _out_of_tokens(self) -> BudgetExceeded:
+        return BudgetExceeded(
+            f"the budget of {self.run.budget_tokens:,} tokens is used up: {self.run.store.tokens():,} were read and written, "
+            f"and {len(self.waiting) + len(self._claimed)} questions wait for an answer; raise --budget-tokens and run again: "
+            f"{_KEPT}"
         )

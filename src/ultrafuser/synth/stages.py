@@ -168,14 +168,13 @@ def go_on(run: Run, conversations: Sequence[Conversation]) -> list[Conversation]
         for (one, question), text in zip(asked, run.texts(answers, parsing.read_text), strict=True):
             if text is None:
                 continue
-            domain = recipe.domain(one.domain)
-            answer = parsing.split_tests(text)[0] if domain.tests else text
-            if reason := filters.check_answer(answer, recipe.filters) or checks.check_answer(domain.check, answer):
+            kind = recipe.domain(one.domain).check
+            if reason := filters.check_answer(text, recipe.filters) or checks.check_answer(kind, text):
                 run.ledger.reject("turns", one.domain, reason, text)
                 continue
             run.ledger.keep("turns", one.domain)
             # a row's tests are those of its last answer, and these were for the one before
-            talks[one.id] = replace(one, turns=(*one.turns, (question, answer)), tests=None)
+            talks[one.id] = replace(one, turns=(*one.turns, (question, text)), tests=None)
             active.append(talks[one.id])
     return [talks[one.id] for one in conversations]
 

@@ -71,8 +71,33 @@ class Status:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Calls:
+    """What the store alone says of a synthesis, at once however large it is; `a_second`: over the last minutes."""
+
+    answered: int
+    under_way: int
+    spent_usd: float
+    a_second: float | None
+
+
+def calls(recipe: SynthRecipe) -> Calls:
+    """The calls in the recipe's store.
+
+    Raises:
+        DataError: as of `status`.
+    """
+    with CallStore(Path(recipe.output) / STORE) as store:
+        return _calls(store)
+
+
+def _calls(store: CallStore) -> Calls:
+    answered = sum(count.calls for count in store.counts())
+    return Calls(answered, store.under_way(), store.spent_usd(), store.pace(PACE_WINDOW_S))
+
+
 def status(recipe: SynthRecipe) -> Status:
-    """What is in the recipe's store.
+    """What is in the recipe's store; every item is derived from it, which takes minutes for hundreds of thousands of answers.
 
     Raises:
         DataError: there is no store yet, or it cannot be read.
@@ -105,16 +130,16 @@ def _summary(planned: Sequence[PlannedStage], data: DataSet, store: CallStore) -
             sum(one.asked for one in entries), sum(one.kept for one in entries), sum(one.open for one in entries),
             reasons.total(), dict(reasons.most_common()), sum(count.usd for count in own),
         ))  # fmt: skip
-    a_second = store.pace(PACE_WINDOW_S)
+    so_far = _calls(store)
     return Status(
         stages=stages,
         rows=dict(sorted(Counter(row.domain for row in data.rows).items())),
-        calls=sum(count.calls for count in counts),
+        calls=so_far.answered,
         left_calls=left_calls,
-        under_way=store.under_way(),
-        spent_usd=store.spent_usd(),
+        under_way=so_far.under_way,
+        spent_usd=so_far.spent_usd,
         left_usd=left_usd,
-        left_s=left_calls / a_second if a_second else None,
+        left_s=left_calls / so_far.a_second if so_far.a_second else None,
     )
 
 
