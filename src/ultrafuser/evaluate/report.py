@@ -131,7 +131,7 @@ _BARS_CAPTION = (
     "drawn from 100%. A system that lacks a number has marks but no bar; below 50% and above 200% a bar ends with its number."
 )
 _TRAINING_CAPTION = (
-    "Training loss (figure 5 of the paper). Where there are many steps, thin lines are the single ones and thick lines "
+    "Training loss by stage (figure 5 of the paper). Where there are many steps, thin lines are the single ones and thick lines "
     "their running mean."
 )
 
@@ -204,10 +204,7 @@ def _answers(traces: Sequence[TokenTrace], plots: _Plots) -> str:
 
 
 def _training(comparison: Comparison, plots: _Plots) -> str:
-    caption = _TRAINING_CAPTION
-    if comparison.main in comparison.training:
-        caption += f" Dotted lines: a new stage of {comparison.label(comparison.main)}."
-    parts = [plots("training", report_training.training_losses(comparison), caption)]
+    parts = [plots("training", report_training.training_losses(comparison), _TRAINING_CAPTION)]
     if comparison.stability:
         note = "Loss over the checkpoints of a training: mean and sample standard deviation (table 4 of the paper)."
         figure = report_training.stability_curves(comparison)

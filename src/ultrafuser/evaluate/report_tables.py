@@ -14,6 +14,7 @@ from ultrafuser.evaluate.report_training import over_checkpoints
 from ultrafuser.inspect.blocks import row, table
 
 _WIDEST = 7  # columns of numbers that fit beside each other in the width of the page
+_NONE = "–"  # no such number
 _DAGGER = "†"  # marks the oracle
 
 
@@ -29,7 +30,8 @@ class Cost:
 
 
 def main_tables(comparison: Comparison) -> list[str]:
-    """Every system by loss, tasks and cost: as few HTML tables as fit the page, losses first."""
+    """Every system by loss, tasks and cost: as few HTML tables as fit the page, losses first; in each the systems that have
+    a number there."""
     columns = [(_head(column, comparison), _quality_cell(comparison, column)) for column in comparison.columns]
     losses = len(comparison.losses)
     groups = [columns[:losses], columns[losses:], [(cost.heading, _cost_cell(comparison, cost)) for cost in COSTS]]
@@ -39,7 +41,11 @@ def main_tables(comparison: Comparison) -> list[str]:
         if packed[-1] and len(packed[-1]) + len(group) > _WIDEST:
             packed.append([])
         packed[-1] += group
-    return [_system_table(comparison, part, list(comparison.systems)) for part in packed if part]
+    out = []
+    for part in filter(None, packed):
+        names = [n for n, own in comparison.systems.items() if own.failed or any(cell(n) != _NONE for _, cell in part)]
+        out.append(_system_table(comparison, part, names))
+    return out
 
 
 def chosen_table(comparison: Comparison, names: Sequence[str]) -> str:
@@ -72,7 +78,7 @@ def gate_table(comparison: Comparison) -> str:
         row(f"{escape(comparison.label(name))}<small>{escape(domain)}</small>", cells)
         for name, domains in comparison.gate_weights.items()
         for domain, weights in domains.items()
-        for cells in [[f"{weights[s]:.3f}" if s in weights else "–" for s in specialists]]
+        for cells in [[f"{weights[s]:.3f}" if s in weights else _NONE for s in specialists]]
     ]
     return table(["system, data of", *map(escape, specialists)], rows, kind="dense")
 
@@ -83,7 +89,7 @@ def stability_table(comparison: Comparison) -> str:
     rows = []
     for name, points in comparison.stability.items():
         found = over_checkpoints(points, comparison.domains)
-        cells = [_mean_and_deviation(*found[column]) if column in found else "–" for column in columns]
+        cells = [_mean_and_deviation(*found[column]) if column in found else _NONE for column in columns]
         steps = f"{len(points)} checkpoint{'s' * (len(points) != 1)}"
         rows.append(row(f"{escape(comparison.label(name))}<small>{steps}</small>", cells))
     return table(["system", *map(escape, columns)], rows, kind="dense")
@@ -263,7 +269,7 @@ def _quality_cell(comparison: Comparison, column: Column) -> Callable[[str], str
     def cell(name: str) -> str:
         value = comparison.value(name, column)
         if value is None:
-            return "–"
+            return _NONE
         number = f"<b>{value.value:.{places}f}</b>" if name in best else f"{value.value:.{places}f}"
         counts = ", ".join(f"{number:,} {escape(what)}" for what, number in value.counts.items())
         return f"{number}<small>{_range(value, places)}</small>" + (f"<small>{counts}</small>" if counts else "")
@@ -283,7 +289,7 @@ def _cost_cell(comparison: Comparison, cost: Cost) -> Callable[[str], str]:
         system = comparison.systems[name]
         number = cost.read(system)
         if number is None:
-            return "–"
+            return _NONE
         bold = best is not None and numbers.get(name) == best
         text = f"<b>{cost.write(number)}</b>" if bold else cost.write(number)
         return text + (f"<small>{note}</small>" if (note := cost.note(system)) else "")
@@ -311,7 +317,7 @@ def _paired_cell(comparison: Comparison, rival: str, column: Column, shared: str
     def cell(name: str) -> str:
         pair = comparison.pair(name, rival, column)
         if pair is None or pair.versus == name:
-            return "–"
+            return _NONE
         low, high = pair.ci95
         number = f'<span class="{comparison.verdict(pair, column)}">{_signed(pair.difference, places)}</span>'
         versus = "" if shared else f"<small>vs {escape(comparison.label(pair.versus))}</small>"

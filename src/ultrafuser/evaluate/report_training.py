@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -32,19 +31,20 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def training_losses(comparison: Comparison) -> Figure | None:
-    """Training loss over the steps, a curve a system, stages joined; dotted lines where the main system's meet."""
-    runs = {name: joined_steps(rows) for name, rows in comparison.training.items()}
-    runs = {name: run for name, run in runs.items() if run[0]}
+    """Training loss over the steps of each stage, a panel a stage, a curve a system."""
+    runs = {name: found for name, rows in comparison.training.items() if (found := steps_by_stage(rows))}
     if not runs:
         return None
-    axes = _axes_for(comparison, list(runs))
-    for name, shade in system_colours(comparison, list(runs)).items():
-        curve(axes, runs[name][0], "loss", shade, short(comparison.label(name)))
-    for step in runs.get(comparison.main or "", ([], []))[1]:
-        axes.axvline(step + 0.5, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
-    axes.set_xlabel("step, over all stages", size=SMALL, color=MUTED)
-    axes.set_ylabel("training loss, nats per token", size=SMALL, color=MUTED)
-    return _with_legend(axes)
+    stages = list(dict.fromkeys(stage for found in runs.values() for stage in found))
+    panels = _axes_for(comparison, list(runs), len(stages))
+    shades = system_colours(comparison, list(runs))
+    for stage, axes in zip(stages, panels, strict=True):
+        for name, found in runs.items():
+            if stage in found:
+                curve(axes, found[stage], "loss", shades[name], short(comparison.label(name)))
+        axes.set_xlabel(f"step of the {stage} stage", size=SMALL, color=MUTED)
+    panels[0].set_ylabel("training loss, nats per token", size=SMALL, color=MUTED)
+    return _with_legend(panels)
 
 
 def stability_curves(comparison: Comparison) -> Figure | None:
@@ -52,30 +52,28 @@ def stability_curves(comparison: Comparison) -> Figure | None:
     runs = {name: points for name, points in comparison.stability.items() if len(points) > 1}
     if not runs:
         return None
-    axes = _axes_for(comparison, list(runs))
+    [axes] = _axes_for(comparison, list(runs))
     for name, shade in system_colours(comparison, list(runs)).items():
         points = sorted((point.step, fmean(point.loss.values())) for point in runs[name])
         label = short(comparison.label(name))
         axes.plot(*zip(*points, strict=True), color=shade, linewidth=1.4, marker="o", markersize=4.5, label=label)
     axes.set_xlabel("step of the checkpoint", size=SMALL, color=MUTED)
     axes.set_ylabel("mean loss, nats per token", size=SMALL, color=MUTED)
-    return _with_legend(axes)
+    return _with_legend([axes])
 
 
-def joined_steps(rows: Rows) -> tuple[list[dict[str, float]], list[int]]:
-    """Steps and losses of all stages one after the other, and the steps that end a stage but the last.
+def steps_by_stage(rows: Rows) -> dict[str, list[dict[str, float]]]:
+    """Steps and losses of each stage; Branch-Train-MiX is trained by the joint one.
 
     rows: of metrics.jsonl; where `loss` is missing the mean of `loss/D` counts, a row with neither is no step
     of the training.
     """
-    joined, ends, before = [], [], 0
-    training = [(row.get("stage"), row["step"], loss) for row in rows if "step" in row and (loss := _loss(row))]
-    for _, stage in groupby(training, key=lambda item: item[0]):
-        steps = list(stage)
-        joined += [{"step": before + step, "loss": loss} for _, step, loss in steps]
-        before += max(step for _, step, _ in steps)
-        ends.append(before)
-    return joined, ends[:-1]
+    out: dict[str, list[dict[str, float]]] = {}
+    for row in rows:
+        if "step" in row and (loss := _loss(row)):
+            stage = str(row.get("stage", "training"))
+            out.setdefault("joint" if stage == "btx" else stage, []).append({"step": row["step"], "loss": loss})
+    return out
 
 
 def over_checkpoints(points: Sequence[Checkpoint], domains: Sequence[str]) -> dict[str, tuple[float, float | None]]:
@@ -92,20 +90,28 @@ def _loss(row: Mapping[str, Any]) -> float | None:
     return fmean(losses) if losses and all(map(math.isfinite, losses)) else None
 
 
-def _axes_for(comparison: Comparison, names: Sequence[str]) -> Axes:
-    """Axes under room for a legend of the systems."""
+def _axes_for(comparison: Comparison, names: Sequence[str], panels: int = 1) -> list[Axes]:
+    """Axes side by side under room for a legend of the systems."""
     _, height = legend_shape([short(comparison.label(name)) for name in names], WIDTH - 1)
     figure = new_figure(WIDTH, 3.3 + height)
-    axes = figure.add_axes(inset(figure, left=0.75, right=0.15, bottom=0.5, top=0.25 + height))
-    plain_axes(axes, spines=("bottom", "left"))
-    axes.grid(axis="y", color=RULE, linewidth=0.6)
-    axes.locator_params(axis="x", integer=True)
-    return axes
+    left, bottom, width, tall = inset(figure, left=0.75, right=0.15, bottom=0.5, top=0.25 + height)
+    gap = 0.04 if panels > 1 else 0.0
+    each = (width - gap * (panels - 1)) / panels
+    out: list[Axes] = []
+    for number in range(panels):
+        axes = figure.add_axes((left + number * (each + gap), bottom, each, tall), sharey=out[0] if out else None)
+        plain_axes(axes, spines=("bottom", "left"))
+        axes.tick_params(labelleft=not out)
+        axes.grid(axis="y", color=RULE, linewidth=0.6)
+        axes.locator_params(axis="x", integer=True)
+        out.append(axes)
+    return out
 
 
-def _with_legend(axes: Axes) -> Figure:
-    handles, labels = axes.get_legend_handles_labels()
-    columns, _ = legend_shape(labels, WIDTH - 1)
-    figure: Figure = axes.figure  # type: ignore[assignment]
+def _with_legend(panels: Sequence[Axes]) -> Figure:
+    found = dict(pair for axes in panels for pair in zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    columns, _ = legend_shape(list(found), WIDTH - 1)
+    figure: Figure = panels[0].figure  # type: ignore[assignment]
+    handles = [found[label] for label in found]
     draw_legend(figure, handles, columns, 0.75, figure.get_figheight() - 0.08)
     return finished(figure)
