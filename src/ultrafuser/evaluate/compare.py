@@ -72,7 +72,7 @@ def _check(recipe: CompareRecipe) -> None:
     if any(system.kind == "merge" for system in recipe.systems):
         find_program()
     if recipe.judge is not None:
-        Endpoint(recipe.judge)
+        Endpoint(recipe.judge)  # its package and its key
     if odd := [name for name in recipe.tasks if name in LOSSES]:
         raise DataError(f"tasks: {odd[0]!r} is no benchmark here; list its rows under 'test', and the loss is measured")
     check_tasks(eval_options(recipe, recipe.tasks))

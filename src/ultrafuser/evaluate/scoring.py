@@ -138,13 +138,9 @@ def losses(
         folder: where the features of the rows are kept; an interrupted computation goes on there.
 
     Raises:
-        DataError: an endpoint, or no row that fits.
+        DataError: no row fits.
     """
-    if served.model is None or served.renderer is None:
-        raise DataError(
-            f"{served.name}: an endpoint shows no probabilities of given text, so it has no loss; leave out `loss` and "
-            "`mixed`, or give the model itself"
-        )
+    assert served.model is not None and served.renderer is not None  # no endpoint
     rendered, stats = served.renderer.render_all(rows)
     if stats.truncated_rows or stats.dropped_rows:
         (progress or Progress()).say(f"rows longer than the context of {served.renderer.max_length} tokens: {stats}")
