@@ -115,6 +115,13 @@ def test_models_work_beside_each_other_each_as_it_likes(store: CallStore):
     assert many.most_at_once == 20 and all(len(batch) == 1 for batch in many.batches)
 
 
+def test_a_batch_is_one_step_of_the_progress(store: CallStore):
+    """The time left is told from whole batches."""
+    seen = Seen()
+    answer(asks(20), store, {"writer": Memory(concurrency=1, batch_size=8)}, progress=seen)
+    assert seen.steps == 20 and len(seen.notes) == 3
+
+
 def test_a_model_that_nobody_offers(store: CallStore):
     with pytest.raises(RecipeError, match="no model 'judge' to ask; there are: writer, other"):
         answer(asks(1, "judge"), store, {"writer": Memory(), "other": Memory()})

@@ -155,13 +155,16 @@ class _Run:
 
     def _store(self) -> None:
         """Keep what came: nothing is let go of before it is stored."""
+        kept = 0
         while self.unstored:
             ask, outcome = self.unstored[0]
             self.store.finish(ask, outcome, self.worker)
             self.unstored.popleft()
             self.sent.discard(ask.key)
+            kept += 1
+        if kept:  # a batch at once, or the time left would be told from one of its replies
             spent_usd = self.store.spent_usd()
-            self.progress.advance(1, f"${spent_usd:.2f}" if spent_usd else "")
+            self.progress.advance(kept, f"${spent_usd:.2f}" if spent_usd else "")
 
     def tokens_used_up(self) -> bool:
         """Whether the budget of tokens lets nothing more be sent."""
