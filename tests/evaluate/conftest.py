@@ -7,12 +7,21 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from scripted_endpoint import scripted_endpoint
 from workbench import Workshop, shared_workshop
 
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Workshop:
     return shared_workshop(lambda: tmp_path_factory.mktemp("workshop"), tokenizer)
+
+
+@pytest.fixture
+def server():
+    """A server of our own behind the OpenAI protocol."""
+    pytest.importorskip("openai", reason="the openai extra is not installed")
+    with scripted_endpoint() as server:
+        yield server
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from judged_rows import answers_in, opinion, request_of, write_gsm8k, write_judged_files
 
-from scripted_endpoint import HANG, ScriptedEndpoint, Step, fine, scripted_endpoint
+from scripted_endpoint import HANG, ScriptedEndpoint, Step, fine
 from specimens import save_adapter
 from ultrafuser.errors import MissingExtraError
 from ultrafuser.evaluate.compare import compare
@@ -23,13 +23,6 @@ from workbench import NAMES, Workshop
 
 BY_JUDGE = {"kind": "best_of", "by": "judge"}
 DOCUMENTS = [str(i) for i in range(6)]
-
-
-@pytest.fixture
-def server():
-    pytest.importorskip("openai", reason="an extra is not installed")
-    with scripted_endpoint() as server:
-        yield server
 
 
 @pytest.fixture

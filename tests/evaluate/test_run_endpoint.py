@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from judged_rows import write_gsm8k
 
-from scripted_endpoint import ScriptedEndpoint, Step, failing, fine, scripted_endpoint
+from scripted_endpoint import ScriptedEndpoint, Step, failing, fine
 from ultrafuser.errors import EndpointError
 from ultrafuser.evaluate.run import EvalOptions, evaluate_models
 
@@ -25,11 +25,9 @@ def solution(question: str) -> Step:
 
 
 @pytest.fixture
-def server():
-    pytest.importorskip("openai", reason="an extra is not installed")
-    with scripted_endpoint() as server:
-        server.reply = solution
-        yield server
+def server(server):
+    server.reply = solution
+    return server
 
 
 @pytest.fixture

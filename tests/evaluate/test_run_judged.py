@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from judged_rows import ALPACA_SCORES, MT_BENCH_SCORES, opinion, request_of, write_judged_files
 
-from scripted_endpoint import HANG, ScriptedEndpoint, fine, scripted_endpoint
+from scripted_endpoint import HANG, ScriptedEndpoint, fine
 from ultrafuser import cli
 from ultrafuser.evaluate.harness import FusionLM
 from ultrafuser.evaluate.run import EvalOptions, evaluate_models, markdown
@@ -22,11 +22,9 @@ MT_BENCH_COUNTS = {"ok": 3, "unparsed": 1, "refused": 0, "error": 0, "unscored":
 
 
 @pytest.fixture
-def server():
-    pytest.importorskip("openai", reason="an extra is not installed")
-    with scripted_endpoint() as server:
-        server.reply = opinion
-        yield server
+def server(server):
+    server.reply = opinion
+    return server
 
 
 @pytest.fixture

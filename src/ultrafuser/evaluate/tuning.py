@@ -17,14 +17,13 @@ from transformers import PreTrainedModel
 
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.collate import collate_rows
-from ultrafuser.data.writing import whole_file
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.loss import label_log_prob
 from ultrafuser.model.saving import staging
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 from ultrafuser.templates import Rendered
-from ultrafuser.train.stages import read_metrics
+from ultrafuser.train.stages import forget_after
 
 METRICS_FILE = "metrics.jsonl"
 _SAMPLES = 64  # values of each tensor by which the weights at the start are told apart
@@ -188,7 +187,7 @@ def _resume(
     """Load the last checkpoint, if there is one; gives back its step."""
     found = _checkpoints(folder)
     if not found:
-        _forget_after(folder, 0)
+        forget_after(folder / METRICS_FILE, 0)
         return 0
     path, step = found[-1]
     old = json.loads((path / "facts.json").read_text(encoding="utf-8"))
@@ -204,7 +203,7 @@ def _resume(
             if own:
                 moved = {key: value if key == "step" else value.to(parameter.device) for key, value in own.items()}
                 optimizer.state[parameter] = moved
-    _forget_after(folder, step)
+    forget_after(folder / METRICS_FILE, step)
     return step
 
 
@@ -212,15 +211,6 @@ def _write_metrics(folder: Path, row: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def _forget_after(folder: Path, step: int) -> None:
-    """Drop the metrics of steps that will be trained again."""
-    file = folder / METRICS_FILE
-    if file.is_file():
-        rows = [row for row in read_metrics(file) if row["step"] <= step]
-        with whole_file(file, force=True) as draft:
-            draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _rows_hash(rows: Sequence[Rendered]) -> str:

@@ -222,7 +222,7 @@ def _train_stage(
         callbacks=callbacks,
     )  # fmt: skip
     last = _last_checkpoint(folder)
-    _forget_after(folder.parent / "metrics.jsonl", stage.name, int(last.rpartition("-")[2]) if last else 0)
+    forget_after(folder.parent / "metrics.jsonl", int(last.rpartition("-")[2]) if last else 0, stage.name)
     trainer.train(resume_from_checkpoint=last)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
@@ -410,9 +410,9 @@ def _last_checkpoint(folder: Path) -> str | None:
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
-def _forget_after(file: Path, stage: str, step: int) -> None:
-    """Drop the metrics of steps that will be trained again."""
+def forget_after(file: Path, step: int, stage: str | None = None) -> None:
+    """Drop the metrics of steps that will be trained again, of one stage or of all."""
     if PartialState().is_main_process and file.is_file():
-        rows = [row for row in read_metrics(file) if row["stage"] != stage or row["step"] <= step]
+        rows = [row for row in read_metrics(file) if stage not in (None, row["stage"]) or row["step"] <= step]
         with whole_file(file, force=True) as draft:
             draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
