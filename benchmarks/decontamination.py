@@ -20,10 +20,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ultrafuser.data.decontaminate import ContaminationIndex, decontaminate
-from ultrafuser.data.ngrams import words
 from ultrafuser.data.sources import load_rows
-from ultrafuser.data.texts import read_texts
+from ultrafuser.data.tools.decontaminate import ContaminationIndex, decontaminate
+from ultrafuser.data.tools.ngrams import words
+from ultrafuser.data.tools.texts import read_texts
 
 ZOO = "package:ultrafuser/zoo/data/{}.train.jsonl"
 AIM_S, AIM_MB = 60, 500

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ultrafuser.compare.workspace import Workspace
 from ultrafuser.data.balance import BalancedBatchSampler
-from ultrafuser.evaluate.domain_loss import specialist_losses
 from ultrafuser.evaluate.intervals import Stratum, difference, estimate
+from ultrafuser.evaluate.losses import specialist_losses
 from ultrafuser.evaluate.scoring import by_stratum
-from ultrafuser.evaluate.workplace import Workplace
 from ultrafuser.model.gate import Gate, StaticGate
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.progress import ConsoleProgress
@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
-    place = Workplace(args.folder, ConsoleProgress())
+    place = Workspace(args.folder, ConsoleProgress())
     model, _ = fuse(place.recipe.training())
     train_rows, test_rows = (Features(model, place.frozen_features(part)) for part in ("train", "test"))
     widths = [states.shape[1] for states in train_rows.states]

@@ -24,9 +24,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ultrafuser.data.near_duplicates import PARTS, Likeness, clusters
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
+from ultrafuser.data.tools.near_duplicates import PARTS, NearDuplicateRule, clusters
 
 ZOO = [f"package:ultrafuser/zoo/data/{name}.train.jsonl" for name in ("text", "code", "math", "mixed")]
 THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -65,7 +65,7 @@ def edited(row: Row, id: str, edit: Edit, rng: random.Random) -> Row:
     return replace(row, id=id, messages=tuple((role, edit(rng, content)) for role, content in row.messages))
 
 
-def found(rows: list[Row], copies: list[Row], likeness: Likeness) -> tuple[float, float]:
+def found(rows: list[Row], copies: list[Row], likeness: NearDuplicateRule) -> tuple[float, float]:
     """Recall and precision of the copies."""
     everything = [*rows, *copies]
     hits = wrong = 0
@@ -77,7 +77,7 @@ def found(rows: list[Row], copies: list[Row], likeness: Likeness) -> tuple[float
     return hits / len(copies), hits / (hits + wrong) if hits + wrong else 1.0
 
 
-def load(rows: list[Row], many: int, likeness: Likeness) -> dict[str, Any]:
+def load(rows: list[Row], many: int, likeness: NearDuplicateRule) -> dict[str, Any]:
     """Seconds, and memory above that of the rows, of comparing so many rows that share nothing."""
     rng = random.Random(0)
     numbered = [
@@ -103,7 +103,10 @@ def main() -> None:
     args = parser.parse_args()
     # what is alike already would blur both figures
     loaded = [row for path in args.data for row in load_rows(path)]
-    rows = [replace(loaded[one.kept], id=f"{i:06}") for i, one in enumerate(clusters(loaded, Likeness(0.5, args.on)))]
+    rows = [
+        replace(loaded[one.kept], id=f"{i:06}")
+        for i, one in enumerate(clusters(loaded, NearDuplicateRule(0.5, args.on)))
+    ]
     vocabulary = [word for row in rows for _, content in row.messages for word in content.split()]
     edits: dict[str, Edit] = {
         f"{share:.0%} of the words": replaced(share, vocabulary) for share in (0.02, 0.05, 0.1, 0.2)
@@ -116,12 +119,12 @@ def main() -> None:
     for name, edit in edits.items():
         rng = random.Random(args.seed)
         copies = [edited(row, f"{row.id}/copy", edit, rng) for row in rows]
-        cells = {str(value): found(rows, copies, Likeness(value, args.on)) for value in THRESHOLDS}
+        cells = {str(value): found(rows, copies, NearDuplicateRule(value, args.on)) for value in THRESHOLDS}
         result["found"][name] = {key: {"recall": r, "precision": p} for key, (r, p) in cells.items()}
         table.add_row(name, *(f"{r:.3f} ({p:.3f})" for r, p in cells.values()))
     Console().print(table)
     if args.many:
-        result["load"] = load(rows, args.many, Likeness(on=args.on))
+        result["load"] = load(rows, args.many, NearDuplicateRule(on=args.on))
         Console().print(result["load"])
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

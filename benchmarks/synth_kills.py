@@ -20,11 +20,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "synth")]
 
-from scripted_writer import tiny  # noqa: E402
 from test_synth_whole_runs import MORE, RUN, misbehaving, results  # noqa: E402
 
-from crowd_endpoint import CrowdEndpoint, crowd_endpoint  # noqa: E402
-from ultrafuser.synth.asks import STAGES, Ask  # noqa: E402
+from fake_async_endpoint import FakeAsyncEndpoint, fake_async_endpoint  # noqa: E402
+from fake_writer import tiny  # noqa: E402
+from ultrafuser.synth.calls.request import STAGES, Request  # noqa: E402
 from ultrafuser.synth.pipeline import STORE  # noqa: E402
 from ultrafuser.synth.recipe import dump_synth_recipe  # noqa: E402
 
@@ -32,7 +32,7 @@ COUNTS = {"meta_topics": 6, "sub_topics": 30, "concepts": 3, "instructions": 240
 DOMAINS = [{"name": name, "description": f"The domain {name}.", "counts": COUNTS} for name in ("one", "two")]
 
 
-def start(server: CrowdEndpoint, folder: Path) -> subprocess.Popen[bytes]:
+def start(server: FakeAsyncEndpoint, folder: Path) -> subprocess.Popen[bytes]:
     """A process that runs the recipe into a folder."""
     endpoint = {"model": "writer", "base_url": server.url, "concurrency": 16, "timeout_s": 0.5, "retries": 2,
                 "backoff_s": 0.01}  # fmt: skip
@@ -55,7 +55,7 @@ def answered(folder: Path) -> set[str]:
 def possible_keys(body: dict[str, Any]) -> set[str]:
     """The key of a request, which does not say for which stage it is."""
     messages = tuple((message["role"], message["content"]) for message in body["messages"])
-    return {Ask(stage, "", "", "writer", messages).key for stage in STAGES}
+    return {Request(stage, "", "", "writer", messages).key for stage in STAGES}
 
 
 def main() -> None:
@@ -66,14 +66,14 @@ def main() -> None:
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as home:
         whole, killed = Path(home) / "whole", Path(home) / "killed"
-        with crowd_endpoint(misbehaving, delay_s=0.02) as server:
+        with fake_async_endpoint(misbehaving, delay_s=0.02) as server:
             began = time.monotonic()
             if start(server, whole).wait():
                 sys.exit("the undisturbed run failed")
             undisturbed = server.hits
             print(f"undisturbed: {undisturbed} requests, {time.monotonic() - began:.1f} s")
         repeated = 0
-        with crowd_endpoint(misbehaving, delay_s=0.02) as server:
+        with fake_async_endpoint(misbehaving, delay_s=0.02) as server:
             for kill in range(options.kills):
                 known, before = answered(killed), server.hits
                 run = start(server, killed)

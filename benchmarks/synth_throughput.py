@@ -22,12 +22,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ultrafuser.evaluate.endpoint_recipe import EndpointRecipe
-from ultrafuser.synth.asks import Ask
-from ultrafuser.synth.callers import make_callers
+from ultrafuser.endpoint.recipe import EndpointRecipe
+from ultrafuser.synth.calls.clients import make_clients
+from ultrafuser.synth.calls.request import Request
+from ultrafuser.synth.calls.scheduler import answer
+from ultrafuser.synth.calls.store import CallStore
 from ultrafuser.synth.recipe import ModelRecipe
-from ultrafuser.synth.scheduler import answer
-from ultrafuser.synth.store import CallStore
 
 TARGET = 0.10  # of a core at 100 calls a second
 PROMPT_WORDS = 150
@@ -74,20 +74,20 @@ def serve(words: int, delay_s: float, channel: Connection) -> None:
     asyncio.run(run())
 
 
-def asks_for(calls: int) -> list[Ask]:
+def asks_for(calls: int) -> list[Request]:
     """Questions of about the length of the real ones."""
     prompt = "word " * PROMPT_WORDS
-    return [Ask("responses", "math", str(i), "m", (("user", f"{prompt}{i}"),)) for i in range(calls)]
+    return [Request("responses", "math", str(i), "m", (("user", f"{prompt}{i}"),)) for i in range(calls)]
 
 
 def ours(url: str, calls: int, concurrency: int, file: Path) -> tuple[float, float]:
     """Wall-clock and processor seconds of a run of ours."""
     endpoint = EndpointRecipe(model="m", base_url=url, concurrency=concurrency)
-    callers = make_callers([ModelRecipe(name="m", endpoint=endpoint, prompt_usd=1.0, completion_usd=1.0)])
-    asks = asks_for(calls)
+    clients = make_clients([ModelRecipe(name="m", endpoint=endpoint, prompt_usd=1.0, completion_usd=1.0)])
+    requests = asks_for(calls)
     with CallStore(file, "benchmark") as store:
         wall, cpu = time.perf_counter(), time.process_time()
-        answer(asks, store, callers, budget_usd=1e6)
+        answer(requests, store, clients, budget_usd=1e6)
         return time.perf_counter() - wall, time.process_time() - cpu
 
 
@@ -99,14 +99,14 @@ def plain_openai(url: str, calls: int, concurrency: int) -> tuple[float, float]:
         async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
             slots = asyncio.Semaphore(concurrency)
 
-            async def one(ask: Ask) -> None:
-                messages: Any = ask.chat()
+            async def one(request: Request) -> None:
+                messages: Any = request.chat()
                 async with slots:
                     await client.chat.completions.create(
-                        model="m", messages=messages, max_tokens=ask.max_tokens, temperature=0
+                        model="m", messages=messages, max_tokens=request.max_tokens, temperature=0
                     )
 
-            await asyncio.gather(*(one(ask) for ask in asks_for(calls)))
+            await asyncio.gather(*(one(request) for request in asks_for(calls)))
 
     wall, cpu = time.perf_counter(), time.process_time()
     asyncio.run(run())

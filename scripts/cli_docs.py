@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 from typer.main import get_command
 from typer.models import ArgumentInfo
 
-from ultrafuser.cli import app
+from ultrafuser.cli.main import app
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 KINDS = {str: "text", int: "whole number", float: "number", Path: "path", bool: "flag"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from marked_page import between
 from ultrafuser import typed_yaml
-from ultrafuser.evaluate.compare_recipe import CompareRecipe
+from ultrafuser.compare.recipe import CompareRecipe
 from ultrafuser.recipe import Recipe
 from ultrafuser.synth.recipe import SynthRecipe
 

@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
+from ultrafuser.data.templates import BUILTIN, Rendered, Renderer
 from ultrafuser.model.references import package_path
-from ultrafuser.templates import BUILTIN, Rendered, Renderer
 
 SHARE_ALIKE = "CC-BY-SA"  # licences that would bind the adapters; such rows are not used at all
 

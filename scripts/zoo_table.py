@@ -22,7 +22,7 @@ from peft import PeftModel
 from train_specialist import load_base, permissive_rows, row_losses
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
-from ultrafuser.templates import BUILTIN, Renderer
+from ultrafuser.data.templates import BUILTIN, Renderer
 
 ZOO = Path(__file__).parents[1] / "src" / "ultrafuser" / "zoo"
 HOMES = ("text", "code", "math")

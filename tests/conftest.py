@@ -1,4 +1,4 @@
-"""What every test may use: a tiny real tokenizer, and tiny specialists on disk (see specimens.py)."""
+"""What every test may use: a tiny real tokenizer, and tiny specialists on disk (see tiny_models.py)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from specimens import entry, fuse_entries, save_adapter, tiny
+from fake_endpoint import fake_endpoint
+from tiny_models import entry, fuse_entries, save_adapter, tiny
+from training_fixtures import TinyRun, shared_tiny_run
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 
 torch.set_num_threads(1)
@@ -84,3 +86,17 @@ def shared(save: Callable[..., Path], tmp_path: Path) -> UltraFuserForCausalLM:
         for name, (rank, targets) in kinds.items()
     }
     return fuse_entries([entry(name, base, adapter) for name, adapter in adapters.items()])
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> TinyRun:
+    """Tiny specialists and rows on disk, trained where a test asks for it."""
+    return shared_tiny_run(lambda: tmp_path_factory.mktemp("tiny_run"), tokenizer)
+
+
+@pytest.fixture
+def server():
+    """A server of our own behind the OpenAI protocol."""
+    pytest.importorskip("openai", reason="the openai extra is not installed")
+    with fake_endpoint() as server:
+        yield server

@@ -55,7 +55,7 @@ def test_results_have_the_documented_form(run):
 
 def test_the_checkpoint_is_the_model_that_was_measured(run, tmp_path):
     from ultrafuser.data.sources import load_rows
-    from ultrafuser.evaluate.domain_loss import fused_losses, summarise
+    from ultrafuser.evaluate.losses import fused_losses, summarise
     from ultrafuser.specialists import load
     from ultrafuser.train.features import FeatureStore
 

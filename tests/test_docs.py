@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from specimens import tiny
-from ultrafuser.cli import main as command_line
+from tiny_models import tiny
+from ultrafuser.cli.main import main as command_line
 from ultrafuser.data.schema import _PAIR_LAYOUTS
 from ultrafuser.recipe import load_recipe
 

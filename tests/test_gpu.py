@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specimens import entry, fuse, fuse_entries, save_adapter, shake_gate, tiny, tokens
+from tiny_models import entry, fuse, fuse_entries, save_adapter, shake_gate, tiny, tokens
 from ultrafuser.recipe import StageRecipe
 from ultrafuser.train.stages import prepare_gate, prepare_joint
 

@@ -7,24 +7,19 @@ import shutil
 
 import pytest
 
-from specimens import save_adapter
+from tiny_models import save_adapter
+from training_fixtures import NAMES
 from ultrafuser.errors import CheckpointError
 from ultrafuser.info import describe
 from ultrafuser.specialists import fuse
-from workbench import NAMES, Workshop, shared_workshop
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory, tokenizer) -> Workshop:
-    return shared_workshop(lambda: tmp_path_factory.mktemp("workshop"), tokenizer)
 
 
 @pytest.fixture
-def adapters(workshop, tmp_path):
+def adapters(tiny_run, tmp_path):
     """A checkpoint of three adapters on a base that the test may destroy."""
-    base = shutil.copytree(workshop.folder / "text", tmp_path / "base")
-    specialists = [s | {"model": str(base)} for s in workshop.adapter_recipe(tmp_path, save_adapter)]
-    model, _ = fuse(workshop.recipe("unused", specialists=specialists))
+    base = shutil.copytree(tiny_run.folder / "text", tmp_path / "base")
+    specialists = [s | {"model": str(base)} for s in tiny_run.adapter_recipe(tmp_path, save_adapter)]
+    model, _ = fuse(tiny_run.recipe("unused", specialists=specialists))
     model.save_pretrained(tmp_path / "fused")
     return tmp_path / "fused"
 
@@ -51,16 +46,16 @@ def test_references_and_sizes(adapters, tmp_path):
     assert not facts["verified"] and not facts["has_recipe"]
 
 
-def test_copies_lie_inside(workshop, tmp_path):
-    model, _ = fuse(workshop.recipe("unused"))
+def test_copies_lie_inside(tiny_run, tmp_path):
+    model, _ = fuse(tiny_run.recipe("unused"))
     model.save_pretrained(tmp_path / "fused", copy=True)
     facts = describe(tmp_path / "fused", verify=True)
     assert facts["referenced_size_bytes"] == 0 and facts["verified"]
     assert all(one["model"]["inside"] and one["shares_base_with"] == [] for one in facts["specialists"])
 
 
-def test_a_moved_folder_of_copies_is_still_whole(workshop, tmp_path):
-    model, _ = fuse(workshop.recipe("unused"))
+def test_a_moved_folder_of_copies_is_still_whole(tiny_run, tmp_path):
+    model, _ = fuse(tiny_run.recipe("unused"))
     model.save_pretrained(tmp_path / "fused", copy=True)
     (tmp_path / "fused").rename(tmp_path / "moved")
     assert describe(tmp_path / "moved", verify=True)["verified"]
@@ -96,9 +91,9 @@ def test_a_changed_gate_is_refused_when_verified(adapters):
 
 
 @pytest.mark.parametrize("what", ["nothing", "empty", "plain"])
-def test_what_is_no_fused_checkpoint(tmp_path, workshop, what):
+def test_what_is_no_fused_checkpoint(tmp_path, tiny_run, what):
     (tmp_path / "empty").mkdir()
-    where = {"nothing": tmp_path / "nothing", "empty": tmp_path / "empty", "plain": workshop.folder / "text"}[what]
+    where = {"nothing": tmp_path / "nothing", "empty": tmp_path / "empty", "plain": tiny_run.folder / "text"}[what]
     said = {
         "nothing": "no such folder",
         "empty": "no config.json",

@@ -14,19 +14,14 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import ultrafuser
-from specimens import VOCAB, force_gate, one_hot, save_adapter, tiny, tokens
+from tiny_models import VOCAB, force_gate, one_hot, save_adapter, tiny, tokens
+from training_fixtures import NAMES
+from ultrafuser.data.templates import BUILTIN
 from ultrafuser.errors import CheckpointError, DataError, RecipeError, TokenizerMismatchError
 from ultrafuser.model import checkpoint
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import load_recipe
 from ultrafuser.specialists import check_head, compare_tokenizers, fuse, is_fused, pick_device
-from ultrafuser.templates import BUILTIN
-from workbench import NAMES, Workshop, shared_workshop
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory, tokenizer) -> Workshop:
-    return shared_workshop(lambda: tmp_path_factory.mktemp("workshop"), tokenizer)
 
 
 def recipe(*specialists: dict[str, Any], **fields: Any) -> Any:
@@ -110,13 +105,13 @@ def test_only_some_of_many_tokens_are_named(tokenizer):
         compare_tokenizers({"a": tokenizer, "b": other})
 
 
-def test_fuse_refuses_specialists_of_different_tokenizers(workshop, tmp_path, tokenizer):
-    other = shutil.copytree(workshop.folder / "code", tmp_path / "other")
+def test_fuse_refuses_specialists_of_different_tokenizers(tiny_run, tmp_path, tokenizer):
+    other = shutil.copytree(tiny_run.folder / "code", tmp_path / "other")
     changed = copy.deepcopy(tokenizer)
     changed.add_tokens(["<|tool|>"])
     changed.save_pretrained(other)
     with pytest.raises(TokenizerMismatchError, match=r"'code'.*'text'.*<\|tool\|>"):
-        fuse(recipe({"name": "text", "model": str(workshop.folder / "text")}, {"name": "code", "model": str(other)}))
+        fuse(recipe({"name": "text", "model": str(tiny_run.folder / "text")}, {"name": "code", "model": str(other)}))
 
 
 # ---------------------------------------------------------------- what is missing
@@ -158,10 +153,10 @@ def test_a_specialist_without_a_template_is_named(tmp_path, tokenizer):
     assert model.config.specialists[0]["chat_template"] == BUILTIN["plain"]
 
 
-def test_an_adapter_folder_without_an_adapter_is_named(workshop):
-    folder = workshop.folder / "text"
+def test_an_adapter_folder_without_an_adapter_is_named(tiny_run):
+    folder = tiny_run.folder / "text"
     with pytest.raises(CheckpointError, match="specialist 'a': .* has no adapter_config.json; expected a PEFT adapter"):
-        fuse(recipe({"name": "a", "model": str(folder), "adapter": str(workshop.folder / "code")}))
+        fuse(recipe({"name": "a", "model": str(folder), "adapter": str(tiny_run.folder / "code")}))
 
 
 @pytest.mark.parametrize("device", ["warp-drive", "cuda:99"])
@@ -199,17 +194,17 @@ def test_a_configuration_that_is_not_json_is_named(tmp_path):
         is_fused(str(tmp_path))
 
 
-def test_every_specialist_keeps_its_template(workshop, tmp_path):
+def test_every_specialist_keeps_its_template(tiny_run, tmp_path):
     jinja = tmp_path / "own.jinja"
     jinja.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}|")
     given = [None, "plain", "inst", "alpaca", str(jinja), "{{ messages[0].content }}:"]
     specialists = [
-        {"name": f"s{i}", "model": str(workshop.folder / "text"), "chat_template": template}
+        {"name": f"s{i}", "model": str(tiny_run.folder / "text"), "chat_template": template}
         for i, template in enumerate(given)
     ]
     model, tokenizer = fuse(recipe(*specialists))
     assert [s["chat_template"] for s in model.config.specialists] == [
-        workshop.tokenizer.chat_template, BUILTIN["plain"], BUILTIN["inst"], BUILTIN["alpaca"], jinja.read_text(),
+        tiny_run.tokenizer.chat_template, BUILTIN["plain"], BUILTIN["inst"], BUILTIN["alpaca"], jinja.read_text(),
         "{{ messages[0].content }}:",
     ]  # fmt: skip
     model.save_pretrained(tmp_path / "fused")
@@ -244,8 +239,8 @@ def test_mixed_architectures_with_one_tokenizer(tmp_path, tokenizer):
             torch.testing.assert_close(ours, plain(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_each_specialist_may_have_a_dtype_of_its_own(workshop, tmp_path):
-    paths = [str(workshop.folder / name) for name in NAMES]
+def test_each_specialist_may_have_a_dtype_of_its_own(tiny_run, tmp_path):
+    paths = [str(tiny_run.folder / name) for name in NAMES]
     model, tokenizer = fuse(
         recipe(
             {"name": "a", "model": paths[0]},
@@ -261,7 +256,7 @@ def test_each_specialist_may_have_a_dtype_of_its_own(workshop, tmp_path):
         assert one.gate.hidden.weight.dtype == torch.float32
 
 
-def test_adapters_on_one_base_load_it_once(workshop, tmp_path, monkeypatch):
+def test_adapters_on_one_base_load_it_once(tiny_run, tmp_path, monkeypatch):
     loaded = []
     real = checkpoint.AutoModelForCausalLM.from_pretrained
 
@@ -270,15 +265,15 @@ def test_adapters_on_one_base_load_it_once(workshop, tmp_path, monkeypatch):
         return real(where, *args, **kwargs)
 
     monkeypatch.setattr(checkpoint.AutoModelForCausalLM, "from_pretrained", counting)
-    specialists = workshop.adapter_recipe(tmp_path, save_adapter)
+    specialists = tiny_run.adapter_recipe(tmp_path, save_adapter)
     model, tokenizer = fuse(recipe(*specialists))
-    assert loaded == [workshop.folder / "text"]
+    assert loaded == [tiny_run.folder / "text"]
     assert len(model.groups) == 1 and model.groups[0].names == list(NAMES)
     model.save_pretrained(tmp_path / "fused")
     tokenizer.save_pretrained(tmp_path / "fused")
     loaded.clear()
     ultrafuser.load(tmp_path / "fused", device_map="cpu")
-    assert loaded == [workshop.folder / "text"]
+    assert loaded == [tiny_run.folder / "text"]
     loaded.clear()
     apart, _ = fuse(recipe(*specialists, share_base=False))
     assert len(loaded) == 3 and len(apart.groups) == 3
@@ -288,11 +283,11 @@ def test_adapters_on_one_base_load_it_once(workshop, tmp_path, monkeypatch):
             torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
 
 
-def test_the_base_itself_may_be_a_specialist_beside_its_adapters(workshop, tmp_path):
-    adapters = workshop.adapter_recipe(tmp_path, save_adapter)
-    model, _ = fuse(recipe({"name": "base", "model": str(workshop.folder / "text")}, *adapters))
-    plain = AutoModelForCausalLM.from_pretrained(workshop.folder / "text").eval()
-    ids = tokens(1, 7, high=len(workshop.tokenizer))
+def test_the_base_itself_may_be_a_specialist_beside_its_adapters(tiny_run, tmp_path):
+    adapters = tiny_run.adapter_recipe(tmp_path, save_adapter)
+    model, _ = fuse(recipe({"name": "base", "model": str(tiny_run.folder / "text")}, *adapters))
+    plain = AutoModelForCausalLM.from_pretrained(tiny_run.folder / "text").eval()
+    ids = tokens(1, 7, high=len(tiny_run.tokenizer))
     with torch.no_grad():
         out = force_gate(model, one_hot(0, 4))(ids).logits
     torch.testing.assert_close(out, plain(ids).logits.log_softmax(-1), atol=1e-5, rtol=1e-5)
@@ -301,19 +296,19 @@ def test_the_base_itself_may_be_a_specialist_beside_its_adapters(workshop, tmp_p
 @pytest.mark.parametrize(
     "how", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"targets": ["q_proj", "lm_head"]}]
 )
-def test_adapters_that_are_not_plain_lora_are_merged_by_peft(workshop, tmp_path, how):
+def test_adapters_that_are_not_plain_lora_are_merged_by_peft(tiny_run, tmp_path, how):
     peft = pytest.importorskip("peft")
-    base = AutoModelForCausalLM.from_pretrained(workshop.folder / "text").eval()
+    base = AutoModelForCausalLM.from_pretrained(tiny_run.folder / "text").eval()
     odd = save_adapter(base, tmp_path / "odd", seed=5, **how)
-    plain_lora = workshop.adapter_recipe(tmp_path, save_adapter)[:2]
+    plain_lora = tiny_run.adapter_recipe(tmp_path, save_adapter)[:2]
     model, tokenizer = fuse(
         recipe(
-            {"name": "odd", "model": str(workshop.folder / "text"), "adapter": str(odd)}, *plain_lora, mixing="logits"
+            {"name": "odd", "model": str(tiny_run.folder / "text"), "adapter": str(odd)}, *plain_lora, mixing="logits"
         )
     )
     assert [group.names for group in model.groups] == [["odd"], ["text", "code"]]
     theirs = peft.PeftModel.from_pretrained(base, odd).eval()
-    ids = tokens(2, 9, high=len(workshop.tokenizer))
+    ids = tokens(2, 9, high=len(tiny_run.tokenizer))
     model.save_pretrained(tmp_path / "fused")
     tokenizer.save_pretrained(tmp_path / "fused")
     again, _ = ultrafuser.load(tmp_path / "fused", device_map="cpu")
@@ -324,17 +319,17 @@ def test_adapters_that_are_not_plain_lora_are_merged_by_peft(workshop, tmp_path,
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_gate_starts_from_the_seed(workshop):
-    one = {"name": "a", "model": str(workshop.folder / "text")}
+def test_the_gate_starts_from_the_seed(tiny_run):
+    one = {"name": "a", "model": str(tiny_run.folder / "text")}
     gates = [fuse(recipe(one, seed=seed))[0].gate.hidden.weight for seed in (0, 0, 1)]
     assert torch.equal(gates[0], gates[1]) and not torch.equal(gates[0], gates[2])
 
 
-def test_local_folders_are_kept_with_their_full_path_and_checksums(workshop, monkeypatch):
-    monkeypatch.chdir(workshop.folder)
+def test_local_folders_are_kept_with_their_full_path_and_checksums(tiny_run, monkeypatch):
+    monkeypatch.chdir(tiny_run.folder)
     model, _ = fuse(recipe({"name": "a", "model": "./text"}))
     [spec] = model.config.specialists
-    assert spec["source"]["model"] == str(workshop.folder / "text")
+    assert spec["source"]["model"] == str(tiny_run.folder / "text")
     assert list(spec["files"]["model"]) == ["model.safetensors"]
 
 

@@ -22,7 +22,7 @@ _HOMES = {
     "load_recipe": "ultrafuser.recipe",
     "UltraFuserConfig": "ultrafuser.model.configuration_ultrafuser",
     "UltraFuserForCausalLM": "ultrafuser.model.modeling_ultrafuser",
-    "Renderer": "ultrafuser.templates",
+    "Renderer": "ultrafuser.data.templates",
     "Row": "ultrafuser.data.schema",
     "load_rows": "ultrafuser.data.sources",
     "prompt_inputs": "ultrafuser.data.collate",

@@ -1,5 +1,5 @@
 """`python -m ultrafuser`."""
 
-from ultrafuser.cli import main
+from ultrafuser.cli.main import main
 
 main()

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from ultrafuser.compare.systems.average import weight_average
+from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import TrainingError
-from ultrafuser.evaluate.baselines import weight_average
-from ultrafuser.evaluate.domain_loss import (
+from ultrafuser.evaluate.lm.parameters import peak_rss_mb
+from ultrafuser.evaluate.losses import (
     RowLoss,
     by_domain,
     fused_losses,
@@ -24,15 +26,13 @@ from ultrafuser.evaluate.domain_loss import (
     specialist_losses,
     summarise,
 )
-from ultrafuser.evaluate.parameters import peak_rss_mb
-from ultrafuser.inspect.report import demo_report
 from ultrafuser.inspect.run import answer, trace_tokens
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.model.references import package_path
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import Recipe, load_recipe
+from ultrafuser.report.demo_page import demo_report
 from ultrafuser.specialists import fuse, pick_device
-from ultrafuser.templates import Rendered, Renderer
 from ultrafuser.train.features import FeatureStore
 from ultrafuser.train.stages import read_metrics, read_sources, run_stage, save_fused_folder
 

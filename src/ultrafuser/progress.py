@@ -22,7 +22,7 @@ class Progress:
     def finish(self) -> None:
         """The piece of work is over."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """One line of news."""
 
 
@@ -66,7 +66,7 @@ class ConsoleProgress(Progress):
         elif time.monotonic() - self._last_line > self._LINE_EVERY_S:
             self._last_line = time.monotonic()
             left = (self._last_line - self._began) / max(self._done, 1) * (self._total - self._done)
-            self.say(f"{self._what}: {self._done} of {self._total}, about {left:.0f} s left {note}".rstrip())
+            self.log(f"{self._what}: {self._done} of {self._total}, about {left:.0f} s left {note}".rstrip())
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -77,9 +77,9 @@ class ConsoleProgress(Progress):
         if self._bar is not None:
             self._close()
         else:
-            self.say(f"{self._what}: done in {time.monotonic() - self._began:.0f} s")
+            self.log(f"{self._what}: done in {time.monotonic() - self._began:.0f} s")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)
 
 

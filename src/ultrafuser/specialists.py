@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from ultrafuser.data.templates import Renderer, resolve_template
 from ultrafuser.errors import CheckpointError, RecipeError, TokenizerMismatchError
 from ultrafuser.model.checkpoint import (
     fused_folder,
@@ -26,7 +27,6 @@ from ultrafuser.model.references import PACKAGE, record_files, resolve
 from ultrafuser.model.saving import mark_unchanged
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import Recipe, SpecialistRecipe
-from ultrafuser.templates import Renderer, resolve_template
 
 _TOKENS_SHOWN = 5
 logger = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
-from specimens import fuse, tiny
+from tiny_models import fuse, tiny
 from ultrafuser.data.collate import collate_rows, pad_labels, prompt_inputs
 from ultrafuser.data.schema import Row
+from ultrafuser.data.templates import BUILTIN, Rendered, Renderer
 from ultrafuser.errors import DataError
-from ultrafuser.templates import BUILTIN, Rendered, Renderer
 
 ROWS = [
     Rendered("a", "text", ((5, 6, 7, 8), (9, 10, 11, 12, 13)), ((2, 3), (3, 4)), (20, 21)),

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from ultrafuser.data.convert import convert
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import SUFFIXES, load_rows, read_records, write_rows
-from ultrafuser.data.writing import LAYOUTS, PAIRS, check_layout, row_writer, whole_file, write_json
+from ultrafuser.data.tools.convert import convert
+from ultrafuser.data.writing import LAYOUTS, PAIRS, atomic_file, check_layout, row_writer, write_json
 from ultrafuser.errors import DataError
 
 PAIR = Row("1", "math", (("user", 'Q, "é"\n\nmore'), ("assistant", "A\nB")), "s", "CC0", "t", "u", check="answer == 1")
@@ -115,7 +115,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 
 def test_an_error_of_another_file_is_left_alone(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone"), whole_file(tmp_path / "out"):
+    with pytest.raises(FileNotFoundError, match="gone"), atomic_file(tmp_path / "out"):
         (tmp_path / "gone").read_text()
 
 

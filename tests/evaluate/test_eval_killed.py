@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judged_rows import mark_of, opinion, write_gsm8k, write_judged_files
 
-from scripted_endpoint import HANG, ScriptedEndpoint, Step, scripted_endpoint
-from specimens import shake_gate
+from fake_endpoint import HANG, FakeEndpoint, Step, fake_endpoint
+from judged_rows import mark_of, opinion, write_gsm8k, write_judged_files
+from tiny_models import shake_gate
+from training_fixtures import NAMES, TinyRun
 from ultrafuser.specialists import fuse
 from ultrafuser.train.stages import save_fused_folder
-from workbench import NAMES, Workshop
 
 SUMS = 24
 INSTRUCTIONS = [f"{word} {i}" for i, word in enumerate(("win", "lose", "mumble", "first") * 3)]
@@ -35,7 +35,7 @@ PATIENCE_S = 180
 class TiringJudge:
     """A judge that falls silent after so many verdicts; `left` None: it never tires."""
 
-    def __init__(self, server: ScriptedEndpoint) -> None:
+    def __init__(self, server: FakeEndpoint) -> None:
         self.left: int | None = None
         self.silent, self._lock = False, threading.Lock()
         server.reply = self._reply
@@ -117,21 +117,21 @@ def flat(tree: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
 
 
 @pytest.fixture
-def server() -> Iterator[ScriptedEndpoint]:
+def server() -> Iterator[FakeEndpoint]:
     pytest.importorskip("openai", reason="an extra is not installed")
-    with scripted_endpoint() as server:
+    with fake_endpoint() as server:
         yield server
 
 
 @pytest.fixture
-def command(workshop: Workshop, server: ScriptedEndpoint, tmp_path: Path) -> list[str]:
+def command(tiny_run: TinyRun, server: FakeEndpoint, tmp_path: Path) -> list[str]:
     """Losses, sums and a judged benchmark of a fused model, in small batches."""
-    recipe = workshop.recipe("unused")
+    recipe = tiny_run.recipe("unused")
     model, tokenizer = fuse(recipe)
     folder = save_fused_folder(shake_gate(model), tokenizer, recipe, tmp_path / "run")
     write_gsm8k(tmp_path / "data", SUMS)
     write_judged_files(tmp_path / "data", INSTRUCTIONS)
-    rows = [word for name in NAMES for word in ("--data", str(workshop.folder / f"{name}.jsonl"))]
+    rows = [word for name in NAMES for word in ("--data", str(tiny_run.folder / f"{name}.jsonl"))]
     return [sys.executable, "-m", "ultrafuser", "eval", str(folder), "--tasks", "loss,gsm8k,alpaca_eval", *rows,
             "--data-dir", str(tmp_path / "data"), "--max-new-tokens", "24", "--batch-size", "2", "--device", "cpu",
             "--judge", f"judge@{server.url}"]  # fmt: skip

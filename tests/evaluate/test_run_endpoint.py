@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judged_rows import write_gsm8k
 
-from scripted_endpoint import ScriptedEndpoint, Step, failing, fine
+from fake_endpoint import FakeEndpoint, Step, failing, fine
+from judged_rows import write_gsm8k
 from ultrafuser.errors import EndpointError
 from ultrafuser.evaluate.run import EvalOptions, evaluate_models
 
@@ -35,7 +35,7 @@ def data_dir(tmp_path: Path) -> str:
     return write_gsm8k(tmp_path / "data", DOCUMENTS)
 
 
-def measured(server: ScriptedEndpoint, data_dir: str, output: Path, **options: Any) -> dict[str, Any]:
+def measured(server: FakeEndpoint, data_dir: str, output: Path, **options: Any) -> dict[str, Any]:
     results = evaluate_models(
         [f"openai:org/chat@{server.url}"], EvalOptions(["gsm8k"], data_dir=data_dir, **options), output
     )

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from scripted_endpoint import fine, scripted_endpoint
-from specimens import save_adapter, tiny
+from fake_endpoint import fake_endpoint, fine
+from tiny_models import save_adapter, tiny
 from ultrafuser.data.schema import parse_row
 from ultrafuser.data.sources import write_rows
 from ultrafuser.errors import CheckpointError, DataError, RecipeError
 from ultrafuser.evaluate import run, scoring
-from ultrafuser.evaluate.models import endpoint_recipe, name_of, serve
+from ultrafuser.evaluate.lm.load import endpoint_recipe, load_model, name_of
 from ultrafuser.evaluate.run import EvalOptions, evaluate_models, markdown, names_of
 from ultrafuser.recipe import load_recipe
 from ultrafuser.specialists import fuse
@@ -137,8 +137,8 @@ def test_a_run_again_asks_nothing(checkpoint, rows, data_dir, tmp_path, monkeypa
     def refuse(*args: Any) -> None:
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(run.serve.__globals__["FusionLM"], "generate_until", refuse)
-    monkeypatch.setattr(run.serve.__globals__["FusionLM"], "loglikelihood", refuse)
+    monkeypatch.setattr(run.load_model.__globals__["FusionLM"], "generate_until", refuse)
+    monkeypatch.setattr(run.load_model.__globals__["FusionLM"], "loglikelihood", refuse)
     after = evaluate_models([model], options, tmp_path / "out")
     assert after["models"]["plain"]["tasks"] == before["models"]["plain"]["tasks"]
 
@@ -187,7 +187,7 @@ def test_the_zoos_rows_are_the_default():
 def test_base_and_adapter(checkpoint, tmp_path):
     base = checkpoint("base")
     adapter = save_adapter(tiny("llama", 0, **VOCAB), tmp_path / "lora")
-    alone, adapted = serve(str(base)), serve(f"{base}+{adapter}")
+    alone, adapted = load_model(str(base)), load_model(f"{base}+{adapter}")
     assert (alone.name, adapted.name) == ("base", "lora")
     assert alone.fingerprint != adapted.fingerprint
     assert adapted.model.groups[0].loras
@@ -200,13 +200,13 @@ def test_a_model_without_template_needs_one(checkpoint, tokenizer):
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(DataError, match="no chat template"):
-        serve(str(folder))
-    assert serve(str(folder), chat_template="plain").renderer.chat_templates[0].startswith("{{ bos_token")
+        load_model(str(folder))
+    assert load_model(str(folder), chat_template="plain").renderer.chat_templates[0].startswith("{{ bos_token")
 
 
 def test_a_fused_model_has_templates_of_its_own(fused):
     with pytest.raises(RecipeError, match="leave --chat-template out"):
-        serve(str(fused), chat_template="plain")
+        load_model(str(fused), chat_template="plain")
 
 
 @pytest.mark.parametrize(
@@ -225,11 +225,11 @@ def test_short_names(text, name):
 
 def test_models_that_are_not_there(tmp_path):
     with pytest.raises(CheckpointError):
-        serve(str(tmp_path / "nothing"))
+        load_model(str(tmp_path / "nothing"))
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not JSON"):
-        serve(str(tmp_path / "half"))
+        load_model(str(tmp_path / "half"))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_what_an_endpoint_cannot_tell_is_an_error_before_any_model(names, named,
 
 def test_an_endpoint_leaves_out_what_a_suite_asks_too_much(checkpoint, rows, data_dir, tmp_path):
     pytest.importorskip("openai")
-    with scripted_endpoint() as server:
+    with fake_endpoint() as server:
         server.reply = lambda _: fine("#### 3")
         short = {"max_new_tokens": 4}
         options = EvalOptions(
@@ -261,7 +261,7 @@ def test_an_endpoint_leaves_out_what_a_suite_asks_too_much(checkpoint, rows, dat
 
 def test_half_a_character_in_an_answer_is_no_end(data_dir, tmp_path):
     pytest.importorskip("openai")
-    with scripted_endpoint() as server:
+    with fake_endpoint() as server:
         server.reply = lambda _: fine("\ud83d 3")
         options = EvalOptions(["gsm8k"], data_dir=data_dir, limit=2)
         evaluate_models([f"openai:m@{server.url}"], options, tmp_path / "out")

@@ -5,26 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specimens import force_gate, shake_gate
+from tiny_models import force_gate, shake_gate
+from training_fixtures import NAMES, TinyRun
 from ultrafuser.data.collate import prompt_inputs
 from ultrafuser.data.schema import Row
+from ultrafuser.data.templates import Renderer
 from ultrafuser.inspect.run import answer, pieces, trace_rows, trace_tokens
 from ultrafuser.specialists import fuse
-from ultrafuser.templates import Renderer
-from workbench import NAMES, Workshop, shared_workshop
 
 ASK = [{"role": "user", "content": "how many foxes?"}]
 LONG = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "12345 + 67890 = ? " * 3}]
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory, tokenizer) -> Workshop:
-    return shared_workshop(lambda: tmp_path_factory.mktemp("workshop"), tokenizer)
-
-
 @pytest.fixture
-def fused(workshop: Workshop):
-    model, tokenizer = fuse(workshop.recipe("unused"))
+def fused(tiny_run: TinyRun):
+    model, tokenizer = fuse(tiny_run.recipe("unused"))
     shake_gate(model, scale=3.0)
     return model, Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], 192)
 
@@ -80,7 +75,7 @@ def test_a_one_hot_gate_leads_everywhere(fused):
     assert trace.weights == [[1, 0, 0]] * 3
 
 
-def test_traces_of_rows_cover_their_answers(fused, workshop):
+def test_traces_of_rows_cover_their_answers(fused, tiny_run):
     model, renderer = fused
     rows = [
         Row("a", "code", (("user", "how many?"), ("assistant", "def add(a, b):\n    return a"))),

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 from rich.text import Text
 
-from ultrafuser.inspect.palette import NEUTRAL, blend, colour
+from ultrafuser.display.palette import NEUTRAL, blend, colour
 from ultrafuser.inspect.terminal import render_terminal
 from ultrafuser.inspect.trace import TokenTrace, printable
 

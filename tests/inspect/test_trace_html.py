@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from ultrafuser.display.palette import colour, rgb
 from ultrafuser.inspect.html import TRACE_CSS, code_like, page, trace_html
-from ultrafuser.inspect.palette import colour, rgb
 from ultrafuser.inspect.trace import TokenTrace, on_one_line, printable
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from specimens import entry, fuse, fuse_entries, save_adapter, shake_gate, tiny, tokens
+from tiny_models import entry, fuse, fuse_entries, save_adapter, shake_gate, tiny, tokens
 from ultrafuser.errors import CheckpointError
 from ultrafuser.model import checkpoint, saving
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
-from specimens import VOCAB, force_gate, fuse, left_pad, one_hot, tiny, tokens
+from tiny_models import VOCAB, force_gate, fuse, left_pad, one_hot, tiny, tokens
 from ultrafuser.errors import UltraFuserError
 
 both = pytest.mark.parametrize("mixing", ["logits", "probabilities"])

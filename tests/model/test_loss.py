@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from specimens import VOCAB, force_gate, fuse, left_pad, naive_mix, one_hot, tiny, tokens
+from tiny_models import VOCAB, force_gate, fuse, left_pad, naive_mix, one_hot, tiny, tokens
 from ultrafuser.model import loss as loss_module
 from ultrafuser.model.loss import Head, label_log_prob, mixed_log_prob
 

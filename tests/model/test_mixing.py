@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specimens import ARCHITECTURES, VOCAB, force_gate, fuse, left_pad, naive_mix, one_hot, tiny, tokens
+from tiny_models import ARCHITECTURES, VOCAB, force_gate, fuse, left_pad, naive_mix, one_hot, tiny, tokens
 from ultrafuser.errors import UltraFuserError
 from ultrafuser.model.cache import UltraFuserCache
 from ultrafuser.model.gate import Gate

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from specimens import VOCAB, tiny
+from tiny_models import VOCAB, tiny
 from ultrafuser.errors import CheckpointError
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from specimens import (
+from tiny_models import (
     entry,
     force_gate,
     fuse,

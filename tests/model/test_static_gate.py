@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specimens import fuse, naive_mix, tiny, tokens
+from tiny_models import fuse, naive_mix, tiny, tokens
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.errors import CheckpointError
 from ultrafuser.model.gate import StaticGate

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from scripted_writer import FakeCaller, Writer, tiny
 from typer.testing import CliRunner
 
-from ultrafuser.cli_synth import Overrides, synth_app
+from fake_writer import FakeClient, Writer, tiny
+from ultrafuser import sandbox
+from ultrafuser.cli.synth import Overrides, synth_app
 from ultrafuser.errors import DataError, RecipeError
-from ultrafuser.evaluate import sandbox
 from ultrafuser.synth.recipe import dump_synth_recipe
 
 app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,9 +33,9 @@ def invoke(*words):
 def recipe(tmp_path, monkeypatch):
     file = tmp_path / "r.yaml"
     file.write_text(dump_synth_recipe(tiny(f"output={tmp_path / 'out'}")))
-    from ultrafuser.synth import callers
+    from ultrafuser.synth.calls import clients as clients
 
-    monkeypatch.setattr(callers, "make_callers", lambda models: {model.name: FakeCaller(Writer()) for model in models})
+    monkeypatch.setattr(clients, "make_clients", lambda models: {model.name: FakeClient(Writer()) for model in models})
     return file
 
 

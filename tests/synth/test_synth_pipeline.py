@@ -11,26 +11,28 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from scripted_writer import GERMAN, FakeCaller, Memory, Writer, misbehaving, reply_to, tiny
 
-from crowd_endpoint import crowd_endpoint
-from scripted_endpoint import failing as status_of
-from scripted_endpoint import fine
+from fake_async_endpoint import fake_async_endpoint
+from fake_endpoint import failing as status_of
+from fake_endpoint import fine
+from fake_writer import GERMAN, FakeClient, Memory, Writer, misbehaving, reply_to, tiny
+from ultrafuser import sandbox
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
 from ultrafuser.errors import BudgetExceeded, DataError, EndpointError, MissingExtraError, RecipeError, SandboxError
-from ultrafuser.evaluate import sandbox
 from ultrafuser.progress import Progress
-from ultrafuser.synth import checks, dataset, pipeline
-from ultrafuser.synth.asks import Outcome
-from ultrafuser.synth.card import CARD, INSTRUCTIONS, PARQUET, RECIPE, REPORT, ROWS, TOPICS
+from ultrafuser.synth import pipeline
+from ultrafuser.synth.calls.request import Response
+from ultrafuser.synth.calls.store import CallStore
+from ultrafuser.synth.output import dataset
+from ultrafuser.synth.output.card import CARD, INSTRUCTIONS, PARQUET, RECIPE, REPORT, ROWS, TOPICS
 from ultrafuser.synth.pipeline import STORE, check, derive, join, synthesise, write_again
 from ultrafuser.synth.plan import plan
 from ultrafuser.synth.prompts import Prompts
 from ultrafuser.synth.recipe import load_synth_recipe
-from ultrafuser.synth.review import ALL, Desk
+from ultrafuser.synth.review.session import ALL, Desk
 from ultrafuser.synth.status import status
-from ultrafuser.synth.store import CallStore
+from ultrafuser.synth.text import checks
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def recipe(tmp_path):
 
 
 def go(recipe, writer=None, **more):
-    return synthesise(recipe, callers={"writer": FakeCaller(writer or Writer())}, **more)
+    return synthesise(recipe, clients={"writer": FakeClient(writer or Writer())}, **more)
 
 
 def rows_of(recipe):
@@ -121,8 +123,8 @@ def test_kept_instructions_are_written(recipe, until, origins):
 
 
 def test_topics_and_instructions_are_there_before_the_answers(recipe):
-    def dying(ask):
-        if ask.stage == "responses":
+    def dying(request):
+        if request.stage == "responses":
             raise EndpointError("no more")
 
     with pytest.raises(EndpointError):
@@ -141,7 +143,7 @@ def test_what_is_there_when_the_budget_ends_is_written_by_join(recipe):
 
 def test_a_run_without_a_row_says_why(recipe):
     refusing = Writer(
-        lambda ask: Outcome("ok", "I'm sorry, but I can't do that.") if ask.stage == "responses" else None
+        lambda request: Response("ok", "I'm sorry, but I can't do that.") if request.stage == "responses" else None
     )
     with pytest.raises(DataError, match=r"no row is left; the reasons that come first: refusal \(144\)"):
         go(recipe, refusing)
@@ -159,7 +161,7 @@ def test_other_filters_need_no_new_questions(recipe, tmp_path):
 # ---------------------------------------------------------------- before anything is asked
 
 
-def failing(ask):
+def failing(request):
     raise AssertionError("nothing should be asked")
 
 
@@ -240,8 +242,8 @@ def test_a_local_model_that_is_not_there_stops_a_run_at_once(tmp_path, model, pr
 
 def test_a_model_that_cannot_be_asked_is_found_before_the_first_stage(tmp_path):
     pytest.importorskip("aiohttp")
-    with crowd_endpoint(lambda question, before: fine(reply_to(question))) as cheap:
-        with crowd_endpoint(lambda question, before: status_of(401)) as strong:
+    with fake_async_endpoint(lambda question, before: fine(reply_to(question))) as cheap:
+        with fake_async_endpoint(lambda question, before: status_of(401)) as strong:
             models = [cheap.recipe("cheap").model_dump(), strong.recipe("strong").model_dump()]
             recipe = tiny("calls.responses=strong", f"output={tmp_path / 'out'}", models=models)
             with pytest.raises(EndpointError, match="OPENAI_API_KEY is not set"):
@@ -341,7 +343,9 @@ def test_another_model_under_the_same_name_is_asked_itself(recipe):
 
 def test_verdicts_on_code_are_kept(recipe, monkeypatch):
     code = "Like this:\n```python\ndef f():\n    return %d\n```\n\n```python\nassert f() == 1\n```"
-    writer = Writer(lambda ask: Outcome("ok", code % (ask.item < "8")) if ask.stage == "responses" else None)
+    writer = Writer(
+        lambda request: Response("ok", code % (request.item < "8")) if request.stage == "responses" else None
+    )
     recipe = tiny(f"output={recipe.output}", "domains.math.check=python", "domains.math.tests=true")
     ran = []
 
@@ -361,7 +365,9 @@ def test_answers_of_the_same_code_have_the_same_verdict(recipe, monkeypatch):
     code = "In %s words:\n```python\ndef f():\n    return 1\n```\n\n```python\nassert f() == 1\n```"
     recipe = tiny(f"output={recipe.output}", "domains.math.check=python", "domains.math.tests=true")
     monkeypatch.setattr(checks, "run_tests", lambda cases, *, unsafe: [None] * len(cases))
-    done = go(recipe, Writer(lambda ask: Outcome("ok", code % ask.item) if ask.stage == "responses" else None))
+    done = go(
+        recipe, Writer(lambda request: Response("ok", code % request.item) if request.stage == "responses" else None)
+    )
     assert done.ledger.entry("checks", "math").kept == 72 and done.ledger.open() == 0
     assert next(one for one in status(recipe).stages if one.stage == "checks").open == 0
 
@@ -392,7 +398,11 @@ def test_a_verdict_that_another_process_kept_first_holds_and_progress_is_shown(r
 def test_status_runs_no_code(recipe, monkeypatch):
     code = "Like this:\n```python\ndef f():\n    return 1\n```\n\n```python\nassert f() == 1\n```"
     recipe = tiny(f"output={recipe.output}", "domains.math.check=python", "domains.math.tests=true")
-    go(recipe, Writer(lambda ask: Outcome("ok", code) if ask.stage == "responses" else None), until="responses")
+    go(
+        recipe,
+        Writer(lambda request: Response("ok", code) if request.stage == "responses" else None),
+        until="responses",
+    )
     monkeypatch.setattr(checks, "run_tests", lambda *_, **__: pytest.fail("code was run"))
     assert next(one for one in status(recipe).stages if one.stage == "checks").open == 72
 
@@ -403,7 +413,9 @@ def test_replies_in_another_language_are_left_out(recipe):
         "Water boils at a hundred degrees, and on high mountains it boils at fewer, since the pressure is lower there."
     )
     writer = Writer(
-        lambda ask: Outcome("ok", GERMAN if ask.domain == "math" else english) if ask.stage == "responses" else None
+        lambda request: (
+            Response("ok", GERMAN if request.domain == "math" else english) if request.stage == "responses" else None
+        )
     )
     recipe = tiny(f"output={recipe.output}", "filters.language=en", "filters.language_confidence=0.9")
     data = go(recipe, writer)
@@ -427,7 +439,7 @@ def test_what_the_desk_refuses(recipe, tmp_path):
 def test_the_page_without_gradio(recipe, monkeypatch):
     import sys
 
-    from ultrafuser.synth.review_page import review_page
+    from ultrafuser.synth.review.page import review_page
 
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(MissingExtraError, match=r"ultrafuser\[review\]"):
@@ -487,7 +499,7 @@ def test_the_plan_is_what_a_perfect_writer_is_asked(tmp_path):
     derive(recipe, Prompts(), look)
     for stage in {one.stage for one in planned}:
         calls = sum(one.calls for one in planned if one.stage == stage)
-        assert calls == sum(ask.stage == stage for ask in look.asks.values()), stage
+        assert calls == sum(request.stage == stage for request in look.requests.values()), stage
     for one in planned:
         assert one.usd == pytest.approx((one.prompt_tokens + 2 * one.completion_tokens) / 1e6)
         assert one.prompt_tokens > 20 * one.calls
@@ -514,7 +526,9 @@ def test_the_papers_sizes_cost_something_known():
 
 
 def test_what_failed_for_good_is_asked_again_on_demand(recipe):
-    broken = Writer(lambda ask: Outcome("failed", reason="context overflow: x") if ask.stage == "responses" else None)
+    broken = Writer(
+        lambda request: Response("failed", reason="context overflow: x") if request.stage == "responses" else None
+    )
     with pytest.raises(DataError, match=r"call failed: context overflow \(144\)"):
         go(recipe, broken)
     with pytest.raises(DataError):

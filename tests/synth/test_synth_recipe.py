@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from scripted_writer import tiny
 
+from fake_writer import tiny
 from ultrafuser.errors import RecipeError
 from ultrafuser.synth.prompts import EXAMPLES, Prompts
 from ultrafuser.synth.recipe import dump_synth_recipe, load_synth_recipe

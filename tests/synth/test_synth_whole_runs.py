@@ -12,11 +12,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from scripted_writer import FAULTS, reply_to, tiny
 
-from crowd_endpoint import CrowdEndpoint, crowd_endpoint
-from scripted_endpoint import CUT, HANG, HTML, NOT_JSON, Step, failing, fine
-from ultrafuser.synth.card import REPORT, ROWS
+from fake_async_endpoint import FakeAsyncEndpoint, fake_async_endpoint
+from fake_endpoint import CUT, HANG, HTML, NOT_JSON, Step, failing, fine
+from fake_writer import FAULTS, reply_to, tiny
+from ultrafuser.synth.output.card import REPORT, ROWS
 from ultrafuser.synth.recipe import dump_synth_recipe
 
 for package in ("aiohttp", "py3langid"):
@@ -57,7 +57,7 @@ def start(tmp_path: Path):
     """start(server, folder): a process that runs the tiny recipe into a folder."""
     runs: list[subprocess.Popen[str]] = []
 
-    def start(server: CrowdEndpoint, folder: str, *overrides: str) -> subprocess.Popen[str]:
+    def start(server: FakeAsyncEndpoint, folder: str, *overrides: str) -> subprocess.Popen[str]:
         model = {
             "name": "writer",
             "endpoint": {
@@ -96,9 +96,9 @@ def results(folder: Path) -> tuple[str, list[object]]:
 
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path, start):
     draw = random.Random(7)
-    with crowd_endpoint(misbehaving, delay_s=0.01) as server:
+    with fake_async_endpoint(misbehaving, delay_s=0.01) as server:
         finish(start(server, "whole"))
-    with crowd_endpoint(misbehaving, delay_s=0.01) as server:
+    with fake_async_endpoint(misbehaving, delay_s=0.01) as server:
         for _ in range(5):
             run, hits = start(server, "killed"), server.hits + draw.randrange(1, 80)
             while server.hits < hits and run.poll() is None:
@@ -117,10 +117,10 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path, start):
 
 
 def test_two_processes_on_one_store(tmp_path, start):
-    with crowd_endpoint(misbehaving, delay_s=0.01) as server:
+    with fake_async_endpoint(misbehaving, delay_s=0.01) as server:
         finish(start(server, "one"))
         alone = server.hits
-    with crowd_endpoint(misbehaving, delay_s=0.01) as server:
+    with fake_async_endpoint(misbehaving, delay_s=0.01) as server:
         two = [start(server, "two") for _ in range(2)]
         for run in two:
             finish(run)
@@ -130,7 +130,7 @@ def test_two_processes_on_one_store(tmp_path, start):
 
 def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path, start):
     prices = ("models.writer.prompt_usd=100", "models.writer.completion_usd=100")
-    with crowd_endpoint(lambda question, before: fine(reply_to(question))) as server:
+    with fake_async_endpoint(lambda question, before: fine(reply_to(question))) as server:
         run = start(server, "money", *prices, "budget_usd=0.3")
         assert run.wait(60) == 1
         assert "budget" in run.stderr.read()
@@ -140,7 +140,7 @@ def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path, start):
 
 
 def test_an_endpoint_that_is_not_there(tmp_path, start):
-    with crowd_endpoint() as server:
+    with fake_async_endpoint() as server:
         pass
     run = start(server, "nobody")
     assert run.wait(60) == 1

@@ -1,18 +1,10 @@
-"""The workshop of tiny specialists and rows for the tests of training."""
+"""Faster garbage collection for the tests of training."""
 
 from __future__ import annotations
 
 import gc
 
 import pytest
-from transformers import PreTrainedTokenizerFast
-
-from workbench import Workshop, shared_workshop
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Workshop:
-    return shared_workshop(lambda: tmp_path_factory.mktemp("workshop"), tokenizer)
 
 
 @pytest.fixture(scope="session", autouse=True)

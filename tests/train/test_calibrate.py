@@ -9,18 +9,18 @@ import torch
 from test_stages import fused_and_rows
 from typer.testing import CliRunner
 
-from specimens import VOCAB, fuse, tiny, tokens
-from ultrafuser.cli import app
+from tiny_models import VOCAB, fuse, tiny, tokens
+from training_fixtures import GATE, JOINT, NAMES, RecordingProgress, losses, trained_weights
+from ultrafuser.cli.main import app
+from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import CheckpointError, RecipeError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.recipe import StageRecipe, load_recipe
 from ultrafuser.specialists import load
-from ultrafuser.templates import Rendered
 from ultrafuser.train import calibrate as module
 from ultrafuser.train.calibrate import calibrate
 from ultrafuser.train.features import FeatureStore
 from ultrafuser.train.stages import MEASURED, run_stage, train
-from workbench import GATE, JOINT, NAMES, Spoken, losses, trained_weights
 
 PLANTED = {"text": 1.3, "code": 0.8, "math": 1.0}
 
@@ -119,8 +119,8 @@ def test_logits_are_divided_by_them_before_they_are_mixed(mixing):
     torch.testing.assert_close(loss, by_hand)
 
 
-def test_a_checkpoint_keeps_them(workshop, tmp_path):
-    folder = train(workshop.recipe(tmp_path / "run"))
+def test_a_checkpoint_keeps_them(tiny_run, tmp_path):
+    folder = train(tiny_run.recipe(tmp_path / "run"))
     model, _ = load(folder)
     assert model.config.temperatures == [1.0] * 3  # too few tokens to tell
     model.config.set_temperatures([1.25, 1.0, 0.8])
@@ -130,9 +130,9 @@ def test_a_checkpoint_keeps_them(workshop, tmp_path):
     torch.testing.assert_close(again(input_ids=tokens(1, 5)).logits, model(input_ids=tokens(1, 5)).logits)
 
 
-def test_info_and_the_model_card_show_them(workshop, tmp_path, monkeypatch):
+def test_info_and_the_model_card_show_them(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FEWEST_TOKENS", 1)
-    folder = train(workshop.recipe(tmp_path / "run"))
+    folder = train(tiny_run.recipe(tmp_path / "run"))
     temperatures = load(folder)[0].config.temperatures
     shown = CliRunner().invoke(app, ["info", str(folder)]).output
     pairs = ", ".join(f"{name} {value:g}" for name, value in zip(NAMES, temperatures, strict=True))
@@ -148,30 +148,30 @@ def test_a_temperature_is_a_number_above_zero(bad):
         model.config.set_temperatures([1.0, bad])
 
 
-def test_the_gate_stage_sets_them_unless_it_is_told_not_to(workshop, tmp_path, monkeypatch):
+def test_the_gate_stage_sets_them_unless_it_is_told_not_to(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FEWEST_TOKENS", 1)
-    model, rows, recipe = fused_and_rows(workshop, tmp_path)
+    model, rows, recipe = fused_and_rows(tiny_run, tmp_path)
     run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-gate")
     set_here = model.config.temperatures
     assert set_here == json.loads((tmp_path / "1-gate" / MEASURED).read_text()) != [1.0] * 3
-    model, rows, recipe = fused_and_rows(workshop, tmp_path, stages=[GATE | {"calibrate": False}])
+    model, rows, recipe = fused_and_rows(tiny_run, tmp_path, stages=[GATE | {"calibrate": False}])
     run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "2-gate")
     assert model.config.temperatures == [1.0] * 3
 
 
-def test_a_temperature_at_the_limit_is_pointed_out(workshop, tmp_path, monkeypatch):
+def test_a_temperature_at_the_limit_is_pointed_out(tiny_run, tmp_path, monkeypatch):
     found = iter([[1.1, 0.9, 1.0], [0.5, 1.0, 2.0]])
     monkeypatch.setattr("ultrafuser.train.stages.calibrate", lambda *args, **options: next(found))
     for name in ("plain", "odd"):
-        spoken = Spoken()
-        workshop.train(tmp_path / name, progress=spoken)
+        spoken = RecordingProgress()
+        tiny_run.train(tmp_path / name, progress=spoken)
         notes = [line for line in spoken.news if "at the limit of what is tried" in line]
         assert [note.partition(":")[0] for note in notes] == ([] if name == "plain" else ["text, math"])
 
 
-def test_what_a_stage_began_with_is_not_measured_again(workshop, tmp_path, monkeypatch):
+def test_what_a_stage_began_with_is_not_measured_again(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FEWEST_TOKENS", 1)
-    whole = workshop.train(tmp_path / "whole", [GATE, JOINT])
+    whole = tiny_run.train(tmp_path / "whole", [GATE, JOINT])
     expected = load(whole / "fused")[0].config.temperatures
     assert expected != [1.0] * 3
 
@@ -182,16 +182,16 @@ def test_what_a_stage_began_with_is_not_measured_again(workshop, tmp_path, monke
     (cut / "1-gate").mkdir(parents=True)
     (cut / "1-gate" / MEASURED).write_text(json.dumps(expected))
     monkeypatch.setattr("ultrafuser.train.stages.calibrate", once_more)
-    workshop.train(cut, [GATE, JOINT])
+    tiny_run.train(cut, [GATE, JOINT])
     assert losses(cut) == losses(whole)
     assert all(torch.equal(own, trained_weights(cut)[name]) for name, own in trained_weights(whole).items())
 
 
 @pytest.mark.parametrize("mixing", ["logits", "probabilities"])
-def test_the_cache_changes_nothing_at_other_temperatures(workshop, tmp_path, monkeypatch, mixing):
+def test_the_cache_changes_nothing_at_other_temperatures(tiny_run, tmp_path, monkeypatch, mixing):
     monkeypatch.setattr(module, "FEWEST_TOKENS", 1)
-    cached = workshop.train(tmp_path / "cached", mixing=mixing, cache_features=True)
-    plain = workshop.train(tmp_path / "plain", mixing=mixing, cache_features=False)
+    cached = tiny_run.train(tmp_path / "cached", mixing=mixing, cache_features=True)
+    plain = tiny_run.train(tmp_path / "plain", mixing=mixing, cache_features=False)
     for (*_, ours), (*_, theirs) in zip(losses(cached), losses(plain), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
 

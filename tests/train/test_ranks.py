@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from training_fixtures import GATE, JOINT, TinyRun, losses, trained_weights
 from ultrafuser.recipe import dump_recipe
-from workbench import GATE, JOINT, Workshop, losses, trained_weights
 
 CASES = {
     "cached-lora": ({"cache_features": True}, [GATE, JOINT]),
@@ -26,22 +26,22 @@ CASES = {
 # Starting two processes is what costs: one launch trains every recipe, each through the command line.
 DRIVER = """
 import sys
-from ultrafuser.cli import app
+from ultrafuser.cli.main import app
 for recipe in sys.argv[1:]:
     app(["train", recipe, "--json"], standalone_mode=False)
 """
 
 
 @pytest.fixture(scope="module")
-def folders(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folders(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of each case, alone/CASE and two/CASE, and the output of the launch."""
     home = tmp_path_factory.mktemp("ranks")
     files = []
     for case, (changes, stages) in CASES.items():
-        changes = changes | {"eval_every": 2, "data": {"validation": [str(workshop.folder / "held-out.jsonl")]}}
-        workshop.train(home / "alone" / case, stages, **changes)
+        changes = changes | {"eval_every": 2, "data": {"validation": [str(tiny_run.folder / "held-out.jsonl")]}}
+        tiny_run.train(home / "alone" / case, stages, **changes)
         files.append(home / f"{case}.yaml")
-        files[-1].write_text(dump_recipe(workshop.recipe(home / "two" / case, stages, **changes)))
+        files[-1].write_text(dump_recipe(tiny_run.recipe(home / "two" / case, stages, **changes)))
     (home / "driver.py").write_text(DRIVER)
     done = _launch(str(home / "driver.py"), *map(str, files))
     assert done.returncode == 0, done.stderr[-3000:]

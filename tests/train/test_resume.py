@@ -9,23 +9,33 @@ import pytest
 import torch
 
 import ultrafuser
+from training_fixtures import (
+    GATE,
+    JOINT,
+    NAMES,
+    Interruption,
+    RecordingProgress,
+    StopAt,
+    TinyRun,
+    metrics,
+    trained_weights,
+)
 from ultrafuser.errors import DataError, TrainingError
 from ultrafuser.train import stages
 from ultrafuser.train.features import FeatureStore
 from ultrafuser.train.trainer import FusionTrainer
-from workbench import GATE, JOINT, NAMES, Interruption, Spoken, StopAt, Workshop, metrics, trained_weights
 
 # Dropout draws random numbers, which a resumed run must draw alike.
 STAGES = [GATE, JOINT | {"lora": JOINT["lora"] | {"dropout": 0.3}}]
 
 
-def options(workshop: Workshop) -> dict[str, Any]:
-    return {"save_every": 1, "eval_every": 2, "data": {"validation": [str(workshop.folder / "held-out.jsonl")]}}
+def options(tiny_run: TinyRun) -> dict[str, Any]:
+    return {"save_every": 1, "eval_every": 2, "data": {"validation": [str(tiny_run.folder / "held-out.jsonl")]}}
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return workshop.train(tmp_path_factory.mktemp("resume") / "whole", STAGES, **options(workshop))
+def uninterrupted(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.train(tmp_path_factory.mktemp("resume") / "whole", STAGES, **options(tiny_run))
 
 
 def assert_equal_runs(output: Path, other: Path) -> None:
@@ -37,16 +47,16 @@ def assert_equal_runs(output: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(("stage", "step"), [("gate", 1), ("gate", 3), ("joint", 1), ("joint", 3)])
-def test_a_resumed_run_equals_the_uninterrupted_one(workshop, tmp_path, uninterrupted, stage, step):
+def test_a_resumed_run_equals_the_uninterrupted_one(tiny_run, tmp_path, uninterrupted, stage, step):
     with pytest.raises(Interruption):
-        workshop.train(tmp_path, STAGES, progress=StopAt(stage, step), **options(workshop))
+        tiny_run.train(tmp_path, STAGES, progress=StopAt(stage, step), **options(tiny_run))
     assert not (tmp_path / "fused").exists()
-    workshop.train(tmp_path, STAGES, resume=True, **options(workshop))
+    tiny_run.train(tmp_path, STAGES, resume=True, **options(tiny_run))
     assert_equal_runs(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize("method", ["_save_checkpoint", "_save_rng_state"], ids=["before-save", "mid-save"])
-def test_an_interruption_around_saving_is_survived(workshop, tmp_path, uninterrupted, method, monkeypatch):
+def test_an_interruption_around_saving_is_survived(tiny_run, tmp_path, uninterrupted, method, monkeypatch):
     """Logged but not saved: the row of metrics must not come twice. Half saved: the checkpoint must not be used."""
     real = getattr(FusionTrainer, method)
 
@@ -57,91 +67,91 @@ def test_an_interruption_around_saving_is_survived(workshop, tmp_path, uninterru
 
     monkeypatch.setattr(FusionTrainer, method, stop)
     with pytest.raises(Interruption):
-        workshop.train(tmp_path, STAGES, **options(workshop))
+        tiny_run.train(tmp_path, STAGES, **options(tiny_run))
     monkeypatch.undo()
-    workshop.train(tmp_path, STAGES, resume=True, **options(workshop))
+    tiny_run.train(tmp_path, STAGES, resume=True, **options(tiny_run))
     assert_equal_runs(tmp_path, uninterrupted)
 
 
-def test_an_interruption_before_the_first_checkpoint_leaves_no_double_rows(workshop, tmp_path):
-    whole = workshop.train(tmp_path / "whole")
+def test_an_interruption_before_the_first_checkpoint_leaves_no_double_rows(tiny_run, tmp_path):
+    whole = tiny_run.train(tmp_path / "whole")
     with pytest.raises(Interruption):
-        workshop.train(tmp_path / "run", progress=StopAt("gate", 3))
+        tiny_run.train(tmp_path / "run", progress=StopAt("gate", 3))
     assert metrics(tmp_path / "run")
-    workshop.train(tmp_path / "run", resume=True)
+    tiny_run.train(tmp_path / "run", resume=True)
     assert_equal_runs(tmp_path / "run", whole)
 
 
-def test_an_interruption_between_a_stages_end_and_the_next(workshop, tmp_path, uninterrupted, monkeypatch):
+def test_an_interruption_between_a_stages_end_and_the_next(tiny_run, tmp_path, uninterrupted, monkeypatch):
     def stop(model, file, *args):
         raise Interruption("save_trainable")
 
     monkeypatch.setattr(stages, "save_trainable", stop)
     with pytest.raises(Interruption):
-        workshop.train(tmp_path, STAGES, **options(workshop))
+        tiny_run.train(tmp_path, STAGES, **options(tiny_run))
     monkeypatch.undo()
-    workshop.train(tmp_path, STAGES, resume=True, **options(workshop))
+    tiny_run.train(tmp_path, STAGES, resume=True, **options(tiny_run))
     assert_equal_runs(tmp_path, uninterrupted)
 
 
-def test_an_interruption_while_writing_the_checkpoint(workshop, tmp_path, uninterrupted, monkeypatch):
+def test_an_interruption_while_writing_the_checkpoint(tiny_run, tmp_path, uninterrupted, monkeypatch):
     def stop(*args, **kwargs):
         raise Interruption("card")
 
     monkeypatch.setattr(stages, "write_card", stop)
     with pytest.raises(Interruption):
-        workshop.train(tmp_path, STAGES, **options(workshop))
+        tiny_run.train(tmp_path, STAGES, **options(tiny_run))
     monkeypatch.undo()
     assert not (tmp_path / "fused").exists()
-    said = Spoken()
-    workshop.train(tmp_path, STAGES, resume=True, progress=said, **options(workshop))
+    said = RecordingProgress()
+    tiny_run.train(tmp_path, STAGES, resume=True, progress=said, **options(tiny_run))
     assert_equal_runs(tmp_path, uninterrupted)
     assert [text for text in said.news if "finished before" in text] == [
         "stage gate: finished before", "stage joint: finished before",
     ]  # fmt: skip
 
 
-def test_checkpoints_are_saved_between_validations(workshop, tmp_path):
+def test_checkpoints_are_saved_between_validations(tiny_run, tmp_path):
     """Keeping the best must not cost the checkpoints that `save_every` asks for."""
-    known = {"save_every": 1, "data": {"validation": [str(workshop.folder / "held-out.jsonl")]}}
+    known = {"save_every": 1, "data": {"validation": [str(tiny_run.folder / "held-out.jsonl")]}}
     with pytest.raises(Interruption):
-        workshop.train(tmp_path, progress=StopAt("gate", 3), **known)
+        tiny_run.train(tmp_path, progress=StopAt("gate", 3), **known)
     assert sorted(path.name for path in (tmp_path / "1-gate").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert not [row for row in metrics(tmp_path) if "eval_loss" in row], "the stage's end alone is validated"
 
 
-def test_resume_with_accumulation_and_metrics_every_other_step(workshop, tmp_path):
+def test_resume_with_accumulation_and_metrics_every_other_step(tiny_run, tmp_path):
     stage, often = GATE | {"rows_per_device": 2}, {"save_every": 1, "log_every": 2}
-    whole = workshop.train(tmp_path / "whole", [stage], **often)
+    whole = tiny_run.train(tmp_path / "whole", [stage], **often)
     with pytest.raises(Interruption):
-        workshop.train(tmp_path / "run", [stage], progress=StopAt("gate", 3), **often)
-    workshop.train(tmp_path / "run", [stage], resume=True, **often)
+        tiny_run.train(tmp_path / "run", [stage], progress=StopAt("gate", 3), **often)
+    tiny_run.train(tmp_path / "run", [stage], resume=True, **often)
     assert_equal_runs(tmp_path / "run", whole)
 
 
-def test_early_stopping_remembers_how_long_it_waited(workshop, tmp_path):
+def test_early_stopping_remembers_how_long_it_waited(tiny_run, tmp_path):
     wild = GATE | {"lr": 3.0, "steps": 30, "schedule": "constant", "max_grad_norm": 0}
-    known = options(workshop) | {"eval_every": 1, "early_stop_patience": 3, "cache_features": True}
-    whole = workshop.train(tmp_path / "whole", [wild], **known)
+    known = options(tiny_run) | {"eval_every": 1, "early_stop_patience": 3, "cache_features": True}
+    whole = tiny_run.train(tmp_path / "whole", [wild], **known)
     last = max(row["step"] for row in metrics(whole))
     assert last < 30
     with pytest.raises(Interruption):
-        workshop.train(tmp_path / "run", [wild], progress=StopAt("gate", last), **known)
-    workshop.train(tmp_path / "run", [wild], resume=True, **known)
+        tiny_run.train(tmp_path / "run", [wild], progress=StopAt("gate", last), **known)
+    tiny_run.train(tmp_path / "run", [wild], resume=True, **known)
     assert_equal_runs(tmp_path / "run", whole)
 
 
-def test_full_training_of_mixed_and_tied_architectures_resumes(workshop, tmp_path):
-    specialists = [{"name": "llama", "model": str(workshop.folder / "text"), "chat_template": "chatml"}]
+def test_full_training_of_mixed_and_tied_architectures_resumes(tiny_run, tmp_path):
+    specialists = [{"name": "llama", "model": str(tiny_run.folder / "text"), "chat_template": "chatml"}]
     for seed, (kind, changes) in enumerate({"gpt2": {"n_embd": 24, "n_positions": 192}, "gemma": {}}.items()):
-        folder = workshop.specialist(f"{kind}-tied", kind, seed, tie_word_embeddings=True, **changes)
+        folder = tiny_run.specialist(f"{kind}-tied", kind, seed, tie_word_embeddings=True, **changes)
         specialists.append({"name": kind, "model": str(folder), "chat_template": "plain"})
     stages = [GATE, {"name": "joint", "steps": 3, "samples_per_domain": 2, "specialists": "full", "lr": 1e-3}]
     known = {"save_every": 1, "specialists": specialists}
-    whole = workshop.train(tmp_path / "whole", stages, **known)
+    whole = tiny_run.train(tmp_path / "whole", stages, **known)
     with pytest.raises(Interruption):
-        workshop.train(tmp_path / "run", stages, progress=StopAt("joint", 2), **known)
-    workshop.train(tmp_path / "run", stages, resume=True, **known)
+        tiny_run.train(tmp_path / "run", stages, progress=StopAt("joint", 2), **known)
+    tiny_run.train(tmp_path / "run", stages, resume=True, **known)
     assert_equal_runs(tmp_path / "run", whole)
     ids = torch.tensor([[5, 6, 7, 8]])
     one, other = (ultrafuser.load(run / "fused", device_map="cpu")[0] for run in (whole, tmp_path / "run"))
@@ -152,52 +162,52 @@ def test_full_training_of_mixed_and_tied_architectures_resumes(workshop, tmp_pat
 # ---------------------------------------------------------------- refusals
 
 
-def test_nothing_to_resume(workshop, tmp_path):
+def test_nothing_to_resume(tiny_run, tmp_path):
     with pytest.raises(
         TrainingError, match=r"run: no run to resume there \(no recipe.yaml\); start it without --resume"
     ):
-        workshop.train(tmp_path / "run", resume=True)
+        tiny_run.train(tmp_path / "run", resume=True)
 
 
-def test_another_recipe_is_not_resumed(workshop, tmp_path):
-    workshop.train(tmp_path / "run", [GATE | {"steps": 1}])
+def test_another_recipe_is_not_resumed(tiny_run, tmp_path):
+    tiny_run.train(tmp_path / "run", [GATE | {"steps": 1}])
     with pytest.raises(TrainingError, match=r"has another recipe \(differs in: steps: 2\)"):
-        workshop.train(tmp_path / "run", [GATE | {"steps": 2}], resume=True)
+        tiny_run.train(tmp_path / "run", [GATE | {"steps": 2}], resume=True)
 
 
-def test_a_run_is_not_overwritten(workshop, tmp_path):
-    workshop.train(tmp_path / "run", [GATE | {"steps": 1}])
+def test_a_run_is_not_overwritten(tiny_run, tmp_path):
+    tiny_run.train(tmp_path / "run", [GATE | {"steps": 1}])
     with pytest.raises(
         TrainingError, match=r"holds a run already; go on with it by --resume, or choose another output="
     ):
-        workshop.train(tmp_path / "run", [GATE | {"steps": 1}])
+        tiny_run.train(tmp_path / "run", [GATE | {"steps": 1}])
 
 
-def test_a_recipe_that_failed_before_training_can_be_mended_and_run(workshop, tmp_path):
+def test_a_recipe_that_failed_before_training_can_be_mended_and_run(tiny_run, tmp_path):
     with pytest.raises(DataError):
-        workshop.train(tmp_path / "run", data={"train": [str(tmp_path / "typo.jsonl")]})
-    workshop.train(tmp_path / "run", [GATE | {"steps": 1}])
+        tiny_run.train(tmp_path / "run", data={"train": [str(tmp_path / "typo.jsonl")]})
+    tiny_run.train(tmp_path / "run", [GATE | {"steps": 1}])
 
 
 # ---------------------------------------------------------------- the feature cache
 
 
-def test_an_interrupted_computation_of_features_goes_on(workshop, tmp_path, monkeypatch):
+def test_an_interrupted_computation_of_features_goes_on(tiny_run, tmp_path, monkeypatch):
     from ultrafuser.train import features
 
     monkeypatch.setitem(features.TOKENS_PER_BATCH, "cpu", 1)  # row by row
     with pytest.raises(Interruption):
-        workshop.train(tmp_path / "run", progress=StopReading(after=6), cache_features=True)
-    said = Spoken()
-    output = workshop.train(tmp_path / "run", resume=True, progress=said, cache_features=True)
-    whole_said = Spoken()
-    whole = workshop.train(tmp_path / "whole", progress=whole_said, cache_features=True)
+        tiny_run.train(tmp_path / "run", progress=StopReading(after=6), cache_features=True)
+    said = RecordingProgress()
+    output = tiny_run.train(tmp_path / "run", resume=True, progress=said, cache_features=True)
+    whole_said = RecordingProgress()
+    whole = tiny_run.train(tmp_path / "whole", progress=whole_said, cache_features=True)
     [left], [everything] = ([n for what, n in one.started if "read the rows" in what] for one in (said, whole_said))
     assert 0 < left < everything
     assert_equal_runs(output, whole)
 
 
-class StopReading(Spoken):
+class StopReading(RecordingProgress):
     def __init__(self, after: int) -> None:
         super().__init__()
         self.after, self.rows = after, 0
@@ -208,10 +218,10 @@ class StopReading(Spoken):
             raise Interruption("reading")
 
 
-def test_features_are_computed_once_and_again_when_specialists_change(workshop, tmp_path):
-    recipe = workshop.recipe(tmp_path)
-    model, rows = _model_and_rows(workshop, recipe)
-    first, second, third, fourth = Spoken(), Spoken(), Spoken(), Spoken()
+def test_features_are_computed_once_and_again_when_specialists_change(tiny_run, tmp_path):
+    recipe = tiny_run.recipe(tmp_path)
+    model, rows = _model_and_rows(tiny_run, recipe)
+    first, second, third, fourth = RecordingProgress(), RecordingProgress(), RecordingProgress(), RecordingProgress()
     total = sum(row.num_tokens for row in rows)
     FeatureStore.build(model, rows, tmp_path / "f", progress=first)
     FeatureStore.build(model, rows, tmp_path / "f", progress=second)
@@ -224,8 +234,8 @@ def test_features_are_computed_once_and_again_when_specialists_change(workshop, 
     assert len(store) == len(rows)
 
 
-def test_features_are_the_states_that_the_model_gives(workshop, tmp_path):
-    model, rows = _model_and_rows(workshop, workshop.recipe(tmp_path))
+def test_features_are_the_states_that_the_model_gives(tiny_run, tmp_path):
+    model, rows = _model_and_rows(tiny_run, tiny_run.recipe(tmp_path))
     store = FeatureStore.build(model, rows, tmp_path / "f")
     assert [item.row.row_id for item in store] == [row.row_id for row in rows]
     assert store[-1].row is rows[-1] and len(store[-1].log_probs) == len(rows[-1].labels)
@@ -239,10 +249,10 @@ def test_features_are_the_states_that_the_model_gives(workshop, tmp_path):
                 torch.testing.assert_close(item.log_probs[:, k], log_p, atol=1e-4, rtol=1e-4)
 
 
-def test_features_of_several_ranks_fill_one_store(workshop, tmp_path):
-    model, rows = _model_and_rows(workshop, workshop.recipe(tmp_path))
+def test_features_of_several_ranks_fill_one_store(tiny_run, tmp_path):
+    model, rows = _model_and_rows(tiny_run, tiny_run.recipe(tmp_path))
     alone = FeatureStore.build(model, rows, tmp_path / "alone")
-    said = [Spoken(), Spoken()]
+    said = [RecordingProgress(), RecordingProgress()]
     for rank in range(2):
         together = FeatureStore.build(model, rows, tmp_path / "two", rank=rank, num_ranks=2, progress=said[rank])
     assert together.read.all() and together.scored.all()
@@ -250,7 +260,7 @@ def test_features_of_several_ranks_fill_one_store(workshop, tmp_path):
     torch.testing.assert_close(together.log_probs, alone.log_probs)
 
 
-def test_a_disk_too_small_for_the_features_is_an_error(workshop, tmp_path, monkeypatch):
+def test_a_disk_too_small_for_the_features_is_an_error(tiny_run, tmp_path, monkeypatch):
     import shutil
 
     usage = shutil.disk_usage(tmp_path)
@@ -258,20 +268,20 @@ def test_a_disk_too_small_for_the_features_is_an_error(workshop, tmp_path, monke
     with pytest.raises(
         TrainingError, match=r"the feature cache needs .* GB, the disk has 0.0 GB free.*cache_features: false"
     ):
-        workshop.train(tmp_path / "run", cache_features=True)
+        tiny_run.train(tmp_path / "run", cache_features=True)
 
 
-def test_auto_caches_only_what_is_read_more_than_once(workshop, tmp_path):
-    once, often = Spoken(), Spoken()
-    workshop.train(tmp_path / "once", [GATE | {"steps": 2}], progress=once)  # 12 rows drawn of 15
-    output = workshop.train(tmp_path / "often", [GATE | {"steps": 3}], progress=often)  # 18
+def test_auto_caches_only_what_is_read_more_than_once(tiny_run, tmp_path):
+    once, often = RecordingProgress(), RecordingProgress()
+    tiny_run.train(tmp_path / "once", [GATE | {"steps": 2}], progress=once)  # 12 rows drawn of 15
+    output = tiny_run.train(tmp_path / "often", [GATE | {"steps": 3}], progress=often)  # 18
     assert [what for what, _ in once.started] == ["stage gate"]
     assert [what for what, _ in often.started] == ["specialists read the rows", "stage gate"]
     assert not (output / "features").exists(), "a finished run does not keep them"
 
 
-def _model_and_rows(workshop: Workshop, recipe: Any) -> tuple[Any, list]:
+def _model_and_rows(tiny_run: TinyRun, recipe: Any) -> tuple[Any, list]:
     model, tokenizer = stages.fuse(recipe)
     renderer = stages.Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], 128)
     assert model.config.names == list(NAMES)
-    return model, stages.read_sources(recipe.data.train, renderer, Spoken(), "training")
+    return model, stages.read_sources(recipe.data.train, renderer, RecordingProgress(), "training")

@@ -14,13 +14,13 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import ultrafuser
-from specimens import save_adapter
+from tiny_models import save_adapter
+from training_fixtures import GATE, JOINT, NAMES, RecordingProgress, TinyRun, losses, metrics, trained_weights
+from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import DataError, RecipeError, TrainingError
 from ultrafuser.recipe import StageRecipe, load_recipe
 from ultrafuser.specialists import fuse
-from ultrafuser.templates import Renderer
 from ultrafuser.train.stages import prepare_gate, prepare_joint, read_sources, run_stage, train
-from workbench import GATE, JOINT, NAMES, Spoken, Workshop, losses, metrics, trained_weights
 
 FULL = {key: value for key, value in JOINT.items() if key != "lora"} | {"specialists": "full", "lr": 1e-3}
 
@@ -29,11 +29,11 @@ def by_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def fused_and_rows(workshop: Workshop, output: Path, **changes: Any) -> tuple[Any, list, Any]:
-    recipe = workshop.recipe(output, **changes)
+def fused_and_rows(tiny_run: TinyRun, output: Path, **changes: Any) -> tuple[Any, list, Any]:
+    recipe = tiny_run.recipe(output, **changes)
     model, tokenizer = fuse(recipe)
     renderer = Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], recipe.data.max_length)
-    return model, read_sources(recipe.data.train, renderer, Spoken(), "training"), recipe
+    return model, read_sources(recipe.data.train, renderer, RecordingProgress(), "training"), recipe
 
 
 def assert_close(a: list, b: list, atol: float = 1e-5) -> None:
@@ -46,8 +46,8 @@ def assert_close(a: list, b: list, atol: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
-def test_stage_1_moves_the_gate_and_leaves_the_specialists_bitwise_unchanged(workshop, tmp_path, cache):
-    model, rows, recipe = fused_and_rows(workshop, tmp_path, cache_features=cache)
+def test_stage_1_moves_the_gate_and_leaves_the_specialists_bitwise_unchanged(tiny_run, tmp_path, cache):
+    model, rows, recipe = fused_and_rows(tiny_run, tmp_path, cache_features=cache)
     before = by_name(model)
     run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-gate")
     after = by_name(model)
@@ -59,20 +59,20 @@ def test_stage_1_moves_the_gate_and_leaves_the_specialists_bitwise_unchanged(wor
     }
 
 
-def test_stage_1_keeps_the_specialists_in_eval_mode(workshop, tmp_path):
+def test_stage_1_keeps_the_specialists_in_eval_mode(tiny_run, tmp_path):
     """Dropout in a frozen specialist would feed the gate noise, and the cache would give other losses than none."""
     for seed, name in enumerate(NAMES):
-        workshop.specialist(f"{name}-dropout", seed=seed, attention_dropout=0.9)
-    specialists = [{"name": n, "model": str(workshop.folder / f"{n}-dropout")} for n in NAMES]
+        tiny_run.specialist(f"{name}-dropout", seed=seed, attention_dropout=0.9)
+    specialists = [{"name": n, "model": str(tiny_run.folder / f"{n}-dropout")} for n in NAMES]
     runs = {
-        cache: losses(workshop.train(tmp_path / str(cache), cache_features=cache, specialists=specialists))
+        cache: losses(tiny_run.train(tmp_path / str(cache), cache_features=cache, specialists=specialists))
         for cache in (True, False)
     }
     assert_close(runs[True], runs[False])
 
 
-def test_stage_2_lora_moves_adapters_and_gate_and_nothing_else(workshop, tmp_path):
-    model, rows, recipe = fused_and_rows(workshop, tmp_path, stages=[JOINT])
+def test_stage_2_lora_moves_adapters_and_gate_and_nothing_else(tiny_run, tmp_path):
+    model, rows, recipe = fused_and_rows(tiny_run, tmp_path, stages=[JOINT])
     stage = recipe.stages[0]
     prepare_joint(model, stage)  # creates the adapters
     before = by_name(model)
@@ -83,16 +83,16 @@ def test_stage_2_lora_moves_adapters_and_gate_and_nothing_else(workshop, tmp_pat
     assert any("lora_" in name for name in moved)
 
 
-def test_stage_2_full_moves_all_weights(workshop, tmp_path):
-    model, rows, recipe = fused_and_rows(workshop, tmp_path, stages=[FULL])
+def test_stage_2_full_moves_all_weights(tiny_run, tmp_path):
+    model, rows, recipe = fused_and_rows(tiny_run, tmp_path, stages=[FULL])
     before = by_name(model)
     run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint")
     assert not [name for name, parameter in model.named_parameters() if torch.equal(before[name], parameter)]
 
 
-def test_stage_2_moves_the_adapters_of_a_shared_base_and_not_the_base(workshop, tmp_path):
-    specialists = workshop.adapter_recipe(tmp_path, save_adapter)
-    model, rows, recipe = fused_and_rows(workshop, tmp_path / "run", stages=[JOINT], specialists=specialists)
+def test_stage_2_moves_the_adapters_of_a_shared_base_and_not_the_base(tiny_run, tmp_path):
+    specialists = tiny_run.adapter_recipe(tmp_path, save_adapter)
+    model, rows, recipe = fused_and_rows(tiny_run, tmp_path / "run", stages=[JOINT], specialists=specialists)
     before = by_name(model)
     run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "run" / "1-joint")
     after = by_name(model)
@@ -100,23 +100,23 @@ def test_stage_2_moves_the_adapters_of_a_shared_base_and_not_the_base(workshop, 
     assert moved == {name for name in before if name.startswith("gate.") or "lora_" in name}
 
 
-def test_stage_2_full_on_a_shared_base_is_refused(workshop, tmp_path):
-    specialists = workshop.adapter_recipe(tmp_path, save_adapter)
+def test_stage_2_full_on_a_shared_base_is_refused(tiny_run, tmp_path):
+    specialists = tiny_run.adapter_recipe(tmp_path, save_adapter)
     with pytest.raises(TrainingError, match=r"text, code, math share one base.*specialists=lora.*share_base=false"):
-        workshop.train(tmp_path / "run", [FULL], specialists=specialists)
+        tiny_run.train(tmp_path / "run", [FULL], specialists=specialists)
 
 
-def test_stage_2_full_with_copies_of_the_base_trains(workshop, tmp_path):
-    specialists = workshop.adapter_recipe(tmp_path, save_adapter)
-    output = workshop.train(tmp_path / "run", [FULL | {"steps": 1}], specialists=specialists, share_base=False)
+def test_stage_2_full_with_copies_of_the_base_trains(tiny_run, tmp_path):
+    specialists = tiny_run.adapter_recipe(tmp_path, save_adapter)
+    output = tiny_run.train(tmp_path / "run", [FULL | {"steps": 1}], specialists=specialists, share_base=False)
     model, _ = ultrafuser.load(output / "fused", device_map="cpu")
     assert not model.groups[0].loras
     assert all((output / "fused" / "specialists" / name / "model.safetensors").is_file() for name in NAMES)
 
 
-def test_specialists_have_a_learning_rate_of_their_own(workshop, tmp_path):
+def test_specialists_have_a_learning_rate_of_their_own(tiny_run, tmp_path):
     model, rows, recipe = fused_and_rows(
-        workshop, tmp_path, stages=[JOINT | {"specialist_lr": 1e-12, "lr": 0.01, "schedule": "constant"}]
+        tiny_run, tmp_path, stages=[JOINT | {"specialist_lr": 1e-12, "lr": 0.01, "schedule": "constant"}]
     )
     prepare_joint(model, recipe.stages[0])
     before = by_name(model)
@@ -126,15 +126,15 @@ def test_specialists_have_a_learning_rate_of_their_own(workshop, tmp_path):
         assert distance > 1e-3 if name.startswith("gate.") else distance < 1e-10, name
 
 
-def test_prepare_gate_undoes_prepare_joint(workshop, tmp_path):
-    model, *_ = fused_and_rows(workshop, tmp_path)
+def test_prepare_gate_undoes_prepare_joint(tiny_run, tmp_path):
+    model, *_ = fused_and_rows(tiny_run, tmp_path)
     prepare_joint(model, StageRecipe(**FULL))
     prepare_gate(model)
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"gate"}
 
 
-def test_adapters_learn_in_float32_on_a_bfloat16_model(workshop, tmp_path):
-    output = workshop.train(tmp_path / "run", [GATE, JOINT], dtype="bfloat16")
+def test_adapters_learn_in_float32_on_a_bfloat16_model(tiny_run, tmp_path):
+    output = tiny_run.train(tmp_path / "run", [GATE, JOINT], dtype="bfloat16")
     weights = trained_weights(output)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     model, _ = ultrafuser.load(output / "fused", dtype="bfloat16", device_map="cpu")
@@ -145,12 +145,12 @@ def test_adapters_learn_in_float32_on_a_bfloat16_model(workshop, tmp_path):
 
 
 @pytest.mark.parametrize("mixing", ["logits", "probabilities"])
-def test_the_feature_cache_does_not_change_a_loss(workshop, tmp_path, mixing):
-    said = {True: Spoken(), False: Spoken()}
+def test_the_feature_cache_does_not_change_a_loss(tiny_run, tmp_path, mixing):
+    said = {True: RecordingProgress(), False: RecordingProgress()}
     runs = [
-        workshop.train(
+        tiny_run.train(
             tmp_path / f"{cache}", progress=said[cache], mixing=mixing, cache_features=cache, eval_every=2,
-            data={"validation": [str(workshop.folder / "held-out.jsonl")]},
+            data={"validation": [str(tiny_run.folder / "held-out.jsonl")]},
         )
         for cache in (True, False)
     ]  # fmt: skip
@@ -163,11 +163,11 @@ def test_the_feature_cache_does_not_change_a_loss(workshop, tmp_path, mixing):
 
 
 @pytest.mark.parametrize("case", ["cached", "uncached", "joint"])
-def test_accumulation_gives_one_trajectory(workshop, tmp_path, case):
+def test_accumulation_gives_one_trajectory(tiny_run, tmp_path, case):
     stage = (JOINT if case == "joint" else GATE) | {"steps": 3}
     runs = {
         size: losses(
-            workshop.train(tmp_path / str(size), [stage | {"rows_per_device": size}], cache_features=case == "cached")
+            tiny_run.train(tmp_path / str(size), [stage | {"rows_per_device": size}], cache_features=case == "cached")
         )
         for size in (1, 2, None)
     }
@@ -175,29 +175,29 @@ def test_accumulation_gives_one_trajectory(workshop, tmp_path, case):
     assert_close(runs[2], runs[None])
 
 
-def test_the_same_seed_gives_the_same_run_and_another_one_does_not(workshop, tmp_path):
+def test_the_same_seed_gives_the_same_run_and_another_one_does_not(tiny_run, tmp_path):
     dropout = JOINT | {"lora": JOINT["lora"] | {"dropout": 0.5}}
     one, two, other = (
-        workshop.train(tmp_path / name, [GATE, dropout], seed=seed) for name, seed in [("a", 0), ("b", 0), ("c", 1)]
+        tiny_run.train(tmp_path / name, [GATE, dropout], seed=seed) for name, seed in [("a", 0), ("b", 0), ("c", 1)]
     )
     assert metrics(one) == metrics(two)
     assert all(torch.equal(tensor, trained_weights(two)[name]) for name, tensor in trained_weights(one).items())
     assert metrics(one) != metrics(other)
 
 
-def test_joint_training_from_the_start_and_unbalanced_batches_are_switches(workshop, tmp_path):
-    output = workshop.train(tmp_path / "run", [JOINT], balanced=False)
+def test_joint_training_from_the_start_and_unbalanced_batches_are_switches(tiny_run, tmp_path):
+    output = tiny_run.train(tmp_path / "run", [JOINT], balanced=False)
     assert [row["stage"] for row in metrics(output)] == ["joint"] * JOINT["steps"]
 
 
 # ---------------------------------------------------------------- the loss is right
 
 
-def test_a_logged_loss_is_the_mean_over_response_tokens_of_plain_transformers(workshop, tmp_path):
+def test_a_logged_loss_is_the_mean_over_response_tokens_of_plain_transformers(tiny_run, tmp_path):
     """The oracle: each specialist by itself in transformers, mixed by hand, over the rows of the first batch."""
     stage = {**GATE, "steps": 1, "samples_per_domain": 5}  # every row once
-    model, rows, recipe = fused_and_rows(workshop, tmp_path, stages=[stage])
-    plain = [AutoModelForCausalLM.from_pretrained(workshop.folder / name).eval() for name in NAMES]
+    model, rows, recipe = fused_and_rows(tiny_run, tmp_path, stages=[stage])
+    plain = [AutoModelForCausalLM.from_pretrained(tiny_run.folder / name).eval() for name in NAMES]
     gate, nats, tokens = copy.deepcopy(model.gate), {}, {}
     with torch.no_grad():
         for row in rows:
@@ -218,9 +218,9 @@ def test_a_logged_loss_is_the_mean_over_response_tokens_of_plain_transformers(wo
         assert logged[f"loss/{name}"] == pytest.approx(nats[name] / tokens[name], rel=1e-5)
 
 
-def test_a_row_of_metrics_holds_what_is_promised(workshop, tmp_path):
-    output = workshop.train(
-        tmp_path / "run", eval_every=2, data={"validation": [str(workshop.folder / "held-out.jsonl")]}
+def test_a_row_of_metrics_holds_what_is_promised(tiny_run, tmp_path):
+    output = tiny_run.train(
+        tmp_path / "run", eval_every=2, data={"validation": [str(tiny_run.folder / "held-out.jsonl")]}
     )
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in lines if "loss" in row]
@@ -237,9 +237,9 @@ def test_a_row_of_metrics_holds_what_is_promised(workshop, tmp_path):
     assert (output / "fused" / "metrics.jsonl").read_text() == (output / "metrics.jsonl").read_text()
 
 
-def test_rows_of_metrics_cover_all_steps_since_the_last_one(workshop, tmp_path):
-    every = workshop.train(tmp_path / "every")
-    second = workshop.train(tmp_path / "second", log_every=2)
+def test_rows_of_metrics_cover_all_steps_since_the_last_one(tiny_run, tmp_path):
+    every = tiny_run.train(tmp_path / "every")
+    second = tiny_run.train(tmp_path / "second", log_every=2)
     each, pairs = metrics(every), metrics(second)
     assert [row["step"] for row in pairs] == [2, 4]
     assert pairs[0]["loss"] == pytest.approx((each[0]["loss"] + each[1]["loss"]) / 2, rel=1e-5)
@@ -248,49 +248,49 @@ def test_rows_of_metrics_cover_all_steps_since_the_last_one(workshop, tmp_path):
 # ---------------------------------------------------------------- validation, best checkpoint, early stop
 
 
-def test_the_best_checkpoint_is_kept(workshop, tmp_path):
+def test_the_best_checkpoint_is_kept(tiny_run, tmp_path):
     """A learning rate so high that validation gets worse and worse: the first evaluation is the best."""
     wild = GATE | {"lr": 3.0, "steps": 6, "schedule": "constant", "max_grad_norm": 0}
-    options = {"cache_features": True, "data": {"validation": [str(workshop.folder / "held-out.jsonl")]}}
-    output = workshop.train(tmp_path / "run", [wild], eval_every=1, **options)
+    options = {"cache_features": True, "data": {"validation": [str(tiny_run.folder / "held-out.jsonl")]}}
+    output = tiny_run.train(tmp_path / "run", [wild], eval_every=1, **options)
     evaluations = {row["step"]: row["eval_loss"] for row in metrics(output) if "eval_loss" in row}
     best = min(evaluations, key=evaluations.get)
     assert best < 6
-    again = workshop.train(tmp_path / "again", [wild | {"steps": best}], **options)
+    again = tiny_run.train(tmp_path / "again", [wild | {"steps": best}], **options)
     for name, tensor in trained_weights(again).items():
         assert torch.equal(tensor, trained_weights(output)[name]), name
 
 
-def test_without_keep_best_the_last_weights_count(workshop, tmp_path):
+def test_without_keep_best_the_last_weights_count(tiny_run, tmp_path):
     wild = GATE | {"lr": 3.0, "schedule": "constant", "max_grad_norm": 0}
-    validation = {"validation": [str(workshop.folder / "held-out.jsonl")]}
-    last = workshop.train(tmp_path / "last", [wild], eval_every=1, keep_best=False, data=validation)
-    plain = workshop.train(tmp_path / "plain", [wild])
+    validation = {"validation": [str(tiny_run.folder / "held-out.jsonl")]}
+    last = tiny_run.train(tmp_path / "last", [wild], eval_every=1, keep_best=False, data=validation)
+    plain = tiny_run.train(tmp_path / "plain", [wild])
     for name, tensor in trained_weights(last).items():
         assert torch.equal(tensor, trained_weights(plain)[name]), name
 
 
 @pytest.mark.parametrize("keep_best", [True, False])
-def test_a_stage_stops_early_when_validation_gets_no_better(workshop, tmp_path, keep_best):
+def test_a_stage_stops_early_when_validation_gets_no_better(tiny_run, tmp_path, keep_best):
     wild = GATE | {"lr": 3.0, "steps": 30, "schedule": "constant", "max_grad_norm": 0}
-    output = workshop.train(
+    output = tiny_run.train(
         tmp_path / "run", [wild], eval_every=1, early_stop_patience=2, keep_best=keep_best,
-        data={"validation": [str(workshop.folder / "held-out.jsonl")]},
+        data={"validation": [str(tiny_run.folder / "held-out.jsonl")]},
     )  # fmt: skip
     evaluations = [row["eval_loss"] for row in metrics(output) if "eval_loss" in row]
     assert 3 <= len(evaluations) < 30
     assert min(evaluations[-2:]) >= min(evaluations[:-2])
 
 
-def test_early_stop_without_validation_rows_is_an_error(workshop, tmp_path):
+def test_early_stop_without_validation_rows_is_an_error(tiny_run, tmp_path):
     with pytest.raises(TrainingError, match=r"early_stop_patience.*validation"):
-        workshop.train(tmp_path / "run", early_stop_patience=2)
+        tiny_run.train(tmp_path / "run", early_stop_patience=2)
 
 
 # ---------------------------------------------------------------- a loss that is no number
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(workshop, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tiny_run, tmp_path, monkeypatch):
     from ultrafuser.train.trainer import FusionTrainer
 
     real = FusionTrainer.compute_loss
@@ -303,7 +303,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(workshop, t
 
     monkeypatch.setattr(FusionTrainer, "compute_loss", broken)
     with pytest.raises(TrainingError, match=r"stage 'gate', step 2: the loss is nan on the rows .*--resume") as caught:
-        workshop.train(tmp_path / "run", save_every=1)
+        tiny_run.train(tmp_path / "run", save_every=1)
     [file] = (tmp_path / "run" / "1-gate").glob("not-finite*.safetensors")
     assert str(file) in str(caught.value)
     with safe_open(file, "pt") as kept:
@@ -312,45 +312,45 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(workshop, t
     assert all(row_id in str(caught.value) for row_id in row_ids)
 
     monkeypatch.setattr(FusionTrainer, "compute_loss", real)
-    workshop.train(tmp_path / "run", save_every=1, resume=True)
-    plain = workshop.train(tmp_path / "plain", save_every=1)
+    tiny_run.train(tmp_path / "run", save_every=1, resume=True)
+    plain = tiny_run.train(tmp_path / "plain", save_every=1)
     assert metrics(tmp_path / "run") == metrics(plain)
 
 
 # ---------------------------------------------------------------- rows
 
 
-def test_a_domain_whose_rows_are_all_too_long_is_an_error(workshop, tmp_path):
+def test_a_domain_whose_rows_are_all_too_long_is_an_error(tiny_run, tmp_path):
     file = tmp_path / "long.jsonl"
     messages = [{"role": "user", "content": "many " * 200}, {"role": "assistant", "content": "ok"}]
     file.write_text(json.dumps({"domain": "long", "messages": messages}) + "\n")
     with pytest.raises(DataError, match=r"domain 'long' has no training row left.*max_length=128"):
-        workshop.train(tmp_path / "run", data={"train": [str(workshop.folder / "text.jsonl"), str(file)]})
+        tiny_run.train(tmp_path / "run", data={"train": [str(tiny_run.folder / "text.jsonl"), str(file)]})
 
 
-def test_no_data_is_an_error(workshop, tmp_path):
+def test_no_data_is_an_error(tiny_run, tmp_path):
     with pytest.raises(DataError, match="names no training data.*data.train"):
-        workshop.train(tmp_path / "run", data={"train": []})
+        tiny_run.train(tmp_path / "run", data={"train": []})
 
 
-def test_truncation_is_reported(workshop, tmp_path):
-    said = Spoken()
+def test_truncation_is_reported(tiny_run, tmp_path):
+    said = RecordingProgress()
     file = tmp_path / "long.jsonl"
     messages = [{"role": "user", "content": "many"}, {"role": "assistant", "content": "fox " * 200}]
     file.write_text(json.dumps({"domain": "text", "messages": messages}) + "\n")
-    workshop.train(tmp_path / "run", data={"train": [str(workshop.folder / "text.jsonl"), str(file)]}, progress=said)
+    tiny_run.train(tmp_path / "run", data={"train": [str(tiny_run.folder / "text.jsonl"), str(file)]}, progress=said)
     [news] = [text for text in said.news if text.startswith("training rows")]
     assert "6 text" in news
     assert "1 of them lost" in news
 
 
-def test_rows_longer_than_a_specialists_context_are_cut_to_it(workshop, tmp_path):
+def test_rows_longer_than_a_specialists_context_are_cut_to_it(tiny_run, tmp_path):
     """max_length defaults to 1024; a context of 192 must not break a run in its middle."""
-    said = Spoken()
+    said = RecordingProgress()
     file = tmp_path / "long.jsonl"
     messages = [{"role": "user", "content": "many"}, {"role": "assistant", "content": "fox " * 300}]
     file.write_text(json.dumps({"domain": "text", "messages": messages}) + "\n")
-    workshop.train(
+    tiny_run.train(
         tmp_path / "run", [GATE | {"steps": 1}], data={"train": [str(file)], "max_length": 1024}, progress=said
     )
     assert any("1 of them lost" in text for text in said.news)
@@ -359,9 +359,9 @@ def test_rows_longer_than_a_specialists_context_are_cut_to_it(workshop, tmp_path
 # ---------------------------------------------------------------- what is left behind
 
 
-def test_the_fused_folder_is_a_whole_checkpoint(workshop, tmp_path):
-    output = workshop.train(
-        tmp_path / "run", [GATE, JOINT], data={"validation": [str(workshop.folder / "held-out.jsonl")]}
+def test_the_fused_folder_is_a_whole_checkpoint(tiny_run, tmp_path):
+    output = tiny_run.train(
+        tmp_path / "run", [GATE, JOINT], data={"validation": [str(tiny_run.folder / "held-out.jsonl")]}
     )
     fused = output / "fused"
     assert {"README.md", "recipe.yaml", "metrics.jsonl", "tokenizer.json", "config.json", "model.safetensors"} <= {
@@ -378,21 +378,21 @@ def test_the_fused_folder_is_a_whole_checkpoint(workshop, tmp_path):
     assert [list(map(len, renderer.prompt([{"role": "user", "content": "hi"}])))]
 
 
-def test_a_stage_1_result_references_its_specialists(workshop, tmp_path):
-    fused = workshop.train(tmp_path / "run") / "fused"
+def test_a_stage_1_result_references_its_specialists(tiny_run, tmp_path):
+    fused = tiny_run.train(tmp_path / "run") / "fused"
     assert not (fused / "specialists").exists()
     assert (fused / "model.safetensors").stat().st_size < 20_000
 
 
-def from_fused(workshop: Workshop, output: Path, fused: Path, **changes: Any) -> Any:
-    fields = workshop.fields(output, [JOINT], fused=str(fused), **changes)
+def from_fused(tiny_run: TinyRun, output: Path, fused: Path, **changes: Any) -> Any:
+    fields = tiny_run.fields(output, [JOINT], fused=str(fused), **changes)
     return load_recipe({key: fields[key] for key in fields if key not in ("specialists", "gate")})
 
 
-def test_training_goes_on_from_a_fused_folder(workshop, tmp_path):
-    first = workshop.train(tmp_path / "first", mixing="logits")
-    train(from_fused(workshop, tmp_path / "second", first / "fused"))
-    both = workshop.train(tmp_path / "both", [GATE, JOINT], mixing="logits")
+def test_training_goes_on_from_a_fused_folder(tiny_run, tmp_path):
+    first = tiny_run.train(tmp_path / "first", mixing="logits")
+    train(from_fused(tiny_run, tmp_path / "second", first / "fused"))
+    both = tiny_run.train(tmp_path / "both", [GATE, JOINT], mixing="logits")
     ours = [row for row in losses(both) if row[0] == "joint"]
     assert_close(ours, losses(tmp_path / "second"))
     written = load_recipe(tmp_path / "second" / "recipe.yaml")
@@ -401,9 +401,9 @@ def test_training_goes_on_from_a_fused_folder(workshop, tmp_path):
 
 
 @pytest.mark.parametrize(("key", "value"), [("mixing", "logits"), ("share_base", False), ("gate", {"hidden_size": 8})])
-def test_a_fused_folder_keeps_its_own_settings(workshop, tmp_path, key, value):
+def test_a_fused_folder_keeps_its_own_settings(tiny_run, tmp_path, key, value):
     fused = tmp_path / "fused"
-    model, tokenizer = fuse(workshop.recipe("unused"))
+    model, tokenizer = fuse(tiny_run.recipe("unused"))
     model.save_pretrained(fused)
     tokenizer.save_pretrained(fused)
     fields = {"fused": str(fused), "output": str(tmp_path / "run"), key: value}
@@ -411,27 +411,27 @@ def test_a_fused_folder_keeps_its_own_settings(workshop, tmp_path, key, value):
         train(load_recipe(fields))
 
 
-def test_full_training_of_bfloat16_weights_learns_in_float32(workshop, tmp_path):
+def test_full_training_of_bfloat16_weights_learns_in_float32(tiny_run, tmp_path):
     """At this learning rate, below the spacing of most bfloat16 weights, training in bfloat16 would move few of them."""
     stage = FULL | {"lr": 1e-4, "schedule": "constant", "steps": 8}
-    model, rows, recipe = fused_and_rows(workshop, tmp_path, stages=[stage], dtype="bfloat16")
+    model, rows, recipe = fused_and_rows(tiny_run, tmp_path, stages=[stage], dtype="bfloat16")
     before = by_name(model)
     run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint")
     assert {group.model.dtype for group in model.groups} == {torch.bfloat16}
     for name, tensor in trained_weights(tmp_path).items():
         name = name.removeprefix("1-joint/")
         assert tensor.dtype == torch.float32 and not torch.equal(tensor, before[name].float()), name
-    again, *_ = fused_and_rows(workshop, tmp_path, stages=[stage], dtype="bfloat16")
+    again, *_ = fused_and_rows(tiny_run, tmp_path, stages=[stage], dtype="bfloat16")
     run_stage(again, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint")  # finished before: loads what it gave
     assert all(torch.equal(tensor, by_name(again)[name]) for name, tensor in by_name(model).items())
 
 
-def test_tensorboard_gets_the_metrics(workshop, tmp_path):
+def test_tensorboard_gets_the_metrics(tiny_run, tmp_path):
     if not os.environ.get("CI"):
         pytest.importorskip("tensorboard", reason="the dev extra is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    output = workshop.train(tmp_path / "run", report_to=["tensorboard"])
+    output = tiny_run.train(tmp_path / "run", report_to=["tensorboard"])
     files = list(output.rglob("events.out.tfevents.*"))
     assert files, sorted(output.rglob("*"))
     events = EventAccumulator(str(files[0].parent))

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import DataError
-from ultrafuser.templates import Rendered, Renderer
 
 
 def collate_rows(rows: Sequence[Rendered], pad_id: int = 0) -> dict[str, torch.Tensor]:

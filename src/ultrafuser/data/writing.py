@@ -27,7 +27,7 @@ Write = Callable[[Mapping[str, Any]], None]
 
 
 @contextmanager
-def whole_file(target: Path, *, force: bool = False) -> Iterator[Path]:
+def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary file beside `target` that takes its place when the block ends well, and vanishes when it does not.
 
     Raises:
@@ -87,9 +87,9 @@ def write_json(value: Any, target: Path, *, force: bool = False) -> None:
     """Any value as indented JSON.
 
     Raises:
-        DataError: as `whole_file`.
+        DataError: as `atomic_file`.
     """
-    with whole_file(target, force=force) as draft:
+    with atomic_file(target, force=force) as draft:
         draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -106,7 +106,7 @@ def row_writer(target: Path, layout: str | None = None, *, force: bool = False) 
             there already without `force`.
     """
     layout = check_layout(target, layout)
-    with whole_file(target, force=force) as draft, _OPENERS[target.suffix](draft, layout) as write:
+    with atomic_file(target, force=force) as draft, _OPENERS[target.suffix](draft, layout) as write:
 
         def put(row: Row) -> None:
             try:

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
+from ultrafuser.endpoint.recipe import EndpointRecipe
 from ultrafuser.errors import DataError
-from ultrafuser.evaluate.answers import RememberingLM, Store
-from ultrafuser.evaluate.atomic import alone_in, write_json
-from ultrafuser.evaluate.domain_loss import mean_weights
-from ultrafuser.evaluate.endpoint_recipe import EndpointRecipe
 from ultrafuser.evaluate.intervals import Stratum, estimate
-from ultrafuser.evaluate.models import ENDPOINT, Served, name_of, serve, split_name
+from ultrafuser.evaluate.lm.load import ENDPOINT, LoadedModel, load_model, name_of, split_name
+from ultrafuser.evaluate.lm.response_cache import RememberingLM, Store
+from ultrafuser.evaluate.locking import alone_in, write_json
+from ultrafuser.evaluate.losses import mean_weights
 from ultrafuser.evaluate.scoring import TaskScores, benchmark, drawn, losses
 from ultrafuser.evaluate.tasks import SUITES as TASK_SUITES
 from ultrafuser.evaluate.tasks import TASKS, load_tasks
 from ultrafuser.progress import Progress
 
 if TYPE_CHECKING:
-    from ultrafuser.evaluate.judge import Judge
+    from ultrafuser.evaluate.judged.judge import Judge
 
 ZOO = "package:ultrafuser/zoo/data/{}.test.jsonl"
 LOSSES = {"loss": ("text", "code", "math"), "mixed": ("mixed",)}
@@ -50,7 +50,7 @@ class EvalOptions:
         limit: so many rows a domain and documents a task, the same for all models.
         judge: who judges `alpaca_eval` and `mt_bench`.
         task_options: of `tasks.load_tasks`, e.g. `samples`, `temperature`, `max_new_tokens`, `unsafe_code`.
-        model_options: of `models.serve`, e.g. `dtype`, `device`, `chat_template`.
+        model_options: of `models.load_model`, e.g. `dtype`, `device`, `chat_template`.
     """
 
     names: Sequence[str]
@@ -109,9 +109,11 @@ def evaluate_models(
     with alone_in(output, "evaluation"):
         results: dict[str, Any] = {"created": time.strftime("%Y-%m-%d"), "models": _before(output / "results.json")}
         for name, text in named.items():
-            progress.say(f"{name}: {text}")
+            progress.log(f"{name}: {text}")
             began = time.monotonic()
-            served = serve(text, name=name, batch_size=options.batch_size, seed=options.seed, **options.model_options)
+            served = load_model(
+                text, name=name, batch_size=options.batch_size, seed=options.seed, **options.model_options
+            )
             found = measure(served, own[name], rows, output / name, progress)
             del served  # before the next one is loaded
             found |= {"source": text, "seed": options.seed, "limit": options.limit}
@@ -138,7 +140,7 @@ def _own_options(text: str, options: EvalOptions, progress: Progress) -> EvalOpt
             f"{text}: an endpoint does not tell how likely a given text is, which {what} needs; give the model itself, or "
             "tasks that generate, such as --tasks gsm8k"
         )
-    progress.say(f"left out of {text}, as an endpoint does not tell how likely a given text is: {', '.join(unseen)}")
+    progress.log(f"left out of {text}, as an endpoint does not tell how likely a given text is: {', '.join(unseen)}")
     return replace(options, names=left)
 
 
@@ -148,7 +150,7 @@ def check_tasks(options: EvalOptions) -> None:
     Raises:
         DataError, SandboxError, MissingExtraError: what is missing, and what to do.
     """
-    from ultrafuser.evaluate import alpaca, mt_bench
+    from ultrafuser.evaluate.judged import alpaca, mt_bench
 
     load_tasks(lm_eval_names(options.names), data_dir=options.data_dir, **options.task_options)
     for name in options.names:
@@ -180,7 +182,7 @@ def _joined(before: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(
-    served: Served, options: EvalOptions, rows: Sequence[Row], folder: Path, progress: Progress
+    served: LoadedModel, options: EvalOptions, rows: Sequence[Row], folder: Path, progress: Progress
 ) -> dict[str, Any]:
     """One model: its losses by domain, its tasks, and what lies behind them in files of `folder`."""
     out: dict[str, Any] = {"fingerprint": served.fingerprint, "parameters": served.parameters()}
@@ -201,7 +203,7 @@ def measure(
     return out
 
 
-def all_tasks(served: Served, options: EvalOptions, store: Store, progress: Progress) -> dict[str, TaskScores]:
+def all_tasks(served: LoadedModel, options: EvalOptions, store: Store, progress: Progress) -> dict[str, TaskScores]:
     """Benchmarks and judged benchmarks, with a memory."""
     lm = RememberingLM(served.lm, store, progress, options.seed)
     found = benchmark(
@@ -219,7 +221,7 @@ def all_tasks(served: Served, options: EvalOptions, store: Store, progress: Prog
 
 
 def _judged(name: str, lm: RememberingLM, options: EvalOptions, store: Store, progress: Progress) -> TaskScores:
-    from ultrafuser.evaluate import alpaca, mt_bench
+    from ultrafuser.evaluate.judged import alpaca, mt_bench
 
     judge = _judge(name, options, store)
     settings: dict[str, Any] = {"limit": options.limit, "seed": options.seed, "progress": progress}
@@ -238,8 +240,8 @@ def _judged(name: str, lm: RememberingLM, options: EvalOptions, store: Store, pr
 
 
 def _judge(name: str, options: EvalOptions, store: Store | None) -> Judge:
-    from ultrafuser.evaluate.endpoint_client import Endpoint
-    from ultrafuser.evaluate.judge import Judge
+    from ultrafuser.endpoint.client import Endpoint
+    from ultrafuser.evaluate.judged.judge import Judge
 
     if options.judge is None:
         raise DataError(f"{name} needs a judge; give --judge NAME@URL, any OpenAI-compatible endpoint")

@@ -12,13 +12,13 @@ from typing import Any
 from lm_eval.api.model import LM
 
 from ultrafuser.data.schema import Row
+from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import DataError
-from ultrafuser.evaluate.domain_loss import RowLoss, by_domain, fused_losses
 from ultrafuser.evaluate.intervals import Stratum
-from ultrafuser.evaluate.models import Served
+from ultrafuser.evaluate.lm.load import LoadedModel
+from ultrafuser.evaluate.losses import RowLoss, by_domain, fused_losses
 from ultrafuser.evaluate.tasks import TASKS
 from ultrafuser.progress import Progress
-from ultrafuser.templates import Rendered
 from ultrafuser.train.features import FeatureStore
 
 
@@ -130,7 +130,7 @@ def _scores(name: str, task: Any, samples: Sequence[dict[str, Any]]) -> TaskScor
 
 
 def losses(
-    served: Served, rows: Sequence[Row], folder: Path, progress: Progress | None = None
+    served: LoadedModel, rows: Sequence[Row], folder: Path, progress: Progress | None = None
 ) -> tuple[dict[str, Stratum], dict[str, list[Sequence[float]]]]:
     """Nats of each row under a model, by domain, and each row's mean weight of every specialist.
 
@@ -143,7 +143,7 @@ def losses(
     assert served.model is not None and served.renderer is not None  # no endpoint
     rendered, stats = served.renderer.render_all(rows)
     if stats.truncated_rows or stats.dropped_rows:
-        (progress or Progress()).say(f"rows longer than the context of {served.renderer.max_length} tokens: {stats}")
+        (progress or Progress()).log(f"rows longer than the context of {served.renderer.max_length} tokens: {stats}")
     store = FeatureStore.build(served.model, rendered, folder, progress=progress)
     found, weights = fused_losses(served.model, store)
     return by_stratum(rendered, found), by_domain(rendered, weights)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from ultrafuser.inspect.palette import colour, rgb
+from ultrafuser.display.palette import colour, rgb
 from ultrafuser.inspect.trace import TokenTrace, mean_weights, on_one_line, printable
 
 # Nothing outside the page may be loaded: the browser itself enforces it.

@@ -9,9 +9,9 @@ import torch
 
 from ultrafuser.data.collate import collate_rows, prompt_inputs
 from ultrafuser.data.schema import Row
+from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
-from ultrafuser.templates import Rendered, Renderer
 
 
 def answer(

@@ -7,7 +7,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from ultrafuser.inspect.palette import NEUTRAL, blend, colour, ink_on
+from ultrafuser.display.palette import NEUTRAL, blend, colour, ink_on
 from ultrafuser.inspect.trace import TokenTrace, mean_weights, on_one_line, printable
 
 

@@ -103,7 +103,7 @@ def save_fused(
     config: UltraFuserConfig = copying.deepcopy(model.config)
     state = dict(state_dict) if state_dict is not None else None
     copied: dict[Path, str] = {}
-    with staging(Path(save_directory)) as folder:
+    with atomic_directory(Path(save_directory)) as folder:
         for g, group in enumerate(model.groups):
             specs = [config.specialists[config.names.index(name)] for name in group.names]
             if is_changed(group):
@@ -246,7 +246,7 @@ def _absolute_base(spec: dict[str, Any], folder: Path, old: Path | None) -> None
 
 
 @contextmanager
-def staging(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends well, and vanishes when it does not.
 
     A folder that exists keeps its other files; its config.json goes first and comes back last, so that it is never

@@ -45,7 +45,7 @@ class Ledger:
         """The entry of a stage and domain."""
         return self.entries.setdefault((stage, domain), Entry())
 
-    def ask(self, stage: str, domain: str, number: int = 1) -> None:
+    def request(self, stage: str, domain: str, number: int = 1) -> None:
         """So many items are wanted."""
         self.entry(stage, domain).asked += number
 
@@ -70,7 +70,7 @@ class Ledger:
 
     def decide(self, stage: str, domain: str, reason: str | None, text: str = "") -> bool:
         """One item is asked about and at once kept (no reason) or rejected; whether it was kept."""
-        self.ask(stage, domain)
+        self.request(stage, domain)
         if reason is None:
             self.keep(stage, domain)
         else:

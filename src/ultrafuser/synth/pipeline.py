@@ -10,15 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ultrafuser.data.decontaminate import ContaminationIndex
-from ultrafuser.data.near_duplicates import Likeness, LikenessIndex
+from ultrafuser import sandbox
+from ultrafuser.data.tools.decontaminate import ContaminationIndex
+from ultrafuser.data.tools.near_duplicates import NearDuplicateIndex, NearDuplicateRule
 from ultrafuser.errors import DataError, MissingExtraError, RecipeError, SandboxError
-from ultrafuser.evaluate import sandbox
 from ultrafuser.progress import Progress
-from ultrafuser.synth import checks, filters, list_stages, stages
-from ultrafuser.synth.asks import STOPS, Ask, Outcome
-from ultrafuser.synth.card import write_data_set, write_items
-from ultrafuser.synth.dataset import (
+from ultrafuser.synth.calls.endpoint_client import PROBE
+from ultrafuser.synth.calls.request import STOPS, Request, Response
+from ultrafuser.synth.calls.store import CallStore
+from ultrafuser.synth.output.card import write_data_set, write_items
+from ultrafuser.synth.output.dataset import (
     DataSet,
     Decision,
     as_rows,
@@ -27,12 +28,13 @@ from ultrafuser.synth.dataset import (
     without_duplicates,
     without_overlaps,
 )
-from ultrafuser.synth.endpoint_caller import PROBE
 from ultrafuser.synth.plan import plan, stages_until
 from ultrafuser.synth.prompts import Prompts
 from ultrafuser.synth.recipe import SynthRecipe
-from ultrafuser.synth.stage_run import Look, Run, Test
-from ultrafuser.synth.store import CallStore
+from ultrafuser.synth.stages import lists as list_stages
+from ultrafuser.synth.stages import texts as stages
+from ultrafuser.synth.stages.run import Look, Run, Test
+from ultrafuser.synth.text import checks, filters
 
 STORE = "calls.sqlite"
 TESTS_AT_ONCE = 16 * (os.cpu_count() or 1)  # between two savings of their verdicts
@@ -111,7 +113,7 @@ def synthesise(
     shard: Shard | None = None,
     until: str | None = None,
     retry_failed: bool = False,
-    callers: Mapping[str, Any] | None = None,
+    clients: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> DataSet:
     """Ask what is missing, and write the data set when all is there. Stopped at any point, it goes on where it was.
@@ -129,32 +131,37 @@ def synthesise(
         BudgetExceeded, EndpointError: on the way; what was answered is kept.
         DataError: no row is left; the report says why.
     """
-    from ultrafuser.synth.callers import make_callers
-    from ultrafuser.synth.local_caller import check_files
-    from ultrafuser.synth.scheduler import answer
+    from ultrafuser.synth.calls.clients import make_clients
+    from ultrafuser.synth.calls.local import check_files
+    from ultrafuser.synth.calls.scheduler import answer
 
     progress = progress or Progress()
     budgets = {"budget_usd": budget_usd, "budget_tokens": budget_tokens}
     recipe = recipe.model_copy(update={key: value for key, value in budgets.items() if value is not None})
     prompts, tests = check(recipe, shard=shard, until=until)
     asked = {one.model: one.stage for one in reversed(plan(recipe, prompts, until))}  # role -> its first stage
-    if callers is None:
+    if clients is None:
         for role in asked:
             check_files(recipe.model(role))
     with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
         if shard is not None:
             _check_topics_are_there(recipe, prompts, store)
         if retry_failed:
-            progress.say(f"{store.forget_failures()} calls that failed or were cut off are asked again")
-        models = callers if callers is not None else make_callers(recipe.used_models())
+            progress.log(f"{store.forget_failures()} calls that failed or were cut off are asked again")
+        models = clients if clients is not None else make_clients(recipe.used_models())
 
-        def look(asks: Sequence[Ask]) -> Mapping[str, Outcome]:
+        def look(requests: Sequence[Request]) -> Mapping[str, Response]:
             answer(
-                asks, store, models, budget_usd=recipe.budget_usd, budget_tokens=recipe.budget_tokens, progress=progress
+                requests,
+                store,
+                models,
+                budget_usd=recipe.budget_usd,
+                budget_tokens=recipe.budget_tokens,
+                progress=progress,
             )
-            return outcomes(store, asks)
+            return outcomes(store, requests)
 
-        if callers is None and all(count.stage == PROBE.stage for count in store.counts()):
+        if clients is None and all(count.stage == PROBE.stage for count in store.counts()):
             look(_probes(recipe, asked))
         done = derive(
             recipe,
@@ -193,7 +200,7 @@ def join(recipe: SynthRecipe, others: Sequence[Path], progress: Progress | None 
     with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
         for file in others:
             merged = store.merge(file)
-            progress.say(f"{file}: {merged.added} calls added, {merged.twice} were there already")
+            progress.log(f"{file}: {merged.added} calls added, {merged.twice} were there already")
         return _write_stored(recipe, ready, store, progress)
 
 
@@ -233,7 +240,7 @@ def check(recipe: SynthRecipe, *, shard: Shard | None = None, until: str | None 
     filters.check_language(recipe.filters)
     tests = index_of_tests(recipe.filters)
     if recipe.filters.near_duplicates is not None:
-        LikenessIndex(Likeness(threshold=recipe.filters.near_duplicates))
+        NearDuplicateIndex(NearDuplicateRule(threshold=recipe.filters.near_duplicates))
     if any(domain.samples for domain in recipe.domains) and importlib.util.find_spec("math_verify") is None:
         raise MissingExtraError("math-verify", "eval", "comparing samples of mathematical answers (`samples`)")
     if any(domain.tests for domain in recipe.domains) and not recipe.filters.unsafe_code:
@@ -275,7 +282,7 @@ def verdicts(store: CallStore, cases: Sequence[checks.Case]) -> dict[checks.Case
     return {case: known[key] or None for case, key in keys.items() if key in known}
 
 
-def _probes(recipe: SynthRecipe, asked: Mapping[str, str]) -> list[Ask]:
+def _probes(recipe: SynthRecipe, asked: Mapping[str, str]) -> list[Request]:
     """A short question to each served model, asked as its first stage asks."""
     out = []
     for role, stage in asked.items():
@@ -288,12 +295,12 @@ def _probes(recipe: SynthRecipe, asked: Mapping[str, str]) -> list[Ask]:
 
 def stored(store: CallStore) -> Look:
     """What is in the store, and nothing else."""
-    return lambda asks: outcomes(store, asks)
+    return lambda requests: outcomes(store, requests)
 
 
-def outcomes(store: CallStore, asks: Sequence[Ask]) -> dict[str, Outcome]:
+def outcomes(store: CallStore, requests: Sequence[Request]) -> dict[str, Response]:
     """The outcomes that there are, by key."""
-    found = ((ask.key, store.outcome(ask.key)) for ask in asks)
+    found = ((request.key, store.outcome(request.key)) for request in requests)
     return {key: outcome for key, outcome in found if outcome is not None}
 
 

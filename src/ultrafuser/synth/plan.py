@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ultrafuser.errors import RecipeError
-from ultrafuser.synth.asks import STAGES, STOPS, Ask
-from ultrafuser.synth.items import portions, shares
-from ultrafuser.synth.money import likely_prompt_tokens, prices_of
+from ultrafuser.synth.calls.money import likely_prompt_tokens, prices_of
+from ultrafuser.synth.calls.request import STAGES, STOPS, Request
 from ultrafuser.synth.prompts import Prompts
 from ultrafuser.synth.recipe import DomainRecipe, SynthRecipe
+from ultrafuser.synth.stages.items import portions, shares
 
 # Typical lengths, for the estimate alone. UltraChat 2 has 399 to 558 tokens a conversation (the paper, table 15).
 TOKENS = {"name": 6, "concept": 5, "instruction": 50, "complex": 110, "answer": 430, "turn": 45, "rating": 70}
@@ -60,8 +60,8 @@ def plan(recipe: SynthRecipe, prompts: Prompts, until: str | None = None) -> lis
                 continue
             asked_as = recipe.asked_as(stage, prompt)
             call, role = recipe.call(asked_as), recipe.role(asked_as, domain)
-            ask = Ask(stage, domain.name, "", role, prompts.messages(prompt, domain=domain, **values))
-            read, written = calls * likely_prompt_tokens(ask), calls * min(tokens, call.max_tokens)
+            request = Request(stage, domain.name, "", role, prompts.messages(prompt, domain=domain, **values))
+            read, written = calls * likely_prompt_tokens(request), calls * min(tokens, call.max_tokens)
             usd = prices_of(recipe.model(role)).cost_usd(read, written)
             part = values.get("relation", "") if stage != "turns" else "user" if prompt == stage else "answer"
             out.append(PlannedStage(stage, part, domain.name, role, calls, read, written, usd))

@@ -19,9 +19,9 @@ from pydantic import (
 )
 
 from ultrafuser import typed_yaml
-from ultrafuser.evaluate.endpoint_recipe import EndpointRecipe
+from ultrafuser.endpoint.recipe import EndpointRecipe
 from ultrafuser.recipe import Dtype, Fraction, Identifier, LocalGlob, LocalPath, load_node
-from ultrafuser.synth.asks import STAGES
+from ultrafuser.synth.calls.request import STAGES
 from ultrafuser.typed_yaml import FreeForm, Node
 
 # Told apart by the word, as a bare string also stands for an endpoint's model.

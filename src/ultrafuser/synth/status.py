@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.synth.dataset import DataSet
+from ultrafuser.synth.calls.store import CallStore
+from ultrafuser.synth.output.dataset import DataSet
 from ultrafuser.synth.pipeline import STORE, derive, stored, verdicts
 from ultrafuser.synth.plan import PlannedStage, plan
 from ultrafuser.synth.prompts import Prompts
 from ultrafuser.synth.recipe import SynthRecipe
-from ultrafuser.synth.store import CallStore
 
 PACE_WINDOW_S = 600.0  # of the calls that the time left is reckoned from
 

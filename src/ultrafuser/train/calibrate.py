@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
+from ultrafuser.data.templates import Rendered
 from ultrafuser.model.loss import Head, token_chunks
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
-from ultrafuser.templates import Rendered
 from ultrafuser.train.features import TOKENS_PER_BATCH, length_batches, response_states
 
 TEMPERATURES = tuple(2 ** (i / 4) for i in range(-4, 5))  # tried: 0.5 to 2; between them the loss is a parabola

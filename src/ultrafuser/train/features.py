@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from ultrafuser.data.collate import collate_rows, pad_labels
-from ultrafuser.data.writing import whole_file
+from ultrafuser.data.templates import Rendered
+from ultrafuser.data.writing import atomic_file
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
-from ultrafuser.templates import Rendered
 
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
 
@@ -138,7 +138,7 @@ def _prepare_folder(folder: Path, identity: str, size_bytes: int) -> None:
             f"{folder}: the feature cache needs {size_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; make "
             "room, or set cache_features: false"
         )
-    with whole_file(facts, force=True) as draft:
+    with atomic_file(facts, force=True) as draft:
         draft.write_text(json.dumps({"identity": identity, "size_bytes": size_bytes}))
 
 

@@ -21,15 +21,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
-from ultrafuser.data.writing import whole_file, write_json
+from ultrafuser.data.templates import Rendered, Renderer
+from ultrafuser.data.writing import atomic_file, write_json
 from ultrafuser.errors import DataError, RecipeError, TrainingError
 from ultrafuser.model.checkpoint import fused_folder, read_manifest
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
-from ultrafuser.model.saving import staging
+from ultrafuser.model.saving import atomic_directory
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import GateRecipe, Recipe, SourceRecipe, StageRecipe, dump_recipe
 from ultrafuser.specialists import fuse, load, pick_device
-from ultrafuser.templates import Rendered, Renderer
 from ultrafuser.train.calibrate import TEMPERATURES, calibrate
 from ultrafuser.train.card import write_card
 from ultrafuser.train.features import FeatureStore, estimate_size_bytes
@@ -73,7 +73,7 @@ def train(
     )
     if PartialState().is_main_process:  # from here on there is something to resume
         output.mkdir(parents=True, exist_ok=True)
-        with whole_file(output / "recipe.yaml", force=True) as draft:
+        with atomic_file(output / "recipe.yaml", force=True) as draft:
             draft.write_text(dump_recipe(recipe), encoding="utf-8")
     for number, stage in enumerate(recipe.stages, 1):
         home = output / f"{number}-{stage.name}"
@@ -90,7 +90,7 @@ def save_fused_folder(
     """The checkpoint with its tokenizer, recipe, metrics and model card, all or nothing, as `<output>/fused`."""
     folder = output / "fused"
     if PartialState().is_main_process:
-        with staging(folder) as draft:
+        with atomic_directory(folder) as draft:
             model.save_pretrained(draft)
             tokenizer.save_pretrained(draft)
             (draft / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
@@ -139,7 +139,7 @@ def read_sources(sources: Sequence[SourceRecipe], renderer: Renderer, progress: 
                 f"domain {domain!r} has no {what} row left: the prompts alone fill max_length={renderer.max_length} "
                 "tokens; raise data.max_length"
             )
-    progress.say(f"{what} rows: " + ", ".join(f"{count} {domain}" for domain, count in counts.items()) + f" ({stats})")
+    progress.log(f"{what} rows: " + ", ".join(f"{count} {domain}" for domain, count in counts.items()) + f" ({stats})")
     return rendered
 
 
@@ -169,7 +169,7 @@ def run_stage(
         _set_temperatures(model, rows, folder, recipe.seed, progress)
     if (folder / FINISHED).is_file():
         model.load_state_dict(load_file(folder / FINISHED), strict=False)
-        progress.say(f"stage {stage.name}: finished before")
+        progress.log(f"stage {stage.name}: finished before")
     else:
         autocast = stage.trains_all_weights and torch.bfloat16 in dtypes
         args = _arguments(stage, recipe, folder, validates=bool(validation), autocast=autocast)
@@ -222,7 +222,7 @@ def _train_stage(
         callbacks=callbacks,
     )  # fmt: skip
     last = _last_checkpoint(folder)
-    forget_after(folder.parent / "metrics.jsonl", int(last.rpartition("-")[2]) if last else 0, stage.name)
+    truncate_metrics(folder.parent / "metrics.jsonl", int(last.rpartition("-")[2]) if last else 0, stage.name)
     trainer.train(resume_from_checkpoint=last)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
@@ -240,9 +240,9 @@ def _set_temperatures(
     PartialState().wait_for_everyone()
     model.config.set_temperatures(json.loads(file.read_text(encoding="utf-8")))
     pairs = list(zip(model.config.names, model.config.temperatures, strict=True))
-    progress.say("temperatures: " + ", ".join(f"{name} {temperature:.2f}" for name, temperature in pairs))
+    progress.log("temperatures: " + ", ".join(f"{name} {temperature:.2f}" for name, temperature in pairs))
     if limits := [name for name, temperature in pairs if temperature in (TEMPERATURES[0], TEMPERATURES[-1])]:
-        progress.say(f"{', '.join(limits)}: at the limit of what is tried; if the specialists wrote these rows or were trained on "
+        progress.log(f"{', '.join(limits)}: at the limit of what is tried; if the specialists wrote these rows or were trained on "
                      "them, set stages.gate.calibrate=false")  # fmt: skip
 
 
@@ -410,9 +410,9 @@ def _last_checkpoint(folder: Path) -> str | None:
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
-def forget_after(file: Path, step: int, stage: str | None = None) -> None:
+def truncate_metrics(file: Path, step: int, stage: str | None = None) -> None:
     """Drop the metrics of steps that will be trained again, of one stage or of all."""
     if PartialState().is_main_process and file.is_file():
         rows = [row for row in read_metrics(file) if stage not in (None, row["stage"]) or row["step"] <= step]
-        with whole_file(file, force=True) as draft:
+        with atomic_file(file, force=True) as draft:
             draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

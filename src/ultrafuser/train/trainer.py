@@ -16,10 +16,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.collate import collate_rows
+from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.progress import Progress
-from ultrafuser.templates import Rendered
 from ultrafuser.train.features import FeatureStore, RowFeatures, collate_features, length_batches
 
 Rows = Sequence[Rendered] | FeatureStore

@@ -152,7 +152,7 @@ def _check_needs(chosen: list[TaskInfo], unsafe_code: bool) -> None:
     if any(info.metric == "exact_match" for info in chosen):
         _require("math_verify", "math-verify", "comparing mathematical answers")
     if not unsafe_code and any(info.runs_code for info in chosen):
-        from ultrafuser.evaluate import sandbox
+        from ultrafuser import sandbox
 
         sandbox.run("pass")
 

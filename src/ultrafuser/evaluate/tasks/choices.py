@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ultrafuser.evaluate.tasks import answers
+from ultrafuser.evaluate.tasks import read_answers as answers
 
 LETTERS = "ABCDEFGH"
 _LABEL = re.compile(r"\s*\(?([A-H])\)\s*(?:\(?\1\)\s*)*")  # AQuA has an "A)A)59"

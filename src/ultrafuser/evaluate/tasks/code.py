@@ -13,9 +13,9 @@ from typing import Any
 
 from lm_eval.api.task import ConfigurableTask
 
+from ultrafuser import sandbox
 from ultrafuser.errors import SandboxError
-from ultrafuser.evaluate import sandbox
-from ultrafuser.evaluate.tasks.answers import CODE_BLOCK, after_thinking
+from ultrafuser.evaluate.tasks.read_answers import CODE_BLOCK, after_thinking
 
 SAMPLING_TEMPERATURE = 0.8
 _PYTHON = ("", "python", "python3", "py", "py3")

@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from ultrafuser.errors import MissingExtraError, UltraFuserError
-from ultrafuser.evaluate.tasks import answers
+from ultrafuser.evaluate.tasks import read_answers as answers
 
 TIMEOUT_S = 10.0
 START_TIMEOUT_S = 120.0

@@ -1,0 +1,164 @@
+"""`ultrafuser eval` and `ultrafuser compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, echo, overrides_like, quiet
+from ultrafuser.errors import RecipeError
+
+
+def eval_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="A fused folder, a folder or hub id of any causal model, BASE+ADAPTER, a GGUF file, or "
+            "openai:NAME@http://host/v1; NAME=MODEL gives it a name.",
+            metavar="MODEL...",
+        ),
+    ],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option("--suite", "-s", help="quick (loss), paper, paper-cot, code, mt-bench; repeat it."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", "-t", help="Tasks instead, or besides: gsm8k,humaneval,loss,mixed,...")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results; the same one resumes.")] = Path(
+        "runs/eval"
+    ),
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows for `loss` and `mixed` (JSONL, JSON, CSV, Parquet); default: the zoo's test rows."),
+    ] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with the benchmarks' files; default: the hub.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each task, drawn by --seed; rows of each domain.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each code task: several give pass@k.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Of those answers; default: 0 for one, 0.8 for several.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer at most; default: each task's own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests answered at once.")] = 8,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="For a model without one: chatml, plain, inst, alpaca, a Jinja file or Jinja text."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="What judges alpaca_eval and mt_bench: NAME@http://host/v1, or a YAML file with the fields of an "
+            "endpoint (docs/judged.md)."
+        ),  # fmt: skip
+    ] = None,
+    include_path: Annotated[
+        str | None, typer.Option(help="A folder with lm-eval task files of your own, for --tasks.")
+    ] = None,
+    unsafe_code: Annotated[
+        bool, typer.Option("--unsafe-code", help="Run generated code although there is no sandbox.")
+    ] = False,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure models: loss by domain, the paper's benchmarks, judged benchmarks, with 95% intervals.
+
+    Every answer is kept in --output at once: run the same command again after an interruption, and it asks only for
+    what is missing.
+    """
+    from ultrafuser.progress import ConsoleProgress
+
+    if dtype not in DTYPES:
+        raise RecipeError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    with quiet():
+        from ultrafuser.evaluate.tasks import require_lm_eval
+
+        require_lm_eval()
+        from ultrafuser.evaluate.lm.load import endpoint_recipe
+        from ultrafuser.evaluate.run import EvalOptions, evaluate_models, names_of
+
+        given = [task.strip() for task in (tasks or "").split(",") if task.strip()]
+        suites = suite or ([] if given else ["quick"])
+        names, left_out = names_of(suites, given, has_judge=judge is not None)
+        progress = ConsoleProgress()
+        if left_out:
+            progress.log(f"left out for want of a --judge: {', '.join(left_out)}")
+        options = EvalOptions(
+            names=names, named=given, data=data or [], data_dir=data_dir, limit=limit, seed=seed, batch_size=batch_size,
+            judge=endpoint_recipe(judge) if judge else None,
+            task_options={"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens,
+                          "include_path": include_path, "unsafe_code": unsafe_code},
+            model_options={"dtype": dtype, "device": device, "chat_template": chat_template},
+        )  # fmt: skip
+        results = evaluate_models(models, options, output, progress)
+    if as_json:
+        echo(json.dumps(results))
+        return
+    Console().print(_table(results))
+    echo(f"results: {output / 'results.json'}, {output / 'table.md'}; answers and scores by document beside them")
+
+
+def _table(results: dict[str, Any]) -> Any:
+    """Models and columns for the terminal, each number over its interval."""
+    from rich.box import HORIZONTALS
+    from rich.table import Table
+    from rich.text import Text
+
+    from ultrafuser.evaluate.run import cell_text, columns_of
+
+    columns = columns_of(results)
+    title = "nats per response token (lower is better), then benchmarks; 95% intervals"
+    out = Table(title=title, title_justify="left", box=HORIZONTALS)
+    out.add_column("model", overflow="fold")
+    for _, name in columns:
+        out.add_column(name, justify="right")
+    for name, model in results["models"].items():
+        cells = [cell_text(kind, model.get(kind, {}).get(column)) for kind, column in columns]
+        out.add_row(name, *(Text(value) + Text(f"\n{interval}", "dim") for value, interval in cells))
+    return out
+
+
+def compare_command(
+    recipe: Annotated[Path, typer.Argument(help="A comparison recipe (YAML); `docs/comparing.md` lists its fields.")],
+    overrides: Annotated[list[str] | None, overrides_like("limit=20 or systems.btx.label=BTX")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the systems and what is done of each, and run nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fuse, merge, route or fine-tune: build and measure every system of a recipe, and write one report.
+
+    Run it again with the same output: what is done stays, what is missing or was changed is made.
+    """
+    from ultrafuser.compare.recipe import load_compare_recipe
+    from ultrafuser.progress import ConsoleProgress
+
+    typed = load_compare_recipe(recipe, overrides or [])
+    with quiet():
+        from ultrafuser.evaluate.tasks import require_lm_eval
+
+        require_lm_eval()
+        from ultrafuser.compare.run import compare, state_of, tables
+
+        if dry_run:
+            for name, state in state_of(typed).items():
+                echo(f"{name}: {state}")
+            return
+        results = compare(typed, ConsoleProgress())
+    if as_json:
+        echo(json.dumps(results))
+    else:
+        Console().print(*tables(results), sep="\n\n")
+        echo(f"report: {Path(typed.output) / 'report.html'}")
+    failed = [name for name, system in results["systems"].items() if system["status"] == "failed"]
+    if failed:
+        raise RecipeError(f"{', '.join(failed)} failed, see the report; mend the recipe and run again for those alone")

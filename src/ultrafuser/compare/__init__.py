@@ -1,0 +1,1 @@
+"""Builds, measures and reports the alternatives that a recipe lists."""

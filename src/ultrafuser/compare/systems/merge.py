@@ -1,0 +1,160 @@
+"""Weight merging by mergekit, run as a tool: averages, task arithmetic, TIES and DARE."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ultrafuser.errors import MissingExtraError, UltraFuserError
+from ultrafuser.model.saving import atomic_directory
+
+PROGRAM = "mergekit-yaml"
+RECIPE_FILE = "merge.yaml"
+# Each method: whether it starts from a base and adds differences to it, and whether it leaves some of them out.
+METHODS: dict[str, tuple[bool, bool]] = {
+    "linear": (False, False),
+    "task_arithmetic": (True, False),
+    "ties": (True, True),
+    "dare_linear": (True, True),
+    "dare_ties": (True, True),
+}
+_ERROR_LINES = 6
+
+
+def merge(
+    sources: Sequence[Path],
+    base: Path | None,
+    method: str,
+    output: Path,
+    *,
+    weight: float | Sequence[float] | None = None,
+    density: float | None = None,
+    normalize: bool | None = None,
+    seed: int = 0,
+) -> Path:
+    """Merge ordinary checkpoints of one architecture into one, unless `output` is that merge already.
+
+    With theta_0 the base, d_k = theta_k - theta_0 and weights w_k:
+    linear: sum w_k theta_k / sum w_k. task_arithmetic: theta_0 + sum w_k d_k. ties: keeps of each d_k the share
+    `density` with the largest magnitude and adds the weighted mean of those that agree with the elected sign.
+    dare_linear, dare_ties: keep a random share `density` of each d_k, rescaled, then add them as task_arithmetic, or by
+    the elected sign.
+
+    Args:
+        sources: folders of the specialists.
+        base: folder of the model that they were trained from; not used by `linear`.
+        weight: one for all, or one for each source; by default 1 / K.
+        density: for ties and DARE, in (0, 1]; by default 0.5.
+        normalize: divide by the sum of the weights; by default as mergekit does (linear and ties: yes, others: no).
+        seed: of DARE's random choice.
+
+    Returns:
+        `output`: a checkpoint with tokenizer, and the recipe that made it.
+
+    Raises:
+        UltraFuserError: an unknown method, a base, weight or density that the method needs or cannot use, or mergekit's
+            own error.
+        MissingExtraError: mergekit is not installed.
+    """
+    recipe = _recipe([Path(source) for source in sources], base, method, weight, density, normalize)
+    output = Path(output)
+    facts = yaml.safe_dump({**recipe, "seed": seed}, sort_keys=False)
+    if (output / "config.json").is_file() and _read(output / RECIPE_FILE) == facts:
+        return output
+    program = find_program()
+    with atomic_directory(output) as draft:
+        (draft / "mergekit.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        command = [
+            program,
+            str(draft / "mergekit.yaml"),
+            str(draft),
+            "--random-seed",
+            str(seed),
+            "--no-write-model-card",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0 or not (draft / "config.json").is_file():
+            lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+            raise UltraFuserError(
+                f"mergekit could not make the {method} merge of {', '.join(Path(s).name for s in sources)} (exit status "
+                f"{done.returncode}):\n" + "\n".join(lines[-_ERROR_LINES:])
+            )
+        (draft / "mergekit.yaml").unlink()
+        (draft / RECIPE_FILE).write_text(facts, encoding="utf-8")
+    return output
+
+
+def find_program() -> str:
+    """mergekit's program beside this Python, or on the PATH.
+
+    Raises:
+        MissingExtraError: there is none.
+    """
+    beside = Path(sys.executable).parent / PROGRAM
+    found = str(beside) if beside.is_file() else shutil.which(PROGRAM)
+    if found is None:
+        raise MissingExtraError("mergekit", "merge", "merging weights")
+    return found
+
+
+def _recipe(
+    sources: Sequence[Path],
+    base: Path | None,
+    method: str,
+    weight: float | Sequence[float] | None,
+    density: float | None,
+    normalize: bool | None,
+) -> dict[str, Any]:
+    """What mergekit is to do, in its own terms."""
+    if method not in METHODS:
+        raise UltraFuserError(f"merge method {method!r} is not known; there are: {', '.join(METHODS)}")
+    needs_base, is_sparse = METHODS[method]
+    if not sources:
+        raise UltraFuserError(f"{method}: there is nothing to merge; give at least one source")
+    if needs_base and base is None:
+        raise UltraFuserError(
+            f"{method} adds differences to the model that the specialists were trained from; name it as `base`"
+        )
+    if density is not None and not is_sparse:
+        raise UltraFuserError(f"{method} keeps every difference, so density={density} has no effect; remove it")
+    density = 0.5 if density is None else density
+    if not 0 < density <= 1:
+        raise UltraFuserError(f"{method}: density is {density}, expected more than 0 and at most 1")
+    each = [1 / len(sources)] * len(sources) if weight is None else weight
+    weights = [float(each)] * len(sources) if isinstance(each, (int, float)) else [float(one) for one in each]
+    if len(weights) != len(sources):
+        raise UltraFuserError(f"{method}: {len(weights)} weights for {len(sources)} sources; give one, or one for each")
+    parameters = [{"weight": one} | ({"density": density} if is_sparse else {}) for one in weights]
+    recipe: dict[str, Any] = {
+        "merge_method": method,
+        "models": [
+            {"model": str(source.absolute()), "parameters": own}
+            for source, own in zip(sources, parameters, strict=True)
+        ],
+        "dtype": "float32",  # sums of differences in half precision lose the small ones
+        "out_dtype": _dtype(sources[0]),
+    }
+    if needs_base:
+        recipe["base_model"] = str(Path(base).absolute()) if base is not None else None
+    if normalize is not None:
+        recipe["parameters"] = {"normalize": normalize}
+    return recipe
+
+
+def _dtype(source: Path) -> str:
+    """The data type of a checkpoint's weights, as its configuration says."""
+    if not (source / "config.json").is_file():
+        raise UltraFuserError(f"{source}: no config.json, so it is no checkpoint; write one with save_pretrained")
+    fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    return fields.get("dtype") or fields.get("torch_dtype") or "float32"
+
+
+def _read(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8") if file.is_file() else None

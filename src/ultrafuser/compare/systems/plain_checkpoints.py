@@ -1,0 +1,100 @@
+"""Every specialist, and the bare base, as ordinary checkpoints with tokenizer: what tools outside ultrafuser read."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.saving import atomic_directory, plain_model
+from ultrafuser.progress import Progress
+
+BASE = "base"
+_FACTS_FILE = "written_from.json"
+_SAMPLES = 64  # values of each tensor by which weights are told apart
+
+
+@dataclass(frozen=True)
+class PlainCheckpoints:
+    """Where they are.
+
+    Attributes:
+        specialists: a folder for each, by name.
+        base: the base without adapters; None where the specialists do not share one.
+    """
+
+    specialists: dict[str, Path]
+    base: Path | None
+
+
+def write_plain_checkpoints(
+    model: UltraFuserForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    progress: Progress | None = None,
+) -> PlainCheckpoints:
+    """Write each specialist with its adapter merged, and the base they share; folders of the same weights are kept.
+
+    Args:
+        folder: gets `specialists/<name>` and, where there is one, `base`. Each tokenizer has the chat template of its
+            specialist; the base has the first one's.
+    """
+    progress = progress or Progress()
+    homes = {name: folder / "specialists" / name for name in model.config.names}
+    templates = {spec["name"]: spec.get("chat_template") for spec in model.config.specialists}
+    shared = len(model.groups) == 1 and bool(model.groups[0].loras)
+    progress.start("specialists become ordinary checkpoints", len(homes) + shared)
+    for name, home in homes.items():
+        if _facts(home) != (wanted := _identity(model, name, templates[name])):
+            _write(model.specialist(name), tokenizer, templates[name], home, wanted)
+        progress.advance()
+    base = folder / BASE if shared else None
+    if base is not None:
+        template = templates[model.config.names[0]]
+        if _facts(base) != (wanted := _identity(model, None, template)):
+            _write(plain_model(model.groups[0], {}), tokenizer, template, base, wanted)
+        progress.advance()
+    progress.finish()
+    return PlainCheckpoints(homes, base)
+
+
+def _write(
+    plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None, home: Path, identity: str
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = template if template is not None else own.chat_template
+    with atomic_directory(home) as draft:
+        plain.save_pretrained(draft)
+        own.save_pretrained(draft)
+        (draft / _FACTS_FILE).write_text(json.dumps({"identity": identity}) + "\n", encoding="utf-8")
+
+
+def _facts(home: Path) -> str | None:
+    """What a folder was written from; None where it is not whole."""
+    file = home / _FACTS_FILE
+    if not file.is_file() or not (home / "config.json").is_file():  # config.json comes last
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))["identity"]
+
+
+def _identity(model: UltraFuserForCausalLM, name: str | None, template: str | None) -> str:
+    """A fingerprint of one specialist's weights (None: the shared base's) and template."""
+    digest = hashlib.sha256(f"{name} {template}".encode())
+    groups: list[Any] = [group for group in model.groups if name is None or name in group.names]
+    for group in groups:
+        row = group.names.index(name) if name is not None else None
+        for key, tensor in group.named_parameters():
+            if key.rpartition(".")[2] in ("lora_A", "lora_B"):
+                if row is None:
+                    continue
+                tensor = tensor[row]
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].float().cpu()
+            digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}{sample.tolist()}".encode())
+    return digest.hexdigest()

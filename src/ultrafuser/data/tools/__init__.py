@@ -1,0 +1,1 @@
+"""Tools for data sets: validate, decontaminate, deduplicate, split, count, convert."""

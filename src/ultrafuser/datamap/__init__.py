@@ -1,0 +1,1 @@
+"""Map of a data set: embeddings, layout, page."""

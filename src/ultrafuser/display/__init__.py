@@ -1,0 +1,1 @@
+"""Colours, figures and page parts that inspect, report and datamap share."""

@@ -1,0 +1,122 @@
+"""AlpacaEval: how often a judge prefers the model's answer to a reference answer, asked in both orders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ultrafuser.evaluate.judged.common import (
+    JudgedResult,
+    answer_chats,
+    count,
+    mean,
+    read_hub,
+    read_local,
+    take,
+    text_of,
+)
+from ultrafuser.evaluate.judged.judge import Judge, Judgement, pair_question
+from ultrafuser.progress import Progress
+
+TASK = "alpaca_eval"
+FILE = "alpaca_eval.json"
+# The repository keeps its files behind a loading script, which datasets no longer runs: read the file itself.
+HUB_FILE = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"
+MODEL_FIRST = {"A": 1.0, "B": 0.0, "C": 0.5}
+MODEL_SECOND = {"A": 0.0, "B": 1.0, "C": 0.5}
+
+
+@dataclass(frozen=True)
+class AlpacaRow:
+    """One instruction and the reference answer (of text-davinci-003)."""
+
+    id: str
+    group: str
+    instruction: str
+    reference: str
+
+
+def load_rows(data_dir: str | Path | None = None) -> list[AlpacaRow]:
+    """The 805 rows, from `alpaca_eval.json` in a folder, or else from the hub.
+
+    Raises:
+        DataError: a missing file, or a row without its texts.
+    """
+    records = read_hub("json", "train", data_files=HUB_FILE) if data_dir is None else read_local(data_dir, FILE)
+    where = HUB_FILE if data_dir is None else str(Path(data_dir) / FILE)
+    return [_row(record, i, f"{where}[{i}]") for i, record in enumerate(records)]
+
+
+def _row(record: Any, number: int, where: str) -> AlpacaRow:
+    instruction, reference = (text_of(record, key, where) for key in ("instruction", "output"))
+    return AlpacaRow(str(number), str(record.get("dataset") or ""), instruction, reference)
+
+
+def evaluate(
+    lm: Any,
+    judge: Judge,
+    rows: Sequence[AlpacaRow],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    max_tokens: int = 1024,
+    progress: Progress | None = None,
+) -> JudgedResult:
+    """The win rate of an lm-eval model against the references.
+
+    Every answer is judged twice, shown first and shown second; a win counts 1, a tie 0.5, and a sample's score is the
+    mean of the two. A sample that lacks one of its two verdicts is left out and counted.
+
+    Raises:
+        DataError: zero samples.
+        EndpointError: the judge cannot be used, or died; its judgements so far are kept.
+    """
+    rows = take(rows, limit, seed, TASK)
+    answers = answer_chats(lm, TASK, [[{"role": "user", "content": row.instruction}] for row in rows], max_tokens)
+    pairs = list(zip(rows, answers, strict=True))
+    questions = [pair_question(row.instruction, answer, row.reference) for row, answer in pairs]
+    questions += [pair_question(row.instruction, row.reference, answer) for row, answer in pairs]
+    judgements = judge.ask_all(questions, what=f"{TASK}: judgements", progress=progress)
+    first, second = judgements[: len(rows)], judgements[len(rows) :]
+    samples = [_sample(*pair, *own) for pair, *own in zip(pairs, first, second, strict=True)]
+    scored = [sample for sample in samples if sample["score"] is not None]
+    return JudgedResult(
+        TASK,
+        "win_rate",
+        mean(sample["score"] for sample in scored),
+        {sample["id"]: sample["score"] for sample in scored},
+        count(judgements, len(samples) - len(scored)),
+        _details(scored),
+        samples,
+    )
+
+
+def _sample(row: AlpacaRow, answer: str, first: Judgement, second: Judgement) -> dict[str, Any]:
+    scores = None
+    if first.verdict is not None and second.verdict is not None:
+        scores = [MODEL_FIRST[first.verdict], MODEL_SECOND[second.verdict]]
+    return {
+        "id": row.id,
+        "group": row.group,
+        "instruction": row.instruction,
+        "answer": answer,
+        "reference": row.reference,
+        "score": mean(scores) if scores else None,
+        "consistent": scores[0] == scores[1] if scores else None,
+        "status": [first.status, second.status],
+        "verdicts": [first.verdict, second.verdict],
+        "judge": [first.text, second.text],
+    }
+
+
+def _details(scored: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Over the scored samples: how often the order decided, and lengths, since judges favour long answers."""
+    return {
+        "inconsistent": sum(not sample["consistent"] for sample in scored),
+        "win_rate_shown_first": mean(MODEL_FIRST[sample["verdicts"][0]] for sample in scored),
+        "win_rate_shown_second": mean(MODEL_SECOND[sample["verdicts"][1]] for sample in scored),
+        "answer_characters": mean(len(sample["answer"]) for sample in scored),
+        "reference_characters": mean(len(sample["reference"]) for sample in scored),
+    }

@@ -1,0 +1,113 @@
+"""A model behind an OpenAI-compatible endpoint as lm-eval sees one: it answers chats; it gives no log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from ultrafuser.endpoint.client import Endpoint, Reply, Request
+from ultrafuser.errors import EndpointError, RequestError, UltraFuserError
+from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
+
+MAX_STOPS = 4  # the API takes no more; the others are cut off here
+_KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "seed"}
+
+
+class EndpointLM(LM):
+    """An lm-eval model that asks chat completions; a text that is no chat is one user message."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__()
+        self.endpoint = endpoint
+
+    @property
+    def tokenizer_name(self) -> str:
+        recipe = self.endpoint.recipe
+        return f"{recipe.model}@{recipe.base_url}".replace("/", "__")  # as lm-eval does: it names cache files by it
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return encode_chat(chat_history)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The answer to each request, up to its stop strings; a filtered one is empty.
+
+        Raises:
+            EndpointError: the endpoint cannot be used, or did not serve some requests; those answered were reported
+                to the cache hook before.
+        """
+        asked = [self._request(request) for request in requests]
+        answers: list[Any] = [None] * len(requests)
+        failed: list[RequestError] = []
+        try:
+            for i, outcome in self.endpoint.ask_all(asked):
+                if isinstance(outcome, Reply):
+                    answers[i] = _cut(outcome.text, _options(requests[i])["until"])
+                    self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
+                else:
+                    failed.append(outcome)
+        except EndpointError as error:
+            raise EndpointError(f"{error} ({_count(answers)})") from error
+        if failed:
+            raise EndpointError(f"{failed[0]} ({len(failed)} of the requests failed; {_count(answers)})") from failed[0]
+        return answers
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Never: an endpoint scores only what it wrote itself."""
+        raise self._no_log_probs(requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Never: an endpoint scores only what it wrote itself."""
+        raise self._no_log_probs(requests)
+
+    def _no_log_probs(self, requests: list[Instance]) -> UltraFuserError:
+        task = f"task {requests[0].task_name!r}" if requests and requests[0].task_name else "this task"
+        return UltraFuserError(
+            f"{self.endpoint.where}: {task} compares the log-probabilities of given answers, which a chat endpoint does "
+            "not give; choose tasks that let the model write: gsm8k, math, sat_math_cot, aqua_cot, humaneval, mbpp, "
+            "alpaca_eval, mt_bench"
+        )
+
+    def _request(self, request: Instance) -> Request:
+        context = request.args[0]
+        messages = decode_chat(context) or [{"role": "user", "content": context}]
+        options = _options(request)
+        fields: dict[str, Any] = {
+            "max_tokens": options["max_gen_toks"] or None,
+            "stop": options["until"][:MAX_STOPS] or None,
+            "top_p": options.get("top_p") if options["do_sample"] else None,
+            "seed": options.get("seed"),
+        }
+        if not fields["max_tokens"]:
+            del fields["max_tokens"]  # the recipe's own
+        if self.endpoint.recipe.temperature is not None:
+            fields["temperature"] = options["temperature"] if options["do_sample"] else 0.0
+        if messages[-1]["role"] == "assistant":  # a prefix to go on from: vLLM and SGLang know how, others refuse
+            fields["extra_body"] = {"add_generation_prompt": False, "continue_final_message": True}
+        return Request(messages, fields)
+
+
+def _options(request: Instance) -> dict[str, Any]:
+    """lm-eval's generation arguments, checked; max_gen_toks 0: not given."""
+    given: Mapping[str, Any] = request.args[1]
+    options: dict[str, Any] = {"temperature": 1.0, **normalize_gen_kwargs(dict(given), 0)}
+    if unknown := sorted(set(options) - _KNOWN):
+        raise UltraFuserError(
+            f"task {request.task_name!r}: the generation option {unknown[0]!r} does not exist for a chat endpoint; "
+            f"known: {', '.join(sorted(_KNOWN))}; take it out of the task's generation_kwargs"
+        )
+    options["until"] = [stop for stop in options["until"] if stop]
+    return options
+
+
+def _cut(text: str, until: list[str]) -> str:
+    """The text before the first stop string."""
+    return text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
+
+
+def _count(answers: list[Any]) -> str:
+    done = sum(answer is not None for answer in answers)
+    return f"{done} of {len(answers)} answers were given; a run that keeps its answers asks only the others again"

@@ -1,0 +1,225 @@
+"""A fused model (or K = 1: any model) as lm-eval sees one: every specialist reads the prompt in its own template."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils_hf import stop_sequences_criteria
+
+from ultrafuser.data.collate import collate_rows, pad_prompts
+from ultrafuser.data.templates import Rendered, Renderer
+from ultrafuser.errors import DataError
+from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+
+MAX_NEW_TOKENS = 512  # where a task does not say
+
+
+class FusionLM(LM):
+    """An lm-eval model over `UltraFuserForCausalLM`.
+
+    Chats arrive as `encode_chat` wrote them and are rendered once for each specialist; any other text is read by all
+    specialists as it is. Requests are sorted by length and answered in batches, and each finished one is reported to
+    lm-eval's cache hook.
+
+    Attributes:
+        draws: sampled batches so far. Each has a seed of its own, so that equal requests get different answers; a
+            resumed run counts on from the answers that it kept.
+    """
+
+    def __init__(self, model: UltraFuserForCausalLM, renderer: Renderer, *, batch_size: int = 8, seed: int = 0) -> None:
+        super().__init__()
+        self.model, self.renderer, self.batch_size, self.seed = model, renderer, batch_size, seed
+        self.tokenizer = renderer.tokenizer
+        self.draws = 0
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return "\n".join(self.renderer.chat_templates)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return encode_chat(chat_history)
+
+    # ---------------------------------------------------------------- log-likelihood
+
+    @torch.inference_mode()
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(log-probability in nats, whether greedy decoding would give it) of each continuation.
+
+        Raises:
+            DataError: a request that does not fit into the smallest context.
+        """
+        groups: dict[Any, list[int]] = {}  # options of one token on one prompt differ in what is predicted alone
+        rows = [self._row(*request.args) for request in requests]
+        for i, row in enumerate(rows):
+            self._check_fits(row.num_tokens, 0, requests[i])
+            groups.setdefault((row.input_ids, row.response_index), []).append(i)
+        order = sorted(groups.values(), key=lambda own: -rows[own[0]].num_tokens)
+        answers: list[Any] = [None] * len(requests)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            for own, log_probs in zip(batch, self._log_probs([rows[own[0]] for own in batch]), strict=True):
+                best = log_probs.argmax(-1)  # (R,)
+                for i in own:
+                    labels = torch.tensor(rows[i].labels, device=log_probs.device)
+                    log_p = log_probs.gather(-1, labels[:, None]).sum().item()
+                    answers[i] = (log_p, bool((best == labels).all()))
+                    self.cache_hook.add_partial("loglikelihood", requests[i].args, answers[i])
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Whole documents have no prompt that templates could differ in."""
+        raise DataError("this task scores whole documents (loglikelihood_rolling), which fused models do not offer; "
+                        "use `--suite quick` for the loss on answers")  # fmt: skip
+
+    def _log_probs(self, rows: Sequence[Rendered]) -> list[torch.Tensor]:
+        """Log-probabilities at the response positions: one (R, V) tensor for each row."""
+        inputs = {key: value.to(self.model.device) for key, value in collate_rows(rows).items()}
+        states = self.model.specialist_states(inputs["specialist_input_ids"])  # K x (B, T, D_k)
+        kept = inputs["labels"] != -100
+        flat = [
+            state.gather(1, index[..., None].expand(-1, -1, state.shape[-1]))[kept]
+            for state, index in zip(states, inputs["response_index"].unbind(1), strict=True)
+        ]  # K x (N, D_k)
+        mixed = self.model.mix(flat, self.model.gate(flat)).log_softmax(-1)  # (N, V)
+        return list(mixed.split([len(row.labels) for row in rows]))
+
+    def _row(self, context: str, continuation: str) -> Rendered:
+        """Context and continuation as K token sequences with the continuation's tokens in common.
+
+        Blanks that end the context belong to the continuation, as in lm-eval, where all templates end alike.
+        """
+        texts, special = self._texts(context), decode_chat(context) is None
+        tails = {text[len(text.rstrip()) :] for text in texts}
+        if len(tails) == 1 and (tail := tails.pop()):
+            texts, continuation = [text[: -len(tail)] for text in texts], tail + continuation
+        if any(texts):
+            prompts = [self._encode(text, special) for text in texts]
+            response = self._encode(texts[0] + continuation, special)[len(prompts[0]) :]
+        else:  # something must predict the first token
+            first = self.tokenizer.bos_token_id
+            prompts = [[self.tokenizer.eos_token_id if first is None else first]] * len(texts)
+            response = self._encode(continuation)
+        if not response:
+            raise DataError(f"the continuation {continuation!r} has no tokens of its own, so it has no log-likelihood")
+        return Rendered(
+            row_id="",
+            domain="",
+            input_ids=tuple((*ids, *response[:-1]) for ids in prompts),
+            response_index=tuple(tuple(range(len(ids) - 1, len(ids) - 1 + len(response))) for ids in prompts),
+            labels=tuple(response),
+        )
+
+    # ---------------------------------------------------------------- generation
+
+    @torch.inference_mode()
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The answer to each request, up to its stop strings or the end of the answer.
+
+        Raises:
+            DataError: a prompt that does not fit into the smallest context together with the new tokens.
+        """
+        asked = [_Asked(self._prompts(r.args[0]), *self._options(r.args[1])) for r in requests]
+        for one, request in zip(asked, requests, strict=True):
+            self._check_fits(one.num_tokens, one.options["max_new_tokens"], request)
+        answers: list[Any] = [None] * len(requests)
+        order = sorted(
+            range(len(asked)), key=lambda i: (repr(asked[i].options), repr(asked[i].until), -asked[i].num_tokens)
+        )
+        for batch in _batches(order, asked, self.batch_size):
+            for i, text in zip(batch, self._generate([asked[i] for i in batch]), strict=True):
+                answers[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        return answers
+
+    def _generate(self, asked: Sequence[_Asked]) -> list[str]:
+        first = asked[0]
+        inputs = pad_prompts([one.prompts for one in asked], self.renderer.pad_id, self.model.device)
+        width = inputs["input_ids"].shape[1]
+        if first.options["do_sample"]:
+            torch.manual_seed(_seed(self.seed, self.draws))
+            self.draws += 1
+        stops = stop_sequences_criteria(self.tokenizer, first.until, width, len(asked))
+        out = self.model.generate(**inputs, **first.options, stopping_criteria=stops, pad_token_id=self.renderer.pad_id)
+        return [self._text(ids, first.until) for ids in out[:, width:].tolist()]
+
+    def _text(self, ids: list[int], until: list[str]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return postprocess_generated_text(generation=text, stop=until, think_end_token=None)
+
+    def _options(self, given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+        """lm-eval's generation arguments as stop strings and arguments of `generate`."""
+        options = normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS)
+        until = handle_stop_sequences(options.pop("until", None), eos=self.tokenizer.eos_token)
+        options["max_new_tokens"] = options.pop("max_gen_toks")
+        if not options.get("do_sample"):
+            options = {k: v for k, v in options.items() if k not in ("temperature", "top_p", "top_k")} | {
+                "do_sample": False
+            }
+        return until, options
+
+    # ---------------------------------------------------------------- prompts
+
+    def _texts(self, context: str) -> list[str]:
+        """The context as each of the K specialists reads it."""
+        chat = decode_chat(context)
+        if chat is None:
+            return [context] * len(self.renderer.chat_templates)
+        return self.renderer.prompt_texts(chat)
+
+    def _prompts(self, context: str) -> list[list[int]]:
+        special = decode_chat(context) is None
+        return [self._encode(text, special) or [self.tokenizer.eos_token_id] for text in self._texts(context)]
+
+    def _encode(self, text: str, special: bool = False) -> list[int]:
+        """Tokens; `special`: with what the tokenizer puts around plain text. A template writes its own."""
+        return self.tokenizer.encode(text, add_special_tokens=special)
+
+    def _check_fits(self, prompt: int, new: int, request: Instance) -> None:
+        context = self.model.config.max_position_embeddings
+        if prompt + new > context:
+            where = f"task {request.task_name!r}, document {request.doc_id}" if request.task_name else "a request"
+            raise DataError(
+                f"{where}: {prompt} prompt tokens and {new} new ones do not fit into the context of {context}; lower "
+                "--max-new-tokens, or leave the task out"
+            )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One request for an answer: K prompts, stop strings, arguments of `generate`."""
+
+    prompts: list[list[int]]
+    until: list[str]
+    options: dict[str, Any]
+
+    @property
+    def num_tokens(self) -> int:
+        return max(map(len, self.prompts))
+
+
+def _batches(order: Sequence[int], asked: Sequence[_Asked], size: int) -> list[list[int]]:
+    """Runs of at most `size` requests with the same options and stop strings."""
+    out: list[list[int]] = []
+    for i in order:
+        last = asked[out[-1][0]] if out else None
+        alike = last is not None and (last.options, last.until) == (asked[i].options, asked[i].until)
+        if alike and len(out[-1]) < size:
+            out[-1].append(i)
+        else:
+            out.append([i])
+    return out
+
+
+def _seed(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7], "big")

@@ -1,0 +1,158 @@
+"""MODEL on the command line -> something lm-eval can ask: a fused folder, any checkpoint, base + adapter, an endpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lm_eval.api.model import LM
+from pydantic import ValidationError
+
+from ultrafuser.data.templates import Renderer
+from ultrafuser.endpoint.recipe import EndpointRecipe
+from ultrafuser.errors import RecipeError
+from ultrafuser.evaluate.lm.fused import FusionLM
+from ultrafuser.evaluate.lm.parameters import count_parameters
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.references import PACKAGE, record_files
+from ultrafuser.recipe import load_node, load_recipe
+from ultrafuser.specialists import fuse, is_fused, load, pick_device
+
+ENDPOINT = "openai:"
+
+
+@dataclass
+class LoadedModel:
+    """A model that answers.
+
+    Attributes:
+        lm: what lm-eval asks.
+        fingerprint: differs for different weights, templates or endpoints.
+        model, renderer: None for an endpoint, which shows no probabilities of given text.
+    """
+
+    name: str
+    lm: LM
+    fingerprint: str
+    model: UltraFuserForCausalLM | None = None
+    renderer: Renderer | None = None
+
+    def parameters(self) -> dict[str, int] | None:
+        """Weights held (`total`), and those that work at each token (`active`); None for an endpoint."""
+        if self.model is None:
+            return None
+        alone = len(self.model.config.names) == 1  # then there is no gate to speak of
+        return count_parameters(self.model.groups[0].model if alone else self.model)
+
+
+def load_model(
+    text: str,
+    *,
+    name: str | None = None,
+    chat_template: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    batch_size: int = 8,
+    seed: int = 0,
+) -> LoadedModel:
+    """Load what MODEL names.
+
+    Args:
+        text: a fused folder, a folder or hub id of any causal model, a GGUF file, `BASE+ADAPTER` of any of these, or
+            `openai:NAME@http://host/v1`.
+        chat_template: for a model whose tokenizer has none: a built-in name, a file, or Jinja text.
+
+    Raises:
+        CheckpointError: nothing there, or not loadable.
+        DataError: a model without a chat template.
+        RecipeError: an endpoint or device that cannot be used.
+    """
+    name = name or name_of(text)
+    if text.startswith(ENDPOINT):
+        return _endpoint(text, name)
+    if is_fused(text):
+        if chat_template is not None:
+            raise RecipeError(f"{text}: a fused model has a template for each specialist; leave --chat-template out")
+        model, renderer = load(text, dtype=dtype, device_map=pick_device(device))
+    else:
+        base, _, adapter = text.partition("+") if not Path(text).exists() else (text, "", "")
+        spec = {"name": "model", "model": base, "adapter": adapter or None, "chat_template": chat_template}
+        recipe = load_recipe({"specialists": [spec], "dtype": dtype, "device": device, "seed": seed})
+        model, tokenizer = fuse(recipe)
+        templates = [own["chat_template"] for own in model.config.specialists]
+        renderer = Renderer(tokenizer, templates, model.config.max_position_embeddings)
+    return as_served(model, renderer, name=name, batch_size=batch_size, seed=seed, folder=Path(text))
+
+
+def as_served(
+    model: UltraFuserForCausalLM,
+    renderer: Renderer,
+    *,
+    name: str,
+    batch_size: int = 8,
+    seed: int = 0,
+    folder: Path | None = None,
+) -> LoadedModel:
+    """A loaded model, ready to be asked; `folder`: where its own weight files are, if it has any."""
+    lm = FusionLM(model, renderer, batch_size=batch_size, seed=seed)
+    return LoadedModel(name, lm, _fingerprint(model, renderer, folder), model, renderer)
+
+
+def name_of(text: str) -> str:
+    """A short name, usable for a folder: the last part of a path, hub id, adapter or endpoint's model."""
+    if text.startswith(ENDPOINT):
+        text = endpoint_recipe(text).model
+    last = re.split(r"[/+]", text.rstrip("/").removeprefix(PACKAGE))[-1]
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", last).strip(".-") or "model"
+
+
+def split_name(text: str) -> tuple[str | None, str]:
+    """`NAME=MODEL` as its two parts; MODEL alone has no name."""
+    found = re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)=(.+)", text)
+    return (found[1], found[2]) if found and not Path(text).exists() else (None, text)
+
+
+def _endpoint(text: str, name: str) -> LoadedModel:
+    from ultrafuser.evaluate.lm.endpoint import Endpoint, EndpointLM
+
+    recipe = endpoint_recipe(text)
+    own = recipe.model_dump(include={"temperature", "max_tokens", "extra_body"}, exclude_defaults=True)  # of a file
+    fingerprint = f"openai:{recipe.model}@{recipe.base_url}" + (f" {json.dumps(own, sort_keys=True)}" if own else "")
+    return LoadedModel(name, EndpointLM(Endpoint(recipe)), fingerprint)
+
+
+def endpoint_recipe(text: str) -> EndpointRecipe:
+    """`[openai:]NAME[@URL]` as an endpoint, or a YAML file with the fields of one.
+
+    Raises:
+        RecipeError: not of that form, or a file with something else.
+    """
+    if (file := text.removeprefix(ENDPOINT)).endswith((".yaml", ".yml")):
+        return load_node(EndpointRecipe, file)
+    if "://" in text and "@http" not in text:
+        raise RecipeError(f"{text}: expected NAME@URL, such as my-model@http://localhost:8000/v1")
+    try:
+        return EndpointRecipe.model_validate(text)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{text}: {problem}; expected NAME@URL, such as my-model@http://localhost:8000/v1") from error
+
+
+def _fingerprint(model: UltraFuserForCausalLM, renderer: Renderer, folder: Path | None) -> str:
+    """A hash of what decides the answers: configuration, weight files, gate, templates."""
+    digest = hashlib.sha256()
+    several = len(model.config.specialists) > 1  # alone, neither gate nor mixing decides anything
+    dtypes = [str(group.model.dtype) for group in model.groups]
+    facts = [model.config.specialists, model.config.mixing if several else "", renderer.chat_templates, dtypes]
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    if folder is not None and folder.is_dir():
+        inner = [folder, *sorted(path for path in folder.glob("specialists/*") if path.is_dir())]
+        digest.update(json.dumps([record_files(path) for path in inner]).encode())
+    if several:
+        for parameter in model.gate.parameters():
+            digest.update(parameter.detach().float().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

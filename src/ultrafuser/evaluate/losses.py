@@ -1,0 +1,179 @@
+"""Nats per response token by domain, for a fused model and for what it is compared with, with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ultrafuser.data.templates import Rendered
+from ultrafuser.errors import DataError
+from ultrafuser.model.loss import label_log_prob, mixed_log_prob
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.shared_base import SpecialistGroup
+from ultrafuser.progress import Progress
+from ultrafuser.train.features import TOKENS_PER_BATCH, FeatureStore, length_batches, response_states
+
+BOOTSTRAP_SAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """What one row costs under one system: nats summed over its response tokens."""
+
+    domain: str
+    nats: float
+    tokens: int
+
+
+@torch.no_grad()
+def specialist_losses(store: FeatureStore, names: Sequence[str]) -> dict[str, list[RowLoss]]:
+    """Every specialist alone, at its temperature if it has one, from the feature cache: no model runs."""
+    totals = [store[i].log_probs.double().sum(0).tolist() for i in range(len(store))]
+    return {
+        name: [_row_loss(row, -total[k]) for row, total in zip(store.rows, totals, strict=True)]
+        for k, name in enumerate(names)
+    }
+
+
+@torch.no_grad()
+def fused_losses(
+    model: UltraFuserForCausalLM, store: FeatureStore, *, uniform: bool = False
+) -> tuple[list[RowLoss], list[list[float]]]:
+    """The fused model, or the same specialists with equal weights, from the feature cache.
+
+    Returns:
+        The rows' losses, and each row's mean weight of every specialist.
+    """
+    losses, weights = [], []
+    for i in range(len(store)):
+        item = store[i]
+        states = [own.to(model.device) for own in item.states]
+        log_probs = item.log_probs.to(model.device)
+        size = log_probs.shape[1]
+        log_w = log_probs.new_full(log_probs.shape, -float(np.log(size))) if uniform else model.gate(states)  # (R, K)
+        if model.config.mixing == "probabilities":
+            log_p = torch.logsumexp(log_w + log_probs, dim=-1)
+        else:
+            labels = torch.tensor(item.row.labels, device=model.device)
+            log_p = mixed_log_prob(states, model.heads(), log_w, labels, "logits")
+        losses.append(_row_loss(item.row, -log_p.double().sum().item()))
+        weights.append(log_w.exp().mean(0).tolist())
+    return losses, weights
+
+
+@torch.no_grad()
+def group_losses(
+    group: SpecialistGroup,
+    rows: Sequence[Rendered],
+    vocab_size: int,
+    *,
+    template: int = 0,
+    adapter: int | None = None,
+    what: str = "model",
+    progress: Progress | None = None,
+) -> list[RowLoss]:
+    """One plain model, or the base of a group, on the rows as specialist number `template` reads them.
+
+    Args:
+        adapter: the one of the group's adapters that runs; None: the bare base.
+    """
+    progress = progress or Progress()
+    progress.start(f"{what} reads the test rows", sum(row.num_tokens for row in rows))
+    out: list[RowLoss | None] = [None] * len(rows)
+    budget = TOKENS_PER_BATCH.get(group.device.type, TOKENS_PER_BATCH["cuda"])
+    active = [0] if not group.loras else [] if adapter is None else [adapter]
+    head = group.head(vocab_size)
+    for batch in length_batches([row.num_tokens for row in rows], budget):
+        flat, labels = response_states(group, [rows[i] for i in batch], template, active)
+        log_p = label_log_prob(flat, head, labels).double()
+        for i, own in zip(batch, log_p.split([len(rows[i].labels) for i in batch]), strict=True):
+            out[i] = _row_loss(rows[i], -own.sum().item())
+        progress.advance(sum(rows[i].num_tokens for i in batch))
+    progress.finish()
+    return [loss for loss in out if loss is not None]
+
+
+def by_domain(rows: Sequence[Rendered], weights: Sequence[Sequence[float]]) -> dict[str, list[Sequence[float]]]:
+    """The rows' weights of the specialists, by domain."""
+    out: dict[str, list[Sequence[float]]] = {}
+    for row, own in zip(rows, weights, strict=True):
+        out.setdefault(row.domain, []).append(own)
+    return out
+
+
+def mean_weights(
+    weights: Mapping[str, Sequence[Sequence[float]]], tokens: Mapping[str, Sequence[float]], names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Mean weight of each specialist over the response tokens of each domain (table 6).
+
+    Args:
+        weights: by domain, for each row the mean weight of each of the K specialists.
+        tokens: by domain, the response tokens of each row.
+    """
+    return {
+        domain: {
+            name: sum(row[k] * n for row, n in zip(rows, tokens[domain], strict=True)) / sum(tokens[domain])
+            for k, name in enumerate(names)
+        }
+        for domain, rows in weights.items()
+    }
+
+
+def _row_loss(row: Rendered, nats: float) -> RowLoss:
+    return RowLoss(row.domain, nats, len(row.labels))
+
+
+def summarise(losses: Sequence[RowLoss], domains: Sequence[str], seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Mean nats a response token by domain, with a 95% bootstrap interval over rows.
+
+    Raises:
+        DataError: a domain without rows.
+    """
+    out = {}
+    for domain in domains:
+        mine = [loss for loss in losses if loss.domain == domain]
+        _check(mine, domain)
+        nats, tokens = np.array([r.nats for r in mine]), np.array([r.tokens for r in mine])
+        means = _bootstrap(nats, tokens, seed)
+        out[domain] = {
+            "nll": float(nats.sum() / tokens.sum()),
+            "ci95": [float(x) for x in np.percentile(means, [2.5, 97.5])],
+            "tokens": int(tokens.sum()),
+            "samples": len(mine),
+        }
+    return out
+
+
+def paired_difference(
+    losses: Sequence[RowLoss], other: Sequence[RowLoss], domain: str, seed: int = 0
+) -> dict[str, Any]:
+    """Nats a token that `losses` has over `other` on the same rows, with a 95% paired bootstrap interval.
+
+    Raises:
+        DataError: a domain without rows.
+    """
+    pairs = [(a, b) for a, b in zip(losses, other, strict=True) if a.domain == domain]
+    _check(pairs, domain)
+    difference = np.array([a.nats - b.nats for a, b in pairs])
+    tokens = np.array([a.tokens for a, _ in pairs])
+    means = _bootstrap(difference, tokens, seed)
+    return {
+        "difference": float(difference.sum() / tokens.sum()),
+        "ci95": [float(x) for x in np.percentile(means, [2.5, 97.5])],
+    }
+
+
+def _check(rows: Sequence[Any], domain: str) -> None:
+    if not rows:
+        raise DataError(f"domain {domain!r} has no rows, so its loss cannot be measured; add some to the test data")
+
+
+def _bootstrap(nats: np.ndarray, tokens: np.ndarray, seed: int) -> np.ndarray:
+    """Token-weighted means of rows drawn with replacement: (BOOTSTRAP_SAMPLES,)."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(nats), size=(BOOTSTRAP_SAMPLES, len(nats)))
+    return nats[drawn].sum(1) / tokens[drawn].sum(1)

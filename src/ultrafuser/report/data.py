@@ -1,0 +1,312 @@
+"""The results.json of a comparison as typed data, and the questions that its report asks of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from ultrafuser.errors import DataError
+
+Verdict = Literal["better", "level", "worse"]
+Interval = tuple[float, float]
+
+# The order of kinds in tables and figures; a kind of another name stands before `fused`.
+KINDS = {
+    "base": "base",
+    "specialist": "specialist",
+    "oracle": "oracle",
+    "static": "static",
+    "merge": "merged",
+    "tuned": "tuned",
+    "router": "router",
+    "best_of": "best of n",
+    "btx": "BTX",
+    "fused": "fused",
+}
+BASELINES = {
+    "best_specialist": "the best specialist at home",
+    "oracle": "the per-domain oracle",
+    "router": "the router",
+    "main": "the main system",
+    "versus": "the system that its line of the recipe names",
+}
+MEAN = "mean"
+
+
+class Loss(BaseModel):
+    """Nats per response token on a domain; the mean over domains has no sizes of its own."""
+
+    nll: float
+    ci95: Interval
+    tokens: int | None = None
+    samples: int | None = None
+
+
+class TaskScore(BaseModel):
+    """Mean score of a benchmark, and how many answers or verdicts were of no use, by what became of them."""
+
+    value: float
+    ci95: Interval
+    samples: int
+    counts: dict[str, int] = {}
+
+
+class Pair(BaseModel):
+    """Mean difference to another system on the same samples: this one minus `versus`."""
+
+    versus: str
+    difference: float
+    ci95: Interval
+
+
+class Speed(BaseModel):
+    """Generated tokens a second over several runs."""
+
+    median: float
+    runs: list[float] = []
+    batch_size: int | None = None
+
+
+class Parameters(BaseModel):
+    """Numbers of parameters: kept, used for one token, changed by training."""
+
+    total: float
+    active: float
+    trained: float
+
+
+class System(BaseModel):
+    """One system of a comparison; a failed one has an error and no numbers."""
+
+    label: str
+    kind: str
+    status: Literal["done", "failed"]
+    error: str | None = None
+    loss: dict[str, Loss] | None = None
+    tasks: dict[str, TaskScore] = {}
+    paired: dict[str, dict[str, Pair]] = {}
+    tokens_per_s: Speed | None = None
+    peak_memory_mb: float | None = None
+    parameters: Parameters | None = None
+    chosen: dict[str, dict[str, int]] | None = None
+    seconds: dict[str, float] = {}
+
+    @property
+    def failed(self) -> bool:
+        return self.status == "failed"
+
+
+class Task(BaseModel):
+    """What a benchmark measures."""
+
+    metric: str
+    higher_is_better: bool
+    description: str = ""
+
+
+class Checkpoint(BaseModel):
+    """Loss by domain at a step of the training."""
+
+    step: int
+    loss: dict[str, float] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number that every system may have: the loss on a domain or on their mean, or the score of a task."""
+
+    name: str
+    heading: str
+    is_task: bool = False
+    higher_is_better: bool = False
+    metric: str = "nll"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+    samples: int | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def finite(self) -> bool:
+        return all(math.isfinite(number) for number in (self.value, self.low, self.high))
+
+
+class Comparison(BaseModel):
+    """results.json; systems are put in the order of their kinds, and within a kind stay as they were."""
+
+    title: str
+    created: str
+    seed: int
+    specialists: list[str]
+    domains: list[str]
+    tasks: dict[str, Task]
+    systems: dict[str, System] = Field(min_length=1)
+    gate_weights: dict[str, dict[str, dict[str, float]]] = {}
+    sample_weights: dict[str, dict[str, list[dict[str, float]]]] = {}
+    training: dict[str, list[dict[str, Any]]] = {}
+    stability: dict[str, list[Checkpoint]] = {}
+    table2: list[str] = []
+    main: str | None  # None: it was not measured
+    config: Any
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Comparison:
+        _known("main", [self.main] if self.main is not None else [], self.systems)
+        for part in ("table2", "gate_weights", "sample_weights", "training", "stability"):
+            _known(part, getattr(self, part), self.systems)
+        for name, system in self.systems.items():
+            if system.failed and not system.error:
+                raise ValueError(f"systems.{name}: status is 'failed', but 'error' is empty; say what went wrong")
+            _known(f"systems.{name}.tasks", system.tasks, self.tasks)
+            if system.loss is not None and set(system.loss) != {*self.domains, MEAN}:
+                raise ValueError(f"systems.{name}.loss: has {sorted(system.loss)}, expected {[*self.domains, MEAN]}")
+        order = [*list(KINDS)[:-1], None, "fused"]
+        place = {kind: number for number, kind in enumerate(order)}
+        self.systems = dict(sorted(self.systems.items(), key=lambda item: place.get(item[1].kind, len(KINDS) - 1)))
+        return self
+
+    @cached_property
+    def specialist_systems(self) -> list[str]:
+        """The systems that are one specialist alone; a recipe may name them otherwise than the specialists."""
+        return [name for name, system in self.done.items() if system.kind == "specialist"]
+
+    @cached_property
+    def losses(self) -> list[Column]:
+        """The domains that were measured, and their mean."""
+        measured = any(system.loss for system in self.done.values())
+        names = self.domains if len(self.domains) == 1 else [*self.domains, MEAN]
+        return [Column(name, name) for name in names] if measured else []
+
+    @cached_property
+    def scores(self) -> list[Column]:
+        """The tasks that any system has a score for."""
+        found = {task for system in self.done.values() for task in system.tasks}
+        return [
+            Column(name, f"{name} (task)" if name in self.domains else name, True, task.higher_is_better, task.metric)
+            for name, task in self.tasks.items()
+            if name in found
+        ]
+
+    @property
+    def columns(self) -> list[Column]:
+        return [*self.losses, *self.scores]
+
+    @cached_property
+    def done(self) -> dict[str, System]:
+        return {name: system for name, system in self.systems.items() if not system.failed}
+
+    @property
+    def failed(self) -> dict[str, System]:
+        return {name: system for name, system in self.systems.items() if system.failed}
+
+    def label(self, name: str) -> str:
+        """How a system is written; a rival of a pair need not be a system."""
+        return self.systems[name].label if name in self.systems else name
+
+    def value(self, name: str, column: Column) -> Value | None:
+        """A system's number, or None where it has none."""
+        system = self.systems[name]
+        if column.is_task:
+            score = system.tasks.get(column.name)
+            return Value(score.value, *score.ci95, score.samples, score.counts) if score else None
+        loss = (system.loss or {}).get(column.name)
+        return Value(loss.nll, *loss.ci95, loss.samples) if loss else None
+
+    def values(self, column: Column, *, finite: bool = False) -> dict[str, Value]:
+        """The systems that have a number, and it."""
+        pairs = {name: self.value(name, column) for name in self.done}
+        return {name: value for name, value in pairs.items() if value and (value.finite or not finite)}
+
+    def best(self, column: Column) -> set[str]:
+        """The systems of the best number, more than one if they are equal; the oracle does not take part."""
+        found = {
+            name: cell.value
+            for name, cell in self.values(column).items()
+            if self.systems[name].kind != "oracle" and not math.isnan(cell.value)
+        }
+        best = (max if column.higher_is_better else min)(found.values(), default=None)
+        return {name for name, value in found.items() if value == best}
+
+    def best_specialist(self, column: Column) -> str | None:
+        """The specialist of the best number."""
+        found = {n: v.value for n, v in self.values(column, finite=True).items() if n in self.specialist_systems}
+        pick = max if column.higher_is_better else min
+        return pick(found, key=lambda name: found[name]) if found else None
+
+    def relative(self, name: str, column: Column) -> float | None:
+        """A number relative to the best specialist (without one, to the best system); above 1 is better.
+
+        For a loss it is the ratio of the geometric mean probabilities of a token, `exp(reference - loss)`; for
+        a task the ratio of the scores, which does not exist where one of them is zero or less.
+        """
+        reference = self.best_specialist(column) or min(self.best(column), default=None)
+        values = self.values(column, finite=True)
+        if name not in values or reference not in values:
+            return None
+        own, other = values[name].value, values[reference].value
+        if not column.is_task:
+            return math.exp(other - own)
+        if min(own, other) <= 0 and not (own == 0 < other and column.higher_is_better):
+            return None
+        return own / other if column.higher_is_better else other / own
+
+    def pair(self, name: str, rival: str, column: Column) -> Pair | None:
+        """A system's paired difference to a rival.
+
+        A task is looked for as `task/NAME`, then as NAME, unless a domain has that name too.
+        """
+        pairs = self.systems[name].paired.get(rival, {})
+        if not column.is_task:
+            return pairs.get(column.name)
+        plain = None if column.name in (*self.domains, MEAN) else pairs.get(column.name)
+        return pairs.get(f"task/{column.name}", plain)
+
+    def verdict(self, pair: Pair, column: Column) -> Verdict:
+        """On which side of zero the interval of the difference lies, if on any."""
+        low, high = pair.ci95
+        if low <= 0 <= high or math.isnan(low + high):
+            return "level"
+        return "better" if (low > 0) == column.higher_is_better else "worse"
+
+
+def check_comparison(results: Mapping[str, Any]) -> Comparison:
+    """Read results.json.
+
+    Raises:
+        DataError: a key is missing or a value has another form; the message names each.
+    """
+    try:
+        return Comparison.model_validate(dict(results))
+    except ValidationError as error:
+        raise DataError(f"results of a comparison: {'; '.join(_said(error))}; run `ultrafuser compare` again") from None
+
+
+def _said(error: ValidationError) -> list[str]:
+    """pydantic's findings in the manner of our messages."""
+    said = []
+    for found in error.errors():
+        where = ".".join(str(part) for part in found["loc"])
+        if found["type"] == "missing":
+            said.append(f"key {where!r} is missing")
+        elif found["type"] == "value_error":
+            said.append(str(found["ctx"]["error"]))
+        else:
+            said.append(f"{where}: got {found['input']!r:.60}, {found['msg'][0].lower()}{found['msg'][1:]}")
+    return said
+
+
+def _known(where: str, names: Any, expected: Mapping[str, Any] | Sequence[str]) -> None:
+    unknown = [name for name in names if name not in expected]
+    if unknown:
+        raise ValueError(f"{where}: unknown names {unknown}, expected some of {list(expected)}")

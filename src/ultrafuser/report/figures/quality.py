@@ -1,0 +1,309 @@
+"""The figures of a comparison: quality by system, quality against cost, losses of the specialists by domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from statistics import median
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+from ultrafuser.display.drawing import (
+    INK,
+    MUTED,
+    PAPER,
+    RULE,
+    SMALL,
+    TEXT,
+    WIDTH,
+    finished,
+    inset,
+    interval_point,
+    name_rows,
+    name_width,
+    new_figure,
+    plain_axes,
+)
+from ultrafuser.display.palette import blend, colour, colours, ink_on
+from ultrafuser.report.data import KINDS, MEAN, Column, Comparison
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_NAME = 32  # characters of a system's name in a figure; tables have all of it
+_KIND = 0.8  # inches of the column that names the kinds
+ROW = 0.235  # inches of a system's row
+_OFF_SCALE = 2.0  # losses above so many medians are marked at the edge, so that the others keep their room
+
+
+def short(label: str) -> str:
+    """A name cut in its middle to what a figure has room for: long names often differ at the end."""
+    return label if len(label) <= _NAME else f"{label[: _NAME - 13].rstrip()}…{label[-12:].lstrip()}"
+
+
+def system_colours(comparison: Comparison, names: Sequence[str]) -> dict[str, str]:
+    """Colour of some systems: specialists their own, the main system ink, the rest what is left of the palette."""
+    shades = _own_colours(comparison)
+    others = [name for name in names if name not in shades]
+    # Yellow, number 3, is too faint for a line on white.
+    first = len({*comparison.specialists, *comparison.specialist_systems})
+    spare = [colour(k) for k in range(first, first + len(others) + 1) if k != 3]
+    return {name: shades[name] if name in shades else spare[others.index(name)] for name in names}
+
+
+def _own_colours(comparison: Comparison) -> dict[str, str]:
+    """Ink for the main system; a specialist's colour is that of its name, which the gate's figures use too."""
+    shades = colours(list(dict.fromkeys([*comparison.specialists, *comparison.specialist_systems])))
+    return shades | ({comparison.main: INK} if comparison.main is not None else {})
+
+
+def off_scale(comparison: Comparison, column: Column) -> float:
+    """The loss above which a system stands at the edge of a figure; tasks have no such bound."""
+    losses = [cell.value for cell in comparison.values(column, finite=True).values()]
+    return math.inf if column.is_task or not losses else _OFF_SCALE * median(losses)
+
+
+def quality(comparison: Comparison, columns: Sequence[Column]) -> Figure:
+    """A panel a column, a row a system, grouped by kind; points with 95% intervals."""
+    rows = system_rows(comparison, columns)
+    labels = [short(comparison.label(name)) for name in rows]
+    left = row_margin(labels)
+    across = max(1, min(len(columns), 6, int((WIDTH - left) / 1.15)))
+    down = -(-len(columns) // across)
+    across = -(-len(columns) // down)
+    tall = ROW * (max(rows.values()) + 1.2)
+    figure = new_figure(WIDTH, down * (tall + 0.62) + 0.3)
+    high = figure.get_figheight()
+    grid = figure.subplots(down, across, squeeze=False, sharey=True)
+    figure.subplots_adjust(left / WIDTH, 0.5 / high, 1 - 0.1 / WIDTH, 1 - 0.28 / high, wspace=0.2, hspace=0.62 / tall)
+    for axes in grid.flat[len(columns) :]:
+        axes.set_visible(False)
+    for axes, column in zip(grid.flat, columns, strict=False):
+        _points(axes, comparison, column, rows)
+    for axes in grid[:, 0]:
+        name_systems(axes, comparison, rows, left)
+    figure.supxlabel(_direction(columns), size=SMALL, color=MUTED, y=0.06 / high, va="bottom")
+    return finished(figure)
+
+
+def quality_and_cost(comparison: Comparison) -> Figure | None:
+    """Mean loss against tokens/s and peak memory; the dashed line joins what nothing beats in both."""
+    column = comparison.losses[-1] if comparison.losses else None
+    values = comparison.values(column, finite=True) if column else {}
+    loss = {name: cell.value for name, cell in values.items() if comparison.systems[name].kind != "oracle"}
+    panels = {
+        "tokens a second (more is better)": {
+            name: system.tokens_per_s.median for name, system in comparison.done.items() if system.tokens_per_s
+        },
+        "peak memory, MB (less is better)": {
+            name: system.peak_memory_mb for name, system in comparison.done.items() if system.peak_memory_mb
+        },
+    }
+    points = {
+        label: {name: (cost, loss[name]) for name, cost in costs.items() if name in loss and 0 < cost < math.inf}
+        for label, costs in panels.items()
+    }
+    points = {label: found for label, found in points.items() if len(found) > 1}
+    if not points:
+        return None
+    names = sorted({name for found in points.values() for name in found}, key=lambda name: loss[name])
+    limit = off_scale(comparison, column) if column else math.inf
+    inside = [loss[name] for name in names if loss[name] <= limit]
+    edge = max(inside) + 0.12 * (max(inside) - min(inside))
+    labels = {n: short(comparison.label(n)) + (f" ({loss[n]:.3g})" if loss[n] > limit else "") for n in names}
+    right = 0.45 + name_width(list(labels.values()))
+    figure = new_figure(WIDTH, max(3.6, 0.8 + 0.2 * len(names)))
+    high = figure.get_figheight()
+    grid = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
+    figure.subplots_adjust(0.75 / WIDTH, 0.55 / high, 1 - right / WIDTH, 1 - 0.15 / high, wspace=0.1)
+    shades = system_colours(comparison, names)
+    for axes, (label, found) in zip(grid, points.items(), strict=True):
+        _front(axes, [point for point in found.values() if point[1] <= limit], more="more" in label)
+        for name, (cost, value) in found.items():
+            marker = "^" if value > limit else "o"
+            axes.plot(cost, min(value, edge), marker=marker, markersize=7, color=shades[name], mec=PAPER, zorder=3)
+        costs = [cost for cost, _ in found.values()]
+        if max(costs) > 8 * min(costs):
+            axes.set_xscale("log")
+        axes.set_xlabel(label, size=SMALL, color=MUTED)
+        axes.margins(0.09)
+        plain_axes(axes, spines=("bottom", "left"))
+        axes.grid(color=RULE, linewidth=0.5)
+        axes.set_axisbelow(True)
+    grid[0].set_ylabel("mean loss, nats per token (less is better)", size=SMALL, color=MUTED)
+    _name_points(grid[-1], [(labels[n], shades[n], min(loss[n], edge)) for n in names], high - 0.7)
+    return finished(figure)
+
+
+def loss_matrix(comparison: Comparison) -> Figure | None:
+    """Heat map of every specialist's loss on every domain (table 3); None below two specialists."""
+    domains = [column for column in comparison.losses if column.name != MEAN]
+    names = [name for name in comparison.specialist_systems if comparison.done[name].loss]
+    if len(names) < 2 or not domains:
+        return None
+    cells = [[comparison.value(name, column) for column in domains] for name in names]
+    table = [[cell.value if cell else math.nan for cell in line] for line in cells]
+    least = [min((line[k] for line in table if math.isfinite(line[k])), default=math.nan) for k in range(len(domains))]
+    excess = [[value - low for value, low in zip(line, least, strict=True)] for line in table]
+    labels = [short(comparison.label(name)) for name in names]
+    left = max(1.15, 0.2 + name_width(labels))
+    width = min(WIDTH - left - 1.0, 1.25 * len(domains))
+    figure = new_figure(WIDTH, 0.7 + 0.4 * len(names))
+    axes = figure.add_axes(inset(figure, left=left, right=WIDTH - left - width, bottom=0.1, top=0.6))
+    image = axes.imshow(excess, aspect="auto", cmap="viridis_r", vmin=0, interpolation="none")
+    for row, line in enumerate(table):
+        for k, value in enumerate(line):
+            weight = "bold" if value == least[k] else "normal"
+            shade = _hex_of(image, excess[row][k])
+            axes.text(k, row, f"{value:.3f}", ha="center", va="center", size=TEXT, color=ink_on(shade), weight=weight)
+    axes.xaxis.tick_top()
+    plain_axes(axes)
+    axes.set_xticks(range(len(domains)), [short(column.heading) for column in domains])
+    axes.tick_params(axis="x", labelsize=TEXT, labelcolor=INK)
+    axes.set_title("loss on the data of", size=SMALL, color=MUTED, pad=5)
+    name_rows(axes, labels)
+    bar_axes = figure.add_axes(
+        inset(figure, left=left + width + 0.15, right=WIDTH - left - width - 0.29, bottom=0.1, top=0.6)
+    )
+    bar = figure.colorbar(image, cax=bar_axes, ticks=few_ticks())
+    bar.set_label("above the best", size=SMALL, color=MUTED)
+    plain_axes(bar_axes)
+    return finished(figure)
+
+
+def system_rows(comparison: Comparison, columns: Sequence[Column]) -> dict[str, float]:
+    """The systems that have any of the numbers, each with its height; kinds stand a little apart."""
+    names = [name for name in comparison.done if any(name in comparison.values(c, finite=True) for c in columns)]
+    rows, height = {}, 0.0
+    for _, group in groupby(names, key=lambda name: comparison.systems[name].kind):
+        for name in group:
+            rows[name] = height
+            height += 1
+        height += 0.35
+    return rows
+
+
+def _points(axes: Axes, comparison: Comparison, column: Column, rows: Mapping[str, float]) -> None:
+    """One panel: a point and an interval for each row that has the number."""
+    values = comparison.values(column, finite=True)
+    shades = _own_colours(comparison)
+    limit = off_scale(comparison, column)
+    for name, cell in values.items():
+        shade = shades.get(name, MUTED)
+        if cell.value <= limit:
+            hollow = comparison.systems[name].kind == "oracle"
+            interval_point(axes, rows[name], cell.value, (cell.low, min(cell.high, limit)), shade, hollow=hollow)
+    for name, cell in comparison.values(column).items():
+        if name in rows and not (cell.finite and cell.value <= limit):
+            place: dict[str, Any] = {
+                "xycoords": ("axes fraction", "data"),
+                "ha": "right",
+                "va": "center",
+                "size": SMALL,
+            }
+            axes.annotate(f"{cell.value:.3g} ▸", (1, rows[name]), color=shades.get(name, MUTED), **place)
+    main = values.get(comparison.main or "")
+    if main and main.value <= limit:
+        axes.axvline(main.value, color=INK, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+    axes.set_title(shorten(column.heading, 20, placeholder="…"), size=TEXT + 0.5, color=INK, weight="bold", pad=5)
+    panel(axes, rows, comparison.main)
+
+
+def panel(axes: Axes, rows: Mapping[str, float], main: str | None) -> None:
+    axes.set_ylim(max(rows.values()) + 0.7, -0.7)
+    axes.locator_params(axis="x", nbins=4)
+    axes.grid(axis="x", color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    if main is not None and main in rows:
+        axes.axhspan(rows[main] - 0.5, rows[main] + 0.5, color=RULE, alpha=0.35, linewidth=0, zorder=0)
+    plain_axes(axes, spines=("bottom",))
+
+
+def row_margin(labels: Sequence[str]) -> float:
+    """Inches for the names of kinds and systems."""
+    return _KIND + 0.15 + name_width(labels) * SMALL / TEXT * 0.9
+
+
+def name_systems(axes: Axes, comparison: Comparison, rows: Mapping[str, float], left: float) -> None:
+    """Name the rows, and each kind beside its first row; `left` are the inches of the margin."""
+    axes.set_yticks(list(rows.values()), [short(comparison.label(name)) for name in rows])
+    axes.tick_params(axis="y", labelsize=SMALL, labelcolor=INK)
+    width = axes.get_position().width * WIDTH
+    for kind, group in groupby(rows, key=lambda name: comparison.systems[name].kind):
+        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "ha": "left", "va": "center", "size": SMALL}
+        name = shorten(KINDS.get(kind, kind), 12, placeholder="…")
+        axes.annotate(name, ((0.08 - left) / width, rows[next(group)]), color=MUTED, annotation_clip=False, **place)
+
+
+def _direction(columns: Sequence[Column]) -> str:
+    if not columns[0].is_task:
+        return "nats per response token (95% interval); lower is better"
+    up = [column.heading for column in columns if column.higher_is_better]
+    down = [column.heading for column in columns if not column.higher_is_better]
+    said = "higher is better" if not down else "lower is better" if not up else f"lower is better on {', '.join(down)}"
+    return f"score (95% interval); {said}"
+
+
+def _front(axes: Axes, points: Any, *, more: bool) -> None:
+    """A dashed staircase through the points that none beats in both loss and cost."""
+    best, front = math.inf, []
+    for cost, loss in sorted(points, key=lambda point: (-point[0] if more else point[0], point[1])):
+        if loss < best:
+            front.append((cost, loss))
+            best = loss
+    if len(front) > 1:
+        style: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (3, 2)), "zorder": 1}
+        axes.step(*zip(*front, strict=True), where="post", **style)
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[str, str, float]], height: float) -> None:
+    """Names right of the axes, moved apart where they would overlap; points: name, colour and rising loss."""
+    low, high = axes.get_ylim()
+    wanted = [(loss - low) / (high - low) for _, _, loss in points]
+    for (name, shade, _), place, at in zip(points, spread(wanted, 0.19 / height), wanted, strict=True):
+        arrow: dict[str, Any] = {
+            "arrowstyle": "-",
+            "color": shade,
+            "linewidth": 0.8,
+            "shrinkA": 2,
+            "shrinkB": 0,
+            "relpos": (0, 0.5),
+        }
+        axes.annotate(
+            name,
+            (1.0, at),
+            xytext=(1.0 + 0.3 / (axes.get_position().width * WIDTH), place),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            size=SMALL,
+            color=INK,
+            arrowprops=arrow,
+            annotation_clip=False,
+        )
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Rising places in [0, 1], moved so that neighbours are at least `gap` apart and stay inside, if they fit."""
+    out: list[float] = []
+    for place in places:
+        out.append(max(place, out[-1] + gap) if out else place)
+    limit = 1.0
+    for k in reversed(range(len(out))):
+        out[k] = min(out[k], limit)
+        limit = out[k] - gap
+    return out
+
+
+def few_ticks() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(4)
+
+
+def _hex_of(image: Any, value: float) -> str:
+    """#rrggbb of a value in a heat map; what has no number lies on white."""
+    red, green, blue, opacity = image.cmap(image.norm(value))
+    return blend("#ffffff", "#" + "".join(f"{round(255 * part):02x}" for part in (red, green, blue)), opacity)

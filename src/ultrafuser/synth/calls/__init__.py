@@ -1,0 +1,1 @@
+"""Requests to models: store, scheduler, clients, budget."""

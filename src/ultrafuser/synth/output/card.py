@@ -1,0 +1,237 @@
+"""Write the data set into its folder: rows, topics, the report of what became of everything, and a data card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ultrafuser import __version__
+from ultrafuser.data.schema import Row
+from ultrafuser.data.writing import atomic_file, row_writer, write_json
+from ultrafuser.synth.calls.store import CallStore
+from ultrafuser.synth.output.dataset import DataSet
+from ultrafuser.synth.prompts import Prompts
+from ultrafuser.synth.recipe import ModelRecipe, SynthRecipe, dump_synth_recipe
+
+ROWS, PARQUET, REPORT, TOPICS, INSTRUCTIONS, CARD, RECIPE = (
+    "data.jsonl", "data.parquet", "report.json", "topics.json", "instructions.jsonl", "README.md", "recipe.yaml",
+)  # fmt: skip
+_REASONS_SHOWN = 4
+_SHARED = {"whole text": "a whole short text", "whole message": "a user's whole message"}  # of other kinds of hit
+
+
+def write_data_set(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStore) -> None:
+    """Everything there is; rows and card only when the run went through to its end.
+
+    Raises:
+        DataError: the folder cannot be written to.
+    """
+    folder = Path(recipe.output)
+    facts = report(recipe, prompts, data, store)
+    write_json(facts, folder / REPORT, force=True)
+    write_items(recipe, data)
+    _write_text(dump_synth_recipe(recipe), folder / RECIPE)
+    if data.stopped_after is not None:
+        return
+    for name in (ROWS, PARQUET):
+        with row_writer(folder / name, force=True) as write:
+            for row in data.rows:
+                write(row)
+    _write_text(card(recipe, facts, data.rows), folder / CARD)
+
+
+def write_items(recipe: SynthRecipe, data: DataSet) -> None:
+    """Topics and instructions as far as they have come, to be looked at before the answers are asked for.
+
+    Raises:
+        DataError: the folder cannot be written to.
+    """
+    folder = Path(recipe.output)
+    write_json(_topics(data), folder / TOPICS, force=True)
+    if data.instructions is not None:
+        with atomic_file(folder / INSTRUCTIONS, force=True) as draft, draft.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in data.instructions)
+
+
+def report(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStore) -> dict[str, Any]:
+    """What became of everything, as JSON."""
+    return {
+        "title": recipe.title,
+        "version": __version__,
+        "rows": len(data.rows),
+        "rows_by_domain": dict(sorted(Counter(row.domain for row in data.rows).items())),
+        "open": data.ledger.open(),
+        "stopped_after": data.stopped_after,
+        "stages": data.ledger.rows(),
+        "calls": [asdict(count) for count in store.counts()],
+        "spent_usd": store.spent_usd(),
+        "models": [_model_facts(model) for model in recipe.used_models()],
+        "prompts_sha256": prompts.hashes(),
+        "recipe_sha256": hashlib.sha256(dump_synth_recipe(recipe).encode()).hexdigest(),
+        "overlaps_with_test_data": data.overlaps,
+    }
+
+
+def _model_facts(model: ModelRecipe) -> dict[str, Any]:
+    where = "this process" if model.endpoint == "local" else model.endpoint.base_url
+    return {"name": model.name, "model": model.served, "where": where, "licence": model.licence}
+
+
+def _topics(data: DataSet) -> dict[str, Any]:
+    """Domain -> topic -> sub-topic -> concepts."""
+    out: dict[str, Any] = {}
+    for domain, topics in data.topics.items():
+        own: dict[str, dict[str, list[str]]] = {topic.name: {} for topic in topics}
+        out[domain] = own
+        for one in data.sub_topics.get(domain, []):
+            own[one.topic][one.name] = list(one.concepts)
+    return out
+
+
+def _write_text(text: str, target: Path) -> None:
+    with atomic_file(target, force=True) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+# ---------------------------------------------------------------- the card
+
+
+def card(recipe: SynthRecipe, facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """The data card, which the hub and `datasets` read too."""
+    lines = [
+        "---",
+        f"pretty_name: {json.dumps(recipe.title)}",
+        f"license: {recipe.licence.lower() or 'other'}",
+        *([f"language: [{recipe.filters.language}]"] if recipe.filters.language else []),
+        "task_categories: [text-generation]",
+        "tags: [synthetic, instructions, ultrafuser]",
+        "configs:",
+        "  - config_name: default",
+        f"    data_files: {PARQUET}",
+        "---",
+        "",
+        f"# {recipe.title}",
+        "",
+        f"{len(rows)} conversations, written by language models and chosen by machine with ultrafuser {facts['version']}. Nobody has read "
+        "all of them: expect errors of fact, and the views of the models that wrote them.",
+        "",
+        "```python",
+        "from datasets import load_dataset",
+        "",
+        'rows = load_dataset("parquet", data_files="data.parquet", split="train")',
+        "```",
+        "",
+        "## What is in it",
+        "",
+        "| domain | conversations | topics | sub-topics | turns | words in an answer | with tests |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        *(_domain_line(domain.name, [row for row in rows if row.domain == domain.name]) for domain in recipe.domains),
+        "",
+        *(f"- **{domain.name}**: {domain.description}" for domain in recipe.domains),
+        "",
+        "Each row: `id`, `domain`, `messages` (role, content), `source` (the model that answered), `licence`, `topic`, `subtopic`, and "
+        "`tests` where the code of an answer passed some.",
+        "",
+        "## Who wrote it",
+        "",
+        "| model | what it is | where | licence or terms of what it writes | stages |",
+        "|---|---|---|---|---|",
+        *(_model_line(recipe, model) for model in facts["models"]),
+        "",
+        _licences(rows),
+        "",
+        "## How it was made",
+        "",
+        "Topics, sub-topics with concepts, instructions on each, further ones strongly and weakly related to those, "
+        f"{recipe.complex_share:.0%} of all rewritten to be more complex, answers"
+        + (f", up to {recipe.turns} turns with a simulated user" if recipe.turns > 1 else "")
+        + ": the stages of UltraChat 2 (arXiv 2403.08281). Asked = kept + rejected"
+        + (" + open" if facts["open"] else "")
+        + f", by stage and domain; examples of what was rejected are in `{REPORT}`.",
+        "",
+        "| stage | domain | asked | kept | rejected |" + (" open |" if facts["open"] else ""),
+        "|---|---|---:|---:|---|" + ("---:|" if facts["open"] else ""),
+        *(_stage_line(entry, bool(facts["open"])) for entry in facts["stages"]),
+        "",
+        *_filter_lines(recipe, facts),
+        f"Calls: {sum(count['calls'] for count in facts['calls'])}, "
+        f"{sum(count['prompt_tokens'] for count in facts['calls'])} tokens read and "
+        f"{sum(count['completion_tokens'] for count in facts['calls'])} written, ${facts['spent_usd']:.2f}.",
+        "",
+        f"The recipe is `{RECIPE}` (SHA-256 `{facts['recipe_sha256'][:16]}`), the topics are in `{TOPICS}`. Prompts:",
+        "",
+        "| prompt | SHA-256 |",
+        "|---|---|",
+        *(f"| {name} | `{digest[:16]}` |" for name, digest in facts["prompts_sha256"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _domain_line(name: str, rows: Sequence[Row]) -> str:
+    if not rows:
+        return f"| {name} | 0 | 0 | 0 | | | 0 |"
+    answers = [content for row in rows for role, content in row.messages if role == "assistant"]
+    topics, sub_topics = {row.topic for row in rows}, {(row.topic, row.subtopic) for row in rows}
+    turns, length = len(answers) / len(rows), mean(len(answer.split()) for answer in answers)
+    tests = sum(row.tests is not None for row in rows)
+    return f"| {name} | {len(rows)} | {len(topics)} | {len(sub_topics)} | {turns:.2f} | {length:.0f} | {tests} |"
+
+
+def _model_line(recipe: SynthRecipe, model: Mapping[str, Any]) -> str:
+    stages = [
+        stage
+        for stage in type(recipe.calls).model_fields
+        if any(recipe.role(stage, domain) == model["name"] for domain in recipe.domains)
+        and (stage != "judge" or recipe.filters.min_score is not None)
+        and (stage != "turns" or recipe.turns > 1)
+        and (stage != "samples" or any(domain.samples for domain in recipe.domains))
+    ]
+    cells = (model["name"], f"`{model['model']}`", model["where"], model["licence"] or "not stated", ", ".join(stages))
+    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+
+
+def _licences(rows: Sequence[Row]) -> str:
+    counts = Counter(row.licence or "not stated" for row in rows)
+    return (
+        "Rows by licence: " + (", ".join(f"{name} {number}" for name, number in counts.most_common()) or "none") + "."
+    )
+
+
+def _stage_line(entry: Mapping[str, Any], with_open: bool) -> str:
+    reasons = list(entry["rejected"].items())
+    shown = ", ".join(f"{_cell(reason)} {number}" for reason, number in reasons[:_REASONS_SHOWN])
+    rest = sum(number for _, number in reasons[_REASONS_SHOWN:])
+    shown += f", others {rest}" if rest else ""
+    line = f"| {entry['stage']} | {entry['domain']} | {entry['asked']} | {entry['kept']} | {shown} |"
+    return line + (f" {entry['open']} |" if with_open else "")
+
+
+def _filter_lines(recipe: SynthRecipe, facts: Mapping[str, Any]) -> list[str]:
+    filters = recipe.filters
+    near = (
+        "equal"
+        if filters.near_duplicates is None
+        else f"at least {filters.near_duplicates:g} alike (Jaccard, runs of three words)"
+    )
+    tests = ", ".join(f"`{Path(path).name}`" for path in filters.decontaminate)
+    lines = [f"- Duplicates: instructions or answers that are {near}."]
+    if tests:
+        kinds = Counter(overlap["touches"][0]["kind"] for overlap in facts["overlaps_with_test_data"])
+        rows = f"{kinds.total()} {'row' if kinds.total() == 1 else 'rows'}"
+        shared = {f"{filters.ngram}-gram": f"{filters.ngram} words in a row"} | _SHARED
+        what = ", ".join(f"{words} {kinds[kind]}" for kind, words in shared.items() if kinds[kind])
+        lines.append(f"- Test data: {rows} left out for sharing words with {tests}{what and ': '}{what}.")
+    else:
+        lines.append("- Test data: **none was named, so the rows may hold test items.**")
+    return [*lines, ""]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,1 @@
+"""Manual review of rows in the browser."""

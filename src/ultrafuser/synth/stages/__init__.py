@@ -1,0 +1,1 @@
+"""Stages of the pipeline: lists of topics and instructions, then texts."""

@@ -1,0 +1,1 @@
+"""Parses, filters and checks what models wrote."""

@@ -1,0 +1,393 @@
+"""The command line: its help, its errors, and one journey through every command on tiny models."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from typer.main import get_command
+
+import ultrafuser
+from tiny_models import save_adapter, shake_gate
+from training_fixtures import GATE, NAMES, TinyRun
+from ultrafuser.cli import main as cli
+from ultrafuser.specialists import fuse
+
+COMMANDS = get_command(cli.app).commands  # type: ignore[attr-defined]
+NEEDS_MATPLOTLIB = not os.environ.get("CI") and "matplotlib is not installed (extra: report)"
+
+
+class Result(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., Result]:
+    """run("info", folder): the command line in this process, through its entry point."""
+
+    def run(*words: Any, stdin: str | None = None) -> Result:
+        monkeypatch.setattr(sys, "argv", ["ultrafuser", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def folder(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fused folder whose gate has opinions."""
+    model, tokenizer = fuse(tiny_run.recipe("unused"))
+    shake_gate(model, scale=3.0)
+    home = tmp_path_factory.mktemp("cli") / "fused"
+    model.save_pretrained(home)
+    tokenizer.save_pretrained(home)
+    return home
+
+
+def specialist_options(tiny_run: TinyRun, names: Sequence[str] = NAMES) -> list[str]:
+    words = [f"--specialist={name}={tiny_run.folder / name}" for name in names]
+    return [*words, "--template=code=plain", "-t", "math=inst"] if set(NAMES) <= set(names) else words
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_option(run, command):
+    found = run(command, "--help")
+    assert found.code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", found.out)
+    for parameter in COMMANDS[command].params:
+        assert parameter.help, f"{command}: {parameter.name} has no help"
+        for option in parameter.opts:
+            if option.startswith("--"):
+                assert option in text, f"{command}: {option}"
+
+
+def test_the_overview_names_every_command(run):
+    text = run("--help").out
+    assert set(COMMANDS) == {
+        "fuse", "train", "demo", "generate", "chat", "inspect", "info", "eval", "compare", "data", "synth",
+    }  # fmt: skip
+    assert all(command in text for command in COMMANDS)
+
+
+def test_results_that_are_printed_can_be_had_as_json():
+    for name, command in COMMANDS.items():
+        if name not in ("chat", "data", "synth"):  # groups are looked at by tests of their own
+            assert any("--json" in parameter.opts for parameter in command.params), name
+
+
+def test_version_of_the_module():
+    done = subprocess.run([sys.executable, "-m", "ultrafuser", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"ultrafuser {ultrafuser.__version__}\n", "")
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="session")
+def files(tiny_run: TinyRun, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Good and bad files, by the names that the cases below use."""
+    home = tmp_path_factory.mktemp("bad")
+    recipe = home / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_run.fields(home / "run", [GATE])))
+    from_fused = home / "from-fused.yaml"
+    from_fused.write_text(f"fused: {folder}\n")
+    odd = home / "odd.yaml"
+    odd.write_text("specialists: [{name: a, model: b}]\nlearning_rate: 1\n")
+    no_yaml = home / "no.yaml"
+    no_yaml.write_text("a: [1\n")
+    empty, binary, rows = home / "empty.txt", home / "binary.txt", home / "bad.jsonl"
+    empty.write_text("\n \n")
+    binary.write_bytes(b"hi \xff\xfe")
+    rows.write_text('{"domain": "text", "messages": [{"role": "user", "content": "hi"}]}\n')
+    return {
+        "recipe": recipe, "from_fused": from_fused, "odd": odd, "no_yaml": no_yaml, "empty": empty, "binary": binary,
+        "rows": rows, "folder": folder, "plain": tiny_run.folder / "text", "nowhere": home / "nowhere", "home": home,
+        "text": tiny_run.folder / "text", "good_rows": tiny_run.folder / "text.jsonl",
+    }  # fmt: skip
+
+
+BAD = {
+    "unknown recipe key": ("train {odd}", "learning_rate: unknown key"),
+    "no yaml": ("train {no_yaml}", "line 2, column 1: not valid YAML"),
+    "no recipe": ("train {nowhere}", "no such file, expected a YAML recipe"),
+    "override without value": ("train {recipe} stages.gate.lr", "expected KEY=VALUE"),
+    "override of an unknown key": ("train {recipe} stages.gate.rate=1", "rate: unknown key"),
+    "override of a wrong type": ("train {recipe} stages.gate.steps=many", "expected whole number > 0"),
+    "nothing to resume": ("train {recipe} --resume", "no run to resume there"),
+    "an unknown tracker": ("train {recipe} report_to=[abacus]", "report_to: abacus: abacus is not supported"),
+    "a device that is not there": ("train {recipe} device=warp", "device 'warp' cannot be used here"),
+    "fuse without anything": ("fuse", "no specialists; list at least one"),
+    "fuse both ways": ("fuse {recipe} --specialist a=b", "give a recipe or --specialist and --template options, not both"),
+    "fuse with an idle template": ("fuse {recipe} --template text=plain", "not both"),
+    "specialist without model": ("fuse --specialist text", "--specialist 'text': expected NAME=MODEL or NAME=BASE+ADAPTER"),
+    "specialist with empty model": ("fuse --specialist text=", "expected NAME=MODEL or NAME=BASE+ADAPTER"),
+    "specialist twice": ("fuse -s a={text} -s a={text}", "there is another one named 'a'"),
+    "template of nobody": ("fuse -s a={text} -t b=plain", "expected NAME=TEMPLATE with a NAME from --specialist"),
+    "template without text": ("fuse -s a={text} -t a", "expected NAME=TEMPLATE"),
+    "template unknown": ("fuse -s a={text} -t a=poem", "chat template 'poem' is neither built in"),
+    "unknown mixing": ("fuse -s a={text} --mixing both", "expected logits or probabilities"),
+    "specialist missing": ("fuse -s a={nowhere}", "its source {nowhere} is gone"),
+    "specialist not on the hub": ("fuse -s a=nobody/nothing-at-all", "no model in nobody/nothing-at-all"),
+    "specialist name": ("fuse -s 1/2={text}", "expected a letter followed by letters"),
+    "fuse a fused folder": ("fuse {from_fused}", "`fuse` needs specialists"),
+    "info on nothing": ("info {nowhere}", "no such folder"),
+    "info on an ordinary model": ("info {plain}", "model_type is 'llama', expected 'ultrafuser'"),
+    "generate from nothing": ("generate {nowhere} -p hi", "no such folder"),
+    "generate from an ordinary model": ("generate {plain} -p hi", "expected 'ultrafuser'"),
+    "generate from an unknown hub id": ("generate nobody/nothing-at-all -p hi", "the hub did not give it"),
+    "prompt and file": ("generate {folder} -p hi --file {recipe}", "give --prompt or --file, not both"),
+    "empty prompt": ("generate {folder} -p ''", "--prompt: holds no prompt"),
+    "empty stdin": ("generate {folder}", "standard input: holds no prompt"),
+    "empty file": ("generate {folder} --file {empty}", "empty.txt: holds no prompt"),
+    "file that is no text": ("generate {folder} --file {binary}", "binary.txt: not UTF-8 at byte 3"),
+    "file missing": ("generate {folder} --file {nowhere}", "no such file; expected a text file with one prompt a line"),
+    "rows missing": ("generate {folder} --file {nowhere}.jsonl", "no such file"),
+    "unknown dtype": ("generate {folder} -p hi --dtype int3", "--dtype 'int3': expected one of auto, float32"),
+    "unknown device": ("generate {folder} -p hi --device warp", "device 'warp' cannot be used here"),
+    "prompt too long": ("generate {folder} -p " + "fox" * 400, "do not fit into its context of 192"),
+    "chat with nothing": ("chat {nowhere}", "no such folder"),
+    "inspect nothing": ("inspect {folder}", "inspect needs --prompt or --file, one of them"),
+    "inspect both": ("inspect {folder} -p hi --file {good_rows}", "inspect needs --prompt or --file, one of them"),
+    "response of several": ("inspect {folder} -p a -p b --response c", "--response needs exactly one --prompt"),
+    "response of a file": ("inspect {folder} --file {good_rows} --response c", "--response needs exactly one --prompt"),
+    "empty response": ("inspect {folder} -p a --response ''", "there is no answer to inspect"),
+    "bad rows": ("inspect {folder} --file {rows}", "bad.jsonl:1: roles must alternate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gives_exit_code_2_and_one_clear_line(run, files, case):
+    words, said = BAD[case]
+    words = [word.format(**files).strip("'") for word in words.split(" ")]
+    found = run(*words, stdin="")
+    assert found.code == 2
+    assert found.out == ""
+    assert found.err.startswith("ultrafuser: error: ") and found.err.count("\n") == 1, found.err
+    assert said.format(**files) in found.err
+    assert not (files["home"] / "run").exists() and not Path("fused").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["generate"], ["info", "x", "--wat"], ["generate", "x", "--batch-size", "0"], ["wat"]]
+)
+def test_words_that_the_command_line_does_not_know_give_exit_code_2(run, words):
+    found = run(*words)
+    assert found.code == 2 and found.out == "" and found.err
+
+
+def test_a_traceback_is_there_for_those_who_want_it(run, monkeypatch):
+    monkeypatch.setenv("ULTRAFUSER_DEBUG", "1")
+    with pytest.raises(ultrafuser.UltraFuserError):
+        run("info", "/nowhere/at/all")
+
+
+# ---------------------------------------------------------------- fuse and info
+
+
+def test_fuse_from_options_then_info(run, tiny_run, tmp_path):
+    output = tmp_path / "fused"
+    made = run("fuse", *specialist_options(tiny_run), "-o", output, "--mixing", "logits", "--json")
+    assert made.code == 0 and made.json()["mixing"] == "logits"
+    assert {"README.md", "recipe.yaml", "config.json", "tokenizer.json"} <= {file.name for file in output.iterdir()}
+    info = run("info", output, "--json", "--verify").json()
+    assert info == made.json() | {"verified": True}
+    assert [one["name"] for one in info["specialists"]] == list(NAMES)
+    shown = run("info", output, "--verify")
+    assert all(name in shown.out for name in NAMES) and "every checksum holds" in shown.out
+    again = tmp_path / "again"
+    assert run("fuse", output / "recipe.yaml", "-o", again, "--copy").code == 0
+    assert (again / "specialists" / "text" / "model.safetensors").is_file()
+    assert "## Training" not in (again / "README.md").read_text()
+
+
+def test_fuse_from_a_recipe_with_overrides(run, tiny_run, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_run.fields(tmp_path / "run")))
+    found = run(
+        "fuse", recipe, "gate.hidden_size=8", "specialists.text.domain=prose", "-o", tmp_path / "f", "--json"
+    ).json()
+    assert found["gate_hidden_size"] == 8 and found["specialists"][0]["domain"] == "prose"
+
+
+def test_fuse_adapters_on_one_base(run, tiny_run, tmp_path):
+    adapters = tiny_run.adapter_recipe(tmp_path, save_adapter)
+    words = [f"--specialist={one['name']}={one['model']}+{one['adapter']}" for one in adapters]
+    found = run("fuse", *words, "-o", tmp_path / "fused", "--json").json()
+    assert found["specialists"][0]["shares_base_with"] == ["code", "math"]
+    assert "one base, loaded once: code, math, text\n" in run("info", tmp_path / "fused").out
+
+
+def test_a_folder_with_a_plus_in_its_name_is_a_folder(run, tiny_run, tmp_path):
+    (tmp_path / "c++").symlink_to(tiny_run.folder / "code")
+    found = run("fuse", "-s", f"code={tmp_path / 'c++'}", "-o", tmp_path / "fused", "--json")
+    assert found.code == 0, found.err
+
+
+# ---------------------------------------------------------------- generate
+
+
+def test_generate_gives_text_or_json(run, folder):
+    options = ["--max-new-tokens", "6", "--device", "cpu"]
+    one = run("generate", folder, "-p", "how many foxes?", *options)
+    assert one.code == 0 and one.out.strip()
+    both = run("generate", folder, "-p", "how many foxes?", "-p", "hi", "--json", *options).json()
+    assert [item["prompt"] for item in both] == ["how many foxes?", "hi"]
+    assert both[0]["answer"] == one.out.removesuffix("\n")
+    text = run("generate", folder, "-p", "how many foxes?", "-p", "hi", *options).out
+    assert text == "".join(f"> {item['prompt']}\n{item['answer']}\n\n" for item in both)
+
+
+def test_generate_reads_files_and_standard_input_and_batches_change_nothing(run, folder, tiny_run, tmp_path):
+    prompts = ["hi", "how many foxes are there?", "1 + 1"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n\n".join(prompts) + "\n", encoding="utf-8")
+    options = ["--max-new-tokens", "5", "--json"]
+    from_file = run("generate", folder, "--file", file, *options).json()
+    from_stdin = run("generate", folder, "--batch-size", "2", *options, stdin=file.read_text()).json()
+    assert [item["prompt"] for item in from_file] == prompts
+    assert from_file == from_stdin
+    rows = run("generate", folder, "--file", tiny_run.folder / "math.jsonl", *options).json()
+    assert [item["prompt"] for item in rows] == [f"how many math {i}?" for i in range(5)]
+
+
+def test_a_prompt_given_leaves_standard_input_alone(run, folder, monkeypatch):
+    class Untouchable(io.StringIO):
+        def read(self, *args: Any) -> str:
+            raise AssertionError("standard input must not be read: it may never end")
+
+        readline = read
+
+    monkeypatch.setattr(sys, "stdin", Untouchable())
+    assert run("generate", folder, "-p", "hi", "--max-new-tokens", "2").code == 0
+
+
+def test_no_prompt_on_a_terminal_is_an_error(run, folder, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    found = run("generate", folder)
+    assert found.code == 2 and "no prompt; give --prompt TEXT, --file FILE, or text on standard input" in found.err
+
+
+def test_sampling_is_seeded_and_beams_run(run, folder):
+    words = ["generate", folder, "-p", "hi", "--max-new-tokens", "12", "--json"]
+    hot = [run(*words, "--temperature", "2", "--seed", seed).out for seed in (1, 1, 2)]
+    assert hot[0] == hot[1] != hot[2]
+    assert run(*words, "--num-beams", "3").code == 0
+    assert run(*words, "--system", "Be brief.").out != run(*words).out
+
+
+def test_a_lower_precision_on_request(run, folder):
+    assert run("generate", folder, "-p", "hi", "--max-new-tokens", "2", "--dtype", "bfloat16").code == 0
+
+
+# ---------------------------------------------------------------- chat
+
+
+def test_a_talk(run, folder):
+    talk = "/weights\nhow many foxes?\n/weights\n\nand dogs?\n/reset\n/weights\n/exit\nnever read\n"
+    found = run("chat", folder, "--max-new-tokens", "5", "--temperature", "0", stdin=talk)
+    assert found.code == 0, found.err
+    assert found.out.count("no answer yet") == 2
+    assert all(name in found.out for name in NAMES), "/weights shows who led"
+    first = run("generate", folder, "-p", "how many foxes?", "--max-new-tokens", "5").out.strip()
+    assert first in found.out
+
+
+def test_a_talk_ends_with_its_input(run, folder):
+    assert run("chat", folder, "--max-new-tokens", "2", stdin="hi\n").code == 0
+
+
+def test_a_talk_survives_what_does_not_fit(run, folder):
+    found = run("chat", folder, "--max-new-tokens", "2", stdin=f"{'fox ' * 300}\nhi\n/weights\n")
+    assert found.code == 0 and "do not fit into its context of 192" in found.out.replace("\n", " ")
+    assert "no answer yet" not in found.out
+
+
+# ---------------------------------------------------------------- inspect
+
+
+def test_inspect_shows_text_weights_html_and_png(run, folder, tmp_path):
+    pytest.importorskip("matplotlib") if NEEDS_MATPLOTLIB else None
+    html, png = tmp_path / "new" / "page.html", tmp_path / "new" / "figure.png"
+    words = ["inspect", folder, "-p", "how many foxes?", "--max-new-tokens", "6"]
+    shown = run(*words, "--weights", "--html", html, "--png", png)
+    assert shown.code == 0, shown.err
+    assert all(name in shown.out for name in NAMES)
+    assert "<html" in html.read_text() and "how many foxes?" in html.read_text()
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"0?\.\d\d", shown.out), "weights on request"
+
+
+def test_inspect_weighs_a_given_response(run, folder):
+    found = run("inspect", folder, "-p", "how many?", "--response", "12345 + 67890", "--json").json()
+    [trace] = found["traces"]
+    assert "".join(trace["tokens"]) == "12345 + 67890" and found["mean_weights"] == {}
+    assert all(sum(row) == pytest.approx(1, abs=1e-4) for row in trace["weights"])
+
+
+def test_inspect_gives_means_by_domain_of_a_file(run, folder, tiny_run, tmp_path):
+    pytest.importorskip("matplotlib") if NEEDS_MATPLOTLIB else None
+    file, png, html = tiny_run.folder / "held-out.jsonl", tmp_path / "means.png", tmp_path / "rows.html"
+    found = run("inspect", folder, "--file", file, "--json", "--png", png, "--html", html).json()
+    assert set(found["mean_weights"]) == set(NAMES) and len(found["traces"]) == 6
+    for domain, row in found["mean_weights"].items():
+        mine = [w for trace in found["traces"] if trace["domain"] == domain for w in trace["weights"]]
+        assert list(row.values()) == pytest.approx([sum(col) / len(mine) for col in zip(*mine, strict=True)])
+    assert png.read_bytes().startswith(b"\x89PNG") and html.read_text().count("<section") >= 1
+    shown = run("inspect", folder, "--file", file)
+    assert "mean gate weight by domain" in shown.out and "math" in shown.out
+    one = run("inspect", folder, "--file", file, "--domain", "mixed", "--limit", "2", "--json").json()
+    assert list(one["mean_weights"]) == ["mixed"] and len(one["traces"]) == 2
+
+
+# ---------------------------------------------------------------- train
+
+
+def test_train_goes_on_from_a_fused_folder_and_the_result_generates(run, folder, tiny_run, tmp_path):
+    fields = tiny_run.fields(tmp_path / "unused", [GATE], fused=str(folder))
+    fields.pop("specialists")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(fields))
+    output = tmp_path / "run"
+    made = run("train", recipe, f"output={output}", "stages.gate.steps=2", "--json")
+    assert made.code == 0, made.err
+    found = made.json()
+    assert found["folder"] == str(output / "fused") and found["last_metrics"]["gate"]["step"] == 2
+    assert "stage gate: done" in made.err
+    again = run("train", recipe, f"output={output}", "stages.gate.steps=2")
+    assert again.code == 2 and "holds a run already; go on with it by --resume" in again.err
+    resumed = run("train", recipe, f"output={output}", "stages.gate.steps=2", "--resume")
+    assert resumed.code == 0 and "finished before" in resumed.err
+    assert f"next: ultrafuser chat {output / 'fused'}" in resumed.out
+    assert run("generate", output / "fused", "-p", "hi", "--max-new-tokens", "2").code == 0
+    assert run("info", output / "fused", "--json").json()["has_recipe"]

@@ -1,0 +1,164 @@
+"""`ultrafuser eval` and `ultrafuser compare` from the command line: what they print, and their one clear line on bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from tiny_models import save_adapter, tiny
+from ultrafuser.cli import main as cli
+from ultrafuser.data.schema import parse_row
+from ultrafuser.data.sources import write_rows
+
+VOCAB = {"vocab_size": 320, "max_position_embeddings": 512}
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., Result]:
+    def run(*words: Any) -> Result:
+        monkeypatch.setattr(sys, "argv", ["ultrafuser", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path: Path, tokenizer: Any) -> Path:
+    tiny("llama", 0, **VOCAB).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    rows = [
+        parse_row({"instruction": f"{d} {i}?", "output": f"the fox {i}", "id": f"{d}{i}"}, "here", d)
+        for d in ("text", "code")
+        for i in range(3)
+    ]
+    write_rows(rows, tmp_path / "rows.jsonl")
+    return tmp_path / "rows.jsonl"
+
+
+@pytest.fixture
+def comparison(tmp_path: Path, model: Path, rows: Path) -> Path:
+    base = tiny("llama", 0, **VOCAB)
+    specialists = [
+        {"name": n, "model": str(model), "adapter": str(save_adapter(base, tmp_path / n, seed=seed))}
+        for seed, n in enumerate(("text", "code"), 1)
+    ]
+    stage = {"name": "gate", "steps": 2, "samples_per_domain": 1}
+    training = {"specialists": specialists, "data": {"train": [str(rows)]}, "stages": [stage]}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(training))
+    recipe = {
+        "recipe": "train.yaml",
+        "test": ["rows.jsonl"],
+        "systems": ["base", {"kind": "static", "name": "uniform"}],
+        "decode": {"prompts": 1, "new_tokens": 2, "repeats": 1},
+        "output": str(tmp_path / "out"),
+    }
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path / "compare.yaml"
+
+
+def test_eval_prints_a_table_and_json(run, model, rows, tmp_path):
+    words = ["eval", model, "--data", rows, "--output", tmp_path / "out"]
+    found = run(*words)
+    assert found.code == 0
+    assert "base" in found.out and "text" in found.out and "results.json" in found.out
+    tree = json.loads(run(*words, "--json").out)
+    assert tree == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert tree["models"]["base"]["loss"]["code"]["samples"] == 3
+    assert f"{tree['models']['base']['loss']['code']['nll']:.4f}" in found.out
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--suite", "papers"], "unknown suite 'papers'; there are: quick"),
+        (["--tasks", "gsm9k"], "unknown task 'gsm9k'; did you mean 'gsm8k'?"),
+        (["--tasks", "gsm8k", "--data-dir", "/nowhere"], "/nowhere"),
+        (["--tasks", "mt_bench"], "mt_bench needs a judge; give --judge"),
+        (["--suite", "mt-bench", "--judge", "m@ftp://x"], "expected"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--tasks", "gsm8k", "--include-path", "/nowhere"], "/nowhere: no such folder"),
+    ],
+)
+def test_bad_input_is_one_line(run, model, tmp_path, words, problem):
+    found = run("eval", model, *words, "--output", tmp_path / "out")
+    assert found.code == 2
+    assert found.err.startswith("ultrafuser: error: ") and found.err.count("\n") == 1
+    assert problem in found.err
+
+
+def test_a_task_of_ones_own(run, model, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": str(i)}) + "\n" for i in range(3)))
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": [], "max_gen_toks": 3},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (folder / "mine.yaml").write_text(yaml.safe_dump(task))
+    words = ["--tasks", "mine", "--include-path", folder, "--output", tmp_path / "out", "--json"]
+    tree = json.loads(run("eval", model, *words).out)
+    assert tree["models"]["base"]["tasks"]["mine"]["samples"] == 3
+
+
+def test_compare_shows_what_is_to_be_done(run, comparison):
+    found = run("compare", comparison, "--dry-run")
+    assert found.code == 0
+    assert found.out.splitlines() == ["base: base, to be built", "uniform: static, to be built"]
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("systems=[]", "'systems' is empty"),
+        ("systems=[fuse]", "systems"),
+        ("limits=3", "limits"),
+        ("recipe=nowhere.yaml", "nowhere.yaml: no such file"),
+    ],
+)
+def test_bad_recipes_are_one_line(run, comparison, override, problem):
+    found = run("compare", comparison, override)
+    assert found.code == 2
+    assert found.err.count("\n") == 1
+    assert problem in found.err
+
+
+def test_compare_end_to_end_in_processes_of_their_own(run, comparison, tmp_path):
+    found = run("compare", comparison, "systems=[base, {kind: fused, set: ['data.train=[gone.jsonl]']}]")
+    assert found.code == 2
+    assert "fused failed, see the report" in found.err
+    assert "base" in found.out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["systems"]["base"]["status"] == "done"
+    assert "gone.jsonl" in results["systems"]["fused"]["error"]
+    assert (tmp_path / "out" / "report.html").is_file()

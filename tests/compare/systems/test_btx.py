@@ -1,0 +1,219 @@
+"""BTX against plain models and against its equation; its training and its files."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tiny_models import tiny, tokens
+from ultrafuser.compare.systems.btx import RoutedMlp, balance_loss, build_btx, load_btx, save_btx, train_btx
+from ultrafuser.data.templates import Rendered
+from ultrafuser.errors import CheckpointError, UltraFuserError
+from ultrafuser.evaluate.lm.parameters import count_parameters
+from ultrafuser.evaluate.losses import group_losses
+from ultrafuser.model.shared_base import SpecialistGroup
+
+IDS = tokens(2, 9)
+
+
+def rows(number: int = 4) -> list[Rendered]:
+    """Rows of two domains and unequal lengths; each domain's answers are one token again and again."""
+    out = []
+    for d, domain in enumerate(("text", "code")):
+        for i in range(number):
+            prompt, answer = tokens(1, 3 + i, seed=i)[0].tolist(), [10 + d] * (2 + i)
+            ids = (*prompt, *answer[:-1])
+            index = tuple(range(len(prompt) - 1, len(ids)))
+            out.append(Rendered(f"{domain}-{i}", domain, (ids,), (index,), tuple(answer)))
+    return out
+
+
+def three(kind: str = "llama", **changes: Any) -> list[Any]:
+    return [tiny(kind, seed, **changes) for seed in range(3)]
+
+
+def routed(model: Any) -> list[RoutedMlp]:
+    return [layer.mlp for layer in model.model.layers]
+
+
+class Scripted(nn.Module):
+    """A router that gives the same scores to every token."""
+
+    def __init__(self, scores: list[float]) -> None:
+        super().__init__()
+        self.scores = torch.tensor(scores)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scores.expand(len(x), -1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_identical_specialists_are_the_plain_model_whatever_the_router(kind, size):
+    plain = tiny(kind, 5)
+    model = build_btx([tiny(kind, 5) for _ in range(size)], seed=1)
+    for mlp in routed(model):
+        nn.init.normal_(mlp.router.weight, std=3.0)
+    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, atol=1e-4, rtol=1e-4)
+    ours, theirs = (one.generate(IDS, max_new_tokens=5, do_sample=False) for one in (model, plain))
+    assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_a_one_hot_router_gives_that_specialists_mlp(k):
+    models = three()
+    x = torch.randn(2, 5, 32)
+    for i, mlp in enumerate(routed(build_btx(models))):
+        mlp.router = Scripted([0.0 if j == k else -float("inf") for j in range(3)])
+        torch.testing.assert_close(mlp(x), models[k].model.layers[i].mlp(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_each_token_is_the_weighted_sum_of_its_chosen_mlps(top_k):
+    """The equation, token by token."""
+    mlp = routed(build_btx(three(), top_k=top_k))[0]
+    nn.init.normal_(mlp.router.weight, std=1.0)
+    x = torch.randn(3, 4, 32)
+    ours = mlp(x)
+    for b in range(3):
+        for t in range(4):
+            scores = mlp.router.weight @ x[b, t]
+            best = scores.argsort(descending=True)[:top_k].tolist()
+            weights = scores[best].softmax(0)
+            expected = sum(w * mlp.mlps[k](x[b, t]) for w, k in zip(weights, best, strict=True))
+            torch.testing.assert_close(ours[b, t], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_everything_but_the_mlps_is_the_mean():
+    models = three(tie_word_embeddings=True)
+    before = [copy.deepcopy(one.state_dict()) for one in models]
+    merged = build_btx(models)
+    for name, parameter in merged.named_parameters():
+        if ".mlp." not in name:
+            torch.testing.assert_close(parameter, sum(state[name] for state in before) / 3, msg=name)
+    for i, mlp in enumerate(routed(merged)):
+        for k in range(3):
+            for name, parameter in mlp.mlps[k].named_parameters():
+                assert torch.equal(parameter, before[k][f"model.layers.{i}.mlp.{name}"])
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    for one, state in zip(models, before, strict=True):  # the specialists are left alone
+        assert all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
+
+
+def test_routers_are_seeded_and_independent_of_other_draws():
+    torch.manual_seed(3)
+    first = routed(build_btx(three(), seed=1))[1].router.weight
+    again, other = (routed(build_btx(three(), seed=seed))[1].router.weight for seed in (1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_parameters_in_all_and_of_each_token():
+    models = three()
+    plain = count_parameters(models[0])
+    assert plain["total"] == plain["active"] == sum(p.numel() for p in models[0].parameters())
+    mlps, routers = 2 * 3 * 32 * 48, 2 * 3 * 32  # two layers; three matrices, three scores
+    found = count_parameters(build_btx(models))
+    assert found == {"total": plain["total"] + 2 * mlps + routers, "active": plain["total"] + mlps + routers}
+    dense = count_parameters(build_btx(models, top_k=3))
+    assert dense["active"] == dense["total"] == found["total"]
+
+
+def test_what_cannot_be_built_is_said():
+    with pytest.raises(UltraFuserError, match="BTX needs at least one specialist, got none"):
+        build_btx([])
+    with pytest.raises(UltraFuserError, match="specialist number 1 has other weights than the first"):
+        build_btx([tiny(), tiny(intermediate_size=32)])
+    with pytest.raises(UltraFuserError, match=r"GPT2LMHeadModel has no `model.layers\[i\].mlp`"):
+        build_btx([tiny("gpt2")])
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_balance_is_one_where_all_are_used_alike_and_more_where_not():
+    model = build_btx(three()).train()
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    found = {}
+    for name, scores in {"one": [9.0, 0.0, -9.0], "alike": [0.0, 0.0, 0.0]}.items():
+        for mlp in routed(model):
+            mlp.router = Scripted(scores)
+        model(IDS)
+        found[name] = balance_loss(model, mask).item()
+    assert found["one"] == pytest.approx(1.5, abs=0.01)  # two of three slots: 3 * (1/2 * 1)
+    assert found["alike"] == pytest.approx(1.0)
+
+
+def test_balance_leaves_padding_out():
+    model = build_btx(three()).train()
+    longer = torch.cat([IDS, torch.full((2, 4), 7)], dim=1)
+    mask = (torch.arange(longer.shape[1]) < IDS.shape[1]).expand(2, -1)
+    model(IDS)
+    alone = balance_loss(model, torch.ones_like(IDS, dtype=torch.bool))
+    model(longer)
+    torch.testing.assert_close(balance_loss(model, mask), alone)
+
+
+def test_training_moves_everything_and_lowers_the_loss(tmp_path):
+    model = build_btx(three())
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    start = group_losses(SpecialistGroup(model, ["btx"]), rows(), 72)
+    train_btx(model, rows(), tmp_path, steps=15, rows_per_domain=2, lr=0.01)
+    end = group_losses(SpecialistGroup(model, ["btx"]), rows(), 72)
+    assert sum(r.nats for r in end) < 0.5 * sum(r.nats for r in start)
+    assert not [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 16)) and {line["stage"] for line in lines} == {"btx"}
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert all(layer.scores is None for layer in routed(train_free(model)))
+
+
+def train_free(model: Any) -> Any:
+    """After a forward pass outside training nothing is kept."""
+    with torch.no_grad():
+        model(IDS)
+    return model
+
+
+def test_the_balance_loss_can_be_left_out(tmp_path):
+    weights = {}
+    for weight in (0.0, 0.01):
+        model = build_btx(three())
+        train_btx(model, rows(), tmp_path / str(weight), steps=2, rows_per_domain=1, lr=0.01, balance_weight=weight)
+        weights[weight] = routed(model)[0].router.weight
+    assert not torch.equal(weights[0.0], weights[0.01])
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saving_is_exact(tmp_path, tied):
+    model = build_btx(three(tie_word_embeddings=tied))
+    save_btx(model, tmp_path / "btx")
+    loaded = load_btx(tmp_path / "btx")
+    theirs = dict(loaded.named_parameters())
+    assert list(theirs) == [name for name, _ in model.named_parameters()]
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in model.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+        ours, theirs = (one.generate(IDS, max_new_tokens=4, do_sample=False) for one in (model, loaded))
+    assert torch.equal(ours, theirs)
+    assert count_parameters(loaded) == count_parameters(model)
+    assert not (tmp_path / "btx" / "config.json").exists()
+
+
+def test_folders_and_models_that_are_not_btx(tmp_path):
+    with pytest.raises(CheckpointError, match="no btx.json, so there is no BTX model; write one with save_btx"):
+        load_btx(tmp_path)
+    with pytest.raises(UltraFuserError, match="save_btx writes models of build_btx"):
+        save_btx(tiny(), Path(tmp_path) / "x")

@@ -1,0 +1,241 @@
+"""Decontamination equals a slow search word by word, whatever the hashes, and tells what it dropped."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ultrafuser.data.schema import Row
+from ultrafuser.data.sources import load_rows, write_rows
+from ultrafuser.data.tools import decontaminate as module
+from ultrafuser.data.tools.decontaminate import ContaminationIndex, Rule, decontaminate
+from ultrafuser.data.tools.ngrams import window_hashes, words
+from ultrafuser.data.tools.texts import Text
+from ultrafuser.errors import DataError
+
+LONG = (
+    "Janet's ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes muffins for her friends "
+    "every day with four."
+)  # 24 words
+WHOLE = "What happens to you if you eat watermelon seeds?"  # 9 words
+SHORT = "Are all ravens black?"  # 4 words
+CLEAN = "A text that has nothing to do with any of the tests, although it is quite long enough to share something."
+
+
+def row(name, question, answer="Yes.", domain="text", system=None):
+    messages = [("system", system)] if system else []
+    return Row(name, domain, (*messages, ("user", question), ("assistant", answer)), source="s", licence="CC0-1.0")
+
+
+def texts(*given):
+    return [Text(f"t.jsonl:{number}", "question", text) for number, text in enumerate(given, 1)]
+
+
+def touched(index, *rows):
+    return {row.id: [(touch.test, touch.kind) for touch in touches] for row, touches in index.touches(rows)}
+
+
+# ---------------------------------------------------------------- the rule
+
+
+def test_thirteen_words_in_a_row_count_and_twelve_do_not():
+    index = ContaminationIndex(texts(LONG))
+    spoken = words(LONG)
+    thirteen = row("a", "Tell me: " + " ".join(spoken[3:16]) + ", please?")
+    twelve = row("b", "Tell me: " + " ".join(spoken[3:15]) + ", please?")
+    answer = row("c", "Tell me.", "It begins so: " + " ".join(spoken[-13:]))
+    assert touched(index, thirteen, twelve, answer) == {
+        "a": [("t.jsonl:1", "13-gram")],
+        "b": [],
+        "c": [("t.jsonl:1", "13-gram")],
+    }
+
+
+def test_case_punctuation_and_white_space_do_not_matter():
+    index = ContaminationIndex(texts(LONG))
+    for disguise in (str.upper, lambda t: t.replace(" ", "\n\n"), lambda t: t.replace(" ", " -- "), str.title):
+        assert touched(index, row("a", disguise(LONG)))["a"]
+
+
+def test_a_shorter_test_text_counts_as_a_whole():
+    index = ContaminationIndex(texts(WHOLE, SHORT, "B"))
+    found = touched(
+        index,
+        row("whole", f"Question: {WHOLE} Options follow."),
+        row("part", WHOLE.removesuffix(" seeds?")),
+        row("message", "are all ravens BLACK"),
+        row("within", f"Tell me: {SHORT}"),
+        row("answered", "Say something true.", SHORT),
+        row("letter", "B", "B"),
+    )
+    assert found == {
+        "whole": [("t.jsonl:1", "whole text")],
+        "part": [],
+        "message": [("t.jsonl:2", "whole message")],
+        "within": [],
+        "answered": [],
+        "letter": [],
+    }
+    assert index.counts == {"whole": 1, "message": 1, "ignored": 1}
+
+
+def test_words_are_found_across_the_messages_of_a_row_but_not_across_rows():
+    index = ContaminationIndex(texts(LONG))
+    spoken = words(LONG)
+    first, second = " ".join(spoken[:12]), " ".join(spoken[12:])
+    assert touched(index, row("a", first, second))["a"]
+    apart = touched(index, row("b", "So:", first), row("c", second))
+    assert apart == {"b": [], "c": []}
+    assert touched(index, row("d", "Hello", system=LONG))["d"]
+
+
+def test_every_test_text_that_shares_the_words_is_named():
+    index = ContaminationIndex([*texts(LONG, CLEAN, LONG), Text("other.json[3]", "a.b", f"Well, {LONG}")])
+    [(_, touches)] = index.touches([row("a", LONG)])
+    assert [(touch.test, touch.field) for touch in touches] == [
+        ("t.jsonl:1", "question"),
+        ("t.jsonl:3", "question"),
+        ("other.json[3]", "a.b"),
+    ]
+    assert all(touch.words == " ".join(words(LONG)[:13]) for touch in touches)
+
+
+def slow(index_texts, rule, rows):
+    """For each row, the numbers of the texts that it touches."""
+    out = []
+    for one in rows:
+        joined = [word for _, content in one.messages for word in words(content)]
+        users = [words(content) for role, content in one.messages if role == "user"]
+        hits = set()
+        for text in index_texts:
+            spoken = words(text.text)
+            size = min(rule.ngram, len(spoken))
+            if len(spoken) >= rule.min_words:
+                mine = {tuple(spoken[i : i + size]) for i in range(len(spoken) - size + 1)}
+                if mine & {tuple(joined[i : i + size]) for i in range(len(joined) - size + 1)}:
+                    hits.add(text.where)
+            elif len(spoken) >= 3 and spoken in users:
+                hits.add(text.where)
+        out.append(hits)
+    return out
+
+
+@pytest.mark.parametrize("bits", [64, 3])
+@pytest.mark.parametrize("rule", [Rule(5, 3), Rule(4, 4), Rule(7, 5)], ids=str)
+def test_it_equals_the_slow_search_even_with_bad_hashes(monkeypatch, bits, rule):
+    if bits < 64:  # nearly everything collides
+
+        def poor(codes, size):
+            return window_hashes(codes, size) & np.uint64(((1 << bits) - 1) << (64 - bits))
+
+        monkeypatch.setattr(module, "window_hashes", poor)
+        monkeypatch.setattr(module, "_TEXTS_A_RUN", 10**6)
+    rng = random.Random(1)
+
+    def sentence(low, high):
+        return " ".join(rng.choice("abcdef") for _ in range(rng.randint(low, high)))
+
+    tests = texts(*(sentence(1, 9) for _ in range(40)))
+    rows = [row(str(n), sentence(1, 12), sentence(1, 12)) for n in range(1203)]
+    index = ContaminationIndex(tests, rule)
+    found = [{touch.test for touch in touches} for _, touches in index.touches(rows)]
+    expected = slow(tests, rule, rows)
+    assert found == expected
+    assert any(expected) and not all(expected)
+
+
+def test_boilerplate_in_many_tests_is_still_found():
+    index = ContaminationIndex(texts(*[LONG] * 200))
+    [(_, touches)] = index.touches([row("a", LONG)])
+    assert len(touches) == module._TEXTS_A_RUN
+
+
+# ---------------------------------------------------------------- the whole of it
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = [
+        row("c1", CLEAN),
+        row("l1", LONG, domain="math"),
+        row("c2", CLEAN, domain="math"),
+        row("m1", SHORT),
+        row("c3", "Hi"),
+    ]
+    write_rows(rows, tmp_path / "rows.jsonl")
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": LONG, "answer": "4"}) + "\n")
+    (tmp_path / "truthfulqa.json").write_text(json.dumps([{"question": SHORT, "targets": {WHOLE: 0}}]))
+    return tmp_path
+
+
+def test_clean_rows_are_copied_and_the_report_names_the_items(folder):
+    tests = [str(folder / "gsm8k.jsonl"), str(folder / "truthfulqa.json")]
+    report = folder / "report.json"
+    done = decontaminate([str(folder / "rows.jsonl")], tests, folder / "clean.jsonl", report=report)
+    kept = load_rows(str(folder / "clean.jsonl"))
+    assert [one.id for one in kept] == ["c1", "c2", "c3"]
+    assert kept == [one for one in load_rows(str(folder / "rows.jsonl")) if one.id.startswith("c")]
+    assert (done.rows, done.kept, done.dropped) == (5, 3, 2)
+    assert done.dropped_by_domain == {"math": 1, "text": 1}
+    assert done.dropped_by_test == {str(folder / "gsm8k.jsonl"): 1, str(folder / "truthfulqa.json"): 1}
+    assert done.test_texts == {"ngram": 1, "whole": 1, "message": 1, "ignored": 1}
+    first, second = done.dropped_rows
+    shared = " ".join(words(LONG)[:13])
+    touch = {"test": f"{folder}/gsm8k.jsonl:1", "field": "question", "kind": "13-gram", "words": shared}
+    assert first == {"id": "l1", "domain": "math", "source": "s", "test_texts": 1, "touches": [touch]}
+    assert second["touches"][0]["test"] == f"{folder}/truthfulqa.json[0]"
+    assert json.loads(report.read_text()) == done.to_dict()
+
+
+def test_without_an_output_it_only_reports(folder):
+    before = sorted(folder.iterdir())
+    done = decontaminate([str(folder / "rows.jsonl")], [str(folder / "gsm8k.jsonl")], None)
+    assert done.dropped == 1 and sorted(folder.iterdir()) == before
+
+
+def test_some_fields_alone(folder):
+    done = decontaminate([str(folder / "rows.jsonl")], [str(folder / "truthfulqa.json")], None, fields=["targets"])
+    assert done.dropped == 0
+
+
+def test_nothing_is_written_when_a_row_is_broken(folder):
+    with (folder / "rows.jsonl").open("a") as stream:
+        stream.write("{}\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl:6: no known layout"):
+        decontaminate([str(folder / "rows.jsonl")], [str(folder / "gsm8k.jsonl")], folder / "clean.jsonl")
+    assert not [file for file in folder.iterdir() if "clean" in file.name]
+
+
+def test_mistakes(folder):
+    rows, tests = [str(folder / "rows.jsonl")], [str(folder / "gsm8k.jsonl")]
+    with pytest.raises(DataError, match="rows.jsonl: is there already; replace it with --force"):
+        decontaminate(rows, tests, folder / "rows.jsonl")
+    with pytest.raises(DataError, match="unknown kind of file '.txt'"):
+        decontaminate(rows, tests, folder / "clean.txt")
+    with pytest.raises(DataError, match="hold no text of 3 words or more"):
+        decontaminate(rows, tests, None, fields=["answer"])
+    with pytest.raises(DataError, match="expected 3 <= min_words <= ngram"):
+        Rule(13, 14)
+    with pytest.raises(DataError, match="expected 3 <= min_words <= ngram"):
+        Rule(13, 2)
+
+
+def test_it_may_replace_its_own_input(folder):
+    rows = folder / "rows.jsonl"
+    decontaminate([str(rows)], [str(folder / "gsm8k.jsonl")], rows, force=True)
+    assert len(load_rows(str(rows))) == 4
+
+
+SHARED = Path(__file__).parents[3] / "../shared/data"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the repository")
+def test_the_shared_training_rows_share_no_thirteen_words_with_the_shared_tests():
+    """So its README says, whatever way of telling words apart was used there."""
+    done = decontaminate([str(SHARED / "train" / "math.jsonl")], [str(SHARED / "eval")], None)
+    long = [one for one in done.dropped_rows if any(touch["kind"] == "13-gram" for touch in one["touches"])]
+    assert len(long) <= 0.01 * done.rows

@@ -1,0 +1,281 @@
+"""The endpoint client against a server of our own: retries, errors in words, bounded concurrency, counted tokens."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from pydantic import ValidationError
+
+from fake_endpoint import HANG, UNUSABLE, FakeEndpoint, failing, fake_endpoint, fine
+from ultrafuser.endpoint.client import MAX_FAILURES, MAX_WAIT_S, Endpoint, Reply, Request
+from ultrafuser.endpoint.recipe import OPENAI_URL, EndpointRecipe
+from ultrafuser.errors import ContextOverflowError, EndpointError, MissingExtraError, RequestError, UltraFuserError
+from ultrafuser.typed_yaml import describe
+
+QUESTION = [{"role": "user", "content": "why?"}]
+VLLM_OVERFLOW = "This model's maximum context length is 64 tokens. However, you requested 80 tokens."
+
+
+@pytest.fixture
+def server():
+    pytest.importorskip("openai", reason="the openai extra is not installed")
+    with fake_endpoint() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def test_the_request_is_what_the_recipe_and_the_caller_say(server: FakeEndpoint, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    recipe = server.recipe(api_key_env="JUDGE_KEY", max_tokens=9, extra_body={"top_k": 3})
+    reply = Endpoint(recipe).ask(QUESTION, stop=["\n"], top_p=None)
+    assert reply == Reply("ok", "stop", None, 7, 3)
+    assert server.requests == [
+        {"model": "judge", "messages": QUESTION, "max_tokens": 9, "temperature": 0.0, "stop": ["\n"], "top_k": 3}
+    ]
+    assert server.headers[0]["authorization"] == "Bearer secret"
+
+
+def test_endpoints_that_name_the_limit_otherwise_and_refuse_a_temperature(server: FakeEndpoint):
+    endpoint = Endpoint(server.recipe(max_tokens_key="max_completion_tokens", temperature=None))
+    endpoint.ask(QUESTION, max_tokens=5)
+    assert server.requests == [{"model": "judge", "messages": QUESTION, "max_completion_tokens": 5}]
+
+
+def test_tokens_are_counted(server: FakeEndpoint):
+    server.script = [failing(500)]
+    endpoint = Endpoint(server.recipe())
+    endpoint.ask(QUESTION)
+    endpoint.ask(QUESTION)
+    usage = endpoint.usage
+    assert (usage.requests, usage.replies, usage.prompt_tokens, usage.completion_tokens) == (3, 2, 14, 6)
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_what_may_pass_is_asked_again(server: FakeEndpoint, name):
+    server.script = [UNUSABLE[name]] * 2
+    recipe = server.recipe(timeout_s=0.2 if UNUSABLE[name] is HANG else 5)
+    assert Endpoint(recipe).ask(QUESTION).text == "ok"
+    assert server.hits == 3
+
+
+@pytest.mark.parametrize("name, said", [("429", "429: slow down"), ("hang", "no reply within 0.2 s"), ("500", "500"),
+                                        ("cut", "connection broke"), ("malformed JSON", "no chat completion")])  # fmt: skip
+def test_after_all_retries_the_error_says_what_happened(server: FakeEndpoint, name, said):
+    server.script = [UNUSABLE[name]] * 3
+    recipe = server.recipe(timeout_s=0.2 if UNUSABLE[name] is HANG else 5)
+    with pytest.raises(RequestError, match=f"{server.url}, model 'judge': .*{said}.*, after 3 tries; .*`retries`"):
+        Endpoint(recipe).ask(QUESTION)
+    assert server.hits == 3
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_no_access(server: FakeEndpoint, monkeypatch, code):
+    server.script = [failing(code, "bad key")] * 2
+    with pytest.raises(
+        EndpointError, match=f"{server.url}, model 'judge': status {code}: bad key; .*OPENAI_API_KEY is not"
+    ):
+        Endpoint(server.recipe()).ask(QUESTION)
+    monkeypatch.setenv("OPENAI_API_KEY", "hidden")
+    with pytest.raises(EndpointError, match="OPENAI_API_KEY is set, but its key was not accepted") as caught:
+        Endpoint(server.recipe()).ask(QUESTION)
+    assert "hidden" not in str(caught.value)
+    assert server.hits == 2  # never tried again
+
+
+def test_a_key_that_no_header_can_hold_is_not_shown(server: FakeEndpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "hid\nden")
+    with pytest.raises(EndpointError, match="OPENAI_API_KEY holds blanks or letters that no key has") as caught:
+        Endpoint(server.recipe())
+    assert "hid" not in str(caught.value)
+    monkeypatch.setenv("OPENAI_API_KEY", " key\n")  # as a file's end leaves it
+    Endpoint(server.recipe()).ask(QUESTION)
+    assert server.headers[0]["authorization"] == "Bearer key"
+
+
+def test_unknown_model(server: FakeEndpoint):
+    server.script = [failing(404, "The model `judge` does not exist", "model_not_found")]
+    with pytest.raises(EndpointError, match=f"status 404: The model `judge` does not exist; .*{server.url}/models"):
+        Endpoint(server.recipe()).ask(QUESTION)
+    assert server.hits == 1
+
+
+def test_wrong_address(server: FakeEndpoint):
+    with pytest.raises(EndpointError, match="status 404.*an address usually ends in /v1"):
+        Endpoint(server.recipe(base_url=server.url.removesuffix("/v1"))).ask(QUESTION)
+
+
+def test_unreachable_host():
+    pytest.importorskip("openai", reason="the openai extra is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+        with pytest.raises(EndpointError, match=f"{url}, model 'm': cannot be reached .*check the address") as caught:
+            Endpoint(EndpointRecipe(model="m", base_url=url, backoff_s=100)).ask(QUESTION)
+    assert not isinstance(caught.value, RequestError)
+
+
+def test_nothing_left_to_spend_is_not_asked_again(server: FakeEndpoint):
+    server.script = [failing(429, "quota", "insufficient_quota")]
+    with pytest.raises(EndpointError, match="429: quota; this account has nothing left to spend"):
+        Endpoint(server.recipe()).ask(QUESTION)
+    assert server.hits == 1
+
+
+@pytest.mark.parametrize("step", [failing(400, "too long", "context_length_exceeded"), failing(400, VLLM_OVERFLOW),
+                                  failing(413, "body too large")])  # fmt: skip
+def test_context_overflow(server: FakeEndpoint, step):
+    server.script = [step]
+    with pytest.raises(
+        ContextOverflowError, match=f"{server.url}, model 'judge': context overflow.*lower `max_tokens`"
+    ):
+        Endpoint(server.recipe()).ask(QUESTION)
+    assert server.hits == 1
+
+
+def test_a_request_that_is_not_taken(server: FakeEndpoint):
+    server.script = [failing(400, "Unsupported parameter: 'max_tokens'")]
+    with pytest.raises(RequestError, match="status 400: Unsupported parameter: 'max_tokens'; .*`max_tokens_key`"):
+        Endpoint(server.recipe()).ask(QUESTION)
+    assert server.hits == 1
+
+
+def test_a_filtered_question_is_a_reply_without_text(server: FakeEndpoint):
+    server.script = [failing(400, "filtered", "content_filter")]
+    assert Endpoint(server.recipe()).ask(QUESTION) == Reply("", "content_filter")
+
+
+def test_waits_double_with_jitter_unless_the_endpoint_asks_for_a_time(server: FakeEndpoint):
+    endpoint = Endpoint(server.recipe(backoff_s=2))
+    for number in range(12):
+        longest = min(2 * 2**number, MAX_WAIT_S)
+        waits = [endpoint._wait_s(number) for _ in range(20)]
+        assert all(longest / 2 <= wait <= longest for wait in waits) and len(set(waits)) > 1
+    for asked, seconds in {"7": 7, "0.5": 0.5, "-3": 0, "1e9": 600}.items():
+        assert endpoint._wait_s(0, SimpleNamespace(headers={"retry-after": asked})) == seconds
+    assert 1 <= endpoint._wait_s(0, SimpleNamespace(headers={"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"})) <= 2
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "ultrafuser\[openai\]"'):
+        Endpoint(EndpointRecipe(model="m"))
+
+
+# ---------------------------------------------------------------- many at once
+
+
+def requests(count: int) -> list[Request]:
+    return [Request([{"role": "user", "content": str(i)}]) for i in range(count)]
+
+
+def test_as_many_requests_run_at_once_as_the_recipe_says(server: FakeEndpoint):
+    together = threading.Barrier(3, timeout=10)  # broken, and a 500 for it, unless three are there at once
+    under_way, most = [], []
+
+    def reply(question: str):
+        under_way.append(question)
+        most.append(len(under_way))
+        together.wait()
+        under_way.remove(question)
+        return fine(question)
+
+    server.reply = reply
+    found = dict(Endpoint(server.recipe(concurrency=3)).ask_all(requests(9)))
+    assert {i: reply.text for i, reply in found.items()} == {i: str(i) for i in range(9)}
+    assert max(most) == 3
+
+
+def test_a_dead_endpoint_is_left_alone_after_some_failures_in_a_row(server: FakeEndpoint):
+    server.script = [fine("a"), *[failing(500)] * 100]
+    found = {}
+    with pytest.raises(EndpointError, match=f"status 500.*{MAX_FAILURES} requests in a row failed, so no more"):
+        for i, outcome in Endpoint(server.recipe(retries=0)).ask_all(requests(50)):
+            found[i] = outcome
+    assert server.hits == len(found) == 1 + MAX_FAILURES
+    assert isinstance(found[0], Reply) and all(isinstance(found[i], RequestError) for i in range(1, len(found)))
+
+
+def test_failures_here_and_there_are_outcomes(server: FakeEndpoint):
+    server.script = [*[failing(500)] * (MAX_FAILURES - 1), fine("a")] * 3
+    found = dict(Endpoint(server.recipe(retries=0)).ask_all(requests(3 * MAX_FAILURES)))
+    assert sum(isinstance(outcome, Reply) for outcome in found.values()) == 3
+
+
+def test_an_endpoint_that_finds_requests_too_long_is_alive(server: FakeEndpoint):
+    server.reply = lambda _: failing(400, VLLM_OVERFLOW)
+    found = dict(Endpoint(server.recipe()).ask_all(requests(2 * MAX_FAILURES)))
+    assert len(found) == 2 * MAX_FAILURES
+    assert all(isinstance(outcome, ContextOverflowError) for outcome in found.values())
+
+
+def test_no_access_stops_at_once_but_what_is_under_way_still_comes(server: FakeEndpoint):
+    together = threading.Barrier(2, timeout=10)
+
+    def reply(question: str):
+        if question in "01":
+            together.wait()
+        return failing(401) if question == "0" else fine(question)
+
+    server.reply = reply
+    found = {}
+    with pytest.raises(EndpointError, match="status 401"):
+        for i, outcome in Endpoint(server.recipe(concurrency=2, retries=0)).ask_all(requests(40)):
+            found[i] = outcome
+    assert server.hits < 40
+    assert found[1].text == "1"
+
+
+def test_a_caller_that_goes_no_further_stops_the_rest(server: FakeEndpoint):
+    outcomes = Endpoint(server.recipe()).ask_all(requests(200))
+    next(outcomes)
+    outcomes.close()
+    assert server.hits < 200
+
+
+# ---------------------------------------------------------------- the recipe
+
+
+@pytest.mark.parametrize("text", ["org/name@http://127.0.0.1:8000/v1/", "openai:org/name@http://127.0.0.1:8000/v1"])
+def test_a_bare_string_is_name_and_address(text):
+    recipe = EndpointRecipe.model_validate(text)
+    assert (recipe.model, recipe.base_url) == ("org/name", "http://127.0.0.1:8000/v1")
+    assert EndpointRecipe.model_validate({"model": text, "temperature": 1}).base_url == recipe.base_url
+    assert EndpointRecipe.model_validate(recipe.model_dump()) == recipe
+
+
+def test_a_bare_name_is_at_openai():
+    assert EndpointRecipe.model_validate("name").base_url == OPENAI_URL
+
+
+def test_the_page_lists_the_fields_and_their_defaults():
+    page = (Path(__file__).parents[2] / "docs" / "judged.md").read_text(encoding="utf-8")
+    listed = [(name, default.strip("`")) for name, default in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", page, re.M)]
+    fields = [(path, default.removesuffix(".0")) for path, _, default, _ in describe(EndpointRecipe)]
+    assert [one for one in listed if one[0] in EndpointRecipe.model_fields] == fields
+
+
+@pytest.mark.parametrize("fields, said", [
+    ({"model": "m@http://a/v1", "base_url": "http://b/v1"}, "expected the address once"),
+    ({"model": "m", "base_url": "localhost:8000"}, "expected an address such as http"),
+    ({"model": "m", "base_url": "http://"}, "expected an address such as http"),
+    ({"model": "m@http://[::1/v1"}, "expected an address such as http"),
+    ({"model": "m", "retrys": 1}, "Extra inputs"),
+])  # fmt: skip
+def test_recipes_that_cannot_be_used(fields, said):
+    with pytest.raises(ValidationError, match=said):
+        EndpointRecipe.model_validate(fields)
+
+
+def test_the_errors_are_of_our_tree():
+    assert issubclass(ContextOverflowError, RequestError) and issubclass(RequestError, EndpointError)
+    assert issubclass(EndpointError, UltraFuserError)

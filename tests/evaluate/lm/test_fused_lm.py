@@ -1,0 +1,235 @@
+"""The adapter answers as lm-eval's own `hf` model does, whatever the batch; fused models read K templates."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from tiny_models import force_gate, fuse, one_hot, tiny
+from ultrafuser.data.templates import BUILTIN, Renderer
+from ultrafuser.errors import DataError
+from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
+from ultrafuser.evaluate.lm.fused import FusionLM
+from ultrafuser.evaluate.lm.response_cache import RememberingLM, Store
+
+VOCAB = 320
+QUESTIONS = ["def add(a, b):", "how many?", "The quick brown fox jumps", "1 + 2 = 3 and 4", "lazy dog " * 4]
+
+
+def instance(kind: str, *args: Any, doc: int = 0) -> Instance:
+    return Instance(kind, {}, args, 0, metadata=("a_task", doc, 1))
+
+
+def big(seed: int, **changes: Any) -> Any:
+    return tiny("llama", seed, vocab_size=VOCAB, max_position_embeddings=256, **changes)
+
+
+@pytest.fixture
+def plain(tokenizer) -> FusionLM:
+    return FusionLM(fuse([big(0)]), Renderer(tokenizer, [tokenizer.chat_template]), batch_size=2)
+
+
+@pytest.fixture
+def fused(tokenizer) -> FusionLM:
+    model = fuse([big(0), big(1)])
+    return FusionLM(model, Renderer(tokenizer, [BUILTIN["chatml"], BUILTIN["plain"]]), batch_size=2)
+
+
+def hf(lm: FusionLM) -> HFLM:
+    return HFLM(pretrained=lm.model.specialist("s0"), tokenizer=lm.tokenizer, batch_size=2, max_length=256)
+
+
+@pytest.mark.parametrize("as_chat", [True, False])
+def test_log_likelihood_equals_lm_evals_own(plain, as_chat):
+    theirs = hf(plain)
+    options = [" True", " False", "A", "the lazy dog"]
+
+    def asked(lm: Any) -> list[Instance]:
+        texts = [lm.apply_chat_template([{"role": "user", "content": q}]) if as_chat else q for q in QUESTIONS]
+        return [instance("loglikelihood", text, option) for text in texts for option in options]
+
+    ours, expected = plain.loglikelihood(asked(plain)), theirs.loglikelihood(asked(theirs), disable_tqdm=True)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
+    assert [log_p for log_p, _ in ours] == pytest.approx([log_p for log_p, _ in expected], abs=1e-5)
+
+
+def test_an_empty_context_equals_lm_evals_own(plain):
+    request = [instance("loglikelihood", "", "the lazy dog")]
+    assert plain.loglikelihood(request)[0][0] == pytest.approx(hf(plain).loglikelihood(request)[0][0], abs=1e-5)
+
+
+@pytest.mark.parametrize("as_chat", [True, False])
+def test_generation_equals_lm_evals_own(plain, as_chat):
+    theirs = hf(plain)
+    settings = {"until": ["\n\n", "dog"], "max_gen_toks": 12, "do_sample": False}
+
+    def asked(lm: Any) -> list[Instance]:
+        texts = [lm.apply_chat_template([{"role": "user", "content": q}]) if as_chat else q for q in QUESTIONS]
+        return [instance("generate_until", text, dict(settings)) for text in texts]
+
+    assert plain.generate_until(asked(plain)) == theirs.generate_until(asked(theirs), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_batch_does_not_matter(fused, batch_size):
+    chats = [encode_chat([{"role": "user", "content": q}]) for q in QUESTIONS]
+    weighed = [instance("loglikelihood", chat, option) for chat in chats for option in ("A", "B", "the fox")]
+    asked = [instance("generate_until", chat, {"until": [], "max_gen_toks": 6}) for chat in chats]
+    other = FusionLM(fused.model, fused.renderer, batch_size=batch_size)
+    assert [x for x, _ in other.loglikelihood(weighed)] == pytest.approx(
+        [x for x, _ in fused.loglikelihood(weighed)], abs=1e-5
+    )
+    assert other.generate_until(asked) == fused.generate_until(asked)
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_a_one_hot_gate_is_that_specialist_with_its_own_template(fused, tokenizer, k):
+    alone = FusionLM(fuse([big(k)]), Renderer(tokenizer, [fused.renderer.chat_templates[k]]))
+    fused.model = force_gate(fused.model, one_hot(k, 2))
+    chats = [encode_chat([{"role": "user", "content": q}]) for q in QUESTIONS]
+    asked = [instance("generate_until", chat, {"until": [], "max_gen_toks": 6}) for chat in chats]
+    assert fused.generate_until(asked) == alone.generate_until(asked)
+    # without a blank at the end of either template both weigh the very same tokens
+    weighed = [instance("loglikelihood", f"{q}.", " fox") for q in QUESTIONS]
+    assert [x for x, _ in fused.loglikelihood(weighed)] == pytest.approx(
+        [x for x, _ in alone.loglikelihood(weighed)], abs=1e-5
+    )
+
+
+def test_an_answer_that_was_begun_goes_on(fused):
+    begun = fused._texts(encode_chat([{"role": "user", "content": "why?"}, {"role": "assistant", "content": "Since"}]))
+    assert all(text.endswith("Since") for text in begun)
+
+
+def test_chats_survive_the_string():
+    messages = [{"role": "user", "content": "naïve “quotes”\n{}"}]
+    assert decode_chat(encode_chat(messages)) == messages
+    assert decode_chat("plain text") is None
+
+
+def test_what_does_not_fit_is_named_before_any_work(fused):
+    long = encode_chat([{"role": "user", "content": "fox " * 300}])
+    with pytest.raises(DataError, match="task 'a_task', document 7: .* do not fit into the context of 256"):
+        fused.generate_until([instance("generate_until", long, {"until": [], "max_gen_toks": 5}, doc=7)])
+    with pytest.raises(DataError, match="do not fit"):
+        fused.loglikelihood([instance("loglikelihood", long, "A")])
+
+
+def test_whole_documents_are_refused(fused):
+    with pytest.raises(DataError, match="whole documents"):
+        fused.loglikelihood_rolling([])
+
+
+def test_an_empty_continuation_is_refused(fused):
+    with pytest.raises(DataError, match="no tokens of its own"):
+        fused.loglikelihood([instance("loglikelihood", "fox", "")])
+
+
+# ---------------------------------------------------------------- memory
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing after it runs."""
+
+
+class Fragile(FusionLM):
+    """Dies in the middle of its n-th batch, and counts what it was asked."""
+
+    def __init__(self, *args: Any, dies_after: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.left, self.asked = dies_after, 0
+
+    def _generate(self, asked):
+        if self.left == 0:
+            raise Killed
+        self.left -= 1
+        self.asked += len(asked)
+        return super()._generate(asked)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_killed_run_loses_no_answer_and_repeats_none(fused, tmp_path, sampled):
+    chats = [encode_chat([{"role": "user", "content": q}]) for q in QUESTIONS]
+    settings = {"until": [], "max_gen_toks": 6, "do_sample": sampled, "temperature": 1.0 if sampled else 0.0}
+    requests = [instance("generate_until", chat, settings) for chat in chats for _ in range(3)]
+    random.Random(0).shuffle(requests)
+    total, runs = 0, 0
+    while True:
+        lm = Fragile(fused.model, fused.renderer, batch_size=2, dies_after=2)
+        store = Store(tmp_path / "answers.sqlite", "me")
+        try:
+            answers = RememberingLM(lm, store).generate_until(requests)
+            break
+        except Killed:
+            continue
+        finally:
+            total, runs = total + lm.asked, runs + 1
+            store.close()
+    assert total == len(requests)
+    assert runs > 2
+    if sampled:  # repeats of one question are drawn anew, also across runs
+        by_question: dict[str, list[str]] = {}
+        for request, text in zip(requests, answers, strict=True):
+            by_question.setdefault(request.args[0], []).append(text)
+        assert all(len(set(own)) == 3 for own in by_question.values())
+    else:
+        assert answers == fused.generate_until(requests)
+
+
+def test_what_was_answered_is_never_asked_again(fused, tmp_path):
+    requests = [instance("loglikelihood", q, " fox") for q in QUESTIONS]
+    store = Store(tmp_path / "answers.sqlite", "me")
+    first = RememberingLM(fused, store).loglikelihood(requests)
+
+    class Mute(FusionLM):
+        def loglikelihood(self, requests):
+            raise AssertionError("asked again")
+
+    assert RememberingLM(Mute(fused.model, fused.renderer), store).loglikelihood(requests) == first
+
+
+def test_answers_of_another_model_are_refused(tmp_path):
+    Store(tmp_path / "answers.sqlite", "one").close()
+    with pytest.raises(DataError, match="holds the answers of another model .one., expected two"):
+        Store(tmp_path / "answers.sqlite", "two")
+
+
+def test_a_file_that_is_no_store_is_named(tmp_path):
+    (tmp_path / "answers.sqlite").write_text("no database at all, but text of some length" * 40)
+    with pytest.raises(DataError, match="no file of answers can be kept there"):
+        Store(tmp_path / "answers.sqlite", "me")
+
+
+def test_sampled_answers_follow_the_seed(fused):
+    chat = encode_chat([{"role": "user", "content": "why?"}])
+    asked = [instance("generate_until", chat, {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0})]
+    again = [FusionLM(fused.model, fused.renderer, seed=seed).generate_until(asked) for seed in (1, 1, 2)]
+    assert again[0] == again[1] != again[2]
+    assert torch.is_inference_mode_enabled() is False
+
+
+def test_sampled_answers_belong_to_their_seed(fused, tmp_path):
+    chat = encode_chat([{"role": "user", "content": "why?"}])
+    sampled = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    store = Store(tmp_path / "answers.sqlite", "me")
+    found = [
+        RememberingLM(FusionLM(fused.model, fused.renderer, seed=seed), store, seed=seed).generate_until(
+            [instance("generate_until", chat, sampled)]
+        )
+        for seed in (1, 2, 1)
+    ]
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_full_disk_is_a_clear_error(fused, tmp_path):
+    store = Store(tmp_path / "answers.sqlite", "me")
+    store._db.execute("PRAGMA max_page_count = 4")
+    with pytest.raises(DataError, match="could not be kept .* Make room, and run again"):
+        for number in range(1000):
+            store.put("generate_until", str(number), "x" * 1000)
+    assert store.get("generate_until", "0") == "x" * 1000

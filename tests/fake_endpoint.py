@@ -1,0 +1,152 @@
+"""An OpenAI-compatible server on this machine that answers as its script says, and writes down what it was asked."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from ultrafuser.endpoint.recipe import EndpointRecipe
+
+
+@dataclass(frozen=True)
+class Step:
+    """One answer of the server."""
+
+    body: str = ""
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    hangs: bool = False  # until the server closes
+    cut: bool = False  # the connection, in the middle of the body
+
+
+def fine(text: str | None, finish_reason: str = "stop", refusal: str | None = None) -> Step:
+    """A chat completion of 7 prompt tokens and 3 completion tokens."""
+    message = {"role": "assistant", "content": text, "refusal": refusal}
+    usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice], "usage": usage}
+    return Step(json.dumps(body))
+
+
+def failing(status: int, message: str = "no", code: str | None = None, **headers: str) -> Step:
+    """An error as the API words it."""
+    error = {"message": message, "type": "error", "param": None, "code": code}
+    return Step(json.dumps({"error": error}), status, {key.replace("_", "-"): value for key, value in headers.items()})
+
+
+HANG = Step(hangs=True)
+CUT = Step(fine("[[A]]").body, cut=True)
+NOT_JSON = Step('{"choices": [')
+HTML = Step("<html>welcome</html>", headers={"content-type": "text/html"})
+UNUSABLE = {  # what a client should try again after
+    "429": failing(429, "slow down", retry_after="0"),
+    "500": failing(500),
+    "503": Step("busy", 503),
+    "hang": HANG,
+    "cut": CUT,
+    "malformed JSON": NOT_JSON,
+    "a page": HTML,
+    "no choices": Step('{"choices": []}'),
+    "null choices": Step('{"choices": null}'),
+    "no message": Step('{"choices": [{"index": 0, "message": "hello"}]}'),
+    "content that is no text": Step('{"choices": [{"message": {"role": "assistant", "content": {"a": 1}}}]}'),
+}
+
+
+class FakeEndpoint:
+    """The running server.
+
+    Attributes:
+        script: answers to the first requests, in order; then `reply` answers.
+        reply: question (the last message) -> answer.
+        requests: bodies of all requests so far.
+        headers: their headers.
+    """
+
+    def __init__(self) -> None:
+        self.script: list[Step] = []
+        self.reply: Callable[[str], Step] = lambda _: fine("ok")
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.url = ""
+        self.closing = threading.Event()
+        self._lock = threading.Lock()
+
+    @property
+    def hits(self) -> int:
+        """Requests so far."""
+        return len(self.requests)
+
+    @property
+    def questions(self) -> list[str]:
+        """The last message of each request."""
+        return [request["messages"][-1]["content"] for request in self.requests]
+
+    def next_step(self, body: dict[str, Any], headers: Mapping[str, str]) -> Step:
+        """What to answer to this request."""
+        with self._lock:
+            self.requests.append(body)
+            self.headers.append({key.lower(): value for key, value in headers.items()})
+            if self.script:
+                return self.script.pop(0)
+        return self.reply(body["messages"][-1]["content"])
+
+    def recipe(self, **changes: Any) -> EndpointRecipe:
+        """How to reach it, with waits short enough for tests."""
+        own = {"model": "judge", "base_url": self.url, "timeout_s": 5, "retries": 2, "backoff_s": 0, "concurrency": 1}
+        return EndpointRecipe.model_validate(own | changes)
+
+
+@contextmanager
+def fake_endpoint(script: Sequence[Step] = ()) -> Iterator[FakeEndpoint]:
+    """A server for the length of a test."""
+    endpoint = FakeEndpoint()
+    endpoint.script = list(script)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if self.path != "/v1/chat/completions":
+                step = failing(404, f"no {self.path}")
+            else:
+                step = endpoint.next_step(body, self.headers)
+            if step.hangs:
+                endpoint.closing.wait(30)
+                return
+            data = step.body.encode()
+            self.send_response(step.status)
+            for key, value in {"content-type": "application/json", **step.headers}.items():
+                self.send_header(key, value)
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2] if step.cut else data)
+
+        def log_message(self, *args: Any) -> None:
+            """Nothing on stderr."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    endpoint.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield endpoint
+    finally:
+        endpoint.closing.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class Kept(dict[tuple[str, str], Any]):
+    """A store in memory that outlives its judge."""
+
+    def get(self, kind: str, key: str) -> Any:  # type: ignore[override]
+        return super().get((kind, key))
+
+    def put(self, kind: str, key: str, value: Any) -> None:
+        self[kind, key] = value

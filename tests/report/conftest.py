@@ -1,0 +1,3 @@
+"""Fixtures of traces and results."""
+
+from trace_fixtures import metrics, results, trace  # noqa: F401

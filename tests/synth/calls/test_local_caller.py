@@ -1,0 +1,131 @@
+"""A model in this process: batches, what does not fit, sampled draws that differ and come again the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ultrafuser.errors import CheckpointError
+from ultrafuser.synth.calls.clients import make_clients
+from ultrafuser.synth.calls.local import LocalClient
+from ultrafuser.synth.calls.request import Request, Response
+from ultrafuser.synth.calls.scheduler import answer
+from ultrafuser.synth.calls.store import CallStore
+from ultrafuser.synth.recipe import ModelRecipe
+
+pytest.importorskip("lm_eval", reason="the eval extra is not installed")
+
+
+@pytest.fixture
+def model(save, tokenizer) -> str:
+    """A tiny model with a context of 256 tokens that never ends an answer by itself, as a rule."""
+    folder = save("writer", vocab_size=320, max_position_embeddings=256)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def recipe(model: str, **changes) -> ModelRecipe:
+    return ModelRecipe.model_validate(
+        {"name": "writer", "endpoint": "local", "model": model, "batch_size": 2, **changes}
+    )
+
+
+def requests(number: int, **changes) -> list[Request]:
+    settings = {"max_tokens": 6, **changes}
+    return [
+        Request("responses", "math", str(i), "writer", (("user", f"{'why? ' * i}{i}"),), **settings)
+        for i in range(number)
+    ]
+
+
+def outcomes(folder: Path, client: LocalClient, asked: list[Request]) -> list[Response]:
+    with CallStore(folder / "calls.sqlite", "recipe") as store:
+        answer(asked, store, {"writer": client})
+        return [store.outcome(request.key) for request in asked]
+
+
+def test_answers_are_those_of_the_model_itself(tmp_path: Path, model: str):
+    from ultrafuser.evaluate.judged.common import answer_chats
+    from ultrafuser.evaluate.lm.load import load_model
+
+    found = outcomes(tmp_path, make_clients([recipe(model)])["writer"], requests(5))
+    expected = answer_chats(load_model(model).lm, "", [request.chat() for request in requests(5)], 6)
+    assert [one.text for one in found] == [text if text.strip() else "" for text in expected]
+    assert all(one.prompt_tokens > 5 and one.cost_usd == 0 for one in found)
+    assert [one.prompt_tokens for one in found] == sorted(one.prompt_tokens for one in found)
+
+
+def test_a_reply_that_is_begun_goes_on_from_there(tmp_path: Path, model: str):
+    """The tokens of the beginning stand behind those of the template's, as if the model had written them."""
+    plain, begun = (
+        requests(1)[0],
+        replace(requests(1)[0], messages=(*requests(1)[0].messages, ("assistant", "1. Write"))),
+    )
+    client = LocalClient(recipe(model))
+    first, second = outcomes(tmp_path, client, [plain, begun])
+    assert client._served is not None and client._served.renderer is not None
+    [text] = client._served.renderer.prompt_texts(begun.chat())
+    assert text == client._served.renderer.prompt_texts(plain.chat())[0] + "1. Write"
+    added = len(client._served.renderer._encode(text)) - first.prompt_tokens
+    assert second.prompt_tokens == first.prompt_tokens + added > first.prompt_tokens
+    assert not second.text.startswith("1. Write") and begun.whole(second.text) == "1. Write" + second.text
+
+
+def test_the_weights_are_loaded_once_and_kept(tmp_path: Path, model: str):
+    client = LocalClient(recipe(model))
+    outcomes(tmp_path, client, requests(1))
+    served = client._served
+    outcomes(tmp_path, client, requests(3))
+    assert client._served is served is not None
+
+
+def test_what_does_not_fit_is_a_failure_of_its_own(tmp_path: Path, model: str):
+    long = Request("responses", "math", "long", "writer", (("user", "0123456789 " * 60),), max_tokens=6)
+    found = outcomes(tmp_path, LocalClient(recipe(model)), [*requests(2), long])
+    assert (
+        found[2].status == "failed"
+        and found[2].kind == "context overflow"
+        and "tokens leaves no room" in found[2].reason
+    )
+    assert not any(one.kind == "context overflow" for one in found[:2])
+
+
+def test_a_reply_ends_where_its_limit_or_the_context_does(tmp_path: Path, model: str):
+    found = outcomes(tmp_path, LocalClient(recipe(model)), requests(1, max_tokens=4000))
+    assert found[0].prompt_tokens + found[0].completion_tokens <= 256
+
+
+def test_draws_differ_and_come_again_the_same(tmp_path: Path, model: str):
+    drawn = [request for n in range(4) for request in requests(2, temperature=1.0, sample=n)]
+    first = outcomes(tmp_path / "1", LocalClient(recipe(model)), drawn)
+    client = LocalClient(recipe(model))
+    outcomes(tmp_path / "2", client, drawn[:4])
+    again = outcomes(tmp_path / "2", LocalClient(recipe(model)), drawn)  # a run that was cut off and goes on
+    assert again == first
+    assert len({one.text for one in first[::2]}) > 1
+
+
+def test_models_that_sample_beside_each_other_draw_as_if_alone(tmp_path: Path, model: str):
+    settings = {"max_tokens": 60, "temperature": 1.0}
+    asked = {role: [replace(request, role=role) for request in requests(6, **settings)] for role in ("writer", "other")}
+
+    def together(folder: str, *roles: str) -> list[Response | None]:
+        with CallStore(tmp_path / folder / "calls.sqlite", "recipe") as store:
+            clients = {role: LocalClient(recipe(model)) for role in roles}
+            answer([request for role in roles for request in asked[role]], store, clients)
+            return [store.outcome(request.key) for role in roles for request in asked[role]]
+
+    assert together("both", "writer", "other") == [*together("1", "writer"), *together("2", "other")]
+
+
+def test_further_arguments_of_generate(tmp_path: Path, model: str):
+    plain = outcomes(tmp_path / "1", LocalClient(recipe(model)), requests(1, temperature=1.0))
+    greedy = outcomes(tmp_path / "2", LocalClient(recipe(model, generation={"top_k": 1})), requests(1, temperature=1.0))
+    assert greedy == outcomes(tmp_path / "3", LocalClient(recipe(model)), requests(1)) and len(plain) == 1
+
+
+def test_a_model_that_is_not_there(tmp_path: Path):
+    with pytest.raises(CheckpointError):
+        outcomes(tmp_path, LocalClient(recipe(str(tmp_path / "nothing"))), requests(1))

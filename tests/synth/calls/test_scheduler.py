@@ -1,0 +1,326 @@
+"""The scheduler with models in memory: every ask is answered once, in several processes too; money and errors stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from ultrafuser.errors import BudgetExceeded, DataError, EndpointError, RecipeError
+from ultrafuser.progress import Progress
+from ultrafuser.synth.calls.request import CallContext, ModelClient, Request, Response
+from ultrafuser.synth.calls.scheduler import answer
+from ultrafuser.synth.calls.store import CallStore, new_worker
+
+
+class Memory:
+    """A caller that answers from memory and writes down what it was asked."""
+
+    def __init__(
+        self,
+        reply: Callable[[Request], Response | None] | None = None,
+        *,
+        concurrency: int = 4,
+        batch_size: int = 1,
+        delay_s: float = 0.0,
+        ceiling_usd: float = 0.0,
+    ) -> None:
+        self.reply = reply or (lambda request: Response("ok", f"re: {request.messages[-1][1]}"))
+        self.concurrency, self.batch_size, self.delay_s, self._ceiling_usd = (
+            concurrency,
+            batch_size,
+            delay_s,
+            ceiling_usd,
+        )
+        self.batches: list[list[str]] = []
+        self.under_way = self.most_at_once = self.opened = self.closed = 0
+
+    @property
+    def asked(self) -> Counter[str]:
+        return Counter(text for batch in self.batches for text in batch)
+
+    def ceiling_usd(self, request: Request) -> float:
+        return self._ceiling_usd
+
+    async def open(self) -> None:
+        self.opened += 1
+
+    async def close(self) -> None:
+        self.closed += 1
+
+    async def answer(self, requests: Sequence[Request], run: CallContext) -> list[Response | None]:
+        self.batches.append([request.messages[-1][1] for request in requests])
+        run.sent.update(request.key for request in requests)
+        self.under_way += 1
+        self.most_at_once = max(self.most_at_once, self.under_way)
+        await asyncio.sleep(self.delay_s)
+        self.under_way -= 1
+        return [self.reply(request) for request in requests]
+
+
+class Seen(Progress):
+    def __init__(self) -> None:
+        self.started: list[tuple[str, int]] = []
+        self.steps, self.finished, self.notes = 0, 0, []
+
+    def start(self, what: str, total: int) -> None:
+        self.started.append((what, total))
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.steps += steps
+        self.notes.append(note)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def requests(number: int, role: str = "writer", stage: str = "responses") -> list[Request]:
+    return [Request(stage, "math", str(i), role, (("user", f"{role} {i}"),)) for i in range(number)]
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    with CallStore(tmp_path / "calls.sqlite", "recipe") as store:
+        yield store
+
+
+def test_the_protocol_is_what_fakes_have():
+    client: ModelClient = Memory()
+    assert client.concurrency == 4
+
+
+def test_every_ask_is_answered_once_and_never_again(store: CallStore):
+    client, seen = Memory(delay_s=0.001), Seen()
+    answer(requests(50) + requests(50), store, {"writer": client}, progress=seen)
+    assert client.asked == Counter(f"writer {i}" for i in range(50))
+    assert store.outcome(requests(50)[49].key) == Response("ok", "re: writer 49")
+    assert client.most_at_once == 4 and (client.opened, client.closed) == (1, 1)
+    assert (seen.started, seen.steps, seen.finished) == ([("responses", 50)], 50, 1)
+    answer(requests(51), store, {"writer": client})
+    assert sum(client.asked.values()) == 51 and client.opened == 2
+    answer(requests(51), store, {})
+    assert store.under_way() == 0
+
+
+def test_models_work_beside_each_other_each_as_it_likes(store: CallStore):
+    one, many = Memory(concurrency=1, batch_size=8, delay_s=0.002), Memory(concurrency=20, delay_s=0.002)
+    answer(requests(20, "one") + requests(60, "many", "judge"), store, {"one": one, "many": many, "idle": Memory()})
+    assert [len(batch) for batch in one.batches] == [8, 8, 4] and one.most_at_once == 1
+    assert many.most_at_once == 20 and all(len(batch) == 1 for batch in many.batches)
+
+
+def test_a_batch_is_one_step_of_the_progress(store: CallStore):
+    """The time left is told from whole batches."""
+    seen = Seen()
+    answer(requests(20), store, {"writer": Memory(concurrency=1, batch_size=8)}, progress=seen)
+    assert seen.steps == 20 and len(seen.notes) == 3
+
+
+def test_a_model_that_nobody_offers(store: CallStore):
+    with pytest.raises(RecipeError, match="no model 'judge' to ask; there are: writer, other"):
+        answer(requests(1, "judge"), store, {"writer": Memory(), "other": Memory()})
+
+
+def test_what_was_put_back_is_asked_again(store: CallStore):
+    refused: set[str] = set()
+
+    def reply(request: Request) -> Response | None:
+        if request.key in refused:
+            return Response("ok", "at last")
+        refused.add(request.key)
+        return None
+
+    client = Memory(reply)
+    answer(requests(9), store, {"writer": client})
+    assert set(client.asked.values()) == {2} and not store.missing(request.key for request in requests(9))
+
+
+# ---------------------------------------------------------------- money
+
+
+def test_the_budget_is_never_exceeded_and_it_is_used_up(store: CallStore):
+    client = Memory(lambda request: Response("ok", "x", cost_usd=0.03), concurrency=16, delay_s=0.001, ceiling_usd=0.1)
+    with pytest.raises(BudgetExceeded, match=r"the budget of \$1.00 does not last: \$0.9\d00 is spent, the next call may cost up "
+                       r"to \$0.1000, and 6\d questions wait .*--budget-usd and run again: what was answered is kept, and `ultrafuser synth join RECIPE`"):  # fmt: skip
+        answer(requests(100), store, {"writer": client}, budget_usd=1.0)
+    assert 0.9 < store.spent_usd() <= 1.0 and store.reserved_usd() == 0 == store.under_way()
+    assert store.counts()[0].calls == sum(client.asked.values())
+    answer(requests(100), store, {"writer": client}, budget_usd=10.0)
+    assert store.counts()[0].calls == 100 and store.spent_usd() == 3.0
+    assert set(client.asked.values()) == {1}
+
+
+def test_a_dear_model_at_its_ceiling(store: CallStore):
+    client = Memory(lambda request: Response("ok", "x", cost_usd=0.25), concurrency=16, ceiling_usd=0.25)
+    with pytest.raises(BudgetExceeded):
+        answer(requests(9), store, {"writer": client}, budget_usd=1.0)
+    assert store.spent_usd() == 1.0 and sum(client.asked.values()) == 4
+
+
+def test_a_budget_of_tokens_ends_a_run(store: CallStore):
+    client = Memory(lambda request: Response("ok", "x", "", 60, 40), concurrency=2, delay_s=0.001)
+    with pytest.raises(
+        BudgetExceeded, match=r"the budget of 1,000 tokens is used up: 1,\d00 were read .*--budget-tokens"
+    ):
+        answer(requests(100), store, {"writer": client}, budget_tokens=1000)
+    assert 1000 <= store.tokens() <= 1100  # what was under way still came
+    answer(requests(100), store, {"writer": client}, budget_tokens=100_000)
+    assert store.tokens() == 10_000 and set(client.asked.values()) == {1}
+
+
+def test_what_is_under_way_when_the_tokens_are_used_up_still_comes(store: CallStore):
+    class Slow(Memory):
+        async def answer(self, requests: Sequence[Request], run: CallContext) -> list[Response | None]:
+            self.delay_s = 0.0 if requests[0].item == "0" else 0.4
+            return await super().answer(requests, run)
+
+    client = Slow(lambda request: Response("ok", "x", "", 60, 40), concurrency=4)
+    message = "400 were read .* 96 questions .* `ultrafuser synth join RECIPE` writes the data set"
+    with pytest.raises(BudgetExceeded, match=message):
+        answer(requests(100), store, {"writer": client}, budget_tokens=100, grace_s=0.05)
+    assert store.tokens() == 100 * sum(client.asked.values()) == 400 and store.under_way() == 0
+
+
+def test_the_last_answers_may_use_the_tokens_up(store: CallStore):
+    answer(requests(3), store, {"writer": Memory(lambda request: Response("ok", "x", "", 60, 40))}, budget_tokens=300)
+    assert not store.missing(request.key for request in requests(3))
+
+
+def test_nothing_is_asked_without_money(store: CallStore):
+    client, seen = Memory(ceiling_usd=2.0), Seen()
+    with pytest.raises(BudgetExceeded, match="2 questions wait"):
+        answer(requests(2), store, {"writer": client}, budget_usd=1.0, progress=seen)
+    assert not client.batches and (seen.steps, seen.finished) == (0, 1)
+
+
+def test_money_that_another_process_has_set_aside_is_waited_for(store: CallStore):
+    other = new_worker()
+    theirs = requests(1, "other")[0]
+    store.claim({theirs.key: 0.9}, other, 60)
+    timer = threading.Timer(0.3, lambda: store.finish(theirs, Response("ok", "x", cost_usd=0.1), other))
+    timer.start()
+    answer(requests(1), store, {"writer": Memory(ceiling_usd=0.5)}, budget_usd=1.0)
+    timer.join()
+    assert not store.missing([requests(1)[0].key])
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def test_several_runs_share_the_work(tmp_path: Path):
+    clients = [Memory(concurrency=8, delay_s=0.002) for _ in range(3)]
+
+    def run(client: Memory) -> None:
+        with CallStore(tmp_path / "calls.sqlite", "recipe") as store:
+            answer(requests(300), store, {"writer": client})
+            assert not store.missing(
+                request.key for request in requests(300)
+            )  # each comes back when all is done, not only its own
+
+    threads = [threading.Thread(target=run, args=(client,)) for client in clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    asked = sum((client.asked for client in clients), Counter())
+    assert asked == Counter(f"writer {i}" for i in range(300))
+    assert all(client.batches for client in clients)
+
+
+def test_a_call_that_another_process_does_not_finish_is_taken_over(store: CallStore):
+    store.claim({request.key: 0.0 for request in requests(5)}, "another machine|1|2|x", 0.7)
+    client = Memory()
+    answer(requests(6), store, {"writer": client})
+    assert client.batches[0] == ["writer 5"] and set(client.asked.values()) == {1}
+
+
+def test_claims_are_renewed_while_a_call_lasts(store: CallStore):
+    slow, other = Memory(delay_s=1.2, concurrency=2), Memory()
+    file = store.file
+    thread = threading.Thread(target=answer, args=(requests(2), store, {"writer": slow}), kwargs={"lease_s": 0.3})
+    thread.start()
+    time.sleep(0.3)
+    with CallStore(file, "recipe") as mine:
+        answer(requests(2), mine, {"writer": other})
+    thread.join()
+    assert not other.batches and sum(slow.asked.values()) == 2
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_an_error_stops_the_run_but_what_is_under_way_still_comes(store: CallStore):
+    class Dying(Memory):
+        async def answer(self, requests: Sequence[Request], run: CallContext) -> list[Response | None]:
+            if requests[0].item == "3":
+                raise EndpointError("no more")
+            return await super().answer(requests, run)
+
+    client, seen = Dying(delay_s=0.05), Seen()
+    with pytest.raises(EndpointError, match="no more"):
+        answer(requests(100), store, {"writer": client}, progress=seen)
+    assert client.asked == Counter(f"writer {i}" for i in range(3))
+    assert store.missing(request.key for request in requests(4)) == [requests(4)[3].key]
+    assert client.closed == 1 == seen.finished and store.under_way() == 0
+    answer(requests(100), store, {"writer": Memory()})
+    assert store.counts()[0].calls == 100
+
+
+def test_what_hangs_when_the_run_ends_is_given_up_and_counts_as_spent(store: CallStore):
+    class Dying(Memory):
+        async def answer(self, requests: Sequence[Request], run: CallContext) -> list[Response | None]:
+            if requests[0].item == "1":
+                await asyncio.sleep(0.05)
+                raise EndpointError("no more")
+            return await super().answer(requests, run)
+
+    with pytest.raises(EndpointError, match="no more"):
+        answer(requests(2), store, {"writer": Dying(delay_s=60, ceiling_usd=0.5)}, grace_s=0.1)
+    assert (store.spent_usd(), store.reserved_usd(), store.under_way()) == (0.5, 0.0, 0)  # the one that was sent
+
+
+def test_a_full_disk_loses_nothing_that_was_stored_and_says_what_it_lost(store: CallStore):
+    client = Memory(lambda request: Response("ok", "x" * 30_000), delay_s=0.001)
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages + 100}")
+    with pytest.raises(
+        DataError, match=r"database or disk is full\); make room .*; \d replies were lost and will be asked"
+    ):
+        answer(requests(50), store, {"writer": client})
+    kept = store.counts()[0].calls
+    assert 5 < kept < 50
+    store._db.execute("PRAGMA max_page_count = 1000000")
+    answer(requests(50), store, {"writer": client})
+    assert sum(client.asked.values()) <= 50 + client.concurrency
+    assert store.counts()[0].calls == 50
+
+
+def test_replies_that_came_on_a_full_disk_are_stored_when_there_is_room_again(store: CallStore, monkeypatch):
+    room, finish = [False], store.finish
+
+    def full(request: Request, outcome: Response, worker: str = "") -> None:
+        if not room[0]:
+            raise DataError("disk is full")
+        finish(request, outcome, worker)
+
+    def reply(request: Request) -> Response:
+        room[0] = request.item == "3"
+        return Response("ok", "x")
+
+    monkeypatch.setattr(store, "finish", full)
+    with pytest.raises(DataError, match="disk is full$"):
+        answer(requests(4), store, {"writer": Memory(reply, concurrency=4)})
+    assert not store.missing(request.key for request in requests(4))
+
+
+def test_it_may_be_called_from_inside_an_event_loop(store: CallStore):
+    async def cell() -> None:
+        answer(requests(5), store, {"writer": Memory()})
+
+    asyncio.run(cell())
+    assert not store.missing(request.key for request in requests(5))

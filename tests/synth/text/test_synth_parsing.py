@@ -1,0 +1,206 @@
+"""Reading replies: every way in which models write lists, and what is no list."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ultrafuser.synth.text.parsing import (
+    GIANT_CHARS,
+    NamedConcepts,
+    Unreadable,
+    as_instruction,
+    as_name,
+    as_named_concepts,
+    read_instruction,
+    read_list,
+    read_rating,
+    read_text,
+    split_tests,
+)
+
+AB = ["Name a river.", "Name a hill."]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        json.dumps(AB),
+        f"```json\n{json.dumps(AB, indent=2)}\n```",
+        f"Sure! Here they are:\n\n```\n{json.dumps(AB)}\n```\nTell me if you need more.",
+        f"Here is the list: {json.dumps(AB)} as you wished.",
+        '["Name a river.", "Name a hill.",]',
+        '["Name a river.",\n "Name a hill.", "Name a va',
+        '{"instructions": ["Name a river.", "Name a hill."]}',
+        '{"instructions": ["Name a river.", "Name a hill.", "cut of',
+        '```json\n["Name a river.", "Name a hill."',
+        "<think>\n1. hm\n</think>\n1. Name a river.\n2. Name a hill.",
+        "1. Name a river.\n2. Name a hill.",
+        "1) Name a river.\n\n2) Name a hill.\n",
+        "Here are two:\n\n- Name a river.\n- Name a hill.",
+        "* Name a river.\n* Name a hill.\n\nI hope this helps.",
+        "• Name a river.\n• Name a hill.",
+        "1. Name a river.\n2. Name a hill.\n\nI hope this helps!",
+    ],
+)
+def test_lists(reply):
+    items = read_list(reply)
+    assert not isinstance(items, Unreadable)
+    assert [as_instruction(item) for item in items] == AB
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '[{"instruction": "Name a river."}, {"instruction": "Name a hill."}]',
+        '{"instruction": "Name a river."}\n{"instruction": "Name a hill."}',
+        '{"tasks": [{"id": 1, "task": "Name a river."}, {"id": 2, "task": "Name a hill.",},]}',
+    ],
+)
+def test_lists_of_objects(reply):
+    assert [as_instruction(item) for item in read_list(reply)] == AB
+
+
+def test_an_item_goes_on_over_several_lines():
+    reply = "1. Sort this list:\n   3, 1, 2\n2. Name a hill."
+    assert read_list(reply) == ["Sort this list:\n   3, 1, 2", "Name a hill."]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "1. Sort the list [3, 1, 2].\n2. Name a hill.",
+        '1. What does ["a", "b"][0] give?\n2. Name a hill.',
+        '1. Mend this code:\n```python\nx = ["a", "b"\n```\n2. Name a hill.',
+        "Here are two:\n- What is in {'a': 1}?\n- Name a hill.",
+    ],
+)
+def test_brackets_and_code_in_an_item_are_part_of_it(reply):
+    items = read_list(reply)
+    assert len(items) == 2 and items[1] == "Name a hill."
+
+
+def test_a_list_of_numbers_is_no_list_of_texts():
+    assert read_list("I sorted it: [1, 2, 3].") == Unreadable("no list")
+
+
+def test_commas_within_texts_stay():
+    assert read_list('["Is [1, 2,] a list?", "Name a hill."]') == ["Is [1, 2,] a list?", "Name a hill."]
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ("", "empty reply"),
+        ("  \n ", "empty reply"),
+        ("<think>hm</think>", "empty reply"),
+        ("<think>hm, perhaps\n1. Name a river.\n2. Na", "empty reply"),  # cut off in its thoughts
+        ("x" * (GIANT_CHARS + 1), "giant reply"),
+        ("I would be glad to help.", "no list"),
+        ('{"topics": [{"name": ', "wrong JSON"),
+        ("[[[[" * 20000, "wrong JSON"),
+    ],
+)
+def test_what_is_no_list(reply, reason):
+    assert read_list(reply) == Unreadable(reason)
+
+
+@pytest.mark.parametrize(
+    ("item", "name"),
+    [
+        ("Tea and coffee", "Tea and coffee"),
+        ("**Tea**: all about it", "Tea"),
+        ('"Tea"', "Tea"),
+        ("Tea - how to make it", "Tea"),
+        ("Tea.", "Tea"),
+        ({"name": "Tea"}, "Tea"),
+        ({"topic": "Tea: green", "concepts": []}, "Tea: green"),
+        ("C++", "C++"),
+    ],
+)
+def test_names(item, name):
+    assert as_name(item) == name
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        (3, "not text"),
+        (None, "not text"),
+        ([], "not text"),
+        ({}, "not text"),
+        ("", "empty item"),
+        ("***", "empty item"),
+        ("This is a long sentence that explains at length what one could do if one only wanted to", "not a name"),
+        ("x" * 200, "not a name"),
+    ],
+)
+def test_what_is_no_name(item, reason):
+    assert as_name(item) == Unreadable(reason)
+
+
+def test_sub_topics_with_concepts():
+    assert as_named_concepts({"name": "Tea", "concepts": ["leaf", "leaf", "", 3, "cup"]}, 5) == NamedConcepts(
+        "Tea", ("leaf", "cup")
+    )
+    assert as_named_concepts("Tea: leaf, cup; water.", 2) == NamedConcepts("Tea", ("leaf", "cup"))
+    assert as_named_concepts("Tea", 2) == NamedConcepts("Tea")
+
+
+def test_instructions_out_of_lists():
+    assert as_instruction({"instruction": "Sort.", "input": "3 1"}) == "Sort.\n\n3 1"
+    assert as_instruction('"Sort them."') == "Sort them."
+    assert as_instruction(7) == Unreadable("not text")
+    assert as_instruction("?!") == Unreadable("empty item")
+
+
+def test_one_text():
+    assert read_text("<think>x</think> An answer. ") == "An answer."
+    assert read_text("hm\n</think>\nAn answer.") == "An answer."  # some templates open the thoughts in the prompt
+    assert read_text("=== the assistant 12ab34cd\nAn answer.\n=== end of the assistant 12ab34cd") == "An answer."
+    assert read_text(" ") == Unreadable("empty reply")
+    assert read_instruction("**Rewritten instruction:** Name two rivers.") == "Name two rivers."
+    assert read_instruction("New version: “Name two rivers.”") == "Name two rivers."
+
+
+@pytest.mark.parametrize(
+    ("reply", "rating"),
+    [
+        ("Good.\n[[7]]", 7),
+        ("[[10]]", 10),
+        ("[[7]] at first, but\n[[3]]", Unreadable("no rating")),
+        ("It is a 7.", Unreadable("no rating")),
+        ("[[0]]", Unreadable("no rating")),
+        ("[[11]]", Unreadable("no rating")),
+        ("", Unreadable("empty reply")),
+    ],
+)
+def test_ratings(reply, rating):
+    assert read_rating(reply) == rating
+
+
+CODE = "Here:\n\n```python\ndef f():\n    return 1\n```"
+
+
+def test_tests_are_cut_off_an_answer():
+    assert split_tests(f"{CODE}\n\nTests:\n\n```python\nassert f() == 1\n```\n") == (CODE, "assert f() == 1")
+    assert split_tests(f"{CODE}\n\n```python\nimport math\nassert f() == 1\n```") == (
+        CODE,
+        "import math\nassert f() == 1",
+    )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        CODE,
+        f"{CODE}\n\n```python\nprint(f())\n```",
+        f"{CODE}\n\n```python\nassert f( == 1\n```",
+        f"{CODE}\n\n```python\nassert f() == 1\n```\nThat is all.",
+        "```python\nassert 1\n```",
+        f"{CODE}\n\n```python\nimport math\n```",
+    ],
+)
+def test_what_is_no_test_stays_in_the_answer(answer):
+    assert split_tests(answer) == (answer, None)
