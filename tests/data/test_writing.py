@@ -105,7 +105,7 @@ def test_what_is_there_is_not_replaced_unasked(tmp_path):
     with pytest.raises(DataError, match=r"out\.jsonl: is there already; replace it with --force"):
         write([PAIR], tmp_path / "out.jsonl")
     with pytest.raises(DataError, match="is a folder; expected the name of a file"):
-        write_json({}, tmp_path, force=True)
+        write_json(tmp_path, {}, force=True)
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
@@ -120,7 +120,7 @@ def test_an_error_of_another_file_is_left_alone(tmp_path):
 
 
 def test_folders_are_made(tmp_path):
-    write_json({"é": 1}, tmp_path / "a" / "b" / "out.json")
+    write_json(tmp_path / "a" / "b" / "out.json", {"é": 1})
     assert json.loads((tmp_path / "a" / "b" / "out.json").read_text(encoding="utf-8")) == {"é": 1}
 
 

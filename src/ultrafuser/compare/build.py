@@ -16,8 +16,8 @@ from ultrafuser.compare.recipe import SystemRecipe
 from ultrafuser.compare.systems.router import Router
 from ultrafuser.compare.workspace import BUILT, MEASURED, Workspace, only_model
 from ultrafuser.data.templates import Renderer
+from ultrafuser.data.writing import write_json
 from ultrafuser.evaluate.lm.load import load_model
-from ultrafuser.evaluate.locking import write_json
 from ultrafuser.recipe import Recipe
 from ultrafuser.specialists import fuse
 from ultrafuser.train.stages import save_fused_folder, train

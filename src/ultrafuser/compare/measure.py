@@ -24,11 +24,11 @@ from ultrafuser.compare.systems.router import Router, route_by, router_losses
 from ultrafuser.compare.workspace import MEASURED, Workspace, eval_options
 from ultrafuser.data.schema import Row
 from ultrafuser.data.templates import Rendered
+from ultrafuser.data.writing import write_json
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.lm.load import LoadedModel, load_model
 from ultrafuser.evaluate.lm.parameters import count_parameters, peak_rss_mb
 from ultrafuser.evaluate.lm.response_cache import RememberingLM
-from ultrafuser.evaluate.locking import write_json
 from ultrafuser.evaluate.losses import RowLoss, by_domain, fused_losses, group_losses
 from ultrafuser.evaluate.run import all_tasks
 from ultrafuser.evaluate.scoring import TaskScores, by_stratum

@@ -83,14 +83,15 @@ def check_targets(rows: Path | None, report: Path | None, *, force: bool) -> Non
         check_target(target, force=force)
 
 
-def write_json(value: Any, target: Path, *, force: bool = False) -> None:
-    """Any value as indented JSON.
+def write_json(path: Path, value: Any, *, force: bool = True) -> None:
+    """Write a value as indented JSON. A lone surrogate in a text is written as its escape, which JSON allows.
 
     Raises:
         DataError: as `atomic_file`.
     """
-    with atomic_file(target, force=force) as draft:
-        draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with atomic_file(path, force=force) as draft:
+        draft.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager

@@ -1,30 +1,17 @@
-"""Results that are whole or not there, in a folder where one works at a time."""
+"""A lock on a results folder: one evaluation or comparison works in it at a time."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from ultrafuser.data.writing import atomic_file
 from ultrafuser.errors import DataError
 
 try:
     import fcntl
 except ImportError:  # no such locks on Windows
     fcntl = None  # type: ignore[assignment]
-
-
-def write_json(file: Path, tree: Mapping[str, Any]) -> None:
-    """All of it, or what was there before; answers may hold half a character, so other letters than ASCII are escaped.
-
-    Raises:
-        DataError: it cannot be written.
-    """
-    with atomic_file(file, force=True) as draft:
-        draft.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

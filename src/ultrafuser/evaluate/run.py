@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
+from ultrafuser.data.writing import write_json
 from ultrafuser.endpoint.recipe import EndpointRecipe
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.intervals import Stratum, estimate
 from ultrafuser.evaluate.lm.load import ENDPOINT, LoadedModel, load_model, name_of, split_name
 from ultrafuser.evaluate.lm.response_cache import RememberingLM, Store
-from ultrafuser.evaluate.locking import alone_in, write_json
+from ultrafuser.evaluate.locking import alone_in
 from ultrafuser.evaluate.losses import mean_weights
 from ultrafuser.evaluate.scoring import TaskScores, benchmark, drawn, losses
 from ultrafuser.evaluate.tasks import SUITES as TASK_SUITES

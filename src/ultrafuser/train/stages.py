@@ -236,7 +236,7 @@ def _set_temperatures(
     """Measure the specialists' temperatures, or take those that this stage began with."""
     file = folder / MEASURED
     if PartialState().is_main_process and not file.is_file():
-        write_json(calibrate(model, rows, seed=seed, progress=progress), file)
+        write_json(file, calibrate(model, rows, seed=seed, progress=progress))
     PartialState().wait_for_everyone()
     model.config.set_temperatures(json.loads(file.read_text(encoding="utf-8")))
     pairs = list(zip(model.config.names, model.config.temperatures, strict=True))

@@ -247,7 +247,7 @@ def decontaminate(
     done.dropped = done.rows - done.kept
     done.dropped_by_domain, done.dropped_by_test = dict(sorted(domains.items())), dict(sorted(files.items()))
     if report is not None:
-        write_json(done.to_dict(), report, force=force)
+        write_json(report, done.to_dict(), force=force)
     return done
 
 

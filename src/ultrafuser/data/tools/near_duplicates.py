@@ -232,7 +232,7 @@ def deduplicate(
                 if number in kept:
                     write(row)
     if report is not None:
-        write_json(summary, report, force=force)
+        write_json(report, summary, force=force)
     return summary
 
 

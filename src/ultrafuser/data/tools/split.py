@@ -124,5 +124,5 @@ def split(
         writers = {part: stack.enter_context(row_writer(target, force=force)) for part, target in targets.items()}
         for row, part in zip(rows, parts, strict=True):
             writers[part](row)
-    write_json(report, folder / REPORT, force=force)
+    write_json(folder / REPORT, report, force=force)
     return report

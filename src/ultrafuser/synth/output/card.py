@@ -34,7 +34,7 @@ def write_data_set(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: 
     """
     folder = Path(recipe.output)
     facts = report(recipe, prompts, data, store)
-    write_json(facts, folder / REPORT, force=True)
+    write_json(folder / REPORT, facts)
     write_items(recipe, data)
     _write_text(dump_synth_recipe(recipe), folder / RECIPE)
     if data.stopped_after is not None:
@@ -53,7 +53,7 @@ def write_items(recipe: SynthRecipe, data: DataSet) -> None:
         DataError: the folder cannot be written to.
     """
     folder = Path(recipe.output)
-    write_json(_topics(data), folder / TOPICS, force=True)
+    write_json(folder / TOPICS, _topics(data))
     if data.instructions is not None:
         with atomic_file(folder / INSTRUCTIONS, force=True) as draft, draft.open("w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in data.instructions)
