@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from ultrafuser.compare.kinds import KINDS
 from ultrafuser.errors import DataError
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.report.data import Column, Comparison, check_comparison
@@ -121,6 +122,8 @@ def _system(label: str, kind: str, loss: dict[str, Any] | None) -> dict[str, Any
     return {
         "label": label,
         "kind": kind,
+        "kind_label": KINDS[kind][0],
+        "description": KINDS[kind][1],
         "status": "done",
         "error": None,
         "loss": loss,
@@ -704,3 +707,17 @@ def test_importing_the_report_needs_neither_matplotlib_nor_torch() -> None:
 def test_the_comparison_is_read_without_being_changed(results: dict[str, Any]) -> None:
     before = copy.deepcopy(results)
     assert isinstance(check_comparison(results), Comparison) and results == before
+
+
+def test_a_kind_of_no_other_name_is_called_by_its_own(results: dict[str, Any]) -> None:
+    changed = copy.deepcopy(results)
+    for name in ("kind_label", "description"):
+        del changed["systems"]["tuned"][name]
+    tuned = check_comparison(changed).systems["tuned"]
+    assert (tuned.kind_label, tuned.description) == ("tuned", "")
+
+
+def test_the_kept_comparison_loads() -> None:
+    kept = json.loads((DEMO.parent / "compare-zoo" / "results.json").read_text(encoding="utf-8"))
+    systems = check_comparison(kept).systems
+    assert systems["btx"].kind_label == "BTX" and all(system.description for system in systems.values())

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ultrafuser.compare.kinds import KINDS
 from ultrafuser.compare.process import start_step
 from ultrafuser.compare.recipe import CompareRecipe, SystemRecipe, dump_compare_recipe
 from ultrafuser.compare.systems.merge import find_program
@@ -205,9 +206,12 @@ def collect(place: Workspace, errors: Mapping[str, str]) -> dict[str, Any]:
 def _entry(system: SystemRecipe, facts: Mapping[str, Any], built: Mapping[str, Any], error: str) -> dict[str, Any]:
     """What a system is, whether it was measured, and what it costs."""
     failed = system.kind != NOT_A_SYSTEM and not facts
+    kind_label, description = KINDS[system.kind]
     return {
         "label": system.label or str(system.name),
         "kind": system.kind,
+        "kind_label": kind_label,
+        "description": description,
         "status": "failed" if failed else "done",
         "error": error if failed else None,
         "tokens_per_s": facts.get("tokens_per_s"),

@@ -15,19 +15,8 @@ from ultrafuser.errors import DataError
 Verdict = Literal["better", "level", "worse"]
 Interval = tuple[float, float]
 
-# The order of kinds in tables and figures; a kind of another name stands before `fused`.
-KINDS = {
-    "base": "base",
-    "specialist": "specialist",
-    "oracle": "oracle",
-    "static": "static",
-    "merge": "merged",
-    "tuned": "tuned",
-    "router": "router",
-    "best_of": "best of n",
-    "btx": "BTX",
-    "fused": "fused",
-}
+FIRST_KINDS = ["base", "specialist", "oracle"]
+LAST_KIND = "fused"
 BASELINES = {
     "best_specialist": "the best specialist at home",
     "oracle": "the per-domain oracle",
@@ -81,10 +70,18 @@ class Parameters(BaseModel):
 
 
 class System(BaseModel):
-    """One system of a comparison; a failed one has an error and no numbers."""
+    """One system of a comparison; a failed one has an error and no numbers.
+
+    Attributes:
+        label: the system's name in tables and figures.
+        kind_label: the name of its kind there; the kind itself if it has none.
+        description: what a system of this kind is, in one sentence, for the glossary.
+    """
 
     label: str
     kind: str
+    kind_label: str = ""
+    description: str = ""
     status: Literal["done", "failed"]
     error: str | None = None
     loss: dict[str, Loss] | None = None
@@ -95,6 +92,11 @@ class System(BaseModel):
     parameters: Parameters | None = None
     chosen: dict[str, dict[str, int]] | None = None
     seconds: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def _name_the_kind(self) -> System:
+        self.kind_label = self.kind_label or self.kind
+        return self
 
     @property
     def failed(self) -> bool:
@@ -143,7 +145,7 @@ class Value:
 
 
 class Comparison(BaseModel):
-    """results.json; systems are put in the order of their kinds, and within a kind stay as they were."""
+    """results.json. Systems are grouped by kind: base, specialists and oracle first, fused models last."""
 
     title: str
     created: str
@@ -171,9 +173,9 @@ class Comparison(BaseModel):
             _known(f"systems.{name}.tasks", system.tasks, self.tasks)
             if system.loss is not None and set(system.loss) != {*self.domains, MEAN}:
                 raise ValueError(f"systems.{name}.loss: has {sorted(system.loss)}, expected {[*self.domains, MEAN]}")
-        order = [*list(KINDS)[:-1], None, "fused"]
-        place = {kind: number for number, kind in enumerate(order)}
-        self.systems = dict(sorted(self.systems.items(), key=lambda item: place.get(item[1].kind, len(KINDS) - 1)))
+        kinds = {system.kind: None for system in self.systems.values()}
+        order = [*FIRST_KINDS, *(kind for kind in kinds if kind not in (*FIRST_KINDS, LAST_KIND)), LAST_KIND]
+        self.systems = dict(sorted(self.systems.items(), key=lambda item: order.index(item[1].kind)))
         return self
 
     @cached_property

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 from ultrafuser.report.blocks import row, table
-from ultrafuser.report.data import KINDS, Column, Comparison, System, Value
+from ultrafuser.report.data import Column, Comparison, System, Value
 from ultrafuser.report.figures.training import over_checkpoints
 
 _WIDEST = 7  # columns of numbers that fit beside each other in the width of the page
@@ -107,7 +107,7 @@ def markdown_table(comparison: Comparison) -> str:
     for name, system in comparison.systems.items():
         label = f"**{_plain(system.label)}**" if name == comparison.main else _plain(system.label)
         mark = f" {_DAGGER}" if system.kind == "oracle" else ""
-        cells = [f"{label}{mark}", _plain(KINDS.get(system.kind, system.kind))]
+        cells = [f"{label}{mark}", _plain(system.kind_label)]
         if system.failed:
             cells += [f"failed: {_plain(in_one_line(system.error or ''))}", *[""] * (len(heads) - 3)]
         else:
@@ -239,8 +239,8 @@ def _system_table(
 
 def _system_head(system: System) -> str:
     mark = f"&nbsp;{_DAGGER}" if system.kind == "oracle" else ""
-    kind = KINDS.get(system.kind, system.kind)
-    note = "" if kind.lower() == system.label.lower() else f"<small>{escape(kind)}</small>"
+    same = system.kind_label.lower() == system.label.lower()
+    note = "" if same else f"<small>{escape(system.kind_label)}</small>"
     return f"{escape(system.label)}{mark}{note}"
 
 

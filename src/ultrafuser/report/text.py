@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ultrafuser.report.data import BASELINES, KINDS, MEAN, Column, Comparison
+from ultrafuser.report.data import BASELINES, MEAN, Column, Comparison
 from ultrafuser.report.tables import decimals, in_one_line
 
 _VERDICTS = {"better": "wins on", "level": "ties on", "worse": "loses on"}
@@ -171,23 +171,10 @@ _GATE = {
 _STABILITY = {
     "deviation over checkpoints": "The sample standard deviation (n − 1) of the loss over the saved steps of a training.",
 }
-_KINDS = {
-    "base": "The model that the specialists were tuned from, untouched.",
-    "specialist": "A model tuned for one domain, by itself.",
-    "oracle": "The best specialist of each domain or task, chosen after the fact: a mark to reach, not a system.",
-    "static": "The specialists mixed with the same weights at every token.",
-    "merge": "One model made from the weights of the specialists.",
-    "tuned": "One model trained further on the data that the fused model is trained on.",
-    "router": "Each sample is answered by the one specialist that a classifier picks.",
-    "best_of": "Every specialist answers, and a judge picks an answer; it has no loss.",
-    "btx": "Branch-Train-MiX: the specialists' feed-forward layers as experts of one mixture, trained further.",
-    "fused": "The specialists mixed at every token by a trained gate.",
-}
 
 
 def glossary(comparison: Comparison) -> dict[str, str]:
     """Terms that the page uses, and what they mean."""
-    present = {system.kind for system in comparison.systems.values()}
     parts = [
         (bool(comparison.losses), _LOSS),
         (bool(comparison.columns), _INTERVALS),
@@ -202,4 +189,4 @@ def glossary(comparison: Comparison) -> dict[str, str]:
     for column in comparison.scores:
         if description := comparison.tasks[column.name].description:
             entries[f"{column.heading}, {column.metric}"] = description
-    return entries | {KINDS[kind]: words for kind, words in _KINDS.items() if kind in present}
+    return entries | {s.kind_label: s.description for s in comparison.systems.values() if s.description}

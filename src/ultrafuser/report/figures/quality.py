@@ -26,7 +26,7 @@ from ultrafuser.display.drawing import (
     plain_axes,
 )
 from ultrafuser.display.palette import blend, colour, colours, ink_on
-from ultrafuser.report.data import KINDS, MEAN, Column, Comparison
+from ultrafuser.report.data import MEAN, Column, Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -231,9 +231,9 @@ def name_systems(axes: Axes, comparison: Comparison, rows: Mapping[str, float], 
     axes.set_yticks(list(rows.values()), [short(comparison.label(name)) for name in rows])
     axes.tick_params(axis="y", labelsize=SMALL, labelcolor=INK)
     width = axes.get_position().width * WIDTH
-    for kind, group in groupby(rows, key=lambda name: comparison.systems[name].kind):
+    for kind_label, group in groupby(rows, key=lambda name: comparison.systems[name].kind_label):
         place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "ha": "left", "va": "center", "size": SMALL}
-        name = shorten(KINDS.get(kind, kind), 12, placeholder="…")
+        name = shorten(kind_label, 12, placeholder="…")
         axes.annotate(name, ((0.08 - left) / width, rows[next(group)]), color=MUTED, annotation_clip=False, **place)
 
 
