@@ -17,6 +17,9 @@ lint: $(VENV)/.ready
 	$(BIN)/python scripts/cli_docs.py --check
 	$(BIN)/python scripts/recipe_docs.py --check
 	$(BIN)/python scripts/compare_page.py --check
+	$(BIN)/python scripts/gate_page.py --check
+	$(BIN)/python scripts/readme_table.py --check
+	$(BIN)/python scripts/tree.py --check
 	$(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
 
 types: $(VENV)/.ready

@@ -52,9 +52,9 @@ def blocks(page: Path) -> Iterator[tuple[str, str, int]]:
 
 
 def code(page: Path) -> list[str]:
-    """Inline code, and the lines of blocks that are not Python; a line that ends in a backslash goes on."""
+    """Inline code, and the lines of blocks that are neither Python nor the tree. A backslash joins a line to the next."""
     text = page.read_text(encoding="utf-8")
-    fenced = [body for language, body, _ in blocks(page) if language != "python"]
+    fenced = [body for language, body, _ in blocks(page) if language not in ("python", "tree")]
     lines = [line.strip() for body in fenced for line in body.replace("\\\n", " ").splitlines()]
     prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     return lines + [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
@@ -163,6 +163,34 @@ def test_the_pages_paths_exist():
     assert not missing
 
 
+def test_the_readme_shows_every_file_with_a_comment():
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- files:start -->")[2]
+    shown: set[Path] = set()
+    parents = [ROOT]
+    for line in tree.partition("```tree\n")[2].partition("\n```")[0].splitlines():
+        name, _, comment = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        path = parents[depth] / name
+        parents[depth + 1 :] = [path]
+        assert comment.strip() or name == "src/ultrafuser/", line
+        shown.add(path / "__init__.py" if (path / "__init__.py").is_file() else path)
+    package = ROOT / "src" / "ultrafuser"
+    on_disk = {file for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    assert {path for path in shown if path.suffix == ".py" and package in path.parents} == {
+        file for file in on_disk if file.suffix == ".py"
+    }
+    data_files = {file for path in shown if path.suffix != ".py" for file in _files_of(path)}
+    assert {file for file in on_disk if file.suffix != ".py"} <= data_files
+
+
+def _files_of(path: Path) -> Iterator[Path]:
+    """The files that one line of the tree stands for: a file, a pattern, or a folder without modules."""
+    if path.is_dir():
+        yield from () if list(path.glob("*.py")) else path.rglob("*")
+    else:
+        yield from path.parent.glob(path.name)
+
+
 def test_links_between_pages_lead_somewhere():
     missing = []
     for page in PAGES:
@@ -172,7 +200,7 @@ def test_links_between_pages_lead_somewhere():
     assert not missing
 
 
-@pytest.mark.parametrize("name", ["cli_docs", "recipe_docs", "readme_table", "compare_page", "gate_page"])
+@pytest.mark.parametrize("name", ["cli_docs", "recipe_docs", "readme_table", "compare_page", "gate_page", "tree"])
 def test_generated_pages_are_fresh(name, monkeypatch):
     if name == "readme_table" and not (ROOT / "docs" / "results" / "demo.json").is_file():
         pytest.skip("no kept run of the demo")
