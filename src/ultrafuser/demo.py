@@ -96,7 +96,7 @@ def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[dict[str
 
     with clock.phase("load"):
         model, tokenizer = fuse(recipe)
-        renderer = Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], recipe.data.max_length)
+        renderer = Renderer(tokenizer, model.config.chat_templates, recipe.data.max_length)
     rows = read_sources(recipe.data.train, renderer, progress, "training")
     test_rows = read_sources(recipe.data.validation, renderer, progress, "test")
     losses: dict[str, list[RowLoss]] = {}

@@ -7,6 +7,7 @@ from typing import Any
 
 from ultrafuser.errors import CheckpointError
 from ultrafuser.model.checkpoint import fused_folder, read_manifest
+from ultrafuser.model.manifest import SpecialistEntry, weight_sources
 from ultrafuser.model.references import check_files, is_inside, resolve
 from ultrafuser.model.saving import GATE_FILE
 
@@ -46,34 +47,33 @@ def describe(folder: str | Path, *, verify: bool = False) -> dict[str, Any]:
     }
 
 
-def _specialist(spec: dict[str, Any], home: Path, verify: bool) -> dict[str, Any]:
-    source, parts = spec["source"], {}
-    for part in ("model", "adapter"):
-        if not source.get(part):
-            continue
-        recorded = (spec.get("files") or {}).get(part) or {}
-        facts: dict[str, Any] = {
-            "source": source[part],
-            "size_bytes": sum(f["size_bytes"] for f in recorded.values()),
+def _specialist(spec: SpecialistEntry, home: Path, verify: bool) -> dict[str, Any]:
+    source = spec["source"]
+    locations: dict[str, dict[str, Any]] = {}
+    for key, reference in weight_sources(source):
+        recorded = (spec.get("files") or {}).get(key) or {}
+        location: dict[str, Any] = {
+            "source": reference,
+            "size_bytes": sum(record["size_bytes"] for record in recorded.values()),
         }
         try:
-            where = resolve(source[part], home, spec["name"])
-            facts["inside"] = isinstance(where, Path) and is_inside(where, home)
-            facts["status"] = "here" if isinstance(where, Path) else "on the hub"
-            if verify and isinstance(where, Path):
-                check_files(where, recorded, f"specialist {spec['name']!r}", every=True)
+            path = resolve(reference, home, spec["name"])
+            location["inside"] = isinstance(path, Path) and is_inside(path, home)
+            location["status"] = "here" if isinstance(path, Path) else "on the hub"
+            if verify and isinstance(path, Path):
+                check_files(path, recorded, f"specialist {spec['name']!r}", every=True)
         except CheckpointError as error:
             if verify:
                 raise
-            facts |= {"inside": False, "status": "gone", "problem": str(error)}
-        parts[part] = facts
+            location |= {"inside": False, "status": "gone", "problem": str(error)}
+        locations[key] = location
     return {
         "name": spec["name"],
         "domain": spec.get("domain"),
         "architecture": spec["config"].get("model_type"),
         "revision": source.get("revision"),
         "temperature": spec.get("temperature", 1.0),
-        **parts,
+        **locations,
     }
 
 

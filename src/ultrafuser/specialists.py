@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -22,6 +22,7 @@ from ultrafuser.model.checkpoint import (
     read_adapter_config,
 )
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
+from ultrafuser.model.manifest import FileRecords, SpecialistEntry, SpecialistSource, weight_sources
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import PACKAGE, record_files, resolve
 from ultrafuser.model.saving import mark_unchanged
@@ -29,6 +30,8 @@ from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import Recipe, SpecialistRecipe
 
 _TOKENS_SHOWN = 5
+_SOURCE_FIELDS = {"model", "revision", "gguf_file", "adapter", "adapter_revision"}
+_LOADING_FIELDS = {"dtype", "device_map", "quantization"}
 logger = logging.getLogger(__name__)
 
 
@@ -99,7 +102,7 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[UltraFuserForCausalLM, Rend
     local = fused_folder(folder, kwargs)
     model = UltraFuserForCausalLM.from_pretrained(local, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(local)
-    templates = [spec["chat_template"] for spec in model.config.specialists]
+    templates = model.config.chat_templates
     return model, Renderer(tokenizer, templates, model.config.max_position_embeddings)
 
 
@@ -138,31 +141,30 @@ def pick_device(device: str) -> str:
     return device
 
 
-def _tokenizers(specs: Sequence[Mapping[str, Any]]) -> dict[str, PreTrainedTokenizerBase]:
+def _tokenizers(specs: Sequence[SpecialistEntry]) -> dict[str, PreTrainedTokenizerBase]:
     """The tokenizer that comes with each specialist's model (its base, when it is an adapter), each source once."""
-    read: dict[str, PreTrainedTokenizerBase] = {}
+    by_source: dict[str, PreTrainedTokenizerBase] = {}
+    tokenizers = {}
     for spec in specs:
-        key = repr(_source_options(spec))
-        if key not in read:
-            read[key] = _load_tokenizer(spec)
-            end = spec["config"].get("eos_token_id")
-            if "gguf_file" in key and isinstance(end, int):  # transformers 5.17 reads bos_token for it from some files
-                read[key].eos_token = read[key].convert_ids_to_tokens(end)
-    return {spec["name"]: read[repr(_source_options(spec))] for spec in specs}
+        key = repr(_source_options(spec["source"], spec["name"]))
+        if key not in by_source:
+            by_source[key] = _load_tokenizer(spec)
+        tokenizers[spec["name"]] = by_source[key]
+    return tokenizers
 
 
-def _load_tokenizer(spec: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    where, options = _source_options(spec)
+def _load_tokenizer(spec: SpecialistEntry) -> PreTrainedTokenizerBase:
+    path, options = _source_options(spec["source"], spec["name"])
     try:
-        return AutoTokenizer.from_pretrained(where, **options)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-    ) as error:  # transformers raises all three for files that are not there
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:  # transformers raises all three for missing files
         raise CheckpointError(
             f"specialist {spec['name']!r}: no tokenizer in {spec['source']['model']}: {error}"
         ) from error
+    end = spec["config"].get("eos_token_id")
+    if "gguf_file" in options and isinstance(end, int):  # transformers 5.17 reads bos_token for it from some files
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return tokenizer
 
 
 def compare_tokenizers(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
@@ -217,69 +219,64 @@ def _some(tokens: Any) -> str:
     return ", ".join(map(repr, tokens[:_TOKENS_SHOWN])) + more
 
 
-def _describe(specialist: SpecialistRecipe, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A recipe's specialist as a manifest entry; `configs` keeps what was read of sources that several share."""
-    fields = ("model", "revision", "gguf_file", "adapter", "adapter_revision")
-    source = {key: value for key in fields if (value := getattr(specialist, key)) is not None}
-    for part in ("model", "adapter"):  # local folders are kept with their full path
-        if part in source and not source[part].startswith(PACKAGE):
-            source[part] = str(resolve(source[part], None, specialist.name))
-    spec: dict[str, Any] = {"name": specialist.name, "domain": specialist.domain, "source": source}
-    for key in ("dtype", "device_map", "quantization"):
-        if getattr(specialist, key) is not None:
-            spec[key] = getattr(specialist, key)
-    adapter = read_adapter_config(spec, None)
-    if adapter is not None:
-        if not is_plain_lora(adapter[1]):
-            spec["separate"] = True
-        if adapter[0].parent.name == "snapshots":  # of a hub adapter: its folder is named by the commit
-            source["adapter_revision"] = adapter[0].name
-    where, options = _source_options(spec)
-    key = repr((where, options))
+def _describe(specialist: SpecialistRecipe, configs: dict[str, dict[str, Any]]) -> SpecialistEntry:
+    """A recipe's specialist as a manifest entry; `configs` caches the model configurations that several share."""
+    name = specialist.name
+    source = cast(SpecialistSource, specialist.model_dump(include=_SOURCE_FIELDS, exclude_none=True))
+    for part, reference in weight_sources(source):  # local folders are kept with their full path
+        if not reference.startswith(PACKAGE):
+            source[part] = str(resolve(reference, None, name))
+    adapter = read_adapter_config(source, None, name)
+    if adapter is not None and adapter[0].parent.name == "snapshots":  # the hub's folder is named by the commit
+        source["adapter_revision"] = adapter[0].name
+    path, options = _source_options(source, name)
+    key = repr((path, options))
     if key not in configs:  # a GGUF file takes seconds to parse
-        configs[key] = _read_config(where, options, specialist.name)
-    spec["config"] = copy.deepcopy(configs[key])
-    if commit := spec["config"].pop("_commit_hash", None):
+        configs[key] = _read_config(path, options, name)
+    config = copy.deepcopy(configs[key])
+    if commit := config.pop("_commit_hash", None):
         source["revision"] = commit  # of a hub model: a later push must not change this fusion
-    return spec
+    entry: SpecialistEntry = {"name": name, "domain": specialist.domain, "source": source, "config": config}
+    entry |= cast(SpecialistEntry, specialist.model_dump(include=_LOADING_FIELDS, exclude_none=True))
+    if adapter is not None and not is_plain_lora(adapter[1]):
+        entry["separate"] = True
+    return entry
 
 
-def _read_config(where: Path | str, options: Mapping[str, str], name: str) -> dict[str, Any]:
+def _read_config(path: Path | str, options: Mapping[str, str], name: str) -> dict[str, Any]:
     """A model's configuration as plain JSON."""
     try:
-        config = AutoConfig.from_pretrained(where, **options)
+        config = AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"specialist {name!r}: no model in {where}: {error}") from error
+        raise CheckpointError(f"specialist {name!r}: no model in {path}: {error}") from error
     fields = config.to_dict()
     if "gguf_file" in options:
         fields.pop("quantization_config", None)  # transformers decompresses it
     return fields | {"_commit_hash": getattr(config, "_commit_hash", None)}
 
 
-def _source_options(spec: Mapping[str, Any]) -> tuple[Path | str, dict[str, Any]]:
-    """What transformers' `from_pretrained` needs to find a specialist's model."""
-    source = spec["source"]
-    where = resolve(source["model"], None, spec["name"])
-    options = {key: source[key] for key in ("revision", "gguf_file") if source.get(key)}
-    if isinstance(where, Path) and where.suffix == ".gguf":
-        options["gguf_file"] = where.name
-        where = where.parent
-    return where, options
+def _source_options(source: SpecialistSource, name: str) -> tuple[Path | str, dict[str, str]]:
+    """The path and options by which transformers' `from_pretrained` finds a specialist's model."""
+    path = resolve(source["model"], None, name)
+    pairs = {"revision": source.get("revision"), "gguf_file": source.get("gguf_file")}
+    options = {key: value for key, value in pairs.items() if value}
+    if isinstance(path, Path) and path.suffix == ".gguf":
+        options["gguf_file"] = path.name
+        path = path.parent
+    return path, options
 
 
 def _record_files(config: UltraFuserConfig) -> None:
     """Record checksums of local weights, so that a change is noticed; hub models are pinned to a commit instead."""
-    hashed: dict[Path, dict[str, Any]] = {}
-    for spec in config.specialists:
-        spec["files"] = {}
-        for part in ("model", "adapter"):
-            if not spec["source"].get(part):
-                continue
-            where = resolve(spec["source"][part], None, spec["name"])
-            if isinstance(where, Path):
-                if where not in hashed:
-                    hashed[where] = record_files(where)
-                spec["files"][part] = hashed[where]
+    records: dict[Path, FileRecords] = {}
+    for entry in config.specialists:
+        entry["files"] = {}
+        for part, reference in weight_sources(entry["source"]):
+            path = resolve(reference, None, entry["name"])
+            if isinstance(path, Path):
+                if path not in records:
+                    records[path] = record_files(path)
+                entry["files"][part] = records[path]
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def rows_and_model(tiny_run: TinyRun, tmp_path_factory) -> tuple[Any, list, Feat
     recipe = tiny_run.recipe(folder)
     model, tokenizer = fuse(recipe)
     shake_gate(model, scale=3.0)
-    renderer = Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], 128)
+    renderer = Renderer(tokenizer, model.config.chat_templates, 128)
     rows = read_sources(recipe.data.train, renderer, RecordingProgress(), "test")
     return model, rows, FeatureStore.build(model, rows, folder / "features")
 
@@ -97,7 +97,7 @@ def test_one_plain_model_on_the_rows_of_a_template(tiny_run, rows_and_model):
 def test_the_bare_base_of_adapters(tiny_run, tmp_path):
     recipe = tiny_run.recipe(tmp_path, specialists=tiny_run.adapter_recipe(tmp_path, save_adapter))
     model, tokenizer = fuse(recipe)
-    renderer = Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], 128)
+    renderer = Renderer(tokenizer, model.config.chat_templates, 128)
     rows = read_sources(recipe.data.train, renderer, RecordingProgress(), "test")
     base = AutoModelForCausalLM.from_pretrained(tiny_run.folder / "text").eval()
     assert_same(group_losses(model.groups[0], rows, model.config.vocab_size), oracle(base, rows, 0))

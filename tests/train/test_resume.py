@@ -282,6 +282,6 @@ def test_auto_caches_only_what_is_read_more_than_once(tiny_run, tmp_path):
 
 def _model_and_rows(tiny_run: TinyRun, recipe: Any) -> tuple[Any, list]:
     model, tokenizer = stages.fuse(recipe)
-    renderer = stages.Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], 128)
+    renderer = stages.Renderer(tokenizer, model.config.chat_templates, 128)
     assert model.config.names == list(NAMES)
     return model, stages.read_sources(recipe.data.train, renderer, RecordingProgress(), "training")

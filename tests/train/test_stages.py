@@ -32,7 +32,7 @@ def by_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def fused_and_rows(tiny_run: TinyRun, output: Path, **changes: Any) -> tuple[Any, list, Any]:
     recipe = tiny_run.recipe(output, **changes)
     model, tokenizer = fuse(recipe)
-    renderer = Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], recipe.data.max_length)
+    renderer = Renderer(tokenizer, model.config.chat_templates, recipe.data.max_length)
     return model, read_sources(recipe.data.train, renderer, RecordingProgress(), "training"), recipe
 
 

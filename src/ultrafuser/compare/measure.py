@@ -36,6 +36,7 @@ from ultrafuser.evaluate.tasks import TASKS
 from ultrafuser.inspect.run import trace_rows
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
+from ultrafuser.model.manifest import SpecialistEntry
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.specialists import pick_device
@@ -215,7 +216,7 @@ def _btx(place: Workspace, system: SystemRecipe) -> Opened:
     model, tokenizer = load_btx(folder), AutoTokenizer.from_pretrained(folder)
     model.to(pick_device(place.recipe.device))
     name = str(system.name)
-    spec = {"name": name, "domain": name, "source": {"model": str(folder)}, "config": model.config.to_dict(),
+    spec: SpecialistEntry = {"name": name, "domain": name, "source": {"model": str(folder)}, "config": model.config.to_dict(),
             "chat_template": tokenizer.chat_template}  # fmt: skip
     config = UltraFuserConfig([spec], vocab_size=len(tokenizer))
     wrapped = UltraFuserForCausalLM(config, [SpecialistGroup(model, [name])]).eval()

@@ -149,7 +149,7 @@ class Workspace:
     def renderer(self, model: Any, tokenizer: Any, max_length: int | None = None) -> Renderer:
         """Test rows are cut at the context alone, so that all systems see the same tokens of them."""
         templates, context = (
-            [own["chat_template"] for own in model.config.specialists],
+            model.config.chat_templates,
             model.config.max_position_embeddings,
         )
         return Renderer(tokenizer, templates, min(max_length or context, context))

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError
+from .manifest import SpecialistEntry, SpecialistSource, weight_sources
 from .references import WEIGHTS, check_files, resolve
 from .saving import GATE_FILE, mark_unchanged
 from .shared_base import AdapterWeights, SpecialistGroup
@@ -122,14 +123,14 @@ def load_groups(
     for indices in config.groups():
         specs = [config.specialists[k] for k in indices]
         for spec in specs if verify else ():
-            for part in ("model", "adapter"):
-                recorded = (spec.get("files") or {}).get(part)
+            for key, reference in weight_sources(spec["source"]):
+                recorded = (spec.get("files") or {}).get(key)
                 if not recorded:
                     continue
-                where = Path(resolve(spec["source"][part], folder, spec["name"]))
-                if where not in checked:  # a base that several share is hashed once
-                    check_files(where, recorded, f"specialist {spec['name']!r}")
-                    checked.add(where)
+                path = Path(resolve(reference, folder, spec["name"]))
+                if path not in checked:  # a base that several share is hashed once
+                    check_files(path, recorded, f"specialist {spec['name']!r}")
+                    checked.add(path)
         model = load_base(specs[0], folder, **kwargs)
         if specs[0].get("separate"):
             model = _merge_with_peft(model, specs[0], folder)
@@ -140,19 +141,15 @@ def load_groups(
     return groups
 
 
-def load_base(spec: Mapping[str, Any], folder: Path | None, **kwargs: Any) -> PreTrainedModel:
+def load_base(spec: SpecialistEntry, folder: Path | None, **kwargs: Any) -> PreTrainedModel:
     """The causal model of one specialist, without its adapter."""
     source, name = spec["source"], spec["name"]
     where = resolve(source["model"], folder, name)
     options = dict(kwargs)
     options.setdefault("dtype", options.pop("torch_dtype", None) or "auto")
-    for field, option in (
-        ("dtype", "dtype"),
-        ("device_map", "device_map"),
-        ("quantization", "quantization_config"),
-    ):
-        if spec.get(field) is not None:
-            options[option] = spec[field]
+    own_options = {key: spec.get(key) for key in ("dtype", "device_map")}
+    own_options["quantization_config"] = spec.get("quantization")
+    options |= {key: value for key, value in own_options.items() if value is not None}
     if isinstance(options.get("quantization_config"), dict):
         from transformers.quantizers.auto import AutoQuantizationConfig
 
@@ -190,29 +187,24 @@ def load_base(spec: Mapping[str, Any], folder: Path | None, **kwargs: Any) -> Pr
     return model
 
 
-def read_adapter_config(spec: Mapping[str, Any], folder: Path | None) -> tuple[Path, dict[str, Any]] | None:
-    """Folder and configuration of a specialist's PEFT adapter, if it has one."""
-    reference = spec["source"].get("adapter")
+def read_adapter_config(source: SpecialistSource, folder: Path | None, name: str) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and configuration of the PEFT adapter of the specialist `name`, if it has one."""
+    reference = source.get("adapter")
     if not reference:
         return None
-    where = resolve(reference, folder, spec["name"])
-    if not isinstance(where, Path):
+    path = resolve(reference, folder, name)
+    if not isinstance(path, Path):
         try:
-            where = Path(
-                snapshot_download(
-                    str(where), revision=spec["source"].get("adapter_revision"), allow_patterns="adapter_*"
-                )
-            )
+            revision = source.get("adapter_revision")
+            path = Path(snapshot_download(str(path), revision=revision, allow_patterns="adapter_*"))
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"specialist {spec['name']!r}: no folder {reference!r}, and the hub did not give it: {error}"
+                f"specialist {name!r}: no folder {reference!r}, and the hub did not give it: {error}"
             ) from error
-    if not (where / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"specialist {spec['name']!r}: {where} has no adapter_config.json; expected a PEFT adapter"
-        )
-    _refuse_pickles(where, spec["name"])
-    return where, json.loads((where / "adapter_config.json").read_text(encoding="utf-8"))
+    if not (path / "adapter_config.json").is_file():
+        raise CheckpointError(f"specialist {name!r}: {path} has no adapter_config.json; expected a PEFT adapter")
+    _refuse_pickles(path, name)
+    return path, json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
 
 
 def is_plain_lora(adapter_config: Mapping[str, Any]) -> bool:
@@ -232,13 +224,13 @@ def is_plain_lora(adapter_config: Mapping[str, Any]) -> bool:
     )
 
 
-def read_adapter(spec: Mapping[str, Any], folder: Path | None, dtype: torch.dtype) -> AdapterWeights | None:
+def read_adapter(spec: SpecialistEntry, folder: Path | None, dtype: torch.dtype) -> AdapterWeights | None:
     """A specialist's LoRA weights, by the names that the layers have in the base.
 
     Raises:
         CheckpointError: weights with names that are not LoRA's.
     """
-    found = read_adapter_config(spec, folder)
+    found = read_adapter_config(spec["source"], folder, spec["name"])
     if found is None:
         return None
     where, config = found
@@ -254,11 +246,11 @@ def read_adapter(spec: Mapping[str, Any], folder: Path | None, dtype: torch.dtyp
     return AdapterWeights({name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}, scaling)
 
 
-def _merge_with_peft(model: PreTrainedModel, spec: Mapping[str, Any], folder: Path | None) -> PreTrainedModel:
+def _merge_with_peft(model: PreTrainedModel, spec: SpecialistEntry, folder: Path | None) -> PreTrainedModel:
     """Adapters of other kinds than plain LoRA: PEFT merges them into a base of their own."""
     from peft import PeftModel
 
-    found = read_adapter_config(spec, folder)
+    found = read_adapter_config(spec["source"], folder, spec["name"])
     if found is None:
         return model
     try:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from .errors import CheckpointError
+from .manifest import SpecialistEntry
 
 MIXINGS = ("logits", "probabilities")
 GATES = ("mlp", "static")
@@ -19,15 +20,7 @@ class UltraFuserConfig(PreTrainedConfig):
     """The manifest of a fused model.
 
     Args:
-        specialists: one dictionary each, all plain JSON:
-            `name`, `domain`;
-            `source`: where the weights are: `model` (hub id, folder, `package:MODULE/FILE`), `revision`,
-            `gguf_file`, `adapter`, `adapter_revision`; folders inside the checkpoint are relative to it;
-            `files`: size and SHA-256 of each local weight file, by path;
-            `config`: the specialist's own model configuration;
-            `chat_template`: the Jinja text it was trained with;
-            `dtype`, `device_map`, `quantization`: how to load it, where that differs from the others;
-            `temperature`: what its logits are divided by before they are mixed; 1 where it is not given.
+        specialists: one plain dictionary each, with the keys of `SpecialistEntry`.
         gate_type: `mlp`, the paper's, or `static`: the same weights at every token.
         gate_hidden_size: width of the gate's hidden layer; the paper's is 512.
         mixing: `logits` (Eq. 1 of the paper) or `probabilities`.
@@ -45,7 +38,7 @@ class UltraFuserConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        specialists: list[dict[str, Any]] | None = None,
+        specialists: Sequence[SpecialistEntry] | None = None,
         gate_type: str = "mlp",
         gate_hidden_size: int = 512,
         mixing: str = "probabilities",
@@ -54,7 +47,7 @@ class UltraFuserConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         # a list of config objects would break save_pretrained, so the sub-configurations stay plain dictionaries
-        self.specialists = copy.deepcopy(list(specialists or []))
+        self.specialists: list[SpecialistEntry] = copy.deepcopy(list(specialists or []))
         self.gate_type = gate_type
         self.gate_hidden_size = gate_hidden_size
         self.mixing = mixing
@@ -98,6 +91,11 @@ class UltraFuserConfig(PreTrainedConfig):
         return [specialist.get("domain") or specialist["name"] for specialist in self.specialists]
 
     @property
+    def chat_templates(self) -> list[str]:
+        """The K chat templates, in order."""
+        return [specialist["chat_template"] for specialist in self.specialists]
+
+    @property
     def temperatures(self) -> list[float]:
         """The K temperatures, in order."""
         return [specialist.get("temperature", 1.0) for specialist in self.specialists]
@@ -130,7 +128,7 @@ class UltraFuserConfig(PreTrainedConfig):
         for k, specialist in enumerate(self.specialists):
             source = specialist["source"]
             shared = self.share_base and source.get("adapter") and not specialist.get("separate")
-            key = [source.get("model"), source.get("revision"), source.get("gguf_file")]
+            key: list[Any] = [source["model"], source.get("revision"), source.get("gguf_file")]
             key += [specialist.get(field) for field in ("dtype", "device_map", "quantization")]
             groups.setdefault(repr(key) if shared else f"alone-{k}", []).append(k)
         return list(groups.values())

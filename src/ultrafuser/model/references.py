@@ -6,9 +6,9 @@ import hashlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from .errors import CheckpointError
+from .manifest import FileRecord, FileRecords
 
 PACKAGE = "package:"
 WEIGHTS = ("*.safetensors", "*.gguf")
@@ -62,13 +62,13 @@ def is_inside(path: Path, folder: Path) -> bool:
     return path.absolute().is_relative_to(folder.absolute())
 
 
-def record_files(where: Path) -> dict[str, dict[str, Any]]:
+def record_files(where: Path) -> FileRecords:
     """Size and SHA-256 of the weight files of a folder, or of one file, by name."""
     files = [where] if where.is_file() else sorted(file for pattern in WEIGHTS for file in where.glob(pattern))
     return {file.name: {"size_bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
 
 
-def check_files(where: Path, recorded: Mapping[str, Mapping[str, Any]], owner: str, every: bool = False) -> None:
+def check_files(where: Path, recorded: Mapping[str, FileRecord], owner: str, every: bool = False) -> None:
     """Compare weight files with what was recorded.
 
     Args:

@@ -27,12 +27,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError
+from .manifest import SpecialistEntry, weight_sources
 from .references import is_inside, record_files, resolve
 from .shared_base import SpecialistGroup
 
 GATE_FILE = "model.safetensors"
 CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "saving", "references", "shared_base", "gate",
-        "cache", "loss", "errors")  # fmt: skip
+        "cache", "loss", "manifest", "errors")  # fmt: skip
 _SAMPLES = 1024  # values of each tensor that are remembered, to see whether training changed it
 
 
@@ -134,7 +135,7 @@ def _sub_state(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torc
 
 def _write_group(
     group: SpecialistGroup,
-    specs: list[dict[str, Any]],
+    specs: list[SpecialistEntry],
     folder: Path,
     state: Mapping[str, torch.Tensor] | None,
     old: Path | None,
@@ -201,31 +202,29 @@ def write_adapter(
     (home / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n", encoding="utf-8")
 
 
-def _keep(spec: dict[str, Any], folder: Path, old: Path | None, copy: bool, copied: dict[Path, str]) -> None:
+def _keep(spec: SpecialistEntry, folder: Path, old: Path | None, copy: bool, copied: dict[Path, str]) -> None:
     """An unchanged specialist stays a reference; what lies inside the old checkpoint moves along.
 
     Args:
         copied: what was copied to where so far, since several specialists may share a base.
     """
     source = spec["source"]
-    for part in ("model", "adapter"):
-        if not source.get(part):
-            continue
-        where = resolve(source[part], old, spec["name"])
-        inside = old is not None and isinstance(where, Path) and is_inside(where, old)
+    for key, reference in weight_sources(source):
+        path = resolve(reference, old, spec["name"])
+        inside = old is not None and isinstance(path, Path) and is_inside(path, old)
         if not (inside or copy):
             continue
-        if not isinstance(where, Path):
-            revision = source.get("revision" if part == "model" else "adapter_revision")
-            where = Path(snapshot_download(str(where), revision=revision))
-        if where not in copied:
+        if not isinstance(path, Path):
+            revision = source.get("revision") if key == "model" else source.get("adapter_revision")
+            path = Path(snapshot_download(str(path), revision=revision))
+        if path not in copied:
             if inside and old is not None:
-                copied[where] = where.relative_to(old).as_posix()
+                copied[path] = path.relative_to(old).as_posix()
             else:
-                shelf = "bases" if part == "model" and source.get("adapter") else "specialists"
-                copied[where] = f"{shelf}/{spec['name']}" + (f"/{where.name}" if where.is_file() else "")
-            _copy(where, folder / copied[where])
-        source[part] = copied[where]
+                shelf = "bases" if key == "model" and source.get("adapter") else "specialists"
+                copied[path] = f"{shelf}/{spec['name']}" + (f"/{path.name}" if path.is_file() else "")
+            _copy(path, folder / copied[path])
+        source[key] = copied[path]
 
 
 def _copy(where: Path, home: Path) -> None:
@@ -236,7 +235,7 @@ def _copy(where: Path, home: Path) -> None:
         shutil.copy(where, home)
 
 
-def _absolute_base(spec: dict[str, Any], folder: Path, old: Path | None) -> None:
+def _absolute_base(spec: SpecialistEntry, folder: Path, old: Path | None) -> None:
     """A base that lies inside the old checkpoint moves along with the new adapters."""
     where = resolve(spec["source"]["model"], old, spec["name"])
     if old is not None and isinstance(where, Path) and is_inside(where, old):

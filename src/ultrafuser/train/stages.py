@@ -66,7 +66,7 @@ def train(
     _check_output(output, recipe, resume)
     model, tokenizer = _build(recipe)
     max_length = min(recipe.data.max_length, model.config.max_position_embeddings)
-    renderer = Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], max_length)
+    renderer = Renderer(tokenizer, model.config.chat_templates, max_length)
     rows = read_sources(recipe.data.train, renderer, progress, "training")
     validation = (
         read_sources(recipe.data.validation, renderer, progress, "validation") if recipe.data.validation else []

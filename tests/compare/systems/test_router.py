@@ -149,7 +149,7 @@ def fused(tiny_run: TinyRun, tmp_path_factory) -> tuple[Any, Renderer, FeatureSt
     folder: Path = tmp_path_factory.mktemp("router")
     recipe = tiny_run.recipe(folder)
     model, tokenizer = fuse(recipe)
-    renderer = Renderer(tokenizer, [s["chat_template"] for s in model.config.specialists], 128)
+    renderer = Renderer(tokenizer, model.config.chat_templates, 128)
     rows = read_sources(recipe.data.train, renderer, RecordingProgress(), "test")
     return model, renderer, FeatureStore.build(model, rows, folder / "features")
 

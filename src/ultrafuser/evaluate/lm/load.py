@@ -83,7 +83,7 @@ def load_model(
         spec = {"name": "model", "model": base, "adapter": adapter or None, "chat_template": chat_template}
         recipe = load_recipe({"specialists": [spec], "dtype": dtype, "device": device, "seed": seed})
         model, tokenizer = fuse(recipe)
-        templates = [own["chat_template"] for own in model.config.specialists]
+        templates = model.config.chat_templates
         renderer = Renderer(tokenizer, templates, model.config.max_position_embeddings)
     return as_served(model, renderer, name=name, batch_size=batch_size, seed=seed, folder=Path(text))
 

@@ -1,0 +1,80 @@
+"""What a fused checkpoint's config.json says about each specialist."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+SourceKey = Literal["model", "adapter"]
+
+
+class FileRecord(TypedDict):
+    """What one weight file was when it was recorded."""
+
+    size_bytes: int
+    sha256: str
+
+
+FileRecords = dict[str, FileRecord]
+"""Recorded files by their names."""
+
+
+class SpecialistFiles(TypedDict, total=False):
+    """Recorded local weight files of a specialist."""
+
+    model: FileRecords
+    adapter: FileRecords
+
+
+class _SourceModel(TypedDict):
+    model: str
+
+
+class SpecialistSource(_SourceModel, total=False):
+    """Where the weights are; folders inside the checkpoint are relative to it.
+
+    Attributes:
+        model: hub id, folder, or `package:MODULE/FILE`.
+        adapter: hub id or folder of a PEFT adapter on that model.
+    """
+
+    revision: str | None
+    gguf_file: str | None
+    adapter: str | None
+    adapter_revision: str | None
+
+
+class _SpecialistIdentity(TypedDict):
+    name: str
+    source: SpecialistSource
+    config: dict[str, Any]
+
+
+class SpecialistEntry(_SpecialistIdentity, total=False):
+    """One specialist of the manifest, all plain JSON.
+
+    Attributes:
+        config: the specialist's own model configuration.
+        domain: the domain of the rows that it was trained on; its name where it is not given.
+        files: size and SHA-256 of each local weight file.
+        chat_template: the Jinja text it was trained with.
+        dtype, device_map, quantization: how to load it, where that differs from the others.
+        separate: whether its adapter is no plain LoRA, so that PEFT merges it into a base of its own.
+        temperature: its logits are divided by it before they are mixed; 1 where it is not given.
+    """
+
+    domain: str
+    files: SpecialistFiles
+    chat_template: str
+    dtype: str
+    device_map: Any
+    quantization: dict[str, Any]
+    separate: bool
+    temperature: float
+
+
+def weight_sources(source: SpecialistSource) -> list[tuple[SourceKey, str]]:
+    """The references to a specialist's weights: its model's and, where it has one, its adapter's."""
+    sources: list[tuple[SourceKey, str]] = [("model", source["model"])]
+    if adapter := source.get("adapter"):
+        sources.append(("adapter", adapter))
+    return sources
