@@ -13,6 +13,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal, Protocol
 
+from ultrafuser.data.answer_text import after_thinking, is_refusal
 from ultrafuser.endpoint.client import Endpoint, Reply, Request
 from ultrafuser.errors import EndpointError, UltraFuserError
 from ultrafuser.progress import Progress
@@ -23,12 +24,6 @@ RATINGS = tuple(str(number) for number in range(1, 11))
 STATUSES = ("ok", "unparsed", "refused", "error")
 
 _VERDICT = re.compile(r"\[\[([^\[\]]*)\]\]")
-_THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.S)  # what reasoning models write before they reply
-_REFUSAL = re.compile(
-    r"\W*(?:(?:i['’]m|i am) (?:very |so |really )?sorry|sorry,? (?:but )?i\b|(?:unfortunately,? )?i "
-    r"(?:can['’]t|can ?not|won['’]t|will not|must decline|am (?:unable|not able))|i['’]m (?:unable|not able))",
-    re.I,
-)
 
 
 class JudgementStore(Protocol):
@@ -113,7 +108,7 @@ def read_verdict(reply: Reply, verdicts: Sequence[str]) -> Judgement:
     Nothing at all, a content filter, or a reply that opens with a refusal counts as refused; the rest, replies that
     were cut off included, as unparsed.
     """
-    text = _THOUGHTS.sub("", reply.text).strip()
+    text = after_thinking(reply.text).strip()
     if reply.finish_reason == "content_filter" or reply.refusal:
         return Judgement("refused", None, reply.refusal or reply.text)
     if reply.finish_reason == "length":
@@ -124,7 +119,7 @@ def read_verdict(reply: Reply, verdicts: Sequence[str]) -> Judgement:
     named = set(_VERDICT.findall(text)) & set(verdicts)
     if last and named == {last[1]}:
         return Judgement("ok", last[1], reply.text)
-    return Judgement("refused" if not named and _REFUSAL.match(text) else "unparsed", None, reply.text)
+    return Judgement("refused" if not named and is_refusal(text) else "unparsed", None, reply.text)
 
 
 # ---------------------------------------------------------------- the judge

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ultrafuser.data.answer_text import after_thinking
 from ultrafuser.evaluate.tasks import read_answers as answers
 
 LETTERS = "ABCDEFGH"
@@ -31,7 +32,7 @@ def stated_letter(answer: str, num_options: int) -> str | None:
     In this order: the last box; the letter after the last "answer is", "answer:" or the like that has one; "option B is correct"; the
     only letter that stands on a line of its own, opens a line as in "B) 21", or stands in parentheses.
     """
-    text = _STYLE.sub("", answers.after_thinking(answer))
+    text = _STYLE.sub("", after_thinking(answer))
     rest = LETTERS[1:num_options]
     # "A" before a word is the article, unless the word goes on about the answer.
     letter = rf"(?:[{rest}]|A(?! +(?!(?:as|because|since|with)\b)[a-z]))(?![A-Za-z'’])"

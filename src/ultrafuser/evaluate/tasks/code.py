@@ -14,11 +14,10 @@ from typing import Any
 from lm_eval.api.task import ConfigurableTask
 
 from ultrafuser import sandbox
+from ultrafuser.data.answer_text import PYTHON_NAMES, after_thinking, code_blocks
 from ultrafuser.errors import SandboxError
-from ultrafuser.evaluate.tasks.read_answers import CODE_BLOCK, after_thinking
 
 SAMPLING_TEMPERATURE = 0.8
-_PYTHON = ("", "python", "python3", "py", "py3")
 _OPENING = re.compile(r"^(?:import |from \w[\w.]* import |def |async def |class |@\w)", re.M)
 
 
@@ -93,7 +92,9 @@ def extract_code(answer: str, entry_point: str, context: str = "") -> str | None
     """
     text = after_thinking(answer).replace("\r\n", "\n")
     blocks = [
-        body.rstrip() for language, body in CODE_BLOCK.findall(text) if language.lower() in _PYTHON and body.strip()
+        block.body.rstrip()
+        for block in code_blocks(text)
+        if block.language.lower() in ("", *PYTHON_NAMES) and block.body.strip()
     ]
     for number, block in enumerate(blocks):
         if _defines(block, entry_point):

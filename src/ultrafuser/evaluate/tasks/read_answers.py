@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import re
 
+from ultrafuser.data.answer_text import after_thinking
+
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-z])\s*")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$(.+?)(?<!\\)\$", re.DOTALL)
 _SPACES = re.compile(r"(?<=\d)(?:\{,\}|\\[,!;: ])(?=\d{3})")  # 10{,}000 and 10\,000
 # 1,319 or 18.5 or 3/4; a minus after a digit, a letter or a bracket is an operator.
 _NUMBER = re.compile(r"(?:(?<![\w.)\]}])[-−])?(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
-
-
-# language and body of each fenced block; one that is cut off goes to the end
-CODE_BLOCK = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*(?:```|~~~)[ \t]*$|\Z)", re.M | re.S)
-
-
-def after_thinking(answer: str) -> str:
-    """The answer without the reasoning that some models put between <think> tags."""
-    return answer.rsplit("</think>", 1)[-1] if "</think>" in answer else answer.split("<think>", 1)[0]
 
 
 def number(answer: str) -> str | None:

@@ -12,14 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 from ultrafuser import sandbox
+from ultrafuser.data.answer_text import PYTHON_NAMES, code_blocks
 from ultrafuser.errors import SandboxError
-from ultrafuser.evaluate.tasks.read_answers import CODE_BLOCK
 
 MAX_DIGITS = 40  # of a number that is computed again
 MAX_EXPONENT = 64
 MAX_CHARS = 300  # of an expression
 LIMITS = sandbox.Limits(timeout_s=10.0, memory_bytes=1 << 29)
-_PYTHON = ("python", "python3", "py", "py3")
 _LOOKS_LIKE_PYTHON = re.compile(r"^(?:def |class |import |from \w[\w.]* import |@\w|async def )", re.M)
 _SESSION = re.compile(r"^>>> ", re.M)
 
@@ -45,8 +44,8 @@ def check_code(answer: str) -> str | None:
 def python_blocks(answer: str) -> list[str]:
     """The Python in an answer: blocks that say so, unnamed ones that look like it, sessions left out."""
     found = []
-    for language, body in CODE_BLOCK.findall(answer):
-        named = language.lower() in _PYTHON
+    for language, body in code_blocks(answer):
+        named = language.lower() in PYTHON_NAMES
         if (named or (not language and _LOOKS_LIKE_PYTHON.search(body))) and not _SESSION.search(body):
             found.append(body)
     return found

@@ -9,6 +9,7 @@ import re
 from functools import cache
 from typing import Any
 
+from ultrafuser.data.answer_text import is_refusal, without_code
 from ultrafuser.errors import MissingExtraError, RecipeError
 from ultrafuser.synth.recipe import FiltersRecipe
 
@@ -32,12 +33,6 @@ _PIPELINE = re.compile(
     r"|\b(?:reply|respond|answer) with nothing but (?:a )?json\b",
     re.I | re.M,
 )
-_REFUSAL = re.compile(
-    r"\W*(?:(?:i['’]m|i am) (?:very |so |really |truly )?sorry\b|(?:my )?apologies,? but|sorry,? (?:but )?i\b|"
-    r"(?:unfortunately,? |as [^.\n]{3,60}, )?i (?:can['’]t|can ?not|won['’]t|will not|must decline|am (?:unable|not able)|do not feel)"
-    r"|i['’]m (?:unable|not able)|as an? (?:ai|artificial|large language|language)\b)",
-    re.I,
-)
 _BOILERPLATE = re.compile(
     r"\bas an? (?:ai|artificial intelligence|(?:large )?language model|virtual assistant)\b"
     r"|\bi(?:['’]m| am) (?:just |only )?an? (?:ai|(?:large )?language model|artificial intelligence)\b"
@@ -56,7 +51,6 @@ _NEEDS_MORE = re.compile(
     r"\b(?:(?:the |this )?(?:attached|uploaded) (?:file|image|picture|document|photo)|in the (?:image|picture|figure) (?:below|above|shown))\b",
     re.I,
 )
-_FENCED = re.compile(r"^[ \t]*(?:```|~~~).*?(?:^[ \t]*(?:```|~~~)[ \t]*$|\Z)", re.M | re.S)
 _FORMULA = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|(?<!\\)\$[^$\n]+\$|`[^`\n]+`|https?://\S+", re.S)
 
 
@@ -72,7 +66,7 @@ def check_instruction(text: str, filters: FiltersRecipe) -> str | None:
         return reason
     if _ABOUT_THE_TASK.match(text):
         return "speaks about the task"
-    if filters.refusals and (_REFUSAL.match(text) or _BOILERPLATE.search(text)):
+    if filters.refusals and (is_refusal(text) or _BOILERPLATE.search(text)):
         return "refusal or boilerplate"
     if _NEEDS_MORE.search(text):
         return "needs what is not there"
@@ -83,7 +77,7 @@ def check_answer(text: str, filters: FiltersRecipe) -> str | None:
     """Why an answer is left out; None: it stays."""
     if reason := _misplaced("answer", text, filters.min_answer_chars, filters.max_answer_chars):
         return reason
-    if filters.refusals and _REFUSAL.match(text):
+    if filters.refusals and is_refusal(text):
         return "refusal"
     if filters.refusals and _BOILERPLATE.search(text):
         return "boilerplate"
@@ -138,7 +132,7 @@ def speaks_otherwise(text: str, filters: FiltersRecipe) -> bool:
     """Whether the prose of a text is in another language; code and formulas say nothing."""
     if filters.language is None:
         return False
-    prose = _FORMULA.sub(" ", _FENCED.sub("\n", text))[:4000]
+    prose = _FORMULA.sub(" ", without_code(text))[:4000]
     letters = sum(character.isalpha() for character in prose)
     if letters < MIN_LETTERS and prose.isascii():
         return False

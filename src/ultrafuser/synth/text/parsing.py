@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ultrafuser.evaluate.tasks.read_answers import CODE_BLOCK, after_thinking
+from ultrafuser.data.answer_text import CLOSED_BLOCK, after_thinking, code_blocks
 
 GIANT_CHARS = 200_000  # of a reply: nothing that was asked for is that long
 MAX_NAME_CHARS = 100
@@ -23,7 +23,6 @@ _LABEL = re.compile(
     r"^\W*(?:rewritten|new|more complex|improved)?\s*(?:instruction|version|prompt|task)\W{0,3}:[*_\s]*", re.I
 )
 _RATING = re.compile(r"\[\[\s*(10|[1-9])\s*\]\]")
-_BLOCK = re.compile(r"^```[ \t]*([\w+.-]*)[^\n]*\n(.*?)^```[ \t]*$", re.M | re.S)
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _TEST_HEAD = re.compile(r"(?:^|\n)[#*_ \t]*(?:unit |assert(?:ion)? )?tests?[^\n]{0,40}:?[*_ \t]*\n*\Z", re.I)
 _NAME_KEYS = ("name", "sub_topic", "subtopic", "topic", "title")
@@ -75,7 +74,7 @@ def _starts_with_a_line(text: str) -> bool:
 
 def _any_json(text: str) -> list[Any] | None:
     """The items of JSON in a fence, else anywhere; a list of numbers is something else."""
-    for part in [*(body for _, body in CODE_BLOCK.findall(text)), text]:
+    for part in [*(block.body for block in code_blocks(text)), text]:
         items = _json_items(part)
         if items and any(isinstance(item, (str, dict)) for item in items):
             return items
@@ -226,7 +225,7 @@ def read_rating(reply: str) -> int | Unreadable:
 
 def split_tests(answer: str) -> tuple[str, str | None]:
     """An answer and the tests that end it: a last Python block of nothing but asserts, after a block of code."""
-    blocks = list(_BLOCK.finditer(answer))
+    blocks = list(CLOSED_BLOCK.finditer(answer))
     if len(blocks) < 2 or answer[blocks[-1].end() :].strip():
         return answer, None
     tests = blocks[-1][2].strip()
