@@ -290,7 +290,7 @@ def test_two_comparisons_in_one_folder_are_refused(training, in_process, tmp_pat
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another comparison is at work there"):
+        with pytest.raises(DataError, match="another comparison is running in this folder"):
             compare(load(training, ["base"]))
 
 

@@ -14,7 +14,7 @@ from tiny_models import save_adapter, tiny
 from ultrafuser.data.schema import parse_row
 from ultrafuser.data.sources import write_rows
 from ultrafuser.errors import CheckpointError, DataError, RecipeError
-from ultrafuser.evaluate import run, scoring
+from ultrafuser.evaluate import run
 from ultrafuser.evaluate.lm.load import endpoint_recipe, load_model, name_of
 from ultrafuser.evaluate.run import EvalOptions, evaluate_models, markdown, names_of
 from ultrafuser.recipe import load_recipe
@@ -162,13 +162,6 @@ def test_unknown_tasks_and_missing_files_come_before_any_model(names, problem, d
     assert not (tmp_path / "out").exists()
 
 
-def test_a_limit_keeps_the_documents_of_a_smaller_one():
-    assert set(scoring.drawn(100, 10, 3)) < set(scoring.drawn(100, 25, 3))
-    assert scoring.drawn(5, None, 0) == scoring.drawn(5, 50, 0) == [0, 1, 2, 3, 4]
-    with pytest.raises(DataError, match="limit of 0 leaves no documents"):
-        scoring.drawn(5, 0, 0)
-
-
 def test_rows_without_the_domain_asked_for(rows, tmp_path):
     rows = [parse_row({"instruction": "a", "output": "b"}, "here", "text")]
     write_rows(rows, tmp_path / "text.jsonl")
@@ -287,7 +280,7 @@ def test_a_folder_of_something_else_and_two_at_once_are_refused(checkpoint, rows
         evaluate_models(models, options, out)
     with (out / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another evaluation is at work there"):
+        with pytest.raises(DataError, match="another evaluation is running in this folder"):
             evaluate_models(models, options, out)
 
 

@@ -14,11 +14,11 @@ from ultrafuser.compare.process import start_step
 from ultrafuser.compare.recipe import CompareRecipe, SystemRecipe, dump_compare_recipe
 from ultrafuser.compare.systems.merge import find_program
 from ultrafuser.compare.workspace import RECIPE, Workspace, eval_options
+from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.data.writing import write_json
 from ultrafuser.endpoint.client import Endpoint
 from ultrafuser.errors import DataError, MissingExtraError
 from ultrafuser.evaluate.intervals import Stratum, difference, estimate
-from ultrafuser.evaluate.locking import alone_in
 from ultrafuser.evaluate.losses import mean_weights
 from ultrafuser.evaluate.run import LOSSES, check_tasks, loss_cell
 from ultrafuser.evaluate.scoring import TaskScores
@@ -50,7 +50,7 @@ def compare(recipe: CompareRecipe, progress: Progress | None = None) -> dict[str
     folder = Path(recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
     _check(recipe)
-    with alone_in(folder, "comparison"):
+    with exclusive_lock(folder, "comparison"):
         (folder / RECIPE).write_text(dump_compare_recipe(recipe), encoding="utf-8")
         place = Workspace(folder, progress)
         errors = _run_all(place, progress)

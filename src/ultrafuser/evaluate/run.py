@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
 from ultrafuser.data.writing import write_json
@@ -17,9 +18,9 @@ from ultrafuser.errors import DataError
 from ultrafuser.evaluate.intervals import Stratum, estimate
 from ultrafuser.evaluate.lm.load import ENDPOINT, LoadedModel, load_model, name_of, split_name
 from ultrafuser.evaluate.lm.response_cache import RememberingLM, Store
-from ultrafuser.evaluate.locking import alone_in
 from ultrafuser.evaluate.losses import mean_weights
-from ultrafuser.evaluate.scoring import TaskScores, benchmark, drawn, losses
+from ultrafuser.evaluate.sampling import draw_rows
+from ultrafuser.evaluate.scoring import TaskScores, benchmark, losses
 from ultrafuser.evaluate.tasks import SUITES as TASK_SUITES
 from ultrafuser.evaluate.tasks import TASKS, load_tasks
 from ultrafuser.progress import Progress
@@ -107,7 +108,7 @@ def evaluate_models(
     own = {name: _own_options(text, options, progress) for name, text in named.items()}
     check_tasks(options)
     output.mkdir(parents=True, exist_ok=True)
-    with alone_in(output, "evaluation"):
+    with exclusive_lock(output, "evaluation"):
         results: dict[str, Any] = {"created": time.strftime("%Y-%m-%d"), "models": _before(output / "results.json")}
         for name, text in named.items():
             progress.log(f"{name}: {text}")
@@ -257,7 +258,8 @@ def loss_rows(options: EvalOptions) -> list[Row]:
             raise DataError("--data holds rows for `loss` and `mixed`, and neither is asked for; add one to --tasks")
         return []
     if not options.data:
-        return [row for domain in domains for row in _drawn(load_rows(ZOO.format(domain)), options)]
+        by_domain = {domain: load_rows(ZOO.format(domain)) for domain in domains}
+        return _draw_each(by_domain, options)
     rows: list[Row] = []
     for path in options.data:
         rows += load_rows(path)
@@ -271,11 +273,11 @@ def loss_rows(options: EvalOptions) -> list[Row]:
         raise DataError(
             f"{', '.join(options.data)}: rows of {have}, none of which {asked} measures; ask for {other}, or give others"
         )
-    return [row for domain in wanted for row in _drawn([r for r in rows if r.domain == domain], options)]
+    return _draw_each({domain: [row for row in rows if row.domain == domain] for domain in wanted}, options)
 
 
-def _drawn(rows: Sequence[Row], options: EvalOptions) -> list[Row]:
-    return [rows[i] for i in drawn(len(rows), options.limit, options.seed)]
+def _draw_each(by_domain: Mapping[str, list[Row]], options: EvalOptions) -> list[Row]:
+    return [row for name, rows in by_domain.items() for row in draw_rows(rows, options.limit, options.seed, name)]
 
 
 def loss_cell(strata: Sequence[Stratum], seed: int) -> dict[str, Any]:

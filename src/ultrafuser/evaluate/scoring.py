@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from ultrafuser.errors import DataError
 from ultrafuser.evaluate.intervals import Stratum
 from ultrafuser.evaluate.lm.load import LoadedModel
 from ultrafuser.evaluate.losses import RowLoss, by_domain, fused_losses
+from ultrafuser.evaluate.sampling import draw_rows
 from ultrafuser.evaluate.tasks import TASKS
 from ultrafuser.progress import Progress
 from ultrafuser.train.features import FeatureStore
@@ -75,7 +75,9 @@ def benchmark(
     if not names:
         return {}
     tasks = load_tasks(names, **options)
-    chosen = {task.config.task: drawn(len(task.eval_docs), limit, seed) for task in tasks.values()}
+    chosen = {
+        task.config.task: draw_rows(range(len(task.eval_docs)), limit, seed, name) for name, task in tasks.items()
+    }
     if unsafe := [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]:
         if not options.get("unsafe_code"):
             raise DataError(f"task {unsafe[0]!r} runs generated code by itself; allow it with --unsafe-code")
@@ -90,19 +92,6 @@ def benchmark(
     if found is None:
         raise DataError("lm-eval gave no results on this process")
     return {name: _scores(name, task, found["samples"][task.config.task]) for name, task in tasks.items()}
-
-
-def drawn(total: int, limit: int | None, seed: int) -> list[int]:
-    """Indices of `limit` of `total` documents, in order; a larger limit keeps those of a smaller one.
-
-    Raises:
-        DataError: a limit of nothing.
-    """
-    if limit is not None and limit < 1:
-        raise DataError(f"a limit of {limit} leaves no documents; give at least 1")
-    order = list(range(total))
-    random.Random(seed).shuffle(order)
-    return sorted(order[:limit])
 
 
 def _scores(name: str, task: Any, samples: Sequence[dict[str, Any]]) -> TaskScores:

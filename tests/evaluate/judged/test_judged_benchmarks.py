@@ -14,7 +14,6 @@ from fake_endpoint import FakeEndpoint, Kept, failing, fake_endpoint, fine
 from ultrafuser.endpoint.client import Endpoint
 from ultrafuser.errors import DataError, EndpointError
 from ultrafuser.evaluate.judged import alpaca, mt_bench
-from ultrafuser.evaluate.judged import common as judged
 from ultrafuser.evaluate.judged.alpaca import AlpacaRow
 from ultrafuser.evaluate.judged.judge import Judge
 from ultrafuser.evaluate.judged.mt_bench import MTBenchRow
@@ -334,11 +333,3 @@ def test_zero_samples(server: FakeEndpoint):
         with pytest.raises(DataError, match="zero samples"):
             benchmark.evaluate(Parrot(), judge_of(server), rows, limit=limit)
     assert server.hits == 0
-
-
-def test_a_limit_draws_by_the_seed_and_grows_by_adding():
-    rows = list(range(100))
-    few, more = judged.take(rows, 10, 3, "t"), judged.take(rows, 30, 3, "t")
-    assert set(few) < set(more) and few == sorted(few) and len(few) == 10
-    assert judged.take(rows, 10, 4, "t") != few
-    assert judged.take(rows, None, 3, "t") == judged.take(rows, 1000, 3, "t") == rows

@@ -14,10 +14,10 @@ from ultrafuser.evaluate.judged.common import (
     mean,
     read_hub,
     read_local,
-    take,
     text_of,
 )
 from ultrafuser.evaluate.judged.judge import Judge, Judgement, pair_question
+from ultrafuser.evaluate.sampling import draw_rows
 from ultrafuser.progress import Progress
 
 TASK = "alpaca_eval"
@@ -73,7 +73,7 @@ def evaluate(
         DataError: zero samples.
         EndpointError: the judge cannot be used, or died; its judgements so far are kept.
     """
-    rows = take(rows, limit, seed, TASK)
+    rows = draw_rows(rows, limit, seed, TASK)
     answers = answer_chats(lm, TASK, [[{"role": "user", "content": row.instruction}] for row in rows], max_tokens)
     pairs = list(zip(rows, answers, strict=True))
     questions = [pair_question(row.instruction, answer, row.reference) for row, answer in pairs]

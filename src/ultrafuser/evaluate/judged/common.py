@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.judged.judge import STATUSES, Judgement
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,19 +48,6 @@ def mean(values: Iterable[float]) -> float | None:
     """Their mean; None where there are none."""
     own = list(values)
     return sum(own) / len(own) if own else None
-
-
-def take(rows: Sequence[T], limit: int | None, seed: int, task: str) -> list[T]:
-    """`limit` rows drawn by the seed, in their own order; a larger limit keeps all rows of a smaller one.
-
-    Raises:
-        DataError: no rows, or a limit below 1.
-    """
-    if not rows or (limit is not None and limit < 1):
-        raise DataError(f"{task}: zero samples (limit {limit}, {len(rows)} rows), expected at least one; raise --limit")
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    return [rows[i] for i in sorted(order[:limit])]
 
 
 def answer_chats(lm: Any, task: str, chats: Sequence[Sequence[Mapping[str, str]]], max_tokens: int) -> list[str]:

@@ -15,10 +15,10 @@ from ultrafuser.evaluate.judged.common import (
     mean,
     read_hub,
     read_local,
-    take,
     text_of,
 )
 from ultrafuser.evaluate.judged.judge import Judge, Judgement, Turn, rating_question
+from ultrafuser.evaluate.sampling import draw_rows
 from ultrafuser.progress import Progress
 
 TASK = "mt_bench"
@@ -107,7 +107,7 @@ def evaluate(
         DataError: zero samples.
         EndpointError: the judge cannot be used, or died; its judgements so far are kept.
     """
-    rows = take(rows, limit, seed, TASK)
+    rows = draw_rows(rows, limit, seed, TASK)
     chats: list[list[dict[str, str]]] = [[] for _ in rows]
     for number in range(TURNS):
         chats = [[*chat, _message("user", row.turns[number])] for chat, row in zip(chats, rows, strict=True)]

@@ -1,0 +1,35 @@
+"""One process at a time in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ultrafuser.errors import DataError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def exclusive_lock(folder: Path, purpose: str) -> Iterator[None]:
+    """Hold the lock of an existing folder, in its file `lock`, until the block or the process ends.
+
+    Args:
+        purpose: what runs in the folder, for the error: `evaluation`, say.
+
+    Raises:
+        DataError: another process, or this one elsewhere, holds the lock.
+    """
+    with (folder / "lock").open("w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(
+                    f"{folder}: another {purpose} is running in this folder; wait until it ends, or choose another folder"
+                ) from None
+        yield
