@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tiny_models import entry, fuse, fuse_entries, save_adapter, shake_gate, tiny, tokens
-from ultrafuser.recipe import StageRecipe
+from ultrafuser.recipe import JointStage
 from ultrafuser.train.stages import prepare_gate, prepare_joint
 
 pytestmark = [
@@ -60,7 +60,7 @@ def test_a_training_step_lowers_the_loss(save, tmp_path, mixing, stage):
     if stage == "gate":
         prepare_gate(model)
     else:
-        prepare_joint(model, StageRecipe(name="joint"))
+        prepare_joint(model, JointStage(name="joint"))
     ids = tokens(4, 12).cuda()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
@@ -75,7 +75,7 @@ def test_a_training_step_lowers_the_loss(save, tmp_path, mixing, stage):
 
 def test_gradients_equal_those_of_the_cpu(save, tmp_path, mixing):
     model = shared_on_disk(save, tmp_path, mixing)
-    prepare_joint(model, StageRecipe(name="joint"))
+    prepare_joint(model, JointStage(name="joint"))
     ids = tokens(2, 9)
     model(ids, labels=ids).loss.backward()
     on_cpu = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 import pytest
+from pydantic import Field
 
 from ultrafuser.errors import RecipeError
-from ultrafuser.recipe import Recipe, dump_recipe, load_recipe
-from ultrafuser.typed_yaml import describe
+from ultrafuser.recipe import Recipe, dump_recipe, load_node, load_recipe
+from ultrafuser.typed_yaml import DiscriminatedBy, Node, describe
 
 ROOT = Path(__file__).parents[1]
 # comparison and synthesis recipes have tests of their own; recipes/zoo/ is read by scripts/train_specialist.py
@@ -340,11 +342,11 @@ def test_yaml_errors(write, text, words):
         ("stages: [gate, joint, gate]", "'stages' has two items named 'gate'"),
         (
             "stages: [{name: gate, specialist_lr: 1}]",
-            "stages.0: the gate stage trains no specialist, so 'specialist_lr'",
+            "stages.0.specialist_lr: unknown key for name 'gate'; 'joint' would take it. Known: name, steps, ",
         ),
         (
             "stages: [{name: gate, specialists: full}]",
-            "stages.0: the gate stage trains no specialist, so 'specialists'",
+            "stages.0.specialists: unknown key for name 'gate'; 'joint' would take it. Known: name, steps, ",
         ),
         ("fused: some/folder", "got both 'specialists' and 'fused'"),
     ],
@@ -406,7 +408,7 @@ def test_wrong_specialists(write, specialists, words):
         ("fused=x", "recipe.yaml with fused=x: got both 'specialists' and 'fused'"),
         (
             "stages.gate.specialists=full",
-            "with stages.gate.specialists=full: stages.0: the gate stage trains no",
+            "'stages.gate.specialists=full': stages.0.specialists: unknown key for name 'gate'; 'joint' would take it.",
         ),
     ],
 )
@@ -422,6 +424,79 @@ def test_wrong_mappings():
     assert "recipe: 1: " not in message({1: 2, "fused": "x"})
     assert "recipe: specialists.0.revision: got 3, expected text or null" in message(
         {"specialists": [{"name": "a", "model": "b", "revision": 3}]}
+    )
+
+
+# --- Unions of nodes.
+
+
+class Local(Node):
+    endpoint: Literal["local"] = Field(description="Run in this process.")
+    model: str = Field(description="A folder.")
+    limit: int = Field(default=1, description="A limit.")
+
+
+class Address(Node):
+    shorthand: ClassVar[str | None] = "url"
+
+    url: str = Field(description="An address.")
+    port: int = Field(default=80, description="A port.")
+
+
+class Served(Node):
+    endpoint: Address = Field(description="An address.")
+    limit: int = Field(default=2, description="A limit.")
+
+
+class Models(Node):
+    models: list[Annotated[Local | Served, DiscriminatedBy("endpoint")]] = Field(description="The models.")
+
+
+def test_one_node_of_a_union_takes_all_other_values():
+    tree = load_node(Models, {"models": [{"endpoint": "local", "model": "x"}, {"endpoint": "http://host"}]})
+    assert [type(model) for model in tree.models] == [Local, Served]
+    assert load_node(Models, tree.model_dump()) == tree
+    override = load_node(Models, {"models": [{"endpoint": "http://host"}]}, ["models.0.endpoint.port=8000"])
+    assert override.models[0].endpoint.port == 8000
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        (
+            [{"endpoint": "http://host", "model": "x"}],
+            "models.0.model: unknown key for endpoint 'others'; 'local' would",
+        ),
+        (
+            [{"endpoint": "local", "modl": "x"}],
+            "models.0.modl: unknown key; did you mean 'model'? Known: endpoint, mod",
+        ),
+        ([{"limit": 3}], "models.0.endpoint: missing, expected local or mapping"),
+        (["local"], "models.0: got 'local', expected mapping"),
+    ],
+)
+def test_wrong_values_in_a_union(models, words):
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        load_node(Models, {"models": models})
+
+
+def test_a_union_is_described_field_by_field():
+    fields = {field.path: field for field in describe(Models)}
+    assert list(fields) == [
+        "models",
+        "models[].endpoint",
+        "models[].endpoint.url",
+        "models[].endpoint.port",
+        "models[].model",
+        "models[].limit",
+    ]
+    assert fields["models"].kind == "list"
+    assert fields["models[].endpoint"].kind == "local or mapping"
+    assert fields["models[].endpoint"].description == "`local`: Run in this process. `others`: An address."
+    assert fields["models[].model"].description == "`local`: A folder."
+    assert (fields["models[].limit"].default, fields["models[].limit"].description) == (
+        "local: 1, others: 2",
+        "A limit.",
     )
 
 

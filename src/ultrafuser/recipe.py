@@ -6,7 +6,7 @@ import copy
 import glob
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -18,30 +18,15 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
 from ultrafuser import typed_yaml
 from ultrafuser.errors import RecipeError
-from ultrafuser.typed_yaml import FreeForm, Node
+from ultrafuser.typed_yaml import DiscriminatedBy, FreeForm, Node
 
 CHAT_TEMPLATES = ("chatml", "plain", "inst", "alpaca")  # the built-in names; their text is in templates.py
-STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
-    # The paper's gate lr, 2e-5, is meant for far larger batches and hardly moves a gate in 400 small ones.
-    "gate": {"steps": 400, "samples_per_domain": 64, "lr": 1e-3},
-    "joint": {"steps": 1000, "samples_per_domain": 32, "lr": 2e-5},
-}
-
-
-def _by_stage(key: str) -> Callable[[dict[str, Any]], Any]:
-    def default(data: dict[str, Any]) -> Any:
-        return STAGE_DEFAULTS[data["name"]][key]
-
-    default.__doc__ = ", ".join(f"{stage}: {values[key]}" for stage, values in STAGE_DEFAULTS.items())
-    return default
 
 
 def _own_name(data: dict[str, Any]) -> str:
@@ -142,65 +127,79 @@ class LoraRecipe(Node):
     )
 
 
-class StageRecipe(Node):
-    """One training stage; a bare string is its name."""
+# How much a stage trains; each stage has its own default.
+Steps = Annotated[PositiveInt, Field(description="Optimizer steps.")]
+SamplesPerDomain = Annotated[PositiveInt, Field(description="Rows of each domain in one global batch.")]
+LearningRate = Annotated[PositiveFloat, Field(description="Peak learning rate.")]
+
+
+class _Stage(Node):
+    """What both training stages take; a bare string is the name of a stage."""
 
     shorthand: ClassVar[str | None] = "name"
-    gate_only: ClassVar[tuple[str, ...]] = ("calibrate",)
-    joint_only: ClassVar[tuple[str, ...]] = ("specialist_lr", "specialists", "lora")
 
-    name: Literal["gate", "joint"] = Field(
-        description="`gate` trains the gate alone, `joint` the gate and the specialists."
-    )
-    steps: PositiveInt = Field(default_factory=_by_stage("steps"), description="Optimizer steps.")
-    samples_per_domain: PositiveInt = Field(
-        default_factory=_by_stage("samples_per_domain"),
-        description="Rows of each domain in one global batch.",
-    )
+    name: str
+    steps: Steps
+    samples_per_domain: SamplesPerDomain
     rows_per_device: PositiveInt | None = Field(
         default=8,
-        description="Rows a device takes at once, the others are accumulated; null: as many as fit.",
+        description="Rows in one forward pass of a device; gradients are accumulated. null: as many as fit.",
     )
-    lr: PositiveFloat = Field(default_factory=_by_stage("lr"), description="Peak learning rate.")
-    specialist_lr: PositiveFloat | None = Field(
-        default=None, description="Joint stage only: peak learning rate of the specialists; null: `lr`."
-    )
+    lr: LearningRate
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="How the learning rate decays."
+        default="cosine", description="Decay of the learning rate."
     )
     warmup_ratio: Fraction = Field(default=0.0, description="Share of the steps over which the learning rate rises.")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="Weight decay of AdamW.")
-    max_grad_norm: NonNegativeFloat = Field(default=1.0, description="Norm to which gradients are clipped; 0: never.")
+    max_grad_norm: NonNegativeFloat = Field(default=1.0, description="Clip gradients to this norm; 0: never.")
+
+
+class GateStage(_Stage):
+    """Stage 1: the gate learns, and the specialists are frozen."""
+
+    name: Literal["gate"] = Field(description="Train the gate alone.")
+    steps: Steps = 400
+    samples_per_domain: SamplesPerDomain = 64
+    # The paper's gate lr, 2e-5, is meant for far larger batches and hardly moves a gate in 400 small ones.
+    lr: LearningRate = 1e-3
     calibrate: bool = Field(
         default=True,
-        description="Gate stage only: first find the temperature of each specialist's logits, on training rows of its own "
-        "domain; false where the specialists wrote these rows or were trained on them.",
+        description="First fit a temperature to each specialist's logits, on training rows of its domain. Set it to false "
+        "if the specialists wrote these rows or were trained on them.",
     )
-    specialists: Literal["lora", "full"] = Field(
-        default="lora", description="Joint stage only: train adapters, or all weights, of the specialists."
-    )
-    lora: LoraRecipe = Field(default_factory=LoraRecipe, description="Joint stage only: the adapters.")
-
-    @model_validator(mode="after")
-    def _check(self) -> StageRecipe:
-        for key in self.joint_only:
-            if self.name == "gate" and key in self.model_fields_set:
-                raise ValueError(f"the gate stage trains no specialist, so {key!r} has no effect; remove it")
-        for key in self.gate_only:
-            if self.name == "joint" and key in self.model_fields_set:
-                raise ValueError(f"only the gate stage does this, so {key!r} has no effect in the joint one; remove it")
-        return self
 
     @property
     def trains_all_weights(self) -> bool:
-        """Whether the specialists are trained whole, not by adapters."""
-        return self.name == "joint" and self.specialists == "full"
+        """False: the specialists are frozen."""
+        return False
 
-    @model_serializer(mode="wrap")
-    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = handler(self)
-        others = self.joint_only if self.name == "gate" else self.gate_only
-        return {key: fields[key] for key in fields if key not in others}
+
+class JointStage(_Stage):
+    """Stage 2: the gate and the specialists learn together."""
+
+    name: Literal["joint"] = Field(description="Train the gate and the specialists.")
+    steps: Steps = 1000
+    samples_per_domain: SamplesPerDomain = 32
+    lr: LearningRate = 2e-5
+    specialist_lr: PositiveFloat | None = Field(
+        default=None, description="Peak learning rate of the specialists; null: `lr`."
+    )
+    specialists: Literal["lora", "full"] = Field(
+        default="lora", description="Train adapters of the specialists, or all their weights."
+    )
+    lora: LoraRecipe = Field(default_factory=LoraRecipe, description="The adapters.")
+
+    @property
+    def trains_all_weights(self) -> bool:
+        """Whether all weights of the specialists are trained, not only adapters."""
+        return self.specialists == "full"
+
+
+StageRecipe = Annotated[GateStage | JointStage, DiscriminatedBy("name")]
+
+
+def _both_stages() -> list[StageRecipe]:
+    return [GateStage(name="gate"), JointStage(name="joint")]
 
 
 class Recipe(Node):
@@ -221,7 +220,7 @@ class Recipe(Node):
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or another torch device.")
     data: DataRecipe = Field(default_factory=DataRecipe, description="Training and validation rows.")
     stages: list[StageRecipe] = Field(
-        default_factory=lambda: [StageRecipe(name="gate"), StageRecipe(name="joint")],
+        default_factory=_both_stages,
         description="The training stages, in order.",
     )
     balanced: bool = Field(default=True, description="Put equally many rows of each domain in every batch.")

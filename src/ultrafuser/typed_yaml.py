@@ -8,13 +8,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, core_schema
 
 from ultrafuser.errors import RecipeError
 
@@ -22,20 +24,20 @@ from ultrafuser.errors import RecipeError
 class Scalar(str):
     """The text of a YAML scalar, what YAML takes it for, and the folder of its file (None: an override)."""
 
-    natural: Any
+    as_yaml_value: Any
     folder: Path | None
 
 
-def natural(value: Any) -> Any:
+def as_yaml_value(value: Any) -> Any:
     """The value as YAML itself reads it, for free-form fields, which have no type to coerce by."""
     if isinstance(value, Mapping):
-        return {str(key): natural(item) for key, item in value.items()}
+        return {str(key): as_yaml_value(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [natural(item) for item in value]
-    return getattr(value, "natural", value)
+        return [as_yaml_value(item) for item in value]
+    return getattr(value, "as_yaml_value", value)
 
 
-FreeForm = Annotated[dict[str, Any], BeforeValidator(natural)]
+FreeForm = Annotated[dict[str, Any], BeforeValidator(as_yaml_value)]
 
 
 class Node(BaseModel):
@@ -47,7 +49,44 @@ class Node(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, value: Any) -> Any:
-        return {cls.shorthand: value} if cls.shorthand and isinstance(value, str) else value
+        return _expanded(cls, value)
+
+
+@dataclass(frozen=True)
+class DiscriminatedBy:
+    """Marks a union of nodes that one field tells apart: `Annotated[GateStage | JointStage, DiscriminatedBy("name")]`.
+
+    Each node declares the field as a `Literal` of its values. One node may declare it with another type: it takes all
+    other values. A bare string picks a node when the field is the nodes' `shorthand`.
+    """
+
+    field: str
+
+    def values(self, node: type[Node]) -> tuple[Any, ...]:
+        """The values that pick a node; none for the node that takes all others."""
+        return tuple(value for kind in _options(_child(node, self.field)) for value in _literals(kind))
+
+    def pick(self, nodes: Sequence[type[Node]], value: Any) -> type[Node] | None:
+        """The node that a mapping, a bare string or an instance belongs to; None when the field is missing or wrong."""
+        if isinstance(value, Node):
+            return type(value)
+        fields = _expanded(nodes[0], value)
+        if not isinstance(fields, Mapping) or fields.get(self.field) is None:
+            return None
+        matches = [node for node in nodes if fields[self.field] in self.values(node)]
+        return next(iter(matches or [node for node in nodes if not self.values(node)]), None)
+
+    def __get_pydantic_core_schema__(self, union: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        nodes = _nodes(union)
+        choices = {node.__name__: handler.generate_schema(node) for node in nodes}
+        return core_schema.tagged_union_schema(
+            choices, lambda value: getattr(self.pick(nodes, value), "__name__", None)
+        )
+
+
+def _expanded(node: type[Node], value: Any) -> Any:
+    """A bare string as the mapping that it stands for; any other value as it is."""
+    return {node.shorthand: value} if node.shorthand and isinstance(value, str) else value
 
 
 # --- YAML text <-> dict, list, None and Scalar.
@@ -114,7 +153,7 @@ def _build(node: yaml.Node, folder: Path | None, above: tuple[yaml.Node, ...]) -
         raise _refusal(node, f"the tag {node.tag!r} is not supported")
     scalar = Scalar(node.value)
     try:
-        scalar.natural, scalar.folder = _SCALARS[node.tag](node.value), folder
+        scalar.as_yaml_value, scalar.folder = _SCALARS[node.tag](node.value), folder
     except ValueError:
         raise _refusal(node, f"{_got(node.value)} is not a number") from None
     return scalar
@@ -149,9 +188,9 @@ def apply_override(root: type[Node], tree: dict[str, Any], override: str) -> str
     at: list[str] = []
     for depth, key in enumerate(keys, start=1):
         slot: Any = _index(node, key, f"{where}: {'.'.join(at)}") if isinstance(node, list) else key
-        inner = _child(kind, slot)
+        inner = _child(_narrow(kind, node), slot)
         if inner is None:
-            raise RecipeError(f"{where}: {'.'.join([*at, key])}: {_unknown(key, kind)}")
+            raise RecipeError(f"{where}: {'.'.join([*at, key])}: {_unknown(key, kind, _narrow(kind, node))}")
         at.append(str(slot))
         if depth == len(keys):
             node[slot] = value
@@ -197,54 +236,115 @@ def _index(items: list[Any], key: str, where: str) -> int:
 
 def explain(root: type[Node], error: ValidationError) -> tuple[str, str]:
     """The dotted path and the problem of the first error; an unknown key goes first, as it causes others."""
-    found = [item for item in error.errors() if item["type"] != "default_factory_not_called"]
-    first = min(found, key=lambda item: item["type"] != "extra_forbidden")
+    errors = [item for item in error.errors() if item["type"] != "default_factory_not_called"]
+    first = min(errors, key=lambda item: item["type"] != "extra_forbidden")
     kind: Any = root
+    union: Any = root
     path: list[str] = []
-    for part in first["loc"]:
-        inner = _child(kind, part)
-        if inner is None:
+    for key in first["loc"]:
+        picked = [node for node in _nodes(kind) if node.__name__ == key]  # pydantic names the node of a union
+        child = picked[0] if picked else _child(kind, key)
+        if child is None:
             continue  # an unknown key, which comes last, or pydantic's name for a member of a union
-        if inner is Any:
+        if child is Any:
             break
-        path, kind = [*path, str(part)], inner
+        if picked:
+            kind = child
+        else:
+            path, kind, union = [*path, str(key)], child, child
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
-        return ".".join([*path, key]), _unknown(key, kind)
-    if first["type"] == "missing":
-        problem = f"missing, expected {_in_words(kind)}"
-    elif first["type"] == "value_error":
-        problem = str(first["ctx"]["error"])
-    else:
-        problem = f"got {_got(first['input'])}, expected {_in_words(kind)}"
-    return ".".join(path), problem
+        return ".".join([*path, key]), _unknown(key, union, kind)
+    if first["type"] == "union_tag_not_found":
+        return _explain_discriminator(path, kind, first["input"])
+    return ".".join(path), _problem(first, _in_words(kind))
 
 
-def describe(model: type[Node], prefix: str = "", usual: Node | None = None) -> Iterator[tuple[str, str, str, str]]:
-    """(path, type, default, description) of every field below `model`; `usual`: a node whose values are the defaults."""
-    for name, field in model.model_fields.items():
-        path, kind = prefix + name, field.rebuild_annotation()
-        default = _default(field) if usual is None else getattr(usual, name)
-        in_words = default.text if isinstance(default, _Words) else _default_in_words(default)
-        yield path, _in_words(kind), in_words, field.description or ""
-        item = _child(kind, 0)  # not None: a list
-        for option in _options(kind if item is None else item):
-            if _is_node(option):
-                own = default if type(default) is option else None
-                yield from describe(option, f"{path}." if item is None else f"{path}[].", own)
+def _problem(error: ErrorDetails, expected: str) -> str:
+    if error["type"] == "missing":
+        return f"missing, expected {expected}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"got {_got(error['input'])}, expected {expected}"
 
 
-class _Words(NamedTuple):
-    """What is said in place of a default."""
+def _explain_discriminator(path: list[str], union: Any, value: Any) -> tuple[str, str]:
+    """The path and the problem of a value that picks no node of a union."""
+    marker = _discriminator(union)
+    assert marker is not None  # pydantic has looked for its field
+    nodes, name = _nodes(union), marker.field
+    fields = _expanded(nodes[0], value)
+    if not isinstance(fields, Mapping):
+        return ".".join(path), f"got {_got(value)}, expected {_in_words(union)}"
+    problem = f"got {_got(fields[name])}" if name in fields else "missing"
+    return ".".join(
+        [*path, name]
+    ), f"{problem}, expected {' or '.join(_in_words(_child(node, name)) for node in nodes)}"
 
-    text: str
+
+class FieldRow(NamedTuple):
+    """One field of a tree, as the documentation shows it."""
+
+    path: str
+    kind: str
+    default: str
+    description: str
+
+
+def describe(kind: Any, prefix: str = "", values: Node | None = None) -> Iterator[FieldRow]:
+    """Every field of a node, or of a union of nodes, and of all nodes below; `values`: a node that holds the defaults."""
+    nodes = _nodes(kind)
+    for name in dict.fromkeys(name for node in nodes for name in node.model_fields):
+        fields = {node: node.model_fields[name] for node in nodes if name in node.model_fields}
+        kinds = [field.rebuild_annotation() for field in fields.values()]
+        defaults = {
+            node: _default(field) if values is None else getattr(values, name) for node, field in fields.items()
+        }
+        yield FieldRow(
+            path=prefix + name,
+            kind=" or ".join(dict.fromkeys(map(_in_words, kinds))),
+            default=_merged_defaults(kind, {node: _default_in_words(value) for node, value in defaults.items()}),
+            description=_merged_descriptions(kind, {node: field.description or "" for node, field in fields.items()}),
+        )
+        for inner, default in zip(kinds, defaults.values(), strict=True):
+            item = _child(inner, 0)  # None: not a list
+            inner = inner if item is None else item
+            if _nodes(inner):
+                values_below = default if type(default) in _nodes(inner) else None
+                yield from describe(inner, prefix + name + ("." if item is None else "[]."), values_below)
+                break
+
+
+def _labels(union: Any, node: type[Node]) -> list[str]:
+    """The values that pick a node of a union."""
+    marker = _discriminator(union)
+    return [str(value) for value in marker.values(node)] if marker is not None and marker.values(node) else ["others"]
+
+
+def _merged_defaults(union: Any, defaults: Mapping[type[Node], str]) -> str:
+    """One default where all nodes agree, otherwise that of each node."""
+    if len(set(defaults.values())) == 1:
+        return next(iter(defaults.values()))
+    return ", ".join(f"{'/'.join(_labels(union, node))}: {default}" for node, default in defaults.items())
+
+
+def _merged_descriptions(union: Any, descriptions: Mapping[type[Node], str]) -> str:
+    """One description where all nodes of a union have it, otherwise each one after the nodes that it holds for."""
+    texts = list(dict.fromkeys(descriptions.values()))
+    if len(texts) == 1 and len(descriptions) == len(_nodes(union)):
+        return texts[0]
+    owners = {text: [node for node in descriptions if descriptions[node] == text] for text in texts}
+    return " ".join(
+        ", ".join(f"`{label}`" for node in nodes for label in _labels(union, node)) + f": {text}"
+        for text, nodes in owners.items()
+    )
 
 
 def _default(field: FieldInfo) -> Any:
     if field.is_required():
-        return _Words("required")
+        return "required"
     if field.default_factory_takes_validated_data:  # it depends on other fields: its docstring says how
-        return _Words(field.default_factory.__doc__ or "")
+        return field.default_factory.__doc__ or ""
     return field.get_default(call_default_factory=True)
 
 
@@ -271,12 +371,34 @@ def _options(kind: Any) -> list[Any]:
     return [kind]
 
 
+def _nodes(kind: Any) -> list[type[Node]]:
+    return [option for option in _options(kind) if _is_node(option)]
+
+
+def _literals(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _discriminator(kind: Any) -> DiscriminatedBy | None:
+    """The marker of a union of nodes, where the type is or holds one."""
+    if get_origin(kind) is Annotated:
+        markers = [item for item in get_args(kind)[1:] if isinstance(item, DiscriminatedBy)]
+        return markers[0] if markers else _discriminator(get_args(kind)[0])
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
+    return next(filter(None, map(_discriminator, members)), None)
+
+
+def _narrow(kind: Any, value: Any) -> Any:
+    """The node of a union that a value picks; any other type as it is."""
+    marker = _discriminator(kind)
+    return (marker and marker.pick(_nodes(kind), value)) or kind
+
+
 def _child(kind: Any, key: str | int) -> Any:
     """The type at `key` inside `kind`; None when there is none."""
     for option in _options(kind):
-        if _is_node(option):
-            field = option.model_fields.get(key)
-            return field and field.rebuild_annotation()
+        if _is_node(option) and key in option.model_fields:
+            return option.model_fields[key].rebuild_annotation()
         if get_origin(option) is list and isinstance(key, int):
             return get_args(option)[0]
         if option is Any or (get_origin(option) is dict and isinstance(key, str)):
@@ -293,11 +415,11 @@ def _in_words(kind: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is Annotated:
         return _in_words(args[0], args[1:])
     if origin in (Union, UnionType):
-        return " or ".join(_in_words(arg) for arg in args)
+        return " or ".join(dict.fromkeys(map(_in_words, args)))
     if origin is Literal:
         return " or ".join(map(str, args))
     if origin is list:
-        return "list" if _is_node(args[0]) else f"list of {_in_words(args[0])}"
+        return "list" if _nodes(args[0]) else f"list of {_in_words(args[0])}"
     if origin is dict or _is_node(kind):
         return "mapping"
     limits = [limit for item in metadata for limit in getattr(item, "metadata", [item])]
@@ -306,7 +428,7 @@ def _in_words(kind: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def _got(value: Any) -> str:
-    text = "null" if value is None else repr(natural(value))
+    text = "null" if value is None else repr(as_yaml_value(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -318,6 +440,14 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known) or 'none'}"
 
 
-def _unknown(key: str, kind: Any) -> str:
-    known = [name for option in _options(kind) if _is_node(option) for name in option.model_fields]
-    return f"unknown key; {_nearest(key, known)}"
+def _unknown(key: str, union: Any, kind: Any) -> str:
+    """What is wrong with a key that `kind` does not have; `union`: the nodes among which `kind` was picked."""
+    known = [name for node in _nodes(kind) for name in node.model_fields]
+    owners = [label for node in _nodes(union) if key in node.model_fields for label in _labels(union, node)]
+    if not owners or (marker := _discriminator(union)) is None:
+        return f"unknown key; {_nearest(key, known)}"
+    picked = " or ".join(map(repr, _labels(union, kind)))
+    return (
+        f"unknown key for {marker.field} {picked}; {' and '.join(map(repr, owners))} would take it. "
+        f"Known: {', '.join(known)}"
+    )

@@ -15,7 +15,7 @@ from ultrafuser.cli.main import app
 from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import CheckpointError, RecipeError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
-from ultrafuser.recipe import StageRecipe, load_recipe
+from ultrafuser.recipe import JointStage, load_recipe
 from ultrafuser.specialists import load
 from ultrafuser.train import calibrate as module
 from ultrafuser.train.calibrate import calibrate
@@ -213,9 +213,9 @@ def test_a_feature_cache_serves_all_temperatures(tmp_path, monkeypatch):
 
 
 def test_the_joint_stage_does_not_measure_them():
-    with pytest.raises(RecipeError, match="only the gate stage does this, so 'calibrate' has no effect"):
+    with pytest.raises(RecipeError, match="calibrate: unknown key for name 'joint'; 'gate' would take it"):
         load_recipe({"stages": [{"name": "joint", "calibrate": True}]})
-    assert "calibrate" not in StageRecipe(name="joint").model_dump()
+    assert "calibrate" not in JointStage(name="joint").model_dump()
 
 
 def test_vocabularies_are_read_without_padding_rows():

@@ -18,7 +18,7 @@ from tiny_models import save_adapter
 from training_fixtures import GATE, JOINT, NAMES, RecordingProgress, TinyRun, losses, metrics, trained_weights
 from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import DataError, RecipeError, TrainingError
-from ultrafuser.recipe import StageRecipe, load_recipe
+from ultrafuser.recipe import JointStage, load_recipe
 from ultrafuser.specialists import fuse
 from ultrafuser.train.stages import prepare_gate, prepare_joint, read_sources, run_stage, train
 
@@ -128,7 +128,7 @@ def test_specialists_have_a_learning_rate_of_their_own(tiny_run, tmp_path):
 
 def test_prepare_gate_undoes_prepare_joint(tiny_run, tmp_path):
     model, *_ = fused_and_rows(tiny_run, tmp_path)
-    prepare_joint(model, StageRecipe(**FULL))
+    prepare_joint(model, JointStage(**FULL))
     prepare_gate(model)
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"gate"}
 

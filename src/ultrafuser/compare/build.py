@@ -18,7 +18,7 @@ from ultrafuser.compare.workspace import BUILT, MEASURED, Workspace, only_model
 from ultrafuser.data.templates import Renderer
 from ultrafuser.data.writing import write_json
 from ultrafuser.evaluate.lm.load import load_model
-from ultrafuser.recipe import Recipe
+from ultrafuser.recipe import JointStage, Recipe
 from ultrafuser.specialists import fuse
 from ultrafuser.train.stages import save_fused_folder, train
 
@@ -115,7 +115,7 @@ def _btx(place: Workspace, system: SystemRecipe) -> int:
     from ultrafuser.compare.systems.btx import build_btx, save_btx, train_btx
 
     home, recipe = place.home(str(system.name)), place.training(system)
-    stage = recipe.stages[0]
+    stage = next(stage for stage in recipe.stages if isinstance(stage, JointStage))
     served = [place.alone(specialist) for specialist in recipe.specialists]
     renderer: Any = served[0].renderer
     first = Renderer(renderer.tokenizer, renderer.chat_templates[:1], recipe.data.max_length)

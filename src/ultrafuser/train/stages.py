@@ -18,6 +18,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainin
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
+from ultrafuser import typed_yaml
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
@@ -28,7 +29,7 @@ from ultrafuser.model.checkpoint import fused_folder, read_manifest
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.saving import atomic_directory
 from ultrafuser.progress import Progress
-from ultrafuser.recipe import GateRecipe, Recipe, SourceRecipe, StageRecipe, dump_recipe
+from ultrafuser.recipe import GateRecipe, GateStage, JointStage, Recipe, SourceRecipe, StageRecipe, dump_recipe
 from ultrafuser.specialists import fuse, load, pick_device
 from ultrafuser.train.calibrate import TEMPERATURES, calibrate
 from ultrafuser.train.card import write_card
@@ -164,8 +165,11 @@ def run_stage(
     progress, features = progress or Progress(), features or folder.parent / "features"
     dtypes = [group.model.dtype for group in model.groups]
     torch.manual_seed(recipe.seed)  # new adapters start alike whether the stage before ran now or in an earlier run
-    (prepare_gate if stage.name == "gate" else prepare_joint)(model, stage)
-    if stage.name == "gate" and stage.calibrate:
+    if isinstance(stage, JointStage):
+        prepare_joint(model, stage)
+    else:
+        prepare_gate(model)
+    if isinstance(stage, GateStage) and stage.calibrate:
         _set_temperatures(model, rows, folder, recipe.seed, progress)
     if (folder / FINISHED).is_file():
         model.load_state_dict(load_file(folder / FINISHED), strict=False)
@@ -246,13 +250,13 @@ def _set_temperatures(
                      "them, set stages.gate.calibrate=false")  # fmt: skip
 
 
-def prepare_gate(model: UltraFuserForCausalLM, stage: StageRecipe | None = None) -> None:
+def prepare_gate(model: UltraFuserForCausalLM) -> None:
     """Stage 1: nothing but the gate learns, and the specialists stay in eval mode."""
     model.requires_grad_(False)
     model.gate.requires_grad_(True)
 
 
-def prepare_joint(model: UltraFuserForCausalLM, stage: StageRecipe) -> None:
+def prepare_joint(model: UltraFuserForCausalLM, stage: JointStage) -> None:
     """Stage 2: the gate and the specialists learn: their adapters (new ones where they have none), or all weights.
 
     Raises:
@@ -390,7 +394,7 @@ def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
             raise TrainingError(f"{output} holds a run already; go on with it by --resume, or choose another output=")
     elif not kept.is_file():
         raise TrainingError(f"{output}: no run to resume there (no recipe.yaml); start it without --resume")
-    elif kept.read_text(encoding="utf-8") != text:
+    elif typed_yaml.parse(kept.read_text(encoding="utf-8"), str(kept)) != typed_yaml.parse(text, "recipe"):
         old, new = kept.read_text(encoding="utf-8").splitlines(), text.splitlines()
         changed = [line.strip() for line in new if line not in old][:3] or [
             line.strip() for line in old if line not in new
