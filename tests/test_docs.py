@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from test_imports import MAY_IMPORT
 from tiny_models import tiny
 from ultrafuser.cli.main import main as command_line
 from ultrafuser.data.schema import _PAIR_LAYOUTS
@@ -189,6 +190,25 @@ def _files_of(path: Path) -> Iterator[Path]:
         yield from () if list(path.glob("*.py")) else path.rglob("*")
     else:
         yield from path.parent.glob(path.name)
+
+
+def test_the_architecture_page_names_what_exists():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    references = re.findall(r"`([\w/]+\.py)::(\w+)`", page)
+    assert len(references) > 10
+    for path, name in references:
+        source = (ROOT / "src" / "ultrafuser" / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:class|def) {name}\b", source, re.M), f"{path}::{name}"
+
+
+def test_the_architecture_page_lists_the_parts_in_their_order():
+    table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## One row")[0]
+    layers = [re.findall(r"`(\w+)`", first) for first in re.findall(r"^\| (`.*?) \|", table, re.M)]
+    layer_of = {part: i for i, layer in enumerate(layers) for part in layer}
+    assert set(layer_of) == set(MAY_IMPORT) - {"_register", "__main__", "zoo"}
+    for part, layer in layer_of.items():
+        too_high = [name for name in MAY_IMPORT[part] if layer_of.get(name, 0) > layer]
+        assert not too_high, f"{part} may import {too_high}, which stand below it on the page"
 
 
 def test_links_between_pages_lead_somewhere():
