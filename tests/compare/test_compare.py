@@ -22,6 +22,7 @@ from ultrafuser.compare.workspace import RECIPE, Workspace
 from ultrafuser.data.schema import parse_row
 from ultrafuser.data.sources import write_rows
 from ultrafuser.errors import DataError, MissingExtraError
+from ultrafuser.report.data import check_comparison
 
 VOCAB = {"vocab_size": 320, "max_position_embeddings": 512}
 
@@ -79,41 +80,41 @@ EVERY_KIND = [
 
 def test_every_kind_side_by_side(training, in_process, tmp_path):
     results = compare(load(training, EVERY_KIND, main="joint"))
-    systems, place = results["systems"], Workspace(tmp_path / "out")
-    assert {name: s["error"] for name, s in systems.items() if s["status"] != "done"} == {}
-    assert results["domains"] == ["text", "code", "mixed"]
-    assert systems["best_of-log_prob"]["loss"] is None
+    systems, place = results.systems, Workspace(tmp_path / "out")
+    assert {name: s.error for name, s in systems.items() if s.status != "done"} == {}
+    assert results.domains == ["text", "code", "mixed"]
+    assert systems["best_of-log_prob"].loss is None
     for name, system in systems.items():
         if name not in ("best_of-log_prob", "oracle"):
-            assert system["loss"]["text"]["samples"] == 4
-            assert system["tokens_per_s"]["median"] > 0 and system["peak_memory_mb"] > 0
+            assert system.loss["text"].samples == 4
+            assert system.tokens_per_s.median > 0 and system.peak_memory_mb > 0
     # the oracle is the best specialist of each column, and everyone is compared with that one
-    for domain in results["domains"]:
-        best = min(("text", "code"), key=lambda name: systems[name]["loss"][domain]["nll"])
-        assert systems["oracle"]["loss"][domain]["nll"] == systems[best]["loss"][domain]["nll"]
-        pair = systems["joint"]["paired"]["best_specialist"].get(domain)
-        assert pair["versus"] == best
-        expected = systems["joint"]["loss"][domain]["nll"] - systems[best]["loss"][domain]["nll"]
-        assert pair["difference"] == pytest.approx(expected)
+    for domain in results.domains:
+        best = min(("text", "code"), key=lambda name: systems[name].loss[domain].nll)
+        assert systems["oracle"].loss[domain].nll == systems[best].loss[domain].nll
+        pair = systems["joint"].paired["best_specialist"].get(domain)
+        assert pair.versus == best
+        expected = systems["joint"].loss[domain].nll - systems[best].loss[domain].nll
+        assert pair.difference == pytest.approx(expected)
         # a router gives each row to one of the specialists
         nats = {n: place.facts(n, "measure")["loss"][domain]["totals"] for n in ("text", "code", "router")}
         for row, value in nats["router"].items():
             assert any(value == pytest.approx(nats[name][row], rel=1e-4) for name in ("text", "code"))
-    sizes = {name: system["parameters"] for name, system in systems.items() if system["parameters"]}
+    sizes = {name: system.parameters for name, system in systems.items() if system.parameters}
     # each system against the main one, and against what its line names
-    assert systems["joint"]["paired"]["main"] == {} and systems["base"]["paired"]["main"]["mean"]["versus"] == "joint"
+    assert systems["joint"].paired["main"] == {} and systems["base"].paired["main"]["mean"].versus == "joint"
     assert (
-        systems["joint"]["paired"]["versus"]["code"]["versus"] == "stage1" and "versus" not in systems["base"]["paired"]
+        systems["joint"].paired["versus"]["code"].versus == "stage1" and "versus" not in systems["base"].paired
     )
-    assert sizes["base"]["trained"] == sizes["uniform"]["trained"] == 0
-    assert sizes["searched"]["trained"] == 2
-    assert sizes["joint"]["trained"] > sizes["stage1"]["trained"] > 0
-    assert set(results["gate_weights"]) == {"uniform", "searched", "stage1", "joint", "logits"}
-    assert results["gate_weights"]["uniform"]["text"] == pytest.approx({"text": 0.5, "code": 0.5})
-    assert {row["stage"] for row in results["training"]["joint"]} == {"joint"}
+    assert sizes["base"].trained == sizes["uniform"].trained == 0
+    assert sizes["searched"].trained == 2
+    assert sizes["joint"].trained > sizes["stage1"].trained > 0
+    assert set(results.gate_weights) == {"uniform", "searched", "stage1", "joint", "logits"}
+    assert results.gate_weights["uniform"]["text"] == pytest.approx({"text": 0.5, "code": 0.5})
+    assert {row["stage"] for row in results.training["joint"]} == {"joint"}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "stage1" in page
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert check_comparison(json.loads((tmp_path / "out" / "results.json").read_text())) == results
     assert [len(table.rows) for table in tables(results)] == [len(systems) - 1]  # whole answers alone have no losses
 
 
@@ -124,7 +125,7 @@ def test_what_is_done_stays_and_what_changed_is_made_anew(training, in_process):
     in_process.clear()
     again = compare(load(training, systems))
     assert in_process == []
-    assert again["systems"] == first["systems"]
+    assert again.systems == first.systems
     changed = [
         systems[0],
         systems[1] | {"set": ["stages.gate.steps=4"]},
@@ -149,10 +150,10 @@ def test_a_system_that_fails_stops_no_other(training, in_process, tmp_path):
         "base",
     ]
     results = compare(load(training, systems))
-    assert results["systems"]["broken"]["status"] == results["systems"]["heir"]["status"] == "failed"
-    assert "nowhere.jsonl: no such file" in results["systems"]["broken"]["error"]
-    assert "comes after 'broken', which failed" in results["systems"]["heir"]["error"]
-    assert results["systems"]["base"]["status"] == "done"
+    assert results.systems["broken"].status == results.systems["heir"].status == "failed"
+    assert "nowhere.jsonl: no such file" in results.systems["broken"].error
+    assert "comes after 'broken', which failed" in results.systems["heir"].error
+    assert results.systems["base"].status == "done"
     assert "nowhere.jsonl: no such file" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -173,8 +174,8 @@ def test_full_specialists_have_no_base(training, in_process, tmp_path):
         specialist["chat_template"] = "chatml"
     Path(training["recipe"]).write_text(yaml.safe_dump(recipe))
     results = compare(load(training, ["base", "specialist", "router"]))
-    assert "name the model that they were trained from as 'base'" in results["systems"]["base"]["error"]
-    assert results["systems"]["router"]["status"] == "done"
+    assert "name the model that they were trained from as 'base'" in results.systems["base"].error
+    assert results.systems["router"].status == "done"
 
 
 def test_full_specialists_have_the_base_that_is_named(training, in_process, tmp_path):
@@ -188,7 +189,7 @@ def test_full_specialists_have_the_base_that_is_named(training, in_process, tmp_
     Path(training["recipe"]).write_text(yaml.safe_dump(recipe))
     systems = ["base", "specialist", {"kind": "merge", "method": "task_arithmetic", "weight": 1.0}]
     results = compare(load(training, systems, base=str(tmp_path / "base")))
-    assert {name: s["error"] for name, s in results["systems"].items() if s["error"]} == {}
+    assert {name: s.error for name, s in results.systems.items() if s.error} == {}
     folder = tmp_path / "out" / "systems" / "task_arithmetic" / "model"
     weights = [
         load_file(place / "model.safetensors")
@@ -210,9 +211,9 @@ def test_tasks_and_answers_are_shared(training, in_process, tmp_path):
         training, ["specialist", "best_of", "router"], tasks=["gsm8k"], data_dir=str(folder), max_new_tokens=3, test=[]
     )
     results = compare(recipe)
-    assert {name: s["error"] for name, s in results["systems"].items() if s["error"]} == {}
-    for system in results["systems"].values():
-        assert system["tasks"]["gsm8k"]["samples"] == 3
+    assert {name: s.error for name, s in results.systems.items() if s.error} == {}
+    for system in results.systems.values():
+        assert system.tasks["gsm8k"].samples == 3
     place = Workspace(tmp_path / "out")
     answers = {
         name: place.facts(name, "measure")["tasks"]["gsm8k"]["answers"]
@@ -247,7 +248,7 @@ def test_logit_mixing_all_through(training, in_process):
     results = compare(
         load(training, ["specialist", "router", {"kind": "fused", "stages": ["gate"]}], set=["mixing=logits"])
     )
-    assert {name: s["error"] for name, s in results["systems"].items() if s["error"]} == {}
+    assert {name: s.error for name, s in results.systems.items() if s.error} == {}
 
 
 def test_rows_with_the_same_id_are_all_counted(training, in_process, tmp_path):
@@ -256,7 +257,7 @@ def test_rows_with_the_same_id_are_all_counted(training, in_process, tmp_path):
     results = compare(
         load(training, ["base", {"kind": "static", "name": "uniform"}], test=[str(tmp_path / "twice.jsonl")])
     )
-    assert {s["loss"]["text"]["samples"] for s in results["systems"].values()} == {2}
+    assert {s.loss["text"].samples for s in results.systems.values()} == {2}
 
 
 @pytest.mark.parametrize(

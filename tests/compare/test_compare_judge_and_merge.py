@@ -20,6 +20,7 @@ from ultrafuser.compare.run import compare
 from ultrafuser.compare.systems.merge import find_program
 from ultrafuser.compare.workspace import Workspace
 from ultrafuser.errors import MissingExtraError
+from ultrafuser.report.data import Comparison
 
 BY_JUDGE = {"kind": "best_of", "by": "judge"}
 DOCUMENTS = [str(i) for i in range(6)]
@@ -53,8 +54,8 @@ def answers(recipe: dict[str, Any], name: str, task: str = "gsm8k") -> dict[str,
     return {document: own[0] for document, own in facts["tasks"][task]["answers"].items()}
 
 
-def errors(results: dict[str, Any]) -> dict[str, str]:
-    return {name: system["error"] for name, system in results["systems"].items() if system["error"]}
+def errors(results: Comparison) -> dict[str, str]:
+    return {name: system.error for name, system in results.systems.items() if system.error}
 
 
 # ---------------------------------------------------------------- best of K, by a judge
@@ -78,16 +79,16 @@ def test_the_answer_that_the_judge_likes_is_given(recipe, server, in_process):
     each, chosen = [answers(recipe, name) for name in NAMES], answers(recipe, "best_of-judge")
     assert chosen == {document: max((own[document] for own in each), key=taste) for document in DOCUMENTS}
     assert chosen != answers(recipe, "best_of-log_prob")
-    assert results["systems"]["best_of-judge"]["tasks"]["gsm8k"]["samples"] == len(DOCUMENTS)
-    assert results["systems"]["best_of-judge"]["loss"] is None
+    assert results.systems["best_of-judge"].tasks["gsm8k"].samples == len(DOCUMENTS)
+    assert results.systems["best_of-judge"].loss is None
     sums = [request for prompt in server.questions if (request := request_of(prompt)).endswith("= ?")]
     open_ones = [document for document in DOCUMENTS if len({own[document] for own in each}) > 1]
     assert sorted(sums) == [f"{document} + 1 = ?" for document in open_ones]
-    assert results["systems"]["best_of-judge"]["chosen"]["by"]["judge"] == len(open_ones)
+    assert results.systems["best_of-judge"].chosen["by"]["judge"] == len(open_ones)
     assert max(Counter(server.questions).values()) == 1
     in_process.clear()
     hits = server.hits
-    assert compare(load(recipe, systems, server, tasks=["gsm8k"]))["systems"] == results["systems"]
+    assert compare(load(recipe, systems, server, tasks=["gsm8k"])).systems == results.systems
     assert in_process == [] and server.hits == hits
 
 
@@ -123,7 +124,7 @@ def test_a_verdict_that_never_came_is_an_error_and_is_asked_for_again(recipe, se
     each = [answers(recipe, name) for name in NAMES]
     liked = {document: max((own[document] for own in each), key=taste) for document in DOCUMENTS}
     assert answers(recipe, "best_of-judge") == liked
-    assert {name: second["systems"][name] for name in NAMES} == {name: first["systems"][name] for name in NAMES}
+    assert {name: second.systems[name] for name in NAMES} == {name: first.systems[name] for name in NAMES}
 
 
 # ---------------------------------------------------------------- judged benchmarks
@@ -134,29 +135,29 @@ def test_a_judged_benchmark_side_by_side(recipe, server, in_process, tmp_path):
     results = compare(load(recipe, ["specialist", "best_of"], server, tasks=["alpaca_eval", "mt_bench"]))
     assert not errors(results)
     for name in (*NAMES, "best_of-log_prob"):
-        alpaca, talks = (results["systems"][name]["tasks"][task] for task in ("alpaca_eval", "mt_bench"))
-        assert (alpaca["value"], alpaca["samples"]) == (pytest.approx(0.6), 5)
-        assert (talks["value"], talks["samples"]) == (6.5, 2)
+        alpaca, talks = (results.systems[name].tasks[task] for task in ("alpaca_eval", "mt_bench"))
+        assert (alpaca.value, alpaca.samples) == (pytest.approx(0.6), 5)
+        assert (talks.value, talks.samples) == (6.5, 2)
     assert (
-        results["tasks"]["alpaca_eval"]["metric"] == "win_rate" and results["tasks"]["mt_bench"]["metric"] == "rating"
+        results.tasks["alpaca_eval"].metric == "win_rate" and results.tasks["mt_bench"].metric == "rating"
     )
-    pair = results["systems"]["best_of-log_prob"]["paired"]["best_specialist"]["task/alpaca_eval"]
-    assert pair["difference"] == 0 and pair["ci95"] == [0, 0]  # this judge reads no answers
+    pair = results.systems["best_of-log_prob"].paired["best_specialist"]["task/alpaca_eval"]
+    assert pair.difference == 0 and pair.ci95 == (0, 0)  # this judge reads no answers
     assert "6.5" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_errors_of_the_judge_are_asked_again_and_counted_till_then(recipe, server, in_process):
     server.reply = lambda prompt: HANG if request_of(prompt) == "win 1" else opinion(prompt)
-    silent = compare(load(recipe, ["base"], server, tasks=["alpaca_eval"]))["systems"]["base"]["tasks"]["alpaca_eval"]
-    assert (silent["value"], silent["samples"], silent["counts"]["error"]) == (0.5, 4, 2)
+    silent = compare(load(recipe, ["base"], server, tasks=["alpaca_eval"])).systems["base"].tasks["alpaca_eval"]
+    assert (silent.value, silent.samples, silent.counts["error"]) == (0.5, 4, 2)
     in_process.clear()
     hits = server.hits
     server.reply = opinion
-    cell = compare(load(recipe, ["base"], server, tasks=["alpaca_eval"]))["systems"]["base"]["tasks"]["alpaca_eval"]
+    cell = compare(load(recipe, ["base"], server, tasks=["alpaca_eval"])).systems["base"].tasks["alpaca_eval"]
     assert in_process == [("measure", "base")]
     assert list(map(request_of, server.questions[hits:])) == ["win 1"] * 2
-    assert (cell["value"], cell["samples"], cell["counts"].get("error", 0)) == (pytest.approx(0.6), 5, 0)
-    assert cell["counts"]["unparsed"] == 2  # an answer all the same
+    assert (cell.value, cell.samples, cell.counts.get("error", 0)) == (pytest.approx(0.6), 5, 0)
+    assert cell.counts["unparsed"] == 2  # an answer all the same
     in_process.clear()
     compare(load(recipe, ["base"], server, tasks=["alpaca_eval"]))
     assert in_process == [] and server.hits == hits + 2
@@ -167,8 +168,8 @@ def test_a_benchmark_without_verdicts_is_no_score(recipe, server, in_process, tm
     results = compare(load(recipe, ["specialist"], server, tasks=["gsm8k", "alpaca_eval"]))
     assert not errors(results)
     for name in NAMES:
-        assert list(results["systems"][name]["tasks"]) == ["gsm8k"]
-    json.dumps(results, allow_nan=False)
+        assert list(results.systems[name].tasks) == ["gsm8k"]
+    json.dumps(results.model_dump(mode="json"), allow_nan=False)
     assert (tmp_path / "out" / "report.html").is_file()
 
 
@@ -192,15 +193,15 @@ def test_merges_by_two_methods_that_come_to_the_same(mergekit, recipe, tiny_run,
     shifted = {"kind": "merge", "method": "task_arithmetic", "weight": 1 / len(NAMES)}
     results = compare(load(recipe, ["base", "specialist", "merge", shifted], **rows))
     assert not errors(results)
-    systems = results["systems"]
+    systems = results.systems
     for domain in (*NAMES, "mean"):
-        loss = {name: system["loss"][domain]["nll"] for name, system in systems.items()}
+        loss = {name: system.loss[domain].nll for name, system in systems.items()}
         assert loss["linear"] == pytest.approx(loss["task_arithmetic"], rel=1e-4)
         assert all(abs(loss["linear"] - loss[name]) > 1e-3 for name in ("base", *NAMES))
     assert answers(recipe, "linear") == answers(recipe, "task_arithmetic")
     for name in ("linear", "task_arithmetic"):
-        assert systems[name]["parameters"] == systems["base"]["parameters"]  # one model, nothing trained
-        assert systems[name]["tokens_per_s"]["median"] > 0
+        assert systems[name].parameters == systems["base"].parameters  # one model, nothing trained
+        assert systems[name].tokens_per_s.median > 0
     in_process.clear()
     compare(load(recipe, ["base", "specialist", "merge", shifted], **rows))
     assert in_process == []

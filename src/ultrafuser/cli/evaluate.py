@@ -153,12 +153,11 @@ def compare_command(
             for name, state in state_of(typed).items():
                 echo(f"{name}: {state}")
             return
-        results = compare(typed, ConsoleProgress())
+        comparison = compare(typed, ConsoleProgress())
     if as_json:
-        echo(json.dumps(results))
+        echo(json.dumps(comparison.model_dump(mode="json")))
     else:
-        Console().print(*tables(results), sep="\n\n")
+        Console().print(*tables(comparison), sep="\n\n")
         echo(f"report: {Path(typed.output) / 'report.html'}")
-    failed = [name for name, system in results["systems"].items() if system["status"] == "failed"]
-    if failed:
+    if failed := comparison.failed:
         raise RecipeError(f"{', '.join(failed)} failed, see the report; mend the recipe and run again for those alone")

@@ -29,9 +29,9 @@ from ultrafuser.errors import DataError
 from ultrafuser.evaluate.lm.load import LoadedModel, load_model
 from ultrafuser.evaluate.lm.parameters import count_parameters, peak_rss_mb
 from ultrafuser.evaluate.lm.response_cache import RememberingLM
-from ultrafuser.evaluate.losses import RowLoss, by_domain, fused_losses, group_losses
+from ultrafuser.evaluate.losses import RowLoss, by_domain, by_stratum, fused_losses, group_losses
 from ultrafuser.evaluate.run import all_tasks
-from ultrafuser.evaluate.scoring import TaskScores, by_stratum
+from ultrafuser.evaluate.scoring import TaskScores
 from ultrafuser.evaluate.tasks import TASKS
 from ultrafuser.inspect.run import trace_rows
 from ultrafuser.inspect.trace import TokenTrace

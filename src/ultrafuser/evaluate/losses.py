@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import DataError
+from ultrafuser.evaluate.intervals import Stratum
 from ultrafuser.model.loss import label_log_prob, mixed_log_prob
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
@@ -95,6 +97,19 @@ def group_losses(
         progress.advance(sum(rows[i].num_tokens for i in batch))
     progress.finish()
     return [loss for loss in out if loss is not None]
+
+
+def by_stratum(rows: Sequence[Rendered], found: Sequence[RowLoss]) -> dict[str, Stratum]:
+    """The rows' nats and tokens by domain and id; the second row of one id gets a number, so that none is lost."""
+    out: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
+    seen: Counter[tuple[str, str]] = Counter()
+    for row, loss in zip(rows, found, strict=True):
+        totals, weights = out.setdefault(row.domain, ({}, {}))
+        seen[row.domain, row.row_id] += 1
+        number = seen[row.domain, row.row_id]
+        key = f"{row.row_id}#{number}" if number > 1 else row.row_id
+        totals[key], weights[key] = loss.nats, loss.tokens
+    return {domain: Stratum(*own) for domain, own in out.items()}
 
 
 def by_domain(rows: Sequence[Rendered], weights: Sequence[Sequence[float]]) -> dict[str, list[Sequence[float]]]:

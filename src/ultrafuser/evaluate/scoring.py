@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 from lm_eval.api.model import LM
 
 from ultrafuser.data.schema import Row
-from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.intervals import Stratum
 from ultrafuser.evaluate.lm.load import LoadedModel
-from ultrafuser.evaluate.losses import RowLoss, by_domain, fused_losses
+from ultrafuser.evaluate.losses import by_domain, by_stratum, fused_losses
 from ultrafuser.evaluate.sampling import draw_rows
 from ultrafuser.evaluate.tasks import TASKS
 from ultrafuser.progress import Progress
@@ -136,16 +134,3 @@ def losses(
     store = FeatureStore.build(served.model, rendered, folder, progress=progress)
     found, weights = fused_losses(served.model, store)
     return by_stratum(rendered, found), by_domain(rendered, weights)
-
-
-def by_stratum(rows: Sequence[Rendered], found: Sequence[RowLoss]) -> dict[str, Stratum]:
-    """The rows' nats and tokens by domain and id; the second row of one id gets a number, so that none is lost."""
-    out: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
-    seen: Counter[tuple[str, str]] = Counter()
-    for row, loss in zip(rows, found, strict=True):
-        totals, weights = out.setdefault(row.domain, ({}, {}))
-        seen[row.domain, row.row_id] += 1
-        number = seen[row.domain, row.row_id]
-        key = f"{row.row_id}#{number}" if number > 1 else row.row_id
-        totals[key], weights[key] = loss.nats, loss.tokens
-    return {domain: Stratum(*own) for domain, own in out.items()}

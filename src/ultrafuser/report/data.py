@@ -64,9 +64,9 @@ class Speed(BaseModel):
 class Parameters(BaseModel):
     """Numbers of parameters: kept, used for one token, changed by training."""
 
-    total: float
-    active: float
-    trained: float
+    total: int
+    active: int
+    trained: int
 
 
 class System(BaseModel):
@@ -88,7 +88,7 @@ class System(BaseModel):
     tasks: dict[str, TaskScore] = {}
     paired: dict[str, dict[str, Pair]] = {}
     tokens_per_s: Speed | None = None
-    peak_memory_mb: float | None = None
+    peak_memory_mb: int | float | None = None
     parameters: Parameters | None = None
     chosen: dict[str, dict[str, int]] | None = None
     seconds: dict[str, float] = {}

@@ -49,10 +49,12 @@ pre.error { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
-def write_report(results: Mapping[str, Any], folder: str | PathLike[str], *, traces: Sequence[TokenTrace] = ()) -> Path:
+def write_report(
+    results: Comparison | Mapping[str, Any], folder: str | PathLike[str], *, traces: Sequence[TokenTrace] = ()
+) -> Path:
     """Write report.html, figures/*.svg and *.png, results.csv and table.md into a folder.
 
-    results: the comparison's results.json. traces: answers to show token by token.
+    results: a comparison, or what its results.json holds. traces: answers to show token by token.
 
     Returns:
         The path of report.html.
@@ -61,7 +63,7 @@ def write_report(results: Mapping[str, Any], folder: str | PathLike[str], *, tra
         DataError: results of another form; the message names what is missing.
         MissingExtraError: matplotlib is not installed; the tables are written all the same.
     """
-    comparison = check_comparison(results)
+    comparison = results if isinstance(results, Comparison) else check_comparison(results)
     folder = Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     (folder / "results.csv").write_text(csv_text(comparison), encoding="utf-8")
