@@ -103,9 +103,7 @@ def test_every_kind_side_by_side(training, in_process, tmp_path):
     sizes = {name: system.parameters for name, system in systems.items() if system.parameters}
     # each system against the main one, and against what its line names
     assert systems["joint"].paired["main"] == {} and systems["base"].paired["main"]["mean"].versus == "joint"
-    assert (
-        systems["joint"].paired["versus"]["code"].versus == "stage1" and "versus" not in systems["base"].paired
-    )
+    assert systems["joint"].paired["versus"]["code"].versus == "stage1" and "versus" not in systems["base"].paired
     assert sizes["base"].trained == sizes["uniform"].trained == 0
     assert sizes["searched"].trained == 2
     assert sizes["joint"].trained > sizes["stage1"].trained > 0

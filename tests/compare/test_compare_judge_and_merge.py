@@ -138,9 +138,7 @@ def test_a_judged_benchmark_side_by_side(recipe, server, in_process, tmp_path):
         alpaca, talks = (results.systems[name].tasks[task] for task in ("alpaca_eval", "mt_bench"))
         assert (alpaca.value, alpaca.samples) == (pytest.approx(0.6), 5)
         assert (talks.value, talks.samples) == (6.5, 2)
-    assert (
-        results.tasks["alpaca_eval"].metric == "win_rate" and results.tasks["mt_bench"].metric == "rating"
-    )
+    assert results.tasks["alpaca_eval"].metric == "win_rate" and results.tasks["mt_bench"].metric == "rating"
     pair = results.systems["best_of-log_prob"].paired["best_specialist"]["task/alpaca_eval"]
     assert pair.difference == 0 and pair.ci95 == (0, 0)  # this judge reads no answers
     assert "6.5" in (tmp_path / "out" / "report.html").read_text()
