@@ -2,7 +2,7 @@
 
     python scripts/zoo_table.py --data ../shared/data/train --output docs/results --cards
 
-Plain transformers and peft, nothing of ultrafuser's model code, so that its own evaluation can be checked against this.
+Plain transformers and peft, nothing of ultrafuser's model code, so that its losses can be checked against these.
 Writes zoo.json, with every row's loss in it, and zoo.md; `--cards` also writes the model cards beside the adapters.
 Seconds on a GPU, an hour on two CPU cores; `--reuse` makes the tables from the losses that zoo.json already has.
 """
@@ -15,7 +15,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 
@@ -23,11 +22,11 @@ from train_specialist import load_base, permissive_rows, row_losses
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
 from ultrafuser.data.templates import BUILTIN, Renderer
+from ultrafuser.evaluate.intervals import Stratum, difference, estimate
 
 ZOO = Path(__file__).parents[1] / "src" / "ultrafuser" / "zoo"
 HOMES = ("text", "code", "math")
 SYSTEMS = ("base", *HOMES)
-RESAMPLES = 10_000
 MAX_LENGTH = 1024
 TOKENS_PER_BATCH = 8192
 
@@ -72,27 +71,23 @@ def measure(model: PeftModel, tokenizer: Any, sets: dict[tuple[str, str], list[R
     return out
 
 
-def bootstrap(sums: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
-    """Token-weighted mean and its 95% percentile interval over resampled rows."""
-    draws = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), RESAMPLES)
-    low, high = np.percentile((draws @ sums) / (draws @ tokens), [2.5, 97.5])
-    return {"nats": float(sums.sum() / tokens.sum()), "ci95": [float(low), float(high)]}
-
-
 def tabulate(losses: Losses) -> dict[str, Any]:
     """{set: {domain: {rows, tokens, systems: {...}, differences: {...}}}}, the differences at home only."""
     table: dict[str, Any] = {}
     for name, domain in dict.fromkeys((row["set"], row["domain"]) for row in losses):
         rows = [row for row in losses if (row["set"], row["domain"]) == (name, domain)]
-        tokens = np.array([row["tokens"] for row in rows])
-        nats = {system: np.array([row["nats"][system] for row in rows]) for system in SYSTEMS}
+        tokens = {row["id"]: row["tokens"] for row in rows}
+        nats = {system: Stratum({row["id"]: row["nats"][system] for row in rows}, tokens) for system in SYSTEMS}
         rivals = [system for system in SYSTEMS if system != domain and domain in HOMES]
+        means = {system: estimate([nats[system]]) for system in SYSTEMS}
+        pairs = {rival: difference([nats[domain]], [nats[rival]]) for rival in rivals}
         table.setdefault(name, {})[domain] = {
             "rows": len(rows),
-            "tokens": int(tokens.sum()),
-            "systems": {system: bootstrap(nats[system], tokens) for system in SYSTEMS},
-            # both on the same resampled rows, so that what makes a row hard cancels
-            "differences": {rival: bootstrap(nats[domain] - nats[rival], tokens) for rival in rivals},
+            "tokens": sum(tokens.values()),
+            "systems": {system: {"nats": mean["value"], "ci95": mean["ci95"]} for system, mean in means.items()},
+            "differences": {
+                rival: {"nats": pair["difference"], "ci95": pair["ci95"]} for rival, pair in pairs.items() if pair
+            },
         }
     return table
 

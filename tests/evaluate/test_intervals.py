@@ -113,3 +113,30 @@ def test_differences_of_other_scores_are_no_shares():
     assert low == 0 < high
     assert difference([ratings], [more])["ci95"] == [-high, 0]
     assert difference([ratings], [ratings])["ci95"] == [0, 0]
+
+
+@pytest.mark.parametrize(("right", "size"), [(0, 12), (1, 29), (15, 148), (263, 263)])
+def test_wilsons_interval_is_that_of_scipy(right: int, size: int):
+    binomtest = pytest.importorskip("scipy.stats").binomtest
+    expected = binomtest(right, size).proportion_ci(method="wilson")
+    assert estimate([share(right, size)])["ci95"] == pytest.approx([expected.low, expected.high], abs=1e-12)
+
+
+def test_the_bootstrap_is_that_of_scipy():
+    """Percentiles of the weighted mean; the two draw their resamples differently, so only a little less than equal."""
+    bootstrap = pytest.importorskip("scipy.stats").bootstrap
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(5, 200, size=80)
+    nats = tokens * rng.gamma(4.0, 0.5, size=80)
+    expected = bootstrap(
+        (nats, tokens),
+        lambda totals, weights, axis: totals.sum(axis) / weights.sum(axis),
+        n_resamples=10_000,
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(3),
+    ).confidence_interval
+    rows = [str(i) for i in range(80)]
+    interval = estimate([Stratum(dict(zip(rows, nats, strict=True)), dict(zip(rows, tokens, strict=True)))])["ci95"]
+    width = expected.high - expected.low
+    assert interval == pytest.approx([expected.low, expected.high], abs=0.03 * width)
