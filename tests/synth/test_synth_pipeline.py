@@ -135,7 +135,7 @@ def test_topics_and_instructions_are_there_before_the_answers(recipe):
 
 
 def test_what_is_there_when_the_budget_ends_is_written_by_join(recipe):
-    with pytest.raises(BudgetExceeded, match="`ultrafuser synth join RECIPE` writes the data set of it"):
+    with pytest.raises(BudgetExceeded, match="`ultrafuser synth join RECIPE` writes the data set of them"):
         go(recipe, budget_tokens=2000)
     assert not (Path(recipe.output) / ROWS).exists()
     assert 0 < len(write_again(recipe).rows) < 144
@@ -270,7 +270,7 @@ def test_shards_are_joined_to_the_same_data_set(tmp_path):
     for number in (1, 2, 3):
         part = tiny(f"output={tmp_path / f'part{number}'}")
         with CallStore(Path(first.output) / STORE) as store:
-            store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            store._database.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         Path(part.output).mkdir()
         (Path(part.output) / STORE).write_bytes((Path(first.output) / STORE).read_bytes())
         assert go(part, writer, shard=(number, 3)).rows == []
@@ -385,7 +385,7 @@ def test_a_verdict_that_another_process_kept_first_holds_and_progress_is_shown(r
     with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
 
         def run_tests(own, *, unsafe):
-            store.keep_verdicts({checks.case_key(case): "tests: timeout" for case in own})  # theirs comes first
+            store.verdicts.add({checks.case_key(case): "tests: timeout" for case in own})  # theirs comes first
             return [None] * len(own)
 
         monkeypatch.setattr(checks, "run_tests", run_tests)
@@ -449,7 +449,7 @@ def test_the_page_without_gradio(recipe, monkeypatch):
 def test_an_edit_that_another_hand_spoilt(recipe):
     go(recipe)
     desk = Desk.open(recipe)
-    desk.store.set_review(desk.rows[0].id, "edit", "nonsense")
+    desk.store.reviews.set(desk.rows[0].id, "edit", "nonsense")
     desk.store.close()
     with pytest.raises(DataError, match="the edit in the store is not a list"):
         write_again(recipe)

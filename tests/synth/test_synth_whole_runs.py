@@ -16,7 +16,9 @@ import pytest
 from fake_async_endpoint import FakeAsyncEndpoint, fake_async_endpoint
 from fake_endpoint import CUT, HANG, HTML, NOT_JSON, Step, failing, fine
 from fake_writer import FAULTS, reply_to, tiny
+from ultrafuser.synth.calls.store import CallStore
 from ultrafuser.synth.output.card import REPORT, ROWS
+from ultrafuser.synth.pipeline import STORE
 from ultrafuser.synth.recipe import dump_synth_recipe
 
 for package in ("aiohttp", "py3langid"):
@@ -116,16 +118,15 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path, start):
         assert server.hits == before
 
 
-def test_two_processes_on_one_store(tmp_path, start):
+def test_a_second_process_on_one_store_is_refused(tmp_path, start):
     with fake_async_endpoint(misbehaving, delay_s=0.01) as server:
+        with CallStore(tmp_path / "one" / STORE, tiny().identity()):
+            second = start(server, "one")
+            assert second.wait(120) == 1
+        message = f"{tmp_path / 'one'}: another synthesis is running in this folder; wait until it ends, or choose another folder"
+        assert message in second.stderr.read() and not server.hits
         finish(start(server, "one"))
-        alone = server.hits
-    with fake_async_endpoint(misbehaving, delay_s=0.01) as server:
-        two = [start(server, "two") for _ in range(2)]
-        for run in two:
-            finish(run)
-        assert results(tmp_path / "two") == results(tmp_path / "one")
-        assert server.hits <= alone * 1.2  # pauses and retries differ, answers are shared
+        results(tmp_path / "one")
 
 
 def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path, start):

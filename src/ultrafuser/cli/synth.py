@@ -74,8 +74,7 @@ def run_command(
 ) -> None:
     """Synthesise a data set: ask what is missing, then filter, balance and write it.
 
-    Every reply is kept the moment it is there: run the same command again after an interruption, or in several processes
-    at once, and nothing is asked twice.
+    Every reply is stored at once: run the same command again after an interruption, and nothing is asked twice.
     """
     from ultrafuser.synth.recipe import load_synth_recipe
 

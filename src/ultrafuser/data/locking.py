@@ -15,8 +15,8 @@ except ImportError:  # not on Windows, where nothing is locked
 
 
 @contextmanager
-def exclusive_lock(folder: Path, purpose: str) -> Iterator[None]:
-    """Hold the lock of an existing folder, in its file `lock`, until the block or the process ends.
+def exclusive_lock(folder: Path, purpose: str, name: str = "lock") -> Iterator[None]:
+    """Hold the lock of an existing folder, in its file `name`, until the block or the process ends.
 
     Args:
         purpose: what runs in the folder, for the error: `evaluation`, say.
@@ -24,7 +24,7 @@ def exclusive_lock(folder: Path, purpose: str) -> Iterator[None]:
     Raises:
         DataError: another process, or this one elsewhere, holds the lock.
     """
-    with (folder / "lock").open("w") as lock:
+    with (folder / name).open("w") as lock:
         if fcntl is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -169,7 +169,7 @@ def synthesise(
             look,
             test=partial(tested, recipe, store, progress=progress),
             tests=tests,
-            reviews=store.reviews(),
+            reviews=store.reviews.all(),
             shard=shard,
             until=until,
             show=partial(write_items, recipe),
@@ -200,14 +200,16 @@ def join(recipe: SynthRecipe, others: Sequence[Path], progress: Progress | None 
     with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
         for file in others:
             merged = store.merge(file)
-            progress.log(f"{file}: {merged.added} calls added, {merged.twice} were there already")
+            progress.log(f"{file}: {merged.added} calls added, {merged.duplicates} were there already")
         return _write_stored(recipe, ready, store, progress)
 
 
 def _write_stored(recipe: SynthRecipe, ready: Ready, store: CallStore, progress: Progress | None) -> DataSet:
     prompts, tests = ready
     test = partial(tested, recipe, store, progress=progress)
-    done = derive(recipe, prompts, stored(store), test=test, tests=tests, reviews=store.reviews(), progress=progress)
+    done = derive(
+        recipe, prompts, stored(store), test=test, tests=tests, reviews=store.reviews.all(), progress=progress
+    )
     return _finish(recipe, prompts, done, store)
 
 
@@ -268,8 +270,8 @@ def tested(
     progress.start("answers run with their tests", len(missing))
     for start in range(0, len(missing), TESTS_AT_ONCE):
         found = _run_tests(recipe, missing[start : start + TESTS_AT_ONCE])
-        store.keep_verdicts({checks.case_key(case): reason or "" for case, reason in found.items()})
-        known |= verdicts(store, list(found))  # another process may have been the first
+        store.verdicts.add({checks.case_key(case): reason or "" for case, reason in found.items()})
+        known |= verdicts(store, list(found))
         progress.advance(len(found))
     progress.finish()
     return known
@@ -278,7 +280,7 @@ def tested(
 def verdicts(store: CallStore, cases: Sequence[checks.Case]) -> dict[checks.Case, str | None]:
     """The verdicts that there are."""
     keys = {case: checks.case_key(case) for case in cases}  # cases of the same code have the same one
-    known = store.verdicts(set(keys.values()))
+    known = store.verdicts.get(set(keys.values()))
     return {case: known[key] or None for case, key in keys.items() if key in known}
 
 
@@ -300,7 +302,7 @@ def stored(store: CallStore) -> Look:
 
 def outcomes(store: CallStore, requests: Sequence[Request]) -> dict[str, Response]:
     """The outcomes that there are, by key."""
-    found = ((request.key, store.outcome(request.key)) for request in requests)
+    found = ((request.key, store.response(request.key)) for request in requests)
     return {key: outcome for key, outcome in found if outcome is not None}
 
 

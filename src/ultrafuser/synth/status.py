@@ -87,13 +87,13 @@ def calls(recipe: SynthRecipe) -> Calls:
     Raises:
         DataError: as of `status`.
     """
-    with CallStore(Path(recipe.output) / STORE) as store:
+    with CallStore(Path(recipe.output) / STORE, shared=True) as store:
         return _calls(store)
 
 
 def _calls(store: CallStore) -> Calls:
     answered = sum(count.calls for count in store.counts())
-    return Calls(answered, store.under_way(), store.spent_usd(), store.pace(PACE_WINDOW_S))
+    return Calls(answered, store.under_way(), store.spent_usd(), store.calls_per_second(PACE_WINDOW_S))
 
 
 def status(recipe: SynthRecipe) -> Status:
@@ -105,8 +105,8 @@ def status(recipe: SynthRecipe) -> Status:
     prompts = Prompts(recipe.prompts)
     quick = recipe.filters.model_copy(update={"near_duplicates": None})  # sketches of all rows would take too long
     recipe = recipe.model_copy(update={"filters": quick})
-    with CallStore(Path(recipe.output) / STORE) as store:
-        data = derive(recipe, prompts, stored(store), test=partial(verdicts, store), reviews=store.reviews())
+    with CallStore(Path(recipe.output) / STORE, shared=True) as store:
+        data = derive(recipe, prompts, stored(store), test=partial(verdicts, store), reviews=store.reviews.all())
         return _summary(plan(recipe, prompts), data, store)
 
 

@@ -48,7 +48,7 @@ def request(text: str, **changes: Any) -> Request:
 
 def outcomes(store: CallStore, client: EndpointClient, *asked: Request, **options: Any) -> list[Response | None]:
     answer(asked, store, {"m": client}, **options)
-    return [store.outcome(one.key) for one in asked]
+    return [store.response(one.key) for one in asked]
 
 
 def scripted(*steps: Step):

@@ -37,11 +37,11 @@ model = ModelRecipe.model_validate({
     "endpoint": {"model": "m", "base_url": url, "concurrency": int(concurrency), "backoff_s": 0.01, "timeout_s": 10},
 })
 requests = [Request("responses", "math", str(i), "writer", (("user", str(i)),), max_tokens=20) for i in range(int(number))]
-with CallStore(Path(file), "recipe") as store:
-    try:
+try:
+    with CallStore(Path(file), "recipe") as store:
         answer(requests, store, make_clients([model]), budget_usd=float(budget_usd))
-    except UltraFuserError as error:
-        sys.exit(str(error))
+except UltraFuserError as error:
+    sys.exit(str(error))
 """
 COST_USD = 0.01  # of a scripted reply: 10 tokens
 
@@ -121,25 +121,18 @@ def test_what_a_killed_process_had_sent_is_within_the_budget(tmp_path: Path, sta
             assert store.spent_usd() >= COST_USD * server.hits - 1e-9
 
 
-def test_three_processes_ask_nothing_twice(tmp_path: Path, start):
-    with fake_async_endpoint(delay_s=0.01) as server:
-        runs = [start(server, 600) for _ in range(3)]
-        for run in runs:
-            finish(run)
-        assert set(server.asked.values()) == {1} and len(server.asked) == 600
-    assert len(stored(tmp_path, 600)) == 600
-
-
-def test_of_three_processes_one_is_killed_and_the_others_do_its_work(tmp_path: Path, start):
-    with fake_async_endpoint(delay_s=0.02) as server:
-        runs = [start(server, 600) for _ in range(3)]
-        wait_for(lambda: server.hits >= 200, runs[0])
-        os.kill(runs[0].pid, signal.SIGKILL)
-        runs[0].wait()  # until its parent has seen its end, a process looks alive
-        for run in runs[1:]:
-            finish(run)
-        assert len(stored(tmp_path, 600)) == 600
-        assert 600 <= server.hits <= 600 + 16
+def test_a_second_process_is_refused_and_the_first_one_finishes(tmp_path: Path, start):
+    with fake_async_endpoint(delay_s=2.0) as server:
+        first = start(server, 200)
+        wait_for(lambda: server.hits >= 16, first)
+        second = start(server, 200)
+        assert second.wait(60) == 1
+        assert f"{tmp_path}: another synthesis is running in this folder; wait until it ends" in second.stderr.read()
+        assert first.poll() is None
+        server.delay_s = 0.01
+        finish(first)
+        assert set(server.asked.values()) == {1} and len(server.asked) == 200
+    assert len(stored(tmp_path, 200)) == 200
 
 
 def test_an_interrupted_run_ends_at_once_and_leaves_nothing_claimed(tmp_path: Path, start):

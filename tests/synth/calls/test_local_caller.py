@@ -43,7 +43,7 @@ def requests(number: int, **changes) -> list[Request]:
 def outcomes(folder: Path, client: LocalClient, asked: list[Request]) -> list[Response]:
     with CallStore(folder / "calls.sqlite", "recipe") as store:
         answer(asked, store, {"writer": client})
-        return [store.outcome(request.key) for request in asked]
+        return [store.response(request.key) for request in asked]
 
 
 def test_answers_are_those_of_the_model_itself(tmp_path: Path, model: str):
@@ -115,7 +115,7 @@ def test_models_that_sample_beside_each_other_draw_as_if_alone(tmp_path: Path, m
         with CallStore(tmp_path / folder / "calls.sqlite", "recipe") as store:
             clients = {role: LocalClient(recipe(model)) for role in roles}
             answer([request for role in roles for request in asked[role]], store, clients)
-            return [store.outcome(request.key) for role in roles for request in asked[role]]
+            return [store.response(request.key) for role in roles for request in asked[role]]
 
     assert together("both", "writer", "other") == [*together("1", "writer"), *together("2", "other")]
 

@@ -1,10 +1,8 @@
-"""The scheduler with models in memory: every ask is answered once, in several processes too; money and errors stop it."""
+"""The scheduler with models in memory: every request is answered once. Money and errors stop it."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from ultrafuser.errors import BudgetExceeded, DataError, EndpointError, RecipeEr
 from ultrafuser.progress import Progress
 from ultrafuser.synth.calls.request import CallContext, ModelClient, Request, Response
 from ultrafuser.synth.calls.scheduler import answer
-from ultrafuser.synth.calls.store import CallStore, new_worker
+from ultrafuser.synth.calls.store import CallStore
 
 
 class Memory:
@@ -98,7 +96,7 @@ def test_every_ask_is_answered_once_and_never_again(store: CallStore):
     client, seen = Memory(delay_s=0.001), Seen()
     answer(requests(50) + requests(50), store, {"writer": client}, progress=seen)
     assert client.asked == Counter(f"writer {i}" for i in range(50))
-    assert store.outcome(requests(50)[49].key) == Response("ok", "re: writer 49")
+    assert store.response(requests(50)[49].key) == Response("ok", "re: writer 49")
     assert client.most_at_once == 4 and (client.opened, client.closed) == (1, 1)
     assert (seen.started, seen.steps, seen.finished) == ([("responses", 50)], 50, 1)
     answer(requests(51), store, {"writer": client})
@@ -146,7 +144,7 @@ def test_what_was_put_back_is_asked_again(store: CallStore):
 def test_the_budget_is_never_exceeded_and_it_is_used_up(store: CallStore):
     client = Memory(lambda request: Response("ok", "x", cost_usd=0.03), concurrency=16, delay_s=0.001, ceiling_usd=0.1)
     with pytest.raises(BudgetExceeded, match=r"the budget of \$1.00 does not last: \$0.9\d00 is spent, the next call may cost up "
-                       r"to \$0.1000, and 6\d questions wait .*--budget-usd and run again: what was answered is kept, and `ultrafuser synth join RECIPE`"):  # fmt: skip
+                       r"to \$0.1000, and 6\d requests have no answer.*--budget-usd and run again: stored answers are kept, and `ultrafuser synth join RECIPE`"):  # fmt: skip
         answer(requests(100), store, {"writer": client}, budget_usd=1.0)
     assert 0.9 < store.spent_usd() <= 1.0 and store.reserved_usd() == 0 == store.under_way()
     assert store.counts()[0].calls == sum(client.asked.values())
@@ -180,7 +178,7 @@ def test_what_is_under_way_when_the_tokens_are_used_up_still_comes(store: CallSt
             return await super().answer(requests, run)
 
     client = Slow(lambda request: Response("ok", "x", "", 60, 40), concurrency=4)
-    message = "400 were read .* 96 questions .* `ultrafuser synth join RECIPE` writes the data set"
+    message = "400 were read .* 96 requests .* `ultrafuser synth join RECIPE` writes the data set"
     with pytest.raises(BudgetExceeded, match=message):
         answer(requests(100), store, {"writer": client}, budget_tokens=100, grace_s=0.05)
     assert store.tokens() == 100 * sum(client.asked.values()) == 400 and store.under_way() == 0
@@ -193,62 +191,16 @@ def test_the_last_answers_may_use_the_tokens_up(store: CallStore):
 
 def test_nothing_is_asked_without_money(store: CallStore):
     client, seen = Memory(ceiling_usd=2.0), Seen()
-    with pytest.raises(BudgetExceeded, match="2 questions wait"):
+    with pytest.raises(BudgetExceeded, match="2 requests have no answer"):
         answer(requests(2), store, {"writer": client}, budget_usd=1.0, progress=seen)
     assert not client.batches and (seen.steps, seen.finished) == (0, 1)
 
 
-def test_money_that_another_process_has_set_aside_is_waited_for(store: CallStore):
-    other = new_worker()
-    theirs = requests(1, "other")[0]
-    store.claim({theirs.key: 0.9}, other, 60)
-    timer = threading.Timer(0.3, lambda: store.finish(theirs, Response("ok", "x", cost_usd=0.1), other))
-    timer.start()
-    answer(requests(1), store, {"writer": Memory(ceiling_usd=0.5)}, budget_usd=1.0)
-    timer.join()
-    assert not store.missing([requests(1)[0].key])
-
-
-# ---------------------------------------------------------------- several processes
-
-
-def test_several_runs_share_the_work(tmp_path: Path):
-    clients = [Memory(concurrency=8, delay_s=0.002) for _ in range(3)]
-
-    def run(client: Memory) -> None:
-        with CallStore(tmp_path / "calls.sqlite", "recipe") as store:
-            answer(requests(300), store, {"writer": client})
-            assert not store.missing(
-                request.key for request in requests(300)
-            )  # each comes back when all is done, not only its own
-
-    threads = [threading.Thread(target=run, args=(client,)) for client in clients]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    asked = sum((client.asked for client in clients), Counter())
-    assert asked == Counter(f"writer {i}" for i in range(300))
-    assert all(client.batches for client in clients)
-
-
-def test_a_call_that_another_process_does_not_finish_is_taken_over(store: CallStore):
-    store.claim({request.key: 0.0 for request in requests(5)}, "another machine|1|2|x", 0.7)
-    client = Memory()
-    answer(requests(6), store, {"writer": client})
-    assert client.batches[0] == ["writer 5"] and set(client.asked.values()) == {1}
-
-
-def test_claims_are_renewed_while_a_call_lasts(store: CallStore):
-    slow, other = Memory(delay_s=1.2, concurrency=2), Memory()
-    file = store.file
-    thread = threading.Thread(target=answer, args=(requests(2), store, {"writer": slow}), kwargs={"lease_s": 0.3})
-    thread.start()
-    time.sleep(0.3)
-    with CallStore(file, "recipe") as mine:
-        answer(requests(2), mine, {"writer": other})
-    thread.join()
-    assert not other.batches and sum(slow.asked.values()) == 2
+def test_money_that_a_dear_call_has_set_aside_is_waited_for(store: CallStore):
+    dear = Memory(lambda request: Response("ok", "x", cost_usd=0.1), delay_s=0.3, ceiling_usd=0.9)
+    cheap = Memory(ceiling_usd=0.5)
+    answer(requests(1, "dear") + requests(1), store, {"dear": dear, "writer": cheap}, budget_usd=1.0)
+    assert not store.missing([requests(1)[0].key, requests(1, "dear")[0].key])
 
 
 # ---------------------------------------------------------------- errors
@@ -286,15 +238,15 @@ def test_what_hangs_when_the_run_ends_is_given_up_and_counts_as_spent(store: Cal
 
 def test_a_full_disk_loses_nothing_that_was_stored_and_says_what_it_lost(store: CallStore):
     client = Memory(lambda request: Response("ok", "x" * 30_000), delay_s=0.001)
-    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
-    store._db.execute(f"PRAGMA max_page_count = {pages + 100}")
+    pages = store._database.connection.execute("PRAGMA page_count").fetchone()[0]
+    store._database.connection.execute(f"PRAGMA max_page_count = {pages + 100}")
     with pytest.raises(
-        DataError, match=r"database or disk is full\); make room .*; \d replies were lost and will be asked"
+        DataError, match=r"database or disk is full\); free disk space .*; \d replies were lost and will be asked"
     ):
         answer(requests(50), store, {"writer": client})
     kept = store.counts()[0].calls
     assert 5 < kept < 50
-    store._db.execute("PRAGMA max_page_count = 1000000")
+    store._database.connection.execute("PRAGMA max_page_count = 1000000")
     answer(requests(50), store, {"writer": client})
     assert sum(client.asked.values()) <= 50 + client.concurrency
     assert store.counts()[0].calls == 50
@@ -303,10 +255,10 @@ def test_a_full_disk_loses_nothing_that_was_stored_and_says_what_it_lost(store: 
 def test_replies_that_came_on_a_full_disk_are_stored_when_there_is_room_again(store: CallStore, monkeypatch):
     room, finish = [False], store.finish
 
-    def full(request: Request, outcome: Response, worker: str = "") -> None:
+    def full(request: Request, response: Response) -> None:
         if not room[0]:
             raise DataError("disk is full")
-        finish(request, outcome, worker)
+        finish(request, response)
 
     def reply(request: Request) -> Response:
         room[0] = request.item == "3"

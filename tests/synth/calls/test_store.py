@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import os
+import re
 import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from ultrafuser.errors import DataError
-from ultrafuser.synth.calls import store as store_module
+from ultrafuser.synth.calls.merge import Merged
 from ultrafuser.synth.calls.request import CUT_OFF, Request, Response
-from ultrafuser.synth.calls.store import CallStore, Review, new_worker
-from ultrafuser.synth.calls.store_tables import Merged
+from ultrafuser.synth.calls.reviews import Review
+from ultrafuser.synth.calls.store import CallStore
 
 
 def request(text: str, stage: str = "responses", **changes) -> Request:
@@ -59,22 +60,22 @@ def test_what_is_finished_is_there_for_the_next_process(store: CallStore):
     store.finish(request("b"), Response("failed", reason="context overflow: 9 of 8"))
     store.close()
     with CallStore(store.file, "recipe 1") as again:
-        assert again.outcome(request("a").key) == outcome
-        assert again.outcome(request("b").key) == Response("failed", reason="context overflow: 9 of 8")
-        assert again.outcome(request("c").key) is None
+        assert again.response(request("a").key) == outcome
+        assert again.response(request("b").key) == Response("failed", reason="context overflow: 9 of 8")
+        assert again.response(request("c").key) is None
         assert again.missing([request(x).key for x in "dacb"]) == [request("d").key, request("c").key]
 
 
 def test_the_first_outcome_stays_and_both_were_paid_for(store: CallStore):
     store.finish(request("a"), ok("first", 0.5))
     store.finish(request("a"), ok("second", 0.25))
-    assert store.outcome(request("a").key) == ok("first", 0.75)
+    assert store.response(request("a").key) == ok("first", 0.75)
     assert store.spent_usd() == 0.75
 
 
 def test_half_characters_are_kept_as_question_marks(store: CallStore):
     store.finish(request("a"), ok("x\ud83dy"))
-    assert store.outcome(request("a").key) == ok("x?y")
+    assert store.response(request("a").key) == ok("x?y")
 
 
 def test_more_keys_than_a_statement_takes(store: CallStore):
@@ -84,7 +85,7 @@ def test_more_keys_than_a_statement_takes(store: CallStore):
 
 
 def test_counts_means_and_pace(store: CallStore):
-    assert store.counts() == [] and store.pace() is None and store.tokens() == 0
+    assert store.counts() == [] and store.calls_per_second() is None and store.tokens() == 0
     for number, text in enumerate("abc"):
         store.finish(request(text), Response("ok", text, "", 10 * number, number, 0.1))
     store.finish(request("d", "judge"), Response("failed", reason="unanswered: status 500: x, after 3 tries"))
@@ -95,16 +96,16 @@ def test_counts_means_and_pace(store: CallStore):
     assert counts == [("judge", "math", "failed", "unanswered", 2, 0, 0), ("responses", "math", "ok", "", 3, 30, 3)]
     assert store.counts()[1].usd == pytest.approx(0.3)
     assert store.tokens() == 33
-    assert 0 < store.pace() <= 5
+    assert 0 < store.calls_per_second() <= 5
 
 
 def test_reviews(store: CallStore):
-    assert store.review("row 1") is None
-    store.set_review("row 1", "accept")
-    store.set_review("row 2", "edit", "[]")
-    store.set_review("row 1", "reject", "wrong sum")
-    assert store.review("row 1") == Review("reject", "wrong sum", store.reviews()["row 1"].at)
-    assert list(store.reviews()) == ["row 1", "row 2"]
+    assert store.reviews.get("row 1") is None
+    store.reviews.set("row 1", "accept")
+    store.reviews.set("row 2", "edit", "[]")
+    store.reviews.set("row 1", "reject", "wrong sum")
+    assert store.reviews.get("row 1") == Review("reject", "wrong sum", store.reviews.all()["row 1"].at)
+    assert list(store.reviews.all()) == ["row 1", "row 2"]
 
 
 def test_several_threads_may_write(store: CallStore):
@@ -130,129 +131,128 @@ def keys(*texts: str) -> list[str]:
     return [request(text).key for text in texts]
 
 
-def test_a_call_is_one_workers_until_it_is_done(store: CallStore):
+def test_a_call_is_under_way_until_it_is_answered(store: CallStore):
     store.finish(request("a"), ok())
-    one, two = new_worker(), new_worker()
-    claim = store.claim(ceilings("a", "b", "c"), one, 60)
-    assert (claim.done, claim.taken, claim.busy) == (keys("a"), keys("b", "c"), [])
-    claim = store.claim(ceilings("c", "d", "b"), two, 60)
-    assert (claim.done, claim.taken, claim.busy) == ([], keys("d"), keys("c", "b"))
-    assert store.under_way() == 3
-    store.finish(request("b"), ok(), one)
-    assert store.claim(ceilings("b"), two, 60).done == keys("b")
-    assert store.under_way() == 2
+    assert store.missing(keys("a", "b", "c")) == keys("b", "c")
+    assert store.reserve(ceilings("b", "c")) == keys("b", "c") and store.under_way() == 2
+    store.finish(request("b"), ok())
+    assert store.missing(keys("a", "b", "c")) == keys("c") and store.under_way() == 1
 
 
-def test_a_claim_runs_out_unless_it_is_renewed(store: CallStore, monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr(store_module.time, "time", lambda: now[0])
-    store.claim(ceilings("a", "b"), "elsewhere|1|2|x", 60)
-    now[0] += 59
-    assert store.claim(ceilings("a"), "other", 60).busy == keys("a")
-    store.renew("elsewhere|1|2|x", 60)
-    now[0] += 59
-    assert store.claim(ceilings("a"), "other", 60).busy == keys("a")
-    now[0] += 2
-    assert store.claim(ceilings("a"), "other", 60).taken == keys("a")
-    assert store.under_way() == 1
+def test_a_second_run_on_the_same_store_is_refused(store: CallStore):
+    message = "another synthesis is running in this folder; wait until it ends, or choose another folder"
+    with pytest.raises(DataError, match=f"{re.escape(str(store.file.parent))}: {message}"):
+        CallStore(store.file, "recipe 1")
+    with CallStore(store.file, shared=True) as reader:  # status and review work beside a run
+        reader.reviews.set("row 1", "accept")
+        assert reader.missing(keys("a")) == keys("a")
+    store.close()
+    CallStore(store.file, "recipe 1").close()
 
 
-def test_a_dead_process_of_this_machine_holds_nothing(store: CallStore):
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
-    machine, pid, rest = new_worker().rsplit("|", 2)
-    store.claim(ceilings("a"), f"{machine}|{done.pid}|{rest}", 3600)
-    store.claim(ceilings("b"), f"another-{machine}|{done.pid}|{rest}", 3600)
-    assert int(pid) == os.getpid()
-    claim = store.claim(ceilings("a", "b"), new_worker(), 60)
-    assert (claim.taken, claim.busy) == (keys("a"), keys("b"))
-
-
-def test_a_worker_that_was_overtaken_changes_nothing_but_the_bill(store: CallStore, monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr(store_module.time, "time", lambda: now[0])
-    store.claim(ceilings("a", usd=1.0), "slow", 60)
-    now[0] += 61
-    store.claim(ceilings("a", usd=1.0), "fast", 60)
-    assert (store.spent_usd(), store.reserved_usd()) == (1.0, 1.0)  # what the slow one sent may be billed
-    store.finish(request("a"), ok("slow", 0.25), "slow")
-    assert (store.spent_usd(), store.reserved_usd()) == (1.25, 1.0)
-    store.finish(request("a"), ok("fast", 0.5), "fast")
-    assert store.outcome(request("a").key).text == "slow"
-    assert (store.spent_usd(), store.reserved_usd()) == (1.75, 0.0)
+def test_a_second_process_is_refused_and_the_lock_ends_with_the_first(tmp_path: Path):
+    code = (
+        "import sys; from pathlib import Path; from ultrafuser.synth.calls.store import CallStore; "
+        "store = CallStore(Path(sys.argv[1]), 'r'); print('open', flush=True); sys.stdin.read()"
+    )
+    file = tmp_path / "calls.sqlite"
+    arguments = [sys.executable, "-c", code, str(file)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"open\n"
+        with pytest.raises(DataError, match="another synthesis is running in this folder"):
+            CallStore(file, "r")
+        process.kill()
+    CallStore(file, "r").close()
 
 
 # ---------------------------------------------------------------- money
 
 
-def test_no_more_is_claimed_than_the_budget_lasts_for(store: CallStore):
-    worker = new_worker()
+def test_no_more_is_reserved_than_the_budget_lasts_for(store: CallStore):
     store.finish(request("z"), ok(usd=0.1))
-    claim = store.claim(ceilings("z", "a", "b", "c", "d", usd=0.3), worker, 60, budget_usd=1.0)
-    assert (claim.done, claim.taken, claim.dear) == (keys("z"), keys("a", "b", "c"), keys("d"))
+    assert store.reserve(ceilings("a", "b", "c", "d", usd=0.3), budget_usd=1.0) == keys("a", "b", "c")
     assert (store.spent_usd(), store.reserved_usd()) == (0.1, 0.9)  # in whole billionths: exact
-    store.finish(request("a"), ok(usd=0.01), worker)
-    assert store.claim(ceilings("d", usd=0.3), worker, 60, budget_usd=1.0).dear == keys("d")
-    store.finish(request("b"), ok(usd=0.29), worker)
-    assert store.claim(ceilings("d", usd=0.3), worker, 60, budget_usd=1.0).taken == keys("d")
-    assert store.claim(ceilings("e", usd=0.3), new_worker(), 60).taken == keys("e")  # no budget, no limit
+    store.finish(request("a"), ok(usd=0.01))
+    assert store.reserve(ceilings("d", usd=0.3), budget_usd=1.0) == []
+    store.finish(request("b"), ok(usd=0.29))
+    assert store.reserve(ceilings("d", usd=0.3), budget_usd=1.0) == keys("d")
+    assert store.reserve(ceilings("e", usd=0.3)) == keys("e")  # no budget, no limit
 
 
 def test_a_try_that_broke_off_is_paid_for_and_so_is_the_next(store: CallStore):
-    worker = new_worker()
-    store.claim(ceilings("a", usd=0.25), worker, 60, budget_usd=0.75)
-    assert store.ask_again(request("a").key, worker, 0.25, 0.75)
+    store.reserve(ceilings("a", usd=0.25), budget_usd=0.75)
+    assert store.reserve_retry(request("a").key, 0.25, 0.75)
     assert (store.spent_usd(), store.reserved_usd()) == (0.25, 0.25)
-    assert store.ask_again(request("a").key, worker, 0.25, 0.75)
-    assert not store.ask_again(request("a").key, worker, 0.25, 0.75)
+    assert store.reserve_retry(request("a").key, 0.25, 0.75)
+    assert not store.reserve_retry(request("a").key, 0.25, 0.75)
     assert (store.spent_usd(), store.reserved_usd(), store.under_way()) == (0.75, 0.0, 0)
-    assert store.claim(ceilings("a", usd=0.25), worker, 60, budget_usd=0.75).dear == keys("a")
-    assert store.claim(ceilings("a", usd=0.25), worker, 60, budget_usd=1.0).taken == keys("a")
-    store.finish(request("a"), ok(usd=0.125), worker)
-    assert store.outcome(request("a").key).cost_usd == store.spent_usd() == 0.875
-    assert not store.ask_again(request("a").key, worker, 0.25)  # no claim any more
+    assert store.reserve(ceilings("a", usd=0.25), budget_usd=0.75) == []
+    assert store.reserve(ceilings("a", usd=0.25), budget_usd=1.0) == keys("a")
+    store.finish(request("a"), ok(usd=0.125))
+    assert store.response(request("a").key).cost_usd == store.spent_usd() == 0.875
+    assert not store.reserve_retry(request("a").key, 0.25)  # nothing is reserved any more
+
+
+def test_a_call_that_is_reserved_again_may_have_been_billed(store: CallStore):
+    store.reserve(ceilings("a", usd=1.0))
+    store.reserve(ceilings("a", usd=2.0))
+    assert (store.spent_usd(), store.reserved_usd()) == (1.0, 2.0)
+    store.finish(request("a"), ok(usd=0.5))
+    assert store.response(request("a").key).cost_usd == 1.5
+    assert (store.spent_usd(), store.reserved_usd()) == (1.5, 0.0)
 
 
 def test_what_was_not_sent_costs_nothing(store: CallStore):
-    worker = new_worker()
-    store.claim(ceilings("a", "b", "c", usd=0.25), worker, 60)
-    store.release(worker, sent=keys("a", "c"))
+    store.reserve(ceilings("a", "b", "c", usd=0.25))
+    store.release(billed=keys("a", "c"))
     assert (store.spent_usd(), store.reserved_usd(), store.under_way()) == (0.5, 0.0, 0)
-    assert store.claim(ceilings("a", "b", "c"), new_worker(), 60).taken == keys("a", "b", "c")
+    assert store.reserve(ceilings("a", "b", "c")) == keys("a", "b", "c")
+
+
+def test_what_a_killed_run_had_sent_counts_as_spent_for_the_next_one(store: CallStore):
+    store.reserve(ceilings("a", "b", usd=0.25))
+    store.finish(request("a"), ok(usd=0.125))
+    store._database.close()  # as a kill does: nothing is released
+    with CallStore(store.file, shared=True) as reader:
+        assert (reader.spent_usd(), reader.reserved_usd(), reader.under_way()) == (0.125, 0.25, 1)
+    with CallStore(store.file, "recipe 1") as next_run:
+        assert (next_run.spent_usd(), next_run.reserved_usd(), next_run.under_way()) == (0.375, 0.0, 0)
+        assert next_run.missing(keys("a", "b")) == keys("b")
+        next_run.finish(request("b"), ok(usd=0.125))
+        assert next_run.response(request("b").key).cost_usd == 0.375
 
 
 def test_failures_may_be_forgotten_but_not_what_they_cost(store: CallStore):
     store.finish(request("a"), ok(usd=0.5))
     for text, reason in (("b", "empty: x"), ("c", "empty"), ("d", "emptyish: x")):
-        store.finish(request(text), Response("failed", reason=reason, cost_usd=0.25), "w")
-    store.finish(request("e"), Response("ok", "half a", CUT_OFF, cost_usd=0.25), "w")
+        store.finish(request(text), Response("failed", reason=reason, cost_usd=0.25))
+    store.finish(request("e"), Response("ok", "half a", CUT_OFF, cost_usd=0.25))
     assert store.forget_failures() == 4
     assert store.missing(keys(*"abcde")) == keys("b", "c", "d", "e") and store.spent_usd() == 1.5
-    store.finish(request("b"), Response("failed", reason="empty: again", cost_usd=0.25), "w")
+    store.finish(request("b"), Response("failed", reason="empty: again", cost_usd=0.25))
     assert store.forget_failures() == 1 and store.spent_usd() == 1.75
 
 
 def test_verdicts_stay_as_they_are_and_are_taken_over(store: CallStore, tmp_path: Path):
-    store.keep_verdicts({"a": "", "b": "tests: failed"})
-    store.keep_verdicts({"a": "tests: timeout"})
-    assert store.verdicts(["a", "b", "c"]) == {"a": "", "b": "tests: failed"}
+    store.verdicts.add({"a": "", "b": "tests: failed"})
+    store.verdicts.add({"a": "tests: timeout"})
+    assert store.verdicts.get(["a", "b", "c"]) == {"a": "", "b": "tests: failed"}
     with CallStore(tmp_path / "other.sqlite", store.identity()) as other:
-        other.keep_verdicts({"b": "", "c": "tests: failed"})
+        other.verdicts.add({"b": "", "c": "tests: failed"})
     store.merge(tmp_path / "other.sqlite")
-    assert store.verdicts(["a", "b", "c"]) == {"a": "", "b": "", "c": "tests: failed"}
+    assert store.verdicts.get(["a", "b", "c"]) == {"a": "", "b": "", "c": "tests: failed"}
 
 
 def test_the_running_sum_is_the_sum(store: CallStore):
-    worker = new_worker()
-    store.claim(ceilings(*"abcdef", usd=0.1), worker, 60)
+    store.reserve(ceilings(*"abcdef", usd=0.1))
     for text in "abc":
-        store.finish(request(text), ok(usd=0.07), worker)
-    store.finish(request("a"), ok(usd=0.02), worker)
-    store.ask_again(request("d").key, worker, 0.2)
+        store.finish(request(text), ok(usd=0.07))
+    store.finish(request("a"), ok(usd=0.02))
+    store.reserve_retry(request("d").key, 0.2)
     db = sqlite3.connect(store.file)
-    [(calls,)], [(lost, reserved)] = (
-        db.execute(sql).fetchall()
-        for sql in ("SELECT sum(cost) FROM calls", "SELECT sum(lost), sum(reserved) FROM leases")
+    [(calls,)], [(lost,)], [(reserved,)] = (
+        db.execute(f"SELECT sum({column}) FROM {table}").fetchall()
+        for table, column in (("calls", "cost"), ("lost", "cost"), ("sent", "ceiling"))
     )
     assert (store.spent_usd(), store.reserved_usd()) == ((calls + lost) / 1e9, reserved / 1e9) == (0.33, 0.4)
 
@@ -261,6 +261,7 @@ def test_the_running_sum_is_the_sum(store: CallStore):
 
 
 def test_another_recipes_file_is_refused(store: CallStore):
+    store.close()
     with pytest.raises(
         DataError, match=r"calls.sqlite: holds the calls of another recipe \('recipe 1'\), expected 'recipe 2'; choose"
     ):
@@ -269,10 +270,11 @@ def test_another_recipes_file_is_refused(store: CallStore):
         assert any_recipe.identity() == "recipe 1"
 
 
-@pytest.mark.parametrize("version, next_step", [(2, "upgrade ultrafuser"), (0, "move the file away")])
+@pytest.mark.parametrize("version, next_step", [(3, "upgrade ultrafuser"), (0, "move the file away")])
 def test_another_versions_file_is_refused(store: CallStore, version, next_step):
-    store._db.execute(f"PRAGMA user_version = {version}")
-    with pytest.raises(DataError, match=f"written in version {version} of the format, expected 1; {next_step}"):
+    store._database.connection.execute(f"PRAGMA user_version = {version}")
+    store.close()
+    with pytest.raises(DataError, match=f"written in version {version} of the format, expected 2; {next_step}"):
         CallStore(store.file, "recipe 1")
 
 
@@ -289,59 +291,117 @@ def test_other_files_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match="missing: no such file, expected the calls of a run; start one first"):
         CallStore(tmp_path / "missing")
     assert not (tmp_path / "missing").exists()
-    with pytest.raises(DataError, match="cannot be opened .*; expected a place that can be written to"):
+    with pytest.raises(DataError, match="cannot be opened .*; expected a folder that can be written to"):
         CallStore(text / "calls.sqlite", "recipe 1")
 
 
 def test_a_full_disk_is_an_error_and_what_was_stored_stays(store: CallStore):
     store.finish(request("a"), ok())
-    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
-    store._db.execute(f"PRAGMA max_page_count = {pages + 2}")
-    with pytest.raises(DataError, match=r"calls.sqlite: cannot be used \(database or disk is full\); make room .*kept"):
+    pages = store._database.connection.execute("PRAGMA page_count").fetchone()[0]
+    store._database.connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+    with pytest.raises(
+        DataError, match=r"calls.sqlite: cannot be used \(database or disk is full\); free disk space .*kept"
+    ):
         store.finish(request("b"), ok("x" * 100_000))
     assert store.missing(keys("a", "b")) == keys("b")
-    store._db.execute("PRAGMA max_page_count = 1000000")
+    store._database.connection.execute("PRAGMA max_page_count = 1000000")
     store.finish(request("b"), ok("x" * 100_000))
     assert store.missing(keys("a", "b")) == []
 
 
 def test_a_file_that_another_program_locks(store: CallStore, monkeypatch):
-    store._db.execute("PRAGMA busy_timeout = 50")
+    store._database.connection.execute("PRAGMA busy_timeout = 50")
     other = sqlite3.connect(store.file, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(DataError, match=r"cannot be used \(database is locked\); see what else uses it"):
         store.finish(request("a"), ok())
-    assert store.outcome(request("a").key) is None  # readers do not wait
+    assert store.response(request("a").key) is None  # readers do not wait
     other.execute("COMMIT")
     store.finish(request("a"), ok())
 
 
-def test_many_processes_may_make_the_file_at_once(tmp_path: Path):
-    code = (
-        "import sys; from pathlib import Path; from ultrafuser.synth.calls.store import CallStore; "
-        "from ultrafuser.synth.calls.request import Request, Response; store = CallStore(Path(sys.argv[1]), 'r'); "
-        "[store.finish(Request('judge', 'd', '', 'r', (('user', sys.argv[2] + str(i)),)), Response('ok', 'x', cost_usd=0.1)) "
-        "for i in range(20)]"
-    )
-    file = tmp_path / "calls.sqlite"
-    runs = [subprocess.Popen([sys.executable, "-c", code, str(file), f"{n} "]) for n in range(4)]
-    assert [run.wait(60) for run in runs] == [0] * 4
-    with CallStore(file) as store:
-        assert store.counts()[0].calls == 80 and store.spent_usd() == pytest.approx(8.0)
+VERSION_1 = """
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE calls (key TEXT PRIMARY KEY, stage TEXT, domain TEXT, item TEXT, role TEXT, sample INTEGER,
+ status TEXT, reason TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, cost INTEGER, worker TEXT, at REAL, text TEXT);
+CREATE INDEX calls_by_stage ON calls (stage, domain, status);
+CREATE INDEX calls_by_time ON calls (at);
+CREATE TABLE leases (key TEXT PRIMARY KEY, worker TEXT, expires REAL, reserved INTEGER, lost INTEGER);
+CREATE TABLE dropped (worker TEXT, key TEXT, cost INTEGER, PRIMARY KEY (worker, key));
+CREATE TABLE verdicts (key TEXT PRIMARY KEY, reason TEXT);
+CREATE TABLE reviews (row TEXT PRIMARY KEY, decision TEXT, note TEXT, at REAL);
+CREATE TABLE money (spent INTEGER, reserved INTEGER, tokens INTEGER);
+INSERT INTO money VALUES (0, 0, 0);
+CREATE TRIGGER calls_INSERT AFTER INSERT ON calls BEGIN UPDATE money SET spent = spent + NEW.cost, reserved = reserved + 0, tokens = tokens + (NEW.prompt_tokens + NEW.completion_tokens); END;
+CREATE TRIGGER calls_DELETE AFTER DELETE ON calls BEGIN UPDATE money SET spent = spent - OLD.cost, reserved = reserved - 0, tokens = tokens - (OLD.prompt_tokens + OLD.completion_tokens); END;
+CREATE TRIGGER calls_UPDATE AFTER UPDATE ON calls BEGIN UPDATE money SET spent = spent + NEW.cost - OLD.cost, reserved = reserved + 0 - 0, tokens = tokens + (NEW.prompt_tokens + NEW.completion_tokens) - (OLD.prompt_tokens + OLD.completion_tokens); END;
+CREATE TRIGGER dropped_INSERT AFTER INSERT ON dropped BEGIN UPDATE money SET spent = spent + NEW.cost, reserved = reserved + 0, tokens = tokens + 0; END;
+CREATE TRIGGER dropped_DELETE AFTER DELETE ON dropped BEGIN UPDATE money SET spent = spent - OLD.cost, reserved = reserved - 0, tokens = tokens - 0; END;
+CREATE TRIGGER dropped_UPDATE AFTER UPDATE ON dropped BEGIN UPDATE money SET spent = spent + NEW.cost - OLD.cost, reserved = reserved + 0 - 0, tokens = tokens + 0 - 0; END;
+CREATE TRIGGER leases_INSERT AFTER INSERT ON leases BEGIN UPDATE money SET spent = spent + NEW.lost, reserved = reserved + NEW.reserved, tokens = tokens + 0; END;
+CREATE TRIGGER leases_DELETE AFTER DELETE ON leases BEGIN UPDATE money SET spent = spent - OLD.lost, reserved = reserved - OLD.reserved, tokens = tokens - 0; END;
+CREATE TRIGGER leases_UPDATE AFTER UPDATE ON leases BEGIN UPDATE money SET spent = spent + NEW.lost - OLD.lost, reserved = reserved + NEW.reserved - OLD.reserved, tokens = tokens + 0 - 0; END;
+INSERT INTO facts VALUES ('identity', 'recipe 1');
+INSERT INTO dropped VALUES ('host|1|2|x', 'old', 250000000);
+INSERT INTO verdicts VALUES ('code', 'tests: failed');
+INSERT INTO reviews VALUES ('row 1', 'reject', 'dull', 5.0);
+PRAGMA application_id = 1430672217;
+PRAGMA user_version = 1;
+"""  # what version 0.1 wrote
+
+
+@pytest.fixture
+def version_1(tmp_path: Path) -> Path:
+    """A store of the first version: one answer, a call that a killed process had under way, a lost try."""
+    file = tmp_path / "version 1.sqlite"
+    with closing(sqlite3.connect(file)) as db:
+        db.executescript(VERSION_1)
+        db.execute(
+            "INSERT INTO calls VALUES (?, 'responses', 'math', 'item a', 'writer', 0, 'ok', '', 10, 5, 500000000, 'host|1|2|x', 1.0, 'yes')",
+            (request("a").key,),
+        )
+        leases = [(request("b").key, "host|1|2|x", 9e9, 125_000_000, 0), (request("c").key, "", 0, 0, 62_500_000)]
+        db.executemany("INSERT INTO leases VALUES (?, ?, ?, ?, ?)", leases)
+        db.commit()
+    return file
+
+
+def test_a_store_of_the_first_version_is_migrated(version_1: Path):
+    for _ in range(2):  # the second time it is of this version already
+        with CallStore(version_1, "recipe 1") as store:
+            assert store.response(request("a").key) == ok("yes", 0.5)
+            assert store.missing(keys("a", "b", "c")) == keys("b", "c")
+            assert (store.spent_usd(), store.reserved_usd(), store.under_way()) == (0.9375, 0.0, 0)
+            assert store.verdicts.get(["code"]) == {"code": "tests: failed"}
+            assert store.reviews.get("row 1") == Review("reject", "dull", 5.0) and store.tokens() == 15
+    with CallStore(version_1, "recipe 1") as store:
+        store.finish(request("c"), ok(usd=0.0625))
+        assert store.response(request("c").key).cost_usd == 0.125 and store.spent_usd() == 1.0
+
+
+def test_a_store_of_the_first_version_joins(version_1: Path, store: CallStore):
+    assert store.merge(version_1) == Merged(added=1, duplicates=0)
+    assert store.merge(version_1) == Merged(added=0, duplicates=0)
+    assert store.spent_usd() == 0.9375 and store.response(request("a").key) == ok("yes", 0.5)
+
+
+def test_readers_migrate_too(version_1: Path):
+    with CallStore(version_1, shared=True) as reader:
+        assert reader.spent_usd() == 0.9375 and reader.under_way() == 0
 
 
 # ---------------------------------------------------------------- joining files
 
 
-def filled(file: Path, *outcomes: tuple[str, Response], worker: str = "") -> Path:
+def filled(file: Path, *outcomes: tuple[str, Response]) -> Path:
     with CallStore(file, "recipe 1") as store:
         for text, outcome in outcomes:
-            store.finish(request(text), outcome, worker or f"worker of {file.name}")
+            store.finish(request(text), outcome)
     return file
 
 
 def content(store: CallStore) -> dict[str, tuple[str, str]]:
-    return {text: (found.status, found.text) for text in "abcdef" if (found := store.outcome(request(text).key))}
+    return {text: (found.status, found.text) for text in "abcdef" if (found := store.response(request(text).key))}
 
 
 def test_files_join_to_the_same_in_any_order_and_however_often(tmp_path: Path):
@@ -368,23 +428,25 @@ def test_what_came_of_copies_joins_without_being_counted_twice(tmp_path: Path):
         (tmp_path / name).write_bytes(whole.read_bytes())
         filled(tmp_path / name, (text, ok(name, 2.0)))
     with CallStore(whole, "recipe 1") as store:
-        assert store.merge(tmp_path / "left") == store.merge(tmp_path / "right") == Merged(added=1, twice=0)
+        assert store.merge(tmp_path / "left") == store.merge(tmp_path / "right") == Merged(added=1, duplicates=0)
         assert store.spent_usd() == 5.0
         assert content(store) == {"a": ("ok", "one"), "b": ("ok", "left"), "c": ("ok", "right")}
 
 
 def test_reviews_and_lost_tries_join_too(tmp_path: Path, store: CallStore):
     with CallStore(tmp_path / "other", "recipe 1") as other:
-        store.set_review("row 1", "accept")
-        other.set_review("row 1", "reject", "later")
-        other.set_review("row 2", "accept")
-        other.claim(ceilings("a", usd=0.5), "gone", 60)
-        other.release("gone")
+        store.reviews.set("row 1", "accept")
+        other.reviews.set("row 1", "reject", "later")
+        other.reviews.set("row 2", "accept")
+        other.reserve(ceilings("a", usd=0.5))  # and is killed
     for _ in range(2):
         store.merge(tmp_path / "other")
-    assert {row: review.decision for row, review in store.reviews().items()} == {"row 1": "reject", "row 2": "accept"}
+    assert {row: review.decision for row, review in store.reviews.all().items()} == {
+        "row 1": "reject",
+        "row 2": "accept",
+    }
     assert store.spent_usd() == 0.5
-    assert store.claim(ceilings("a"), new_worker(), 60).taken == keys("a")
+    assert store.reserve(ceilings("a")) == keys("a")
 
 
 def test_files_that_cannot_be_joined(tmp_path: Path, store: CallStore):
@@ -393,11 +455,8 @@ def test_files_that_cannot_be_joined(tmp_path: Path, store: CallStore):
         DataError, match=r"foreign: holds the calls of the recipe 'recipe 2', expected 'recipe 1' as in .*calls"
     ):
         store.merge(tmp_path / "foreign")
-    with CallStore(tmp_path / "used", "recipe 1") as used:
-        used.claim(ceilings("a"), new_worker(), 60)
-        with pytest.raises(
-            DataError, match="used: 1 calls are under way in it, expected a file that no run uses; wait"
-        ):
+    with CallStore(tmp_path / "used", "recipe 1"):
+        with pytest.raises(DataError, match=f"{re.escape(str(tmp_path))}: another synthesis is running in this folder; wait"):
             store.merge(tmp_path / "used")
     with pytest.raises(DataError, match="missing: no such file"):
         store.merge(tmp_path / "missing")

@@ -42,7 +42,7 @@ def test_buttons_write_to_the_store(served):
     after = client.predict(ALL, SHOWN[0], api_name="/accept")
     assert desk.decision(desk.rows[0]) == "accept" and desk.rows[1].id in after[0]
     after = client.predict(ALL, SHOWN[0], "dull", api_name="/reject")
-    assert desk.store.review(desk.rows[1].id).note == "dull" and desk.rows[2].id in after[0]
+    assert desk.store.reviews.get(desk.rows[1].id).note == "dull" and desk.rows[2].id in after[0]
     rejected = client.predict(ALL, "rejected", api_name="/show")
     assert desk.rows[1].id in rejected[0] and rejected[2] == "dull"
     client.predict(ALL, SHOWN[0], api_name="/show")

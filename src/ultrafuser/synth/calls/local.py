@@ -59,7 +59,7 @@ class LocalClient:
         """Nothing."""
 
     async def answer(self, requests: Sequence[Request], run: CallContext) -> list[Response | None]:
-        return list(await asyncio.to_thread(self._in_turn, requests))  # so that leases are renewed meanwhile
+        return list(await asyncio.to_thread(self._in_turn, requests))  # progress and Ctrl-C work meanwhile
 
     def _in_turn(self, requests: Sequence[Request]) -> list[Response]:
         with _TURN:

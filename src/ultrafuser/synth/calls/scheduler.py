@@ -1,4 +1,7 @@
-"""Has every question answered: claims, calls, keeps each outcome at once; stops when the money or the model ends."""
+"""Gets every request answered: reserves money, calls the clients, stores each response at once.
+
+A run stops when the money or the tokens end, or at the first error. Requests under way then still have a while to finish.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,12 @@ from typing import Any
 from ultrafuser.errors import BudgetExceeded, DataError, RecipeError
 from ultrafuser.progress import Progress
 from ultrafuser.synth.calls.request import ModelClient, Request, Response
-from ultrafuser.synth.calls.store import CallStore, new_worker
+from ultrafuser.synth.calls.store import CallStore
 
-LEASE_S = 60.0  # that a claim outlives a worker of which nothing can be known; renewed three times as often
-GRACE_S = 15.0  # for calls under way when the run has to stop
-CLAIMS_AT_ONCE = 32
-_LOOK_S = 0.5  # between two looks at what other processes have in hand
-_KEPT = "what was answered is kept, and `ultrafuser synth join RECIPE` writes the data set of it"
+GRACE_S = 15.0  # for requests under way when the run has to stop
+RESERVATIONS_AT_ONCE = 32  # one transaction for several requests
+_POLL_S = 0.5  # between two looks at whether money has come free
+_NEXT_STEP = "stored answers are kept, and `ultrafuser synth join RECIPE` writes the data set of them"
 
 
 def answer(
@@ -29,153 +31,142 @@ def answer(
     budget_usd: float | None = None,
     budget_tokens: int | None = None,
     progress: Progress | None = None,
-    lease_s: float = LEASE_S,
     grace_s: float = GRACE_S,
 ) -> None:
-    """Have every ask answered that has no outcome yet; other processes may do the same with the same store.
+    """Get a response to every request that has none yet.
 
     Args:
-        callers: role -> the model that answers.
-        budget_usd: dollars that all calls in the store may cost; None: no limit.
-        budget_tokens: tokens that all calls in the store read and wrote, after which nothing more is sent; what is under
-            way then still comes. None: no limit.
+        clients: role -> the model that answers.
+        budget_usd: dollars that all calls in the store may cost. None: no limit.
+        budget_tokens: tokens read and written by all calls in the store, after which nothing more is sent. Requests
+            under way then still finish. None: no limit.
 
     Raises:
-        BudgetExceeded: the next call might cost more than what is left, or the tokens are used up; what was answered is
-            kept.
-        EndpointError: a model cannot be asked any more; what was answered is kept.
-        DataError: the store cannot be written; what was stored before is kept.
-        RecipeError: a role that no caller has.
+        BudgetExceeded: the next call might cost more than what remains, or the tokens are used up.
+        EndpointError: a model cannot be reached any more.
+        DataError: the store cannot be written.
+        RecipeError: a role without a client.
     """
     by_key = {request.key: request for request in requests}
-    left = [by_key[key] for key in store.missing(by_key)]
-    if unknown := {request.role for request in left} - set(clients):
+    missing = [by_key[key] for key in store.missing(by_key)]
+    if unknown := {request.role for request in missing} - set(clients):
         raise RecipeError(f"no model {sorted(unknown)[0]!r} to ask; there are: {', '.join(clients)}")
-    if not left:
+    if not missing:
         return
     progress = progress or Progress()
-    progress.start(", ".join(dict.fromkeys(request.stage for request in left)), len(left))
+    progress.start(", ".join(dict.fromkeys(request.stage for request in missing)), len(missing))
     try:
-        run = _Run(store, budget_usd, budget_tokens, progress, lease_s)
-        _in_a_loop_of_its_own(run.work(left, clients, grace_s))
+        run = _CallRun(store, budget_usd, budget_tokens, progress)
+        _run_in_new_loop(run.answer_all(missing, clients, grace_s))
     finally:
         progress.finish()
 
 
-def _in_a_loop_of_its_own(work: Coroutine[Any, Any, None]) -> None:
-    """Run it to its end, also where the caller is inside an event loop already, as in a notebook."""
+def _run_in_new_loop(work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine to its end, also if the caller is inside an event loop, as in a notebook."""
     try:
         asyncio.get_running_loop()
-    except RuntimeError:  # none
+    except RuntimeError:  # no loop
         asyncio.run(work)
     else:
         with ThreadPoolExecutor(1) as pool:
             pool.submit(asyncio.run, work).result()
 
 
-class _Run:
-    """One call of `answer`: what its workers share."""
+class _CallRun:
+    """One call of `answer`: the state that its workers share. Clients see it as a `CallContext`."""
 
     def __init__(
-        self,
-        store: CallStore,
-        budget_usd: float | None,
-        budget_tokens: int | None,
-        progress: Progress,
-        lease_s: float,
+        self, store: CallStore, budget_usd: float | None, budget_tokens: int | None, progress: Progress
     ) -> None:
-        self.store, self.progress, self.lease_s = store, progress, lease_s
+        self.store, self.progress = store, progress
         self.budget_usd, self.budget_tokens = budget_usd, budget_tokens
-        self.worker = new_worker()
-        self.asking = 0  # batches that callers have in hand
+        self.active_batches = 0
         self.sent: set[str] = set()
         self.unstored: deque[tuple[Request, Response]] = deque()
         self.clients: dict[str, ModelClient] = {}
 
-    async def work(self, requests: Sequence[Request], clients: Mapping[str, ModelClient], grace_s: float) -> None:
+    async def answer_all(self, requests: Sequence[Request], clients: Mapping[str, ModelClient], grace_s: float) -> None:
         self.stop, self.changed = asyncio.Event(), asyncio.Event()
-        feeds: dict[str, _Feed] = {}
+        # 1. One queue per role.
+        queues: dict[str, _Queue] = {}
         for request in requests:
-            if request.role not in feeds:
-                feeds[request.role] = _Feed(self, clients[request.role])
-            feeds[request.role].waiting.append(request)
-        self.clients = {role: clients[role] for role in feeds}
-        heart = asyncio.create_task(self._beat())
+            if request.role not in queues:
+                queues[request.role] = _Queue(self, clients[request.role])
+            queues[request.role].waiting.append(request)
+        self.clients = {role: clients[role] for role in queues}
         workers: list[asyncio.Task[None]] = []
         opened: list[ModelClient] = []
         try:
-            for feed in feeds.values():
-                await feed.client.open()
-                opened.append(feed.client)
-                number = min(feed.client.concurrency, len(feed.waiting))
-                workers += [asyncio.create_task(self._work(feed)) for _ in range(number)]
-            await self._until_done(workers, heart, grace_s)
+            # 2. As many workers per queue as its client takes batches at once.
+            for queue in queues.values():
+                await queue.client.open()
+                opened.append(queue.client)
+                num_workers = min(queue.client.concurrency, len(queue.waiting))
+                workers += [asyncio.create_task(self._work(queue)) for _ in range(num_workers)]
+            await self._until_done(workers, grace_s)
         finally:
-            for task in (heart, *workers):
+            # 3. Whatever happened: stop the workers, close the clients, end the reservations.
+            for task in workers:
                 task.cancel()
-            await asyncio.gather(heart, *workers, return_exceptions=True)
+            await asyncio.gather(*workers, return_exceptions=True)
             for client in opened:
                 await client.close()
-            with suppress(DataError):  # of a full disk, which is known by then
-                self.store.release(self.worker, self.sent)
+            with suppress(DataError):  # a full disk, which has been reported by then
+                self.store.release(self.sent)
 
-    async def _until_done(self, workers: list[asyncio.Task[None]], heart: asyncio.Task[None], grace_s: float) -> None:
-        """Until all asks are answered, or the first error: then what is under way may still come."""
-        pending: set[asyncio.Task[None]] = {heart, *workers}
+    async def _until_done(self, workers: list[asyncio.Task[None]], grace_s: float) -> None:
+        """Wait for all workers. After the first error, requests under way may still finish."""
+        pending = set(workers)
         failed: list[asyncio.Task[None]] = []
-        while not failed and pending != {heart}:
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            failed = [task for task in done if task.exception() is not None]
+        while pending and not failed:
+            finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            failed = [task for task in finished if task.exception() is not None]
         if not failed:
             return
         self.stop.set()
         self.changed.set()
         await asyncio.wait(workers, timeout=grace_s)
         try:
-            self._store()  # what came while the store could not be written may find room now
+            self._store_responses()  # there may be room on the disk again
         except DataError as error:
             raise DataError(f"{error}; {len(self.unstored)} replies were lost and will be asked for again") from error
         failed[0].result()
 
-    async def _work(self, feed: _Feed) -> None:
-        while batch := await feed.take():
-            self.asking += 1
+    async def _work(self, queue: _Queue) -> None:
+        """One worker: take a batch, have it answered, store the responses, until nothing is left."""
+        while batch := await queue.take():
+            self.active_batches += 1
             try:
-                outcomes = await feed.client.answer(batch, self)
+                responses = await queue.client.answer(batch, self)
             finally:
-                self.asking -= 1
-            for request, outcome in zip(batch, outcomes, strict=True):
-                if outcome is None:
-                    feed.waiting.append(request)
+                self.active_batches -= 1
+            for request, response in zip(batch, responses, strict=True):
+                if response is None:
+                    queue.waiting.append(request)
                 else:
-                    self.unstored.append((request, outcome))
-            self._store()
+                    self.unstored.append((request, response))
+            self._store_responses()
             self.changed.set()
 
-    def _store(self) -> None:
-        """Keep what came: nothing is let go of before it is stored."""
-        kept = 0
+    def _store_responses(self) -> None:
+        """Store what came. A response leaves the queue only after it is stored."""
+        stored = 0
         while self.unstored:
-            request, outcome = self.unstored[0]
-            self.store.finish(request, outcome, self.worker)
+            request, response = self.unstored[0]
+            self.store.finish(request, response)
             self.unstored.popleft()
             self.sent.discard(request.key)
-            kept += 1
-        if kept:  # a batch at once, or the time left would be told from one of its replies
+            stored += 1
+        if stored:  # one step per batch: the time left is estimated from whole batches
             spent_usd = self.store.spent_usd()
-            self.progress.advance(kept, f"${spent_usd:.2f}" if spent_usd else "")
+            self.progress.advance(stored, f"${spent_usd:.2f}" if spent_usd else "")
 
     def tokens_used_up(self) -> bool:
         """Whether the budget of tokens lets nothing more be sent."""
         return self.budget_tokens is not None and self.store.tokens() >= self.budget_tokens
 
-    async def _beat(self) -> None:
-        """Renew the claims for as long as this process lives."""
-        while True:
-            await asyncio.sleep(self.lease_s / 3)
-            self.store.renew(self.worker, self.lease_s)
-
-    # ---------------------------------------------------------------- for callers
+    # ---------------------------------------------------------------- the `CallContext` of clients
 
     @property
     def stopping(self) -> bool:
@@ -183,100 +174,86 @@ class _Run:
         return self.stop.is_set()
 
     async def wait(self, seconds: float) -> bool:
-        """Sleep; False: the run ends."""
+        """Sleep. False: the run stops."""
         if seconds > 0 and not self.stop.is_set():
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.stop.wait(), seconds)
         return not self.stop.is_set()
 
     def log(self, text: str) -> None:
-        """One line of news."""
+        """Print one line beside the progress bar."""
         self.progress.log(text)
 
     def reserve_retry(self, request: Request) -> bool:
-        """Count what was sent as spent, and set the same aside for another try, if the budget lasts for it."""
+        """Count the last try as spent, and set the same aside for another one if the budget lasts for it."""
         ceiling_usd = self.clients[request.role].ceiling_usd(request)
-        return self.store.ask_again(request.key, self.worker, ceiling_usd, self.budget_usd)
+        return self.store.reserve_retry(request.key, ceiling_usd, self.budget_usd)
 
 
-class _Feed:
-    """The asks of one role, claimed a few at a time.
+class _Queue:
+    """The requests of one role.
 
     Attributes:
-        waiting: not claimed by us; perhaps by another process.
+        waiting: without a reservation yet.
+        reserved: with money set aside, about to be sent.
     """
 
-    def __init__(self, run: _Run, client: ModelClient) -> None:
+    def __init__(self, run: _CallRun, client: ModelClient) -> None:
         self.run, self.client = run, client
         self.waiting: deque[Request] = deque()
-        self._claimed: deque[Request] = deque()
-        self._busy = 0  # asks in a row that other processes have in hand
-        self._turn = asyncio.Lock()
+        self.reserved: deque[Request] = deque()
 
     async def take(self) -> list[Request]:
-        """The next batch; none when all are answered, or the run ends.
+        """The next batch to send. Empty: nothing is left, or the run stops.
 
         Raises:
-            BudgetExceeded: the next call might cost more than what is left, or the tokens are used up, and nothing is
-                under way.
+            BudgetExceeded: money or tokens are used up, and no request under way can free any.
         """
-        async with self._turn:
-            was_idle = False
-            while not self.run.stop.is_set():
-                if not self.waiting and not self._claimed:
-                    return []
-                if self.run.tokens_used_up():
-                    if not self.run.asking:
-                        raise self._out_of_tokens()
-                    await self._until_something_changes()
-                elif self._claimed:
-                    return [self._claimed.popleft() for _ in range(min(self.client.batch_size, len(self._claimed)))]
-                elif self._claim(was_idle):
-                    was_idle = self.run.store.under_way() == 0
-                    await self._until_something_changes()
-            return []
+        was_idle = False
+        while not self.run.stopping and (self.reserved or self.waiting):
+            if self.run.tokens_used_up():
+                if not self.run.active_batches:
+                    raise self._out_of_tokens()
+                await self._until_something_changes()
+            elif self.reserved:
+                size = min(self.client.batch_size, len(self.reserved))
+                return [self.reserved.popleft() for _ in range(size)]
+            elif not self._reserve():
+                # A request under way may cost less than was set aside for it. With none, waiting frees nothing.
+                idle = self.run.store.under_way() == 0
+                if idle and was_idle:
+                    raise self._out_of_money()
+                was_idle = idle
+                await self._until_something_changes()
+        return []
 
-    def _claim(self, was_idle: bool) -> bool:
-        """Claim the next few; whether there is nothing to do but wait.
-
-        Args:
-            was_idle: nobody had anything under way just now, so that no money that is set aside will be freed.
-        """
-        run = self.run
-        size = max(min(CLAIMS_AT_ONCE, self.client.concurrency), self.client.batch_size)
-        requests = {
-            request.key: request for request in (self.waiting.popleft() for _ in range(min(size, len(self.waiting))))
-        }
-        ceilings = {key: self.client.ceiling_usd(request) for key, request in requests.items()}
-        claim = run.store.claim(ceilings, run.worker, run.lease_s, run.budget_usd)
-        self._claimed.extend(requests[key] for key in claim.taken)
-        self.waiting.extendleft(requests[key] for key in reversed(claim.dear))
-        self.waiting.extend(requests[key] for key in claim.busy)
-        if claim.done:
-            run.progress.advance(len(claim.done))
-        if claim.dear and not claim.taken and was_idle and run.store.under_way() == 0:
-            raise self._broke(ceilings[claim.dear[0]])
-        self._busy = 0 if claim.taken or claim.done else self._busy + len(claim.busy)
-        return not claim.taken and (bool(claim.dear) or self._busy >= len(self.waiting) > 0)
+    def _reserve(self) -> bool:
+        """Set money aside for the next few requests. Returns whether the budget lasts for one at least."""
+        size = max(min(RESERVATIONS_AT_ONCE, self.client.concurrency), self.client.batch_size)
+        batch = [self.waiting.popleft() for _ in range(min(size, len(self.waiting)))]
+        ceilings = {request.key: self.client.ceiling_usd(request) for request in batch}
+        count = len(self.run.store.reserve(ceilings, self.run.budget_usd))
+        self.reserved.extend(batch[:count])
+        self.waiting.extendleft(reversed(batch[count:]))
+        return count > 0
 
     async def _until_something_changes(self) -> None:
-        changed = self.run.changed
-        changed.clear()
+        self.run.changed.clear()
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(changed.wait(), _LOOK_S)
+            await asyncio.wait_for(self.run.changed.wait(), _POLL_S)
 
-    def _broke(self, ceiling_usd: float) -> BudgetExceeded:
+    def _out_of_money(self) -> BudgetExceeded:
         spent_usd, budget_usd = self.run.store.spent_usd(), self.run.budget_usd
         assert budget_usd is not None
         return BudgetExceeded(
             f"the budget of ${budget_usd:.2f} does not last: ${spent_usd:.4f} is spent, the next call may cost up to "
-            f"${ceiling_usd:.4f}, and {len(self.waiting)} questions wait for an answer; raise --budget-usd and run "
-            f"again: {_KEPT}"
+            f"${self.client.ceiling_usd(self.waiting[0]):.4f}, and {len(self.waiting)} requests have no answer; "
+            f"raise --budget-usd and run again: {_NEXT_STEP}"
         )
 
     def _out_of_tokens(self) -> BudgetExceeded:
         return BudgetExceeded(
             f"the budget of {self.run.budget_tokens:,} tokens is used up: {self.run.store.tokens():,} were read and written, "
-            f"and {len(self.waiting) + len(self._claimed)} questions wait for an answer; raise --budget-tokens and run again: "
-            f"{_KEPT}"
+            f"and {len(self.waiting) + len(self.reserved)} requests have no answer; raise --budget-tokens and run again: "
+            f"{_NEXT_STEP}"
         )

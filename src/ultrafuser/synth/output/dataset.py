@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Decision(Protocol):
-    """What a reader decided on a row; `store.Review` is one."""
+    """What a reader decided on a row; `reviews.Review` is one."""
 
     @property
     def decision(self) -> str: ...

@@ -41,21 +41,21 @@ class Desk:
         folder = Path(recipe.output)
         if not (folder / ROWS).is_file():
             raise DataError(f"{folder / ROWS}: no such file; run `ultrafuser synth RECIPE` to its end first")
-        return cls(load_rows(str(folder / ROWS)), CallStore(folder / STORE))
+        return cls(load_rows(str(folder / ROWS)), CallStore(folder / STORE, shared=True))
 
     def decision(self, row: Row) -> str:
         """`accept`, `edit`, `reject`, or empty: not reviewed yet."""
-        found = self.store.review(row.id)
+        found = self.store.reviews.get(row.id)
         return found.decision if found is not None else ""
 
     def why(self, row: Row) -> str:
         """Why a row was rejected, where the reader said so."""
-        found = self.store.review(row.id)
+        found = self.store.reviews.get(row.id)
         return found.note if found is not None and found.decision == "reject" else ""
 
     def shown(self, domain: str = ALL, what: str = SHOWN[0]) -> list[int]:
         """The places of the rows of a domain and state."""
-        decided = {id: f"{review.decision}ed" for id, review in self.store.reviews().items()}
+        decided = {id: f"{review.decision}ed" for id, review in self.store.reviews.all().items()}
         return [
             place
             for place, row in enumerate(self.rows)
@@ -65,7 +65,7 @@ class Desk:
     def messages(self, place: int) -> list[tuple[str, str]]:
         """The messages of a row, as a reader left them."""
         row = self.rows[place]
-        found = self.store.review(row.id)
+        found = self.store.reviews.get(row.id)
         if found is not None and found.decision == "edit":
             row = edited(row, found.note)
         return list(row.messages)
@@ -73,11 +73,11 @@ class Desk:
     def accept(self, place: int) -> None:
         """Keep a row as it is shown, an edit of before included."""
         if self.decision(self.rows[place]) != "edit":
-            self.store.set_review(self.rows[place].id, "accept")
+            self.store.reviews.set(self.rows[place].id, "accept")
 
     def reject(self, place: int, why: str = "") -> None:
         """Leave a row out."""
-        self.store.set_review(self.rows[place].id, "reject", why)
+        self.store.reviews.set(self.rows[place].id, "reject", why)
 
     def edit(self, place: int, contents: Sequence[str]) -> None:
         """Keep a row with other words; where nothing was changed, it is accepted.
@@ -94,11 +94,11 @@ class Desk:
         if messages == [list(pair) for pair in self.messages(place)]:
             self.accept(place)
         else:
-            self.store.set_review(row.id, "edit", json.dumps(messages, ensure_ascii=False))
+            self.store.reviews.set(row.id, "edit", json.dumps(messages, ensure_ascii=False))
 
     def summary(self) -> str:
         """How far the reader is."""
         ids = {row.id for row in self.rows}
-        counts = Counter(review.decision for id, review in self.store.reviews().items() if id in ids)
+        counts = Counter(review.decision for id, review in self.store.reviews.all().items() if id in ids)
         decided = ", ".join(f"{counts[decision]} {decision}ed" for decision in DECISIONS)
         return f"{counts.total()} of {len(self.rows)} rows reviewed: {decided}"

@@ -1,0 +1,86 @@
+"""The tables of a store: how they are created, how sums of money are kept, and how older files are migrated."""
+
+from __future__ import annotations
+
+import sqlite3
+
+FORMAT = 2  # version of the file
+MARK = 0x55465359  # "UFSY": application_id of our files
+
+CALL = "key, stage, domain, item, role, sample, status, reason, prompt_tokens, completion_tokens, cost, run, at, text"
+_MONEY_TABLES = (
+    # Requests without an answer so far, and the most that each may cost. A run that starts moves them to `lost`.
+    "CREATE TABLE sent (key TEXT PRIMARY KEY, ceiling INTEGER)",
+    # Tries that brought no answer and may have been billed all the same, until their request is answered.
+    "CREATE TABLE lost (key TEXT PRIMARY KEY, cost INTEGER)",
+)
+_TABLES = (
+    "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT)",
+    "CREATE TABLE calls (key TEXT PRIMARY KEY, stage TEXT, domain TEXT, item TEXT, role TEXT, sample INTEGER,"
+    " status TEXT, reason TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, cost INTEGER, run TEXT, at REAL, text TEXT)",
+    "CREATE INDEX calls_by_stage ON calls (stage, domain, status)",
+    "CREATE INDEX calls_by_time ON calls (at)",
+    # Answers that were paid for and are not used: a merged file had a better one, or they are asked again.
+    "CREATE TABLE dropped (run TEXT, key TEXT, cost INTEGER, PRIMARY KEY (run, key))",
+    # Results of running code with its tests. Empty: they pass.
+    "CREATE TABLE verdicts (key TEXT PRIMARY KEY, reason TEXT)",
+    "CREATE TABLE reviews (row TEXT PRIMARY KEY, decision TEXT, note TEXT, at REAL)",
+    "CREATE TABLE money (spent INTEGER, reserved INTEGER, tokens INTEGER)",
+    "INSERT INTO money VALUES (0, 0, 0)",
+)
+# What one row of each table adds to the sums: spent, reserved, tokens.
+_SUMS = {
+    "calls": ("{0}.cost", "0", "({0}.prompt_tokens + {0}.completion_tokens)"),
+    "dropped": ("{0}.cost", "0", "0"),
+    "sent": ("0", "{0}.ceiling", "0"),
+    "lost": ("{0}.cost", "0", "0"),
+}
+
+
+def create_tables(connection: sqlite3.Connection, identity: str) -> None:
+    """All tables of a new file. Does nothing if another process was first. Call it inside a transaction."""
+    if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        return
+    for statement in (*_TABLES, *_MONEY_TABLES):
+        connection.execute(statement)
+    for table in _SUMS:
+        _keep_sums(connection, table)
+    connection.execute("INSERT INTO facts VALUES ('identity', ?)", (identity,))
+    connection.execute(f"PRAGMA application_id = {MARK}")
+    connection.execute(f"PRAGMA user_version = {FORMAT}")
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring a file of version 1 to this version. Call it inside a transaction."""
+    if connection.execute("PRAGMA user_version").fetchone()[0] != 1:
+        return
+    # Version 1 had leases that several processes held on calls, with the columns `reserved` and `lost`.
+    for statement in _MONEY_TABLES:
+        connection.execute(statement)
+    for table in ("sent", "lost"):
+        _keep_sums(connection, table)
+    # The process that held a lease is gone: what it reserved may have been billed.
+    connection.execute("INSERT INTO lost SELECT key, reserved + lost FROM leases WHERE reserved + lost > 0")
+    # Deleting row by row runs the triggers, which take the leases out of the sums.
+    connection.execute("DELETE FROM leases")
+    connection.execute("DROP TABLE leases")
+    for table in ("calls", "dropped"):
+        connection.execute(f"ALTER TABLE {table} RENAME COLUMN worker TO run")
+    connection.execute(f"PRAGMA user_version = {FORMAT}")
+
+
+def _keep_sums(connection: sqlite3.Connection, table: str) -> None:
+    """Triggers that add each change of a table to the sums in `money`."""
+    spent, reserved, tokens = _SUMS[table]
+    for event, sign in (("INSERT", "+NEW"), ("DELETE", "-OLD"), ("UPDATE", "+NEW-OLD")):
+        connection.execute(
+            f"CREATE TRIGGER {table}_{event} AFTER {event} ON {table} BEGIN UPDATE money SET "
+            f"spent = spent {_signed(spent, sign)}, reserved = reserved {_signed(reserved, sign)}, "
+            f"tokens = tokens {_signed(tokens, sign)}; END"
+        )
+
+
+def _signed(column: str, sign: str) -> str:
+    """`{0}.cost` and `+NEW-OLD` -> `+ NEW.cost - OLD.cost`."""
+    terms = sign.replace("+", " +").replace("-", " -").split()
+    return " ".join(f"{term[0]} {column.format(term[1:])}" for term in terms)
