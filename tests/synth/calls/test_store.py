@@ -456,7 +456,9 @@ def test_files_that_cannot_be_joined(tmp_path: Path, store: CallStore):
     ):
         store.merge(tmp_path / "foreign")
     with CallStore(tmp_path / "used", "recipe 1"):
-        with pytest.raises(DataError, match=f"{re.escape(str(tmp_path))}: another synthesis is running in this folder; wait"):
+        with pytest.raises(
+            DataError, match=f"{re.escape(str(tmp_path))}: another synthesis is running in this folder; wait"
+        ):
             store.merge(tmp_path / "used")
     with pytest.raises(DataError, match="missing: no such file"):
         store.merge(tmp_path / "missing")
