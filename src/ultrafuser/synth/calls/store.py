@@ -228,7 +228,10 @@ class CallStore:
             f"SELECT stage, domain, status, {kind}, count(*), sum(prompt_tokens), sum(completion_tokens), sum(cost) "
             "FROM calls GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4"
         )
-        return [Count(*columns, cost / _NANO) for *columns, cost in rows]
+        return [
+            Count(stage, domain, status, kind, calls, prompt_tokens, completion_tokens, cost / _NANO)
+            for stage, domain, status, kind, calls, prompt_tokens, completion_tokens, cost in rows
+        ]
 
     def calls_per_second(self, window_s: float = 600.0) -> float | None:
         """Mean rate of responses over the last seconds. None: there were none."""
