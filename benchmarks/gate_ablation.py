@@ -1,10 +1,11 @@
-"""What the gate should look at: variants of its inputs, shape and mixing, trained on the same cached features.
+"""Compare gates with other inputs, shapes and temperatures, trained on the same cached features.
 
     python benchmarks/gate_ablation.py runs/compare-zoo --output docs/results/gate-ablation.json
 
-The folder is one of `ultrafuser compare`, whose frozen specialists' states on training and test rows are reused. Every
-variant trains with the same balanced batches; nothing is chosen by the test rows. Each is compared with the paper's
-gate on the same test rows, by a paired bootstrap. Mixing is of probabilities: cached log-probabilities suffice for it.
+The folder was written by `ultrafuser compare`. The script reuses the frozen specialists' states on its training and test
+rows. Every variant trains on the same balanced batches, and nothing is chosen by the test rows. Each is compared with
+the paper's gate on the same test rows, by a paired bootstrap. Probabilities are mixed, so that cached log-probabilities
+suffice.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from ultrafuser.train.calibrate import calibrate
 from ultrafuser.train.features import FeatureStore
 
 STEPS, ROWS_PER_DOMAIN, LR = 60, 8, 1e-3
-TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.8)  # at which every token's log-probabilities are computed
-TOKENS_AT_ONCE = 1024
+TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.8)  # the grid of log-probabilities
+TOKENS_PER_CHUNK = 1024
 PAST_DECAY = 0.9
 
 
@@ -43,11 +44,11 @@ class Features:
     """Rows with the states of the specialists, their log-probabilities at several temperatures, and their confidence.
 
     Attributes:
-        names: of the specialists, which are those of their domains too.
+        names: names of the specialists, equal to the names of their domains.
         grid: (N, K, T) log-probabilities of all response tokens, in nats.
         entropy: (N, K) of each specialist's distribution at each token, in nats.
-        past: (N, K) how well each specialist said the response tokens before: their log-probabilities, of which older ones
-            count less (by PAST_DECAY a token), against the mean of all specialists; 0 at the first token.
+        past: (N, K) decayed sum of each specialist's log-probabilities of the earlier response tokens, minus the mean of
+            all specialists. The weight falls by PAST_DECAY per token. 0 at the first token.
     """
 
     def __init__(self, model: UltraFuserForCausalLM, store: FeatureStore) -> None:
@@ -57,35 +58,38 @@ class Features:
         self.entropy = torch.empty(len(labels), len(store.states))
         with torch.no_grad():
             for k, (states, head) in enumerate(zip(store.states, model.heads(), strict=True)):
-                for start in range(0, len(labels), TOKENS_AT_ONCE):
-                    part = slice(start, start + TOKENS_AT_ONCE)
-                    logits = head.logits(states[part]).float()
+                for start in range(0, len(labels), TOKENS_PER_CHUNK):
+                    chunk = slice(start, start + TOKENS_PER_CHUNK)
+                    logits = head.logits(states[chunk]).float()
                     for t, temperature in enumerate(TEMPERATURES):
                         log_p = (logits / temperature).log_softmax(-1)
-                        self.grid[part, k, t] = log_p.gather(-1, labels[part, None])[:, 0]
+                        self.grid[chunk, k, t] = log_p.gather(-1, labels[chunk, None])[:, 0]
                         if temperature == 1.0:
-                            self.entropy[part, k] = -(log_p.exp() * log_p).sum(-1)
+                            self.entropy[chunk, k] = -(log_p.exp() * log_p).sum(-1)
         self.past = torch.zeros_like(self.entropy)
-        known = self.grid[..., TEMPERATURES.index(1.0)]
-        known = known - known.mean(-1, keepdim=True)
+        log_probs = self.grid[..., TEMPERATURES.index(1.0)]
+        relative = log_probs - log_probs.mean(-1, keepdim=True)
         for first, end in pairwise(store.offsets):
             for i in range(first + 1, end):
-                self.past[i] = PAST_DECAY * self.past[i - 1] + known[i - 1]
+                self.past[i] = PAST_DECAY * self.past[i - 1] + relative[i - 1]
 
     def batch(self, indices: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """All response tokens of some rows: K x (N, D + 2), whose last two are entropy and past; (N, K, T)."""
+        """States of all response tokens of some rows, K x (N, D + 2), and their grid (N, K, T).
+
+        The last two columns are entropy and past.
+        """
         offsets = self.store.offsets
-        where = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in indices])
-        extra = torch.stack([self.entropy[where], self.past[where]], -1)  # (N, K, 2)
-        states = [torch.cat([own[where].float(), extra[:, k]], -1) for k, own in enumerate(self.states)]
-        return states, self.grid[where]
+        tokens = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in indices])
+        extra = torch.stack([self.entropy[tokens], self.past[tokens]], -1)  # (N, K, 2)
+        states = [torch.cat([state[tokens].float(), extra[:, k]], -1) for k, state in enumerate(self.states)]
+        return states, self.grid[tokens]
 
 
-class Told(nn.Module):
-    """The paper's gate, told of some more numbers for each specialist beside its state.
+class WithExtraInputs(nn.Module):
+    """The paper's gate with further inputs for each specialist.
 
     Args:
-        extra: which of entropy (0) and past (1).
+        extra: 0 for entropy, 1 for past.
     """
 
     def __init__(self, widths: Sequence[int], extra: Sequence[int]) -> None:
@@ -97,8 +101,8 @@ class Told(nn.Module):
         return self.gate([state[:, columns] for state, columns in zip(states, self.columns, strict=True)])
 
 
-class Normed(nn.Module):
-    """A gate on layer-normed (no weights) states."""
+class LayerNormed(nn.Module):
+    """A gate on layer-normed states, without learned scales."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -109,7 +113,7 @@ class Normed(nn.Module):
 
 
 class Standardised(nn.Module):
-    """A gate on states with the mean and deviation of the training states taken out, by specialist and feature."""
+    """A gate on states standardised by the training states' mean and deviation, per specialist and feature."""
 
     def __init__(self, widths: Sequence[int], store: Features) -> None:
         super().__init__()
@@ -122,7 +126,7 @@ class Standardised(nn.Module):
 
 
 class Biased(nn.Module):
-    """The paper's gate plus one learned number for each specialist: it knows whom it scores."""
+    """The paper's gate plus one learned bias for each specialist."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -133,7 +137,7 @@ class Biased(nn.Module):
 
 
 class Differences(nn.Module):
-    """A gate that scores each specialist by its state and how it differs from the mean of all."""
+    """A gate on each specialist's state and its difference from the mean state."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -145,7 +149,7 @@ class Differences(nn.Module):
 
 
 class Concatenated(nn.Module):
-    """One network from all states to K scores (appendix E's R^D -> R^3, read over the concatenation)."""
+    """One network from the concatenated states to K scores (appendix E, R^D -> R^3)."""
 
     def __init__(self, widths: Sequence[int], hidden: int = 512) -> None:
         super().__init__()
@@ -156,7 +160,7 @@ class Concatenated(nn.Module):
 
 
 class Separate(nn.Module):
-    """A gate of its own for each specialist."""
+    """A separate gate for each specialist."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -167,7 +171,7 @@ class Separate(nn.Module):
 
 
 class Linear(nn.Module):
-    """One linear layer, shared."""
+    """One shared linear layer."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -188,26 +192,30 @@ class Tempered(nn.Module):
         return self.gate(states)
 
     def temper(self, grid: torch.Tensor) -> torch.Tensor:
-        """(N, K, T) -> (N, K), between the two nearest temperatures of the grid."""
+        """(N, K, T) -> (N, K), interpolated between the two nearest temperatures of the grid."""
         knots = torch.tensor(TEMPERATURES).log()
-        at = (10 * self.tenths).clamp(float(knots[0]), float(knots[-1]))  # log of the temperature
-        upper = torch.searchsorted(knots, at.detach()).clamp(1, len(knots) - 1)
-        share = (at - knots[upper - 1]) / (knots[upper] - knots[upper - 1])  # (K,)
+        log_t = (10 * self.tenths).clamp(float(knots[0]), float(knots[-1]))
+        upper = torch.searchsorted(knots, log_t.detach()).clamp(1, len(knots) - 1)
+        share = (log_t - knots[upper - 1]) / (knots[upper] - knots[upper - 1])  # (K,)
         low, high = (grid.gather(-1, i.expand(len(grid), -1)[..., None])[..., 0] for i in (upper - 1, upper))
         return low + share * (high - low)
 
 
 class Calibrated(Tempered):
-    """The paper's gate over specialists whose temperatures were set before: each makes its own loss on training rows least."""
+    """The paper's gate over temperatures that minimise each specialist's loss on training rows.
 
-    def __init__(self, widths: Sequence[int], store: Features, at_home: bool) -> None:
+    Args:
+        own_domain: fit each temperature on the specialist's own domain alone.
+    """
+
+    def __init__(self, widths: Sequence[int], store: Features, own_domain: bool) -> None:
         super().__init__(widths)
         self.tenths.requires_grad_(False)
-        of_token = [row.domain for row in store.rows for _ in row.labels]
+        token_domains = [row.domain for row in store.rows for _ in row.labels]
         for k, name in enumerate(store.names):
-            domains = [name] if at_home else sorted(set(of_token))
-            where = [torch.tensor([own == domain for own in of_token]) for domain in domains]
-            mean = torch.stack([store.grid[part, k].mean(0) for part in where]).mean(0)  # (T,)
+            domains = [name] if own_domain else sorted(set(token_domains))
+            masks = [torch.tensor([token == domain for token in token_domains]) for domain in domains]
+            mean = torch.stack([store.grid[mask, k].mean(0) for mask in masks]).mean(0)  # (T,)
             self.tenths[k] = math.log(TEMPERATURES[int(mean.argmax())]) / 10
 
 
@@ -225,8 +233,8 @@ class Dropped(nn.Module):
 def log_likelihood(gate: nn.Module, states: list[torch.Tensor], grid: torch.Tensor) -> torch.Tensor:
     """(N,) log-probabilities of the response tokens under the mixture."""
     log_probs = gate.temper(grid) if isinstance(gate, Tempered) else grid[..., TEMPERATURES.index(1.0)]
-    seen = states if isinstance(gate, Told) else [state[:, :-2] for state in states]
-    return torch.logsumexp(gate(seen) + log_probs, -1)
+    inputs = states if isinstance(gate, WithExtraInputs) else [state[:, :-2] for state in states]
+    return torch.logsumexp(gate(inputs) + log_probs, -1)
 
 
 def variants(widths: Sequence[int], store: Features) -> dict[str, Callable[[], nn.Module]]:
@@ -236,19 +244,19 @@ def variants(widths: Sequence[int], store: Features) -> dict[str, Callable[[], n
         "linear": lambda: Linear(widths),
         "hidden 64": lambda: Gate(widths, 64),
         "hidden 2048": lambda: Gate(widths, 2048),
-        "layer norm": lambda: Normed(widths),
+        "layer norm": lambda: LayerNormed(widths),
         "standardised": lambda: Standardised(widths, store),
         "with a bias per specialist": lambda: Biased(widths),
         "with differences from the mean": lambda: Differences(widths),
         "concatenated states": lambda: Concatenated(widths),
         "a gate per specialist": lambda: Separate(widths),
         "a temperature per specialist": lambda: Tempered(widths),
-        "temperatures set before, all rows": lambda: Calibrated(widths, store, at_home=False),
-        "temperatures set before, own rows": lambda: Calibrated(widths, store, at_home=True),
+        "temperatures set before, all rows": lambda: Calibrated(widths, store, own_domain=False),
+        "temperatures set before, own rows": lambda: Calibrated(widths, store, own_domain=True),
         "dropout 0.3": lambda: Dropped(widths),
-        "with each specialist's entropy": lambda: Told(widths, [0]),
-        "with its past likelihoods": lambda: Told(widths, [1]),
-        "with both": lambda: Told(widths, [0, 1]),
+        "with each specialist's entropy": lambda: WithExtraInputs(widths, [0]),
+        "with its past likelihoods": lambda: WithExtraInputs(widths, [1]),
+        "with both": lambda: WithExtraInputs(widths, [0, 1]),
     }
 
 
@@ -258,8 +266,8 @@ def train(gate: nn.Module, store: Features, steps: int, lr: float, seed: int) ->
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batch: list[int] = []
     size = ROWS_PER_DOMAIN * len({row.domain for row in store.rows})
-    for part in sampler:
-        batch += part
+    for micro_batch in sampler:
+        batch += micro_batch
         if len(batch) < size:
             continue
         loss = -log_likelihood(gate, *store.batch(batch)).mean()
@@ -277,9 +285,9 @@ def measure(gate: nn.Module, store: Features) -> dict[str, Stratum]:
     out: dict[str, Stratum] = {}
     gate.eval()
     for i, row in enumerate(store.rows):
-        own = out.setdefault(row.domain, Stratum({}, {}))
-        own.totals[row.row_id] = -log_likelihood(gate, *store.batch([i])).sum().item()
-        own.weights[row.row_id] = len(row.labels)
+        stratum = out.setdefault(row.domain, Stratum({}, {}))
+        stratum.totals[row.row_id] = -log_likelihood(gate, *store.batch([i])).sum().item()
+        stratum.weights[row.row_id] = len(row.labels)
     return out
 
 
@@ -290,34 +298,34 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
-    place = Workspace(args.folder, ConsoleProgress())
-    model, _ = fuse(place.recipe.training())
-    train_rows, test_rows = (Features(model, place.frozen_features(part)) for part in ("train", "test"))
+    workspace = Workspace(args.folder, ConsoleProgress())
+    model, _ = fuse(workspace.recipe.training())
+    train_rows, test_rows = (Features(model, workspace.frozen_features(split)) for split in ("train", "test"))
     widths = [states.shape[1] for states in train_rows.states]
     results: dict[str, dict] = {}
     reference: list[dict[str, Stratum]] = []
     for name, make in variants(widths, train_rows).items():
-        began, each = time.monotonic(), []
+        start, seed_losses = time.monotonic(), []
         for seed in range(args.seeds):
             torch.manual_seed(seed)
             lr = 0.05 if name.startswith("static") else LR
             gate = train(make(), train_rows, args.steps, lr, seed)
-            each.append(measure(gate, test_rows))
+            seed_losses.append(measure(gate, test_rows))
         temperatures = (10 * gate.tenths).exp().tolist() if isinstance(gate, Tempered) else None
-        reference = reference or each
-        domains = list(each[0])
-        mean = _mean_over_seeds(each)
-        found = {d: estimate([mean[d]]) for d in domains}
-        found["mean"] = estimate([mean[d] for d in domains])
+        reference = reference or seed_losses
+        domains = list(seed_losses[0])
+        mean = _mean_over_seeds(seed_losses)
+        nll = {d: estimate([mean[d]]) for d in domains}
+        nll["mean"] = estimate([mean[d] for d in domains])
         minus = {d: difference([mean[d]], [_mean_over_seeds(reference)[d]]) for d in domains}
         minus["mean"] = difference(list(mean.values()), list(_mean_over_seeds(reference).values()))
         results[name] = {
-            "nll": found,
+            "nll": nll,
             "minus_paper": minus,
             "temperatures": temperatures and [round(t, 3) for t in temperatures],
-            "seconds": round((time.monotonic() - began) / args.seeds, 1),
+            "seconds": round((time.monotonic() - start) / args.seeds, 1),
         }
-        line = " ".join(f"{d} {found[d]['value']:.4f}" for d in found)
+        line = " ".join(f"{d} {nll[d]['value']:.4f}" for d in nll)
         low, high = minus["mean"]["ci95"]
         print(
             f"{name:32} {line}  mean - paper's {minus['mean']['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
@@ -325,29 +333,29 @@ def main() -> None:
             flush=True,
         )
     if args.output:
-        facts = {
+        document = {
             "steps": args.steps,
             "seeds": args.seeds,
             "lr": LR,
             "rows": {"train": len(train_rows.rows), "test": len(test_rows.rows)},
         }
-        facts |= {"specialists": alone(model, train_rows.store, test_rows.store), "variants": results}
-        args.output.write_text(json.dumps(_rounded(facts), indent=1) + "\n", encoding="utf-8")
+        document |= {"specialists": specialist_results(model, train_rows.store, test_rows.store), "variants": results}
+        args.output.write_text(json.dumps(_rounded(document), indent=1) + "\n", encoding="utf-8")
 
 
-def alone(model: UltraFuserForCausalLM, train: FeatureStore, test: FeatureStore) -> dict[str, dict]:
-    """Every specialist by itself, as it is and at the temperature that the gate stage gives it: how much is calibration."""
+def specialist_results(model: UltraFuserForCausalLM, train: FeatureStore, test: FeatureStore) -> dict[str, dict]:
+    """Losses of every single specialist at temperature 1 and at its fitted temperature, to tell calibration from mixing."""
     temperatures = calibrate(model, train.rows)
     model.config.set_temperatures(temperatures)
     stores = {"as it is": test, "at its temperature": FeatureStore.build(model, test.rows, test.folder)}
     out: dict[str, dict] = {}
     for k, (name, temperature) in enumerate(zip(model.config.names, temperatures, strict=True)):
         out[name] = {"temperature": temperature}
-        for how, store in stores.items():
+        for variant, store in stores.items():
             losses = list(specialist_losses(store, model.config.names).values())[k]
             strata = list(by_stratum(store.rows, losses).items())
-            out[name][how] = {domain: estimate([stratum]) for domain, stratum in strata}
-            out[name][how]["mean"] = estimate([stratum for _, stratum in strata])
+            out[name][variant] = {domain: estimate([stratum]) for domain, stratum in strata}
+            out[name][variant]["mean"] = estimate([stratum for _, stratum in strata])
     return out
 
 
@@ -359,13 +367,14 @@ def _rounded(tree: Any) -> Any:
     return round(tree, 6) if isinstance(tree, float) else tree
 
 
-def _mean_over_seeds(each: Sequence[dict[str, Stratum]]) -> dict[str, Stratum]:
+def _mean_over_seeds(seed_losses: Sequence[dict[str, Stratum]]) -> dict[str, Stratum]:
     """Each row's nats, averaged over the seeds."""
     return {
         domain: Stratum(
-            {row: sum(one[domain].totals[row] for one in each) / len(each) for row in first.totals}, first.weights
+            {row: sum(losses[domain].totals[row] for losses in seed_losses) / len(seed_losses) for row in first.totals},
+            first.weights,
         )
-        for domain, first in each[0].items()
+        for domain, first in seed_losses[0].items()
     }
 
 

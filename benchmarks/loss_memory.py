@@ -1,9 +1,10 @@
-"""Peak memory of the fused loss above the hidden states, with and without chunks.
+"""Measure the peak memory of the fused loss above the hidden states, with and without chunks.
 
-4,096 response tokens, K = 3 specialists of width 576, V = 49,152 (SmolLM2), float32; forward and backward of
-`mixed_log_prob` against plain autograd over full logits. Stage 1 needs the gradient of the gate's weights alone, stage
-2 that of the hidden states too (output layers frozen, as with LoRA). Each case runs in a process of its own: its peak
-resident memory less that just before the loss (inputs, output layers and libraries loaded and warmed up).
+The case: 4,096 response tokens, K = 3 specialists of width 576, V = 49,152 (SmolLM2), float32. Forward and backward of
+`mixed_log_prob` are compared with plain autograd over full logits. Stage 1 needs the gradient of the gate's weights
+alone, stage 2 also that of the hidden states (output layers frozen, as with LoRA). Each case runs in its own process.
+The result is its peak resident memory minus that just before the loss, when inputs, output layers and libraries are
+loaded and warmed up.
 
     python benchmarks/loss_memory.py [--json FILE]
 """
@@ -34,16 +35,16 @@ METHODS, STAGES, MIXINGS = ("chunked", "plain"), (1, 2), ("logits", "probabiliti
 def plain_log_prob(
     states: list[torch.Tensor], heads: list[Head], log_w: torch.Tensor, y: torch.Tensor, mixing: str
 ) -> torch.Tensor:
-    """The same number with every logit of every token, by plain autograd."""
+    """The same log-probabilities from full logits, by plain autograd."""
     mixed: torch.Tensor | None = None
     for k, (state, head) in enumerate(zip(states, heads, strict=True)):
         z = head.logits(state)
         if mixing == "logits":
-            own = log_w[:, k, None].exp() * z
-            mixed = own if mixed is None else mixed + own
+            weighted = log_w[:, k, None].exp() * z
+            mixed = weighted if mixed is None else mixed + weighted
         else:
-            own = log_w[:, k, None] + z.log_softmax(-1)
-            mixed = own if mixed is None else torch.logaddexp(mixed, own)
+            weighted = log_w[:, k, None] + z.log_softmax(-1)
+            mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted)
     assert mixed is not None
     return -torch.nn.functional.cross_entropy(mixed, y, reduction="none")
 
@@ -54,36 +55,36 @@ def peak_bytes() -> int:
 
 
 def run_case(method: str, stage: int, mixing: str, tokens: int) -> dict[str, Any]:
-    """One case, in a process of its own."""
+    """Measure one case. Call it in a fresh process."""
     g = torch.Generator().manual_seed(0)
     heads = [Head(torch.randn(V, D, generator=g).mul_(D**-0.5)) for _ in range(K)]
     compute = mixed_log_prob if method == "chunked" else plain_log_prob
 
-    def once(n: int) -> float:
+    def run(n: int) -> float:
         states = [torch.randn(n, D, generator=g).requires_grad_(stage == 2) for _ in range(K)]
         scores = torch.randn(n, K, generator=g).requires_grad_()
         y = torch.randint(0, V, (n,), generator=g)
-        before = peak_bytes()
+        baseline = peak_bytes()
         start = time.perf_counter()
         loss = -compute(states, heads, scores.log_softmax(-1), y, mixing).mean()
         loss.backward()
-        found.update(seconds=time.perf_counter() - start, mb=(peak_bytes() - before) / 1e6)
+        figures.update(seconds=time.perf_counter() - start, mb=(peak_bytes() - baseline) / 1e6)
         return loss.item()
 
-    found: dict[str, float] = {}
-    once(8)  # libraries and thread pools
-    loss = once(tokens)
-    return {"method": method, "stage": stage, "mixing": mixing, "loss": loss, **found}
+    figures: dict[str, float] = {}
+    run(8)  # warm up libraries and thread pools
+    loss = run(tokens)
+    return {"method": method, "stage": stage, "mixing": mixing, "loss": loss, **figures}
 
 
 def measure(tokens: int, threads: int) -> list[dict[str, Any]]:
-    """Every case, one process after another."""
+    """Measure every case, one process after another."""
     rows = []
     for stage, mixing, method in itertools.product(STAGES, MIXINGS, METHODS):
         command = [sys.executable, __file__, "--case", method, str(stage), mixing]
         command += ["--tokens", str(tokens), "--threads", str(threads)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        rows.append(json.loads(done.stdout))
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows.append(json.loads(output))
     return rows
 
 

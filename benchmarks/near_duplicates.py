@@ -1,9 +1,9 @@
-"""What `ultrafuser data dedup` finds of edited copies planted among real rows, and what it takes for copies that are none.
+"""Measure recall and precision of `ultrafuser data dedup` on edited copies of real rows.
 
-Of every row (default: the zoo's) one copy is planted for each kind of edit: words replaced by words of other rows, an
-opening phrase and closing phrase added, sentences in another order. Recall: copies found with their original. Precision: of all rows
-that are dropped, those that are dropped for their own original. Time and memory are measured on copies of the rows that
-share nothing (every word carries a number).
+For each kind of edit, one copy of every row (default: the zoo's) is added: words replaced by words of other rows, an
+opening and a closing phrase added, sentences in another order. Recall is the share of copies that are found with their
+original. Precision is the share of dropped rows that are dropped for their own original. Time and memory are measured on
+copies that share nothing, because every word carries a number.
 
     python benchmarks/near_duplicates.py [--data FILE...] [--on conversation] [--many 20000] [--json FILE]
 """
@@ -34,30 +34,30 @@ Edit = Callable[[random.Random, str], str]
 
 
 def replaced(share: float, vocabulary: list[str]) -> Edit:
-    """So large a share of the words by others; a synonym and any other word are the same to a set of shingles."""
+    """Replace a share of the words by random ones. Shingles do not tell a synonym from any other word."""
 
     def edit(rng: random.Random, text: str) -> str:
-        pieces = re.split(r"(\s+)", text)
-        places = [i for i, piece in enumerate(pieces) if piece.strip()]
-        for i in rng.sample(places, round(share * len(places))):
-            pieces[i] = rng.choice(vocabulary)
-        return "".join(pieces)
+        tokens = re.split(r"(\s+)", text)
+        indices = [i for i, token in enumerate(tokens) if token.strip()]
+        for i in rng.sample(indices, round(share * len(indices))):
+            tokens[i] = rng.choice(vocabulary)
+        return "".join(tokens)
 
     return edit
 
 
 def framed(rng: random.Random, text: str) -> str:
-    """Another opening and closing, another case and punctuation."""
+    """Add an opening and a closing phrase, and change case and punctuation."""
     opening = rng.choice(["Could you help me with this, please?", "I have a question for you.", "Hello there,"])
     closing = rng.choice(["Thank you very much in advance.", "Please take your time.", "Let me know."])
     return f"{opening} {text.upper().replace('.', '!')} {closing}"
 
 
 def reordered(rng: random.Random, text: str) -> str:
-    """Its sentences and lines in another order."""
-    parts = re.split(r"(?<=[.!?])\s+|\n+", text)
-    rng.shuffle(parts)
-    return " ".join(parts)
+    """Shuffle sentences and lines."""
+    sentences = re.split(r"(?<=[.!?])\s+|\n+", text)
+    rng.shuffle(sentences)
+    return " ".join(sentences)
 
 
 def edited(row: Row, id: str, edit: Edit, rng: random.Random) -> Row:
@@ -65,28 +65,29 @@ def edited(row: Row, id: str, edit: Edit, rng: random.Random) -> Row:
     return replace(row, id=id, messages=tuple((role, edit(rng, content)) for role, content in row.messages))
 
 
-def found(rows: list[Row], copies: list[Row], likeness: NearDuplicateRule) -> tuple[float, float]:
-    """Recall and precision of the copies."""
-    everything = [*rows, *copies]
+def recall_and_precision(rows: list[Row], copies: list[Row], rule: NearDuplicateRule) -> tuple[float, float]:
+    """Recall and precision of finding the copies."""
+    all_rows = [*rows, *copies]
     hits = wrong = 0
-    for cluster in clusters(everything, likeness):
-        kept = everything[cluster.kept].id.split("/")[0]
-        dropped = [*cluster.exact, *(number for number, _ in cluster.near)]
-        own = sum(everything[number].id.split("/")[0] == kept for number in dropped)
-        hits, wrong = hits + own, wrong + len(dropped) - own
+    for cluster in clusters(all_rows, rule):
+        original = all_rows[cluster.kept].id.split("/")[0]
+        dropped = [*cluster.exact, *(index for index, _ in cluster.near)]
+        correct = sum(all_rows[index].id.split("/")[0] == original for index in dropped)
+        hits, wrong = hits + correct, wrong + len(dropped) - correct
     return hits / len(copies), hits / (hits + wrong) if hits + wrong else 1.0
 
 
-def load(rows: list[Row], many: int, likeness: NearDuplicateRule) -> dict[str, Any]:
-    """Seconds, and memory above that of the rows, of comparing so many rows that share nothing."""
+def load(rows: list[Row], count: int, rule: NearDuplicateRule) -> dict[str, Any]:
+    """Seconds, and memory above that of the rows, to compare `count` rows that share nothing."""
     rng = random.Random(0)
     numbered = [
         edited(rows[i % len(rows)], f"{i:07}", lambda _, text, i=i: re.sub(r"(\w+)", rf"\g<1>{i}", text), rng)  # type: ignore[misc]
-        for i in range(many)
+        for i in range(count)
     ]
-    before, began = _peak_mb(), time.perf_counter()
-    kept = len(clusters(numbered, likeness))
-    return {"rows": many, "kept": kept, "s": time.perf_counter() - began, "mb_above_rows": _peak_mb() - before}
+    baseline_mb, start = _peak_mb(), time.perf_counter()
+    num_clusters = len(clusters(numbered, rule))
+    seconds = time.perf_counter() - start
+    return {"rows": count, "kept": num_clusters, "s": seconds, "mb_above_rows": _peak_mb() - baseline_mb}
 
 
 def _peak_mb() -> float:
@@ -97,15 +98,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=ZOO)
     parser.add_argument("--on", choices=list(PARTS), default="conversation")
-    parser.add_argument("--many", type=int, default=20_000, help="rows for time and memory; 0: not measured")
+    parser.add_argument("--many", type=int, default=20_000, help="rows for time and memory (0: do not measure them)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
-    # what is alike already would blur both figures
+    # drop duplicates first, since they would blur both figures
     loaded = [row for path in args.data for row in load_rows(path)]
     rows = [
-        replace(loaded[one.kept], id=f"{i:06}")
-        for i, one in enumerate(clusters(loaded, NearDuplicateRule(0.5, args.on)))
+        replace(loaded[cluster.kept], id=f"{i:06}")
+        for i, cluster in enumerate(clusters(loaded, NearDuplicateRule(0.5, args.on)))
     ]
     vocabulary = [word for row in rows for _, content in row.messages for word in content.split()]
     edits: dict[str, Edit] = {
@@ -119,7 +120,9 @@ def main() -> None:
     for name, edit in edits.items():
         rng = random.Random(args.seed)
         copies = [edited(row, f"{row.id}/copy", edit, rng) for row in rows]
-        cells = {str(value): found(rows, copies, NearDuplicateRule(value, args.on)) for value in THRESHOLDS}
+        cells = {
+            str(value): recall_and_precision(rows, copies, NearDuplicateRule(value, args.on)) for value in THRESHOLDS
+        }
         result["found"][name] = {key: {"recall": r, "precision": p} for key, (r, p) in cells.items()}
         table.add_row(name, *(f"{r:.3f} ({p:.3f})" for r, p in cells.values()))
     Console().print(table)

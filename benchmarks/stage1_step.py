@@ -1,9 +1,9 @@
-"""Time of a stage-1 training step against the frozen forward passes that it contains.
+"""Compare the time of a stage-1 training step with the frozen forward passes that it contains.
 
-A step is everything that stage 1 does with one batch and no feature cache: the forward of K frozen specialists, the
-gate, the fused loss on every token but the first, and the backward into the gate. The baseline is K plain transformers models
-in float32, `model(input_ids)` under `no_grad`, logits of every token included: what any method that asks K models for
-their predictions must pay. Both read the same batch, in turns, and the median of each decides.
+A step is the work of stage 1 on one batch without the feature cache: the forward passes of K frozen specialists, the
+gate, the fused loss on every token but the first, and the backward pass into the gate. The baseline is K plain
+transformers models in float32, `model(input_ids)` under `no_grad`, with the logits of every token. Any method that needs
+the predictions of K models pays this much. Both read the same batch in turns, and medians are compared.
 
     python benchmarks/stage1_step.py [--repeats 7] [--json FILE]
 
@@ -59,7 +59,7 @@ def random_adapter(model: PreTrainedModel, seed: int, r: int = 16) -> AdapterWei
 
 
 def fused(models: list[PreTrainedModel], shared: bool, mixing: str) -> UltraFuserForCausalLM:
-    """K copies side by side, or K adapters on one base, with a fresh gate; everything but the gate is frozen."""
+    """K copies side by side, or K adapters on one base, with a fresh gate. Everything but the gate is frozen."""
     config = models[0].config.to_dict()
     specs = [{"name": name, "source": {"model": "/base", "adapter": "/lora"}, "config": config} for name in NAMES]
     if shared:
@@ -74,7 +74,7 @@ def fused(models: list[PreTrainedModel], shared: bool, mixing: str) -> UltraFuse
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, float]:
-    """Wall-clock and processor seconds of one run; the latter suffer less from what else the machine does."""
+    """Wall-clock and processor seconds of one run. Other jobs disturb the latter less."""
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -118,15 +118,15 @@ def measure(batch: int, length: int, repeats: int) -> dict[str, Any]:
         "repeats": repeats, "target_ratio": TARGET,
         "runs": {
             name: {
-                "median_s": statistics.median(wall for wall, _ in own),
-                "best_s": min(wall for wall, _ in own),
-                "cpu_s": statistics.median(cpu for _, cpu in own),
-                # each repeat against the baseline of its own round: what else the machine does hits both
-                "ratio": statistics.median(mine[0] / plain[0] for mine, plain in zip(own, base, strict=True)),
-                "best_ratio": min(wall for wall, _ in own) / min(wall for wall, _ in base),
-                "cpu_ratio": statistics.median(mine[1] / plain[1] for mine, plain in zip(own, base, strict=True)),
+                "median_s": statistics.median(wall for wall, _ in rounds),
+                "best_s": min(wall for wall, _ in rounds),
+                "cpu_s": statistics.median(cpu for _, cpu in rounds),
+                # each repeat against the baseline of its round, since other jobs slow both
+                "ratio": statistics.median(step[0] / plain[0] for step, plain in zip(rounds, base, strict=True)),
+                "best_ratio": min(wall for wall, _ in rounds) / min(wall for wall, _ in base),
+                "cpu_ratio": statistics.median(step[1] / plain[1] for step, plain in zip(rounds, base, strict=True)),
             }
-            for name, own in times.items()
+            for name, rounds in times.items()
         },
     }  # fmt: skip
 

@@ -1,8 +1,8 @@
-"""Fuse checkpoints that share a tokenizer, answer one question, and show how much each weighed at every token.
+"""Fuse checkpoints that share a tokenizer, answer one question, and show the weights at every token.
 
     python examples/fuse_and_chat.py text=path/to/a code=path/to/b --prompt "What is a heap?" --output fused
 
-An untrained gate weighs all about equally. Train it with `ultrafuser train` and a recipe that has `fused: fused`.
+The weights of an untrained gate are about equal. Train it with `ultrafuser train` and a recipe that has `fused: fused`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ultrafuser.inspect.run import answer, trace_tokens
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("specialists", nargs="+", metavar="NAME=MODEL", help="a hub id or a folder; two or more")
+    parser.add_argument("specialists", nargs="+", metavar="NAME=MODEL", help="hub id or folder, two or more")
     parser.add_argument("--prompt", default="Write a Python function that returns the n-th prime.")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--output", type=Path, help="also save the fused checkpoint there")
+    parser.add_argument("--output", type=Path, help="save the fused checkpoint in this folder")
     options = parser.parse_args(arguments)
 
     pairs = [text.partition("=")[::2] for text in options.specialists]
