@@ -97,6 +97,6 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToke
 @pytest.fixture
 def server():
     """A server of our own behind the OpenAI protocol."""
-    pytest.importorskip("openai", reason="the openai extra is not installed")
+    pytest.importorskip("aiohttp", reason="the endpoint extra is not installed")
     with fake_endpoint() as server:
         yield server

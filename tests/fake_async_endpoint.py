@@ -141,7 +141,7 @@ class FakeAsyncEndpoint:
 
 
 def _http(step: Step) -> bytes:
-    data = step.body.encode()
+    data = step.data
     headers = {"content-type": "application/json", **step.headers, "content-length": str(len(data))}
     head = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
     whole = f"HTTP/1.1 {step.status} x\r\n{head}\r\n".encode() + data

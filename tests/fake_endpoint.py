@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -15,13 +15,20 @@ from ultrafuser.endpoint.recipe import EndpointRecipe
 
 @dataclass(frozen=True)
 class Step:
-    """One answer of the server."""
+    """One response of the server."""
 
-    body: str = ""
+    body: str | bytes = ""
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
     hangs: bool = False  # until the server closes
     cut: bool = False  # the connection, in the middle of the body
+    endless: bool = False  # the body is sent again and again
+    pause_s: float = 0.0  # between the bytes of the body
+
+    @property
+    def data(self) -> bytes:
+        """The body as bytes."""
+        return self.body if isinstance(self.body, bytes) else self.body.encode()
 
 
 def fine(text: str | None, finish_reason: str = "stop", refusal: str | None = None) -> Step:
@@ -118,13 +125,26 @@ def fake_endpoint(script: Sequence[Step] = ()) -> Iterator[FakeEndpoint]:
             if step.hangs:
                 endpoint.closing.wait(30)
                 return
-            data = step.body.encode()
+            data = step.data
             self.send_response(step.status)
             for key, value in {"content-type": "application/json", **step.headers}.items():
                 self.send_header(key, value)
-            self.send_header("content-length", str(len(data)))
+            if not step.endless:
+                self.send_header("content-length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data[: len(data) // 2] if step.cut else data)
+            with suppress(ConnectionError):  # the client went away
+                self.send_body(data[: len(data) // 2] if step.cut else data, step)
+
+        def send_body(self, data: bytes, step: Step) -> None:
+            if step.pause_s:
+                for i in range(len(data)):
+                    self.wfile.write(data[i : i + 1])
+                    if endpoint.closing.wait(step.pause_s):
+                        return
+            else:
+                self.wfile.write(data)
+            while step.endless and not endpoint.closing.is_set():
+                self.wfile.write(data)
 
         def log_message(self, *args: Any) -> None:
             """Nothing on stderr."""

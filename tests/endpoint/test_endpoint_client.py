@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import re
 import socket
 import sys
 import threading
+import time
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 
-from fake_endpoint import HANG, UNUSABLE, FakeEndpoint, failing, fake_endpoint, fine
-from ultrafuser.endpoint.client import MAX_FAILURES, MAX_WAIT_S, Endpoint, Reply, Request
+from fake_endpoint import HANG, UNUSABLE, FakeEndpoint, Step, failing, fake_endpoint, fine
+from ultrafuser.endpoint.client import MAX_FAILURES, Endpoint
+from ultrafuser.endpoint.errors import read_failure
+from ultrafuser.endpoint.messages import Reply, Request
+from ultrafuser.endpoint.pace import MAX_BACKOFF_S, retry_wait_s
 from ultrafuser.endpoint.recipe import OPENAI_URL, EndpointRecipe
 from ultrafuser.errors import ContextOverflowError, EndpointError, MissingExtraError, RequestError, UltraFuserError
 from ultrafuser.typed_yaml import describe
@@ -24,7 +32,7 @@ VLLM_OVERFLOW = "This model's maximum context length is 64 tokens. However, you 
 
 @pytest.fixture
 def server():
-    pytest.importorskip("openai", reason="the openai extra is not installed")
+    pytest.importorskip("aiohttp", reason="the endpoint extra is not installed")
     with fake_endpoint() as server:
         yield server
 
@@ -115,7 +123,7 @@ def test_wrong_address(server: FakeEndpoint):
 
 
 def test_unreachable_host():
-    pytest.importorskip("openai", reason="the openai extra is not installed")
+    pytest.importorskip("aiohttp", reason="the endpoint extra is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
@@ -154,20 +162,63 @@ def test_a_filtered_question_is_a_reply_without_text(server: FakeEndpoint):
     assert Endpoint(server.recipe()).ask(QUESTION) == Reply("", "content_filter")
 
 
-def test_waits_double_with_jitter_unless_the_endpoint_asks_for_a_time(server: FakeEndpoint):
-    endpoint = Endpoint(server.recipe(backoff_s=2))
-    for number in range(12):
-        longest = min(2 * 2**number, MAX_WAIT_S)
-        waits = [endpoint._wait_s(number) for _ in range(20)]
+def test_waits_double_with_jitter_unless_the_endpoint_asks_for_a_time():
+    for failures in range(1, 13):
+        longest = min(2 * 2 ** (failures - 1), MAX_BACKOFF_S)
+        waits = [retry_wait_s(2, failures, None) for _ in range(20)]
         assert all(longest / 2 <= wait <= longest for wait in waits) and len(set(waits)) > 1
-    for asked, seconds in {"7": 7, "0.5": 0.5, "-3": 0, "1e9": 600}.items():
-        assert endpoint._wait_s(0, SimpleNamespace(headers={"retry-after": asked})) == seconds
-    assert 1 <= endpoint._wait_s(0, SimpleNamespace(headers={"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"})) <= 2
+
+    def wait_s(header: str) -> float:
+        return retry_wait_s(2, 1, read_failure(500, b"", {"retry-after": header}).retry_after_s)
+
+    for header, seconds in {"7": 7, "0.5": 0.5, "1e9": 600}.items():
+        assert wait_s(header) == seconds
+    later = datetime.now(timezone.utc) + timedelta(seconds=30)
+    assert 28 < wait_s(format_datetime(later, usegmt=True)) <= 30
+    for past in ("-3", "0", "Wed, 21 Oct 2015 07:28:00 GMT", "soon"):  # no flood
+        assert 1 <= wait_s(past) <= 2
+
+
+# ---------------------------------------------------------------- bounds
+
+
+@pytest.mark.parametrize("step", [
+    Step("x" * 10_000, endless=True),
+    Step(gzip.compress(b" " * 50_000_000), headers={"content-encoding": "gzip"}),
+    Step("x" * 10_000, 500, endless=True),
+])  # fmt: skip
+def test_a_long_reply_is_not_read_to_its_end(server: FakeEndpoint, step):
+    server.script = [step]
+    with pytest.raises(RequestError, match="a reply of more than 1,000,000 bytes; lower `max_tokens`"):
+        Endpoint(server.recipe(), max_reply_bytes=1_000_000).ask(QUESTION)
+    assert server.hits == 1
+
+
+def test_the_timeout_holds_for_the_whole_request(server: FakeEndpoint):
+    server.reply = lambda _: replace(fine("ok"), pause_s=0.05)
+    began = time.monotonic()
+    with pytest.raises(RequestError, match="no reply within 0.3 s, after 1 try"):
+        Endpoint(server.recipe(timeout_s=0.3, retries=0)).ask(QUESTION)
+    assert time.monotonic() - began < 3
+
+
+def test_redirects_are_not_followed(server: FakeEndpoint):
+    server.script = [Step("", 308, {"location": f"{server.url}/chat/completions"})]
+    with pytest.raises(EndpointError, match="status 308: no words; the endpoint has moved; set `base_url`"):
+        Endpoint(server.recipe()).ask(QUESTION)
+    assert server.hits == 1
+
+
+def test_inside_a_running_loop(server: FakeEndpoint):
+    async def run() -> str:
+        return Endpoint(server.recipe()).ask(QUESTION).text
+
+    assert asyncio.run(run()) == "ok"
 
 
 def test_without_the_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(MissingExtraError, match=r'pip install "ultrafuser\[openai\]"'):
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "ultrafuser\[endpoint\]"'):
         Endpoint(EndpointRecipe(model="m"))
 
 

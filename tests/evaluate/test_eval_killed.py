@@ -118,7 +118,7 @@ def flat(tree: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
 
 @pytest.fixture
 def server() -> Iterator[FakeEndpoint]:
-    pytest.importorskip("openai", reason="an extra is not installed")
+    pytest.importorskip("aiohttp", reason="an extra is not installed")
     with fake_endpoint() as server:
         yield server
 

@@ -239,7 +239,7 @@ def test_what_an_endpoint_cannot_tell_is_an_error_before_any_model(names, named,
 
 
 def test_an_endpoint_leaves_out_what_a_suite_asks_too_much(checkpoint, rows, data_dir, tmp_path):
-    pytest.importorskip("openai")
+    pytest.importorskip("aiohttp")
     with fake_endpoint() as server:
         server.reply = lambda _: fine("#### 3")
         short = {"max_new_tokens": 4}
@@ -253,7 +253,7 @@ def test_an_endpoint_leaves_out_what_a_suite_asks_too_much(checkpoint, rows, dat
 
 
 def test_half_a_character_in_an_answer_is_no_end(data_dir, tmp_path):
-    pytest.importorskip("openai")
+    pytest.importorskip("aiohttp")
     with fake_endpoint() as server:
         server.reply = lambda _: fine("\ud83d 3")
         options = EvalOptions(["gsm8k"], data_dir=data_dir, limit=2)

@@ -1,50 +1,40 @@
-"""Ask a model behind an OpenAI-compatible endpoint: several requests at once, retries, errors that say what to do."""
+"""The one client of OpenAI-compatible endpoints: asynchronous for synthesis, with a synchronous face for evaluation.
+
+Plain requests by aiohttp: the `openai` package takes six times the processor time per call
+(benchmarks/synth_throughput.py), which does not matter for a judge and does for a million replies.
+"""
 
 from __future__ import annotations
 
-import json
+import asyncio
 import os
-import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from ultrafuser.endpoint.recipe import OVERFLOW, EndpointRecipe
+from ultrafuser.endpoint.errors import Failure, Malformed, next_step, read_failure
+from ultrafuser.endpoint.messages import Reply, Request, read_reply
+from ultrafuser.endpoint.pace import retry_wait_s
+from ultrafuser.endpoint.recipe import EndpointRecipe
 from ultrafuser.errors import ContextOverflowError, EndpointError, MissingExtraError, RequestError
 
+MAX_REPLY_BYTES = 16 * 2**20
 MAX_FAILURES = 5  # requests in a row that were not served, retries included: then the endpoint counts as dead
-MAX_WAIT_S = 60.0  # between two tries, unless the endpoint asks for another time
-MAX_RETRY_AFTER_S = 600.0
 
 
-class _Malformed(Exception):
-    """A reply that is no chat completion."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One question: messages, and what differs from the recipe's own settings."""
-
-    messages: Sequence[Mapping[str, Any]]
-    options: Mapping[str, Any] = field(default_factory=dict)  # fields of a chat completion; None: not sent
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back; `refusal` is what the endpoint itself says to that, `finish_reason` why the text ends."""
-
-    text: str
-    finish_reason: str | None = None
-    refusal: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+class _ReplyTooLong(Exception):
+    """A response of more bytes than any useful one."""
 
 
 @dataclass
 class Usage:
-    """What was asked of an endpoint so far."""
+    """Totals of an endpoint so far."""
 
     requests: int = 0
     replies: int = 0
@@ -52,217 +42,258 @@ class Usage:
     completion_tokens: int = 0
 
 
-@dataclass
-class _Run:
-    """One call of `ask_all`: whether to stop, and why."""
+class AsyncEndpoint:
+    """A model behind an endpoint, inside one event loop. Whoever calls it decides whether to retry.
 
-    stop: threading.Event = field(default_factory=threading.Event)
-    fatal: EndpointError | None = None
+    Raises:
+        MissingExtraError: aiohttp is not installed.
+        EndpointError: the key has characters that no header can hold.
+    """
+
+    def __init__(
+        self,
+        recipe: EndpointRecipe,
+        *,
+        max_reply_bytes: int = MAX_REPLY_BYTES,
+        extra: str = "endpoint",
+        usage: Usage | None = None,
+    ) -> None:
+        try:
+            import aiohttp  # noqa: F401
+        except ImportError:
+            raise MissingExtraError("aiohttp", extra, "a model behind an endpoint") from None
+        self.recipe, self.max_reply_bytes, self.usage = recipe, max_reply_bytes, usage or Usage()
+        self.name = f"endpoint {recipe.base_url}, model {recipe.model!r}"
+        self._url = f"{recipe.base_url}/chat/completions"
+        self._proxy = _proxy_for(self._url)
+        self._headers = {"content-type": "application/json"}
+        if key := self._api_key():
+            self._headers["authorization"] = f"Bearer {key}"
+
+    def _api_key(self) -> str:
+        variable = self.recipe.api_key_env
+        key = os.environ.get(variable, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise EndpointError(
+                f"{self.name}: the environment variable {variable} holds blanks or letters that no key has; set it again"
+            )
+        return key
+
+    async def open(self) -> None:
+        """Open the session, inside the event loop."""
+        import aiohttp
+
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),
+            timeout=aiohttp.ClientTimeout(total=self.recipe.timeout_s),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._headers,
+        )
+
+    async def close(self) -> None:
+        """Close the session."""
+        await self._session.close()
+
+    async def send(self, request: Request) -> Reply:
+        """Send a request once.
+
+        Raises:
+            Failure: there was no reply. Its kind says why, and whether a retry may help.
+        """
+        import aiohttp
+
+        self.usage.requests += 1
+        try:
+            status, headers, body = await self._post(request.body(self.recipe))
+        except asyncio.TimeoutError:
+            raise Failure("transient", f"no reply within {self.recipe.timeout_s:g} s", billed=True) from None
+        except aiohttp.ClientConnectorError as error:
+            state = "any more " if self.usage.replies else ""
+            raise Failure("unreachable", f"cannot be reached {state}({error})") from error
+        except (aiohttp.ClientError, OSError) as error:
+            cause = str(error) or type(error).__name__
+            raise Failure("transient", f"the connection broke ({cause})", billed=True) from error
+        except _ReplyTooLong:
+            raise Failure("too long", f"a reply of more than {self.max_reply_bytes:,} bytes", billed=True) from None
+        if status != 200:
+            raise read_failure(status, body, headers)
+        try:
+            reply = read_reply(body)
+        except Malformed as error:
+            raise Failure("transient", f"the reply is no chat completion ({error})", billed=True) from error
+        self.usage.replies += 1
+        self.usage.prompt_tokens += reply.prompt_tokens or 0
+        self.usage.completion_tokens += reply.completion_tokens or 0
+        return reply
+
+    async def _post(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and body. Redirects are not followed, and a long body is not read to its end."""
+        async with self._session.post(self._url, data=body, proxy=self._proxy, allow_redirects=False) as response:
+            content = bytearray()
+            async for chunk in response.content.iter_any():
+                content += chunk
+                if len(content) > self.max_reply_bytes:
+                    response.close()
+                    raise _ReplyTooLong
+            return response.status, response.headers, bytes(content)
+
+    def error(
+        self, failure: Failure, kind: type[EndpointError] = EndpointError, *, before: str = "", after: str = ""
+    ) -> EndpointError:
+        """A failure in words: the endpoint, the problem, and the next step."""
+        return kind(f"{self.name}: {before}{failure}{after}; {next_step(failure, self.recipe)}")
 
 
 class Endpoint:
-    """A model behind an endpoint. May be asked from several threads.
+    """The synchronous face: asks one request or many at once, and retries.
+
+    Each call runs an event loop in a thread of its own, so that it also works inside a loop, as in a notebook.
 
     Raises:
-        MissingExtraError: the `openai` package is not installed.
-        EndpointError: the key holds what no header can.
+        MissingExtraError: aiohttp is not installed.
+        EndpointError: the key has characters that no header can hold.
     """
 
-    def __init__(self, recipe: EndpointRecipe) -> None:
-        try:
-            import openai
-        except ImportError:
-            raise MissingExtraError("openai", "openai", "an OpenAI-compatible endpoint") from None
-        self.recipe, self.usage = recipe, Usage()
-        self.where = f"endpoint {recipe.base_url}, model {recipe.model!r}"
-        self._client = openai.OpenAI(
-            base_url=recipe.base_url,
-            api_key=self._key() or "none",  # a local server wants none, the client wants one
-            timeout=recipe.timeout_s,
-            max_retries=0,
-        )
-        self._lock = threading.Lock()
-        self._failures = 0  # in a row, over all calls
+    def __init__(self, recipe: EndpointRecipe, *, max_reply_bytes: int = MAX_REPLY_BYTES) -> None:
+        self.recipe, self.usage, self.max_reply_bytes = recipe, Usage(), max_reply_bytes
+        self.failures = 0  # in a row, over all calls
+        self.name = self.client().name
 
-    def _key(self) -> str:
-        name = self.recipe.api_key_env
-        key = os.environ.get(name, "").strip()
-        if not (key.isascii() and key.isprintable()):
-            raise self._error(EndpointError, f"the environment variable {name} holds blanks or letters that no key has",
-                              "set it again")  # fmt: skip
-        return key
+    def client(self) -> AsyncEndpoint:
+        """A client for one event loop."""
+        return AsyncEndpoint(self.recipe, max_reply_bytes=self.max_reply_bytes, usage=self.usage)
 
-    def ask(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Reply:
-        """One question, one reply.
+    def ask(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> Reply:
+        """The reply to one request.
 
         Raises:
             EndpointError: the endpoint cannot be used: no such host or model, no access, nothing left to spend.
-            RequestError: it did not serve this request: too long, refused as malformed, or unanswered after all retries.
+            RequestError: it did not serve this request: too long, refused, or unanswered after all retries.
         """
-        reply = self._ask(Request(messages, options), threading.Event())
-        assert reply is not None  # nobody stops it
-        return reply
+        (_, outcome), *_ = self.ask_all([Request(messages, fields)])
+        if isinstance(outcome, RequestError):
+            raise outcome
+        return outcome
 
     def ask_all(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply | RequestError]]:
-        """(index, reply or what went wrong) of each request, as they come, `concurrency` at a time.
+        """(index, reply or error) of each request as they come, `concurrency` at a time.
 
-        When the endpoint cannot be used, or `MAX_FAILURES` requests in a row were left unanswered, no more are asked;
-        those under way still come, then the error is raised.
+        When the endpoint cannot be used, or `MAX_FAILURES` requests in a row were left unanswered, no more are sent.
+        Those in flight are still yielded, then the error is raised.
         """
-        run = _Run()
-        with ThreadPoolExecutor(self.recipe.concurrency) as pool:
-            futures = {pool.submit(self._outcome, request, run): i for i, request in enumerate(requests)}
+        batch = _Batch(self, requests)
+        with ThreadPoolExecutor(1) as pool:
+            finished = pool.submit(asyncio.run, batch.run())
+            finished.add_done_callback(lambda _: batch.outcomes.put(None))
             try:
-                for future in as_completed(futures):
-                    if (outcome := future.result()) is not None:
-                        yield futures[future], outcome
+                while (outcome := batch.outcomes.get()) is not None:
+                    yield outcome
+                finished.result()
             finally:  # also when the caller goes no further, or is interrupted
-                run.stop.set()
-        if run.fatal is not None:
-            raise run.fatal
+                batch.cancel()
 
-    def _outcome(self, request: Request, run: _Run) -> Reply | RequestError | None:
-        """What came of a request; None where it was given up because no more are asked."""
+
+class _Batch:
+    """One call of `ask_all`: its requests and outcomes, and whether to stop.
+
+    Attributes:
+        outcomes: (index, reply or error) for the thread that waits. None: the end.
+    """
+
+    def __init__(self, endpoint: Endpoint, requests: Sequence[Request]) -> None:
+        self.endpoint, self.recipe, self.requests = endpoint, endpoint.recipe, requests
+        self.outcomes: SimpleQueue[tuple[int, Reply | RequestError] | None] = SimpleQueue()
+        self._started = threading.Event()
+        self._stop = asyncio.Event()
+        self._fatal: EndpointError | None = None
+
+    async def run(self) -> None:
+        """Ask all requests.
+
+        Raises:
+            EndpointError: the endpoint cannot be used, or is dead.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._loop, self._task = asyncio.get_running_loop(), task
+        self._started.set()
+        waiting = iter(enumerate(self.requests))
+        client = self.endpoint.client()
+        await client.open()
         try:
-            outcome: Reply | EndpointError | None = self._ask(request, run.stop)
-        except EndpointError as error:
-            outcome = error
-        if outcome is None:
-            return None
-        with self._lock:
-            if fatal := self._fatal(outcome):
-                run.fatal = run.fatal or fatal
-                run.stop.set()
-        return outcome if isinstance(outcome, Reply | RequestError) else None
+            workers = min(self.recipe.concurrency, len(self.requests))
+            await asyncio.gather(*(self._work(client, waiting) for _ in range(workers)))
+        finally:
+            await client.close()
+        if self._fatal is not None:
+            raise self._fatal
 
-    def _fatal(self, outcome: Reply | EndpointError) -> EndpointError | None:
-        """The reason to ask no more, if there is one."""
+    def cancel(self) -> None:
+        """Give up what is in flight. Called from another thread, also after the end."""
+        self._started.wait()
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._task.cancel)
+
+    async def _work(self, client: AsyncEndpoint, waiting: Iterator[tuple[int, Request]]) -> None:
+        for index, request in waiting:
+            if self._stop.is_set() or (outcome := await self._complete(client, request)) is None:
+                return
+            if fatal := self._fatal_error(outcome):
+                self._fatal = self._fatal or fatal
+                self._stop.set()
+            if isinstance(outcome, Reply | RequestError):
+                self.outcomes.put((index, outcome))
+
+    async def _complete(self, client: AsyncEndpoint, request: Request) -> Reply | EndpointError | None:
+        """The reply, or the error after all retries. None: stopped before there was either."""
+        for attempt in range(1, self.recipe.retries + 2):
+            try:
+                return await client.send(request)
+            except Failure as error:
+                failure = error
+            if outcome := _final_outcome(client, failure):
+                return outcome
+            if attempt <= self.recipe.retries:
+                wait_s = retry_wait_s(self.recipe.backoff_s, attempt, failure.retry_after_s)
+                if await self._is_stopped_within(wait_s):
+                    return None
+        return client.error(failure, RequestError, after=f", after {attempt} {'try' if attempt == 1 else 'tries'}")
+
+    async def _is_stopped_within(self, seconds: float) -> bool:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), seconds)
+        return self._stop.is_set()
+
+    def _fatal_error(self, outcome: Reply | EndpointError) -> EndpointError | None:
+        """The reason to send no more, if there is one."""
         if isinstance(outcome, Reply | ContextOverflowError):  # it answers
-            self._failures = 0
+            self.endpoint.failures = 0
             return None
         if not isinstance(outcome, RequestError):
             return outcome
-        self._failures += 1
-        if self._failures < MAX_FAILURES:
+        self.endpoint.failures += 1
+        if self.endpoint.failures < MAX_FAILURES:
             return None
-        return EndpointError(f"{outcome}; {self._failures} requests in a row failed, so no more are asked")
-
-    # ---------------------------------------------------------------- one request
-
-    def _ask(self, request: Request, stop: threading.Event) -> Reply | None:
-        """The reply; None when stopped before there was one."""
-        import openai
-
-        problem, wait_s = "", 0.0
-        for number in range(self.recipe.retries + 1):
-            if stop.wait(wait_s):
-                return None
-            try:
-                return self._once(request)
-            except openai.APIStatusError as error:
-                if error.code == "content_filter":  # of the question; one of the reply comes as a finish reason
-                    return Reply("", "content_filter")
-                if error.status_code not in (408, 409, 429) and error.status_code < 500 or _is_spent(error):
-                    raise self._status_error(error) from error
-                problem, wait_s = f"status {error.status_code}: {_excerpt(error)}", self._wait_s(number, error.response)
-            except openai.APITimeoutError:
-                problem, wait_s = f"no reply within {self.recipe.timeout_s:g} s", self._wait_s(number)
-            except openai.APIConnectionError as error:
-                if self.usage.replies == 0 and _is_unreachable(error):
-                    raise self._error(EndpointError, f"cannot be reached ({_cause(error)})", "check the address and that "
-                                      "the server runs") from error  # fmt: skip
-                problem, wait_s = f"the connection broke ({_cause(error)})", self._wait_s(number)
-            except (openai.APIResponseValidationError, json.JSONDecodeError, _Malformed) as error:
-                problem, wait_s = f"the reply is no chat completion ({_excerpt(error)})", self._wait_s(number)
-        tries = f"{number + 1} {'try' if number == 0 else 'tries'}"
-        raise self._error(RequestError, f"{problem}, after {tries}", "see the server's log, lower `concurrency`, or raise "
-                          "`timeout_s` or `retries`")  # fmt: skip
-
-    def _once(self, request: Request) -> Reply:
-        recipe = self.recipe
-        with self._lock:
-            self.usage.requests += 1
-        options = {"max_tokens": recipe.max_tokens, "temperature": recipe.temperature, **request.options}
-        options[recipe.max_tokens_key] = options.pop("max_tokens")
-        options["extra_body"] = {**recipe.extra_body, **options.get("extra_body", {})} or None
-        messages: Any = list(request.messages)
-        completion = self._client.chat.completions.create(
-            model=recipe.model,
-            messages=messages,
-            **{key: value for key, value in options.items() if value is not None},
-        )
-        reply = _reply(completion)
-        with self._lock:
-            self.usage.replies += 1
-            self.usage.prompt_tokens += reply.prompt_tokens
-            self.usage.completion_tokens += reply.completion_tokens
-        return reply
-
-    def _wait_s(self, number: int, response: Any = None) -> float:
-        """Seconds until the next try: what the endpoint asks for, or exponential back-off with jitter."""
-        asked = "" if response is None else response.headers.get("retry-after", "")
-        try:
-            return min(max(float(asked), 0.0), MAX_RETRY_AFTER_S)
-        except ValueError:  # none, or a date
-            longest = min(self.recipe.backoff_s * 2**number, MAX_WAIT_S)
-            return random.uniform(longest / 2, longest)
-
-    # ---------------------------------------------------------------- errors in words
-
-    def _status_error(self, error: Any) -> EndpointError:
-        status, text = error.status_code, _excerpt(error)
-        what = f"status {status}: {text}"
-        if next_step := self.recipe.next_step(status):
-            return self._error(EndpointError, what, next_step)
-        if status == 429:
-            return self._error(EndpointError, what, "this account has nothing left to spend; top it up and run again")
-        if status == 413 or any(sign in f"{error.code} {text}".lower() for sign in OVERFLOW):
-            return self._error(ContextOverflowError, f"context overflow, {what}", "lower `max_tokens`, shorten the "
-                               "answers, or take a model with a longer context")  # fmt: skip
-        return self._error(RequestError, what, "the endpoint does not take this request; `max_tokens_key`, `temperature` "
-                           "and `extra_body` change what is sent")  # fmt: skip
-
-    def _error(self, kind: type[EndpointError], what: str, next_step: str) -> EndpointError:
-        return kind(f"{self.where}: {what}; {next_step}")
+        return EndpointError(f"{outcome}; {self.endpoint.failures} requests in a row failed, so no more are sent")
 
 
-def _reply(completion: Any) -> Reply:
-    """The first choice of a completion, checked: servers send all kinds of things with status 200."""
-    choices = getattr(completion, "choices", None)
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message: Any = getattr(choice, "message", None)
-    if not hasattr(message, "content"):
-        raise _Malformed("it has no message")
-    text = message.content or ""
-    if not isinstance(text, str):
-        raise _Malformed("its content is no text")
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half an emoji, where a limit cut it
-    usage = getattr(completion, "usage", None)
-    return Reply(
-        text,
-        getattr(choice, "finish_reason", None),
-        getattr(message, "refusal", None) or None,
-        getattr(usage, "prompt_tokens", None) or 0,
-        getattr(usage, "completion_tokens", None) or 0,
-    )
+def _final_outcome(client: AsyncEndpoint, failure: Failure) -> Reply | EndpointError | None:
+    """What a failure amounts to. None: worth a retry."""
+    served = client.usage.replies > 0
+    if failure.kind == "filtered":  # the prompt. A filtered reply has it as its finish reason
+        return Reply("", "content_filter")
+    if failure.kind == "overflow":
+        return client.error(failure, ContextOverflowError, before="context overflow, ")
+    if failure.kind == "unusable" or (failure.kind == "unreachable" and not served):
+        return client.error(failure)
+    if failure.kind == "refused":
+        return client.error(failure, EndpointError if failure.status == 403 and not served else RequestError)
+    return client.error(failure, RequestError) if failure.kind == "too long" else None
 
 
-def _is_spent(error: Any) -> bool:
-    return error.code == "insufficient_quota"
-
-
-def _is_unreachable(error: BaseException) -> bool:
-    """Whether no connection could be made at all (unknown host, refused, no route, bad certificate)."""
-    return type(error.__cause__).__name__ == "ConnectError"  # of httpx, in whichever version the client uses
-
-
-def _cause(error: BaseException) -> str:
-    return str(error.__cause__ or error) or type(error.__cause__ or error).__name__
-
-
-def _excerpt(error: Any) -> str:
-    """The endpoint's own words, as one short line."""
-    body = getattr(error, "body", None)
-    text = body.get("message") if isinstance(body, Mapping) else None
-    line = " ".join(str(text or getattr(error, "message", None) or error).split())
-    return line if len(line) <= 300 else line[:297] + "..."
+def _proxy_for(url: str) -> str | None:
+    """The proxy that the environment names for an address."""
+    address = urlsplit(url)
+    if proxy_bypass(address.netloc):
+        return None
+    return getproxies().get(address.scheme)

@@ -20,8 +20,6 @@ from pydantic import (
 from ultrafuser.typed_yaml import FreeForm, Node
 
 OPENAI_URL = "https://api.openai.com/v1"
-# what endpoints write when prompt and reply together are too long
-OVERFLOW = ("context length", "context window", "context size", "context_length_exceeded", "prompt is too long")
 
 
 def _web_address(value: str) -> str:

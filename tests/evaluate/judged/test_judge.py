@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from fake_endpoint import CUT, HANG, HTML, NOT_JSON, FakeEndpoint, Kept, Step, failing, fake_endpoint, fine
-from ultrafuser.endpoint.client import MAX_FAILURES, Endpoint, Reply
+from ultrafuser.endpoint.client import MAX_FAILURES, Endpoint
+from ultrafuser.endpoint.messages import Reply
 from ultrafuser.errors import EndpointError, UltraFuserError
 from ultrafuser.evaluate.judged.judge import (
     PAIR_VERDICTS,
@@ -23,7 +24,7 @@ from ultrafuser.evaluate.judged.judge import (
 
 @pytest.fixture
 def server():
-    pytest.importorskip("openai", reason="the openai extra is not installed")
+    pytest.importorskip("aiohttp", reason="the endpoint extra is not installed")
     with fake_endpoint() as server:
         yield server
 

@@ -46,7 +46,7 @@ class Parrot:
 
 @pytest.fixture
 def server():
-    for package in ("openai", "lm_eval"):
+    for package in ("aiohttp", "lm_eval"):
         pytest.importorskip(package, reason="an extra is not installed")
     with fake_endpoint() as server:
         yield server

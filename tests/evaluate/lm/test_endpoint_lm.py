@@ -15,7 +15,7 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 
 @pytest.fixture
 def server():
-    for package in ("openai", "lm_eval"):
+    for package in ("aiohttp", "lm_eval"):
         pytest.importorskip(package, reason="an extra is not installed")
     with fake_endpoint() as server:
         yield server

@@ -14,7 +14,8 @@ from importlib import resources
 from typing import Any, Literal, Protocol
 
 from ultrafuser.data.answer_text import after_thinking, is_refusal
-from ultrafuser.endpoint.client import Endpoint, Reply, Request
+from ultrafuser.endpoint.client import Endpoint
+from ultrafuser.endpoint.messages import Reply, Request
 from ultrafuser.errors import EndpointError, UltraFuserError
 from ultrafuser.progress import Progress
 
@@ -129,7 +130,7 @@ class Judge:
     """Asks a model for verdicts and keeps them; a question that was answered before is not asked again.
 
     Errors are not kept, so a later run asks those questions again. When the endpoint dies (see
-    `endpoint_client.MAX_FAILURES`), the run ends with an error that says how many judgements are kept.
+    `endpoint.client.MAX_FAILURES`), the run ends with an error that says how many judgements are kept.
 
     Args:
         endpoint: the judge model. A temperature of 0 makes its verdicts repeatable.

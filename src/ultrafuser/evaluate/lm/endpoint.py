@@ -9,7 +9,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from ultrafuser.endpoint.client import Endpoint, Reply, Request
+from ultrafuser.endpoint.client import Endpoint
+from ultrafuser.endpoint.messages import Reply, Request
 from ultrafuser.errors import EndpointError, RequestError, UltraFuserError
 from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
 
@@ -66,7 +67,7 @@ class EndpointLM(LM):
     def _no_log_probs(self, requests: list[Instance]) -> UltraFuserError:
         task = f"task {requests[0].task_name!r}" if requests and requests[0].task_name else "this task"
         return UltraFuserError(
-            f"{self.endpoint.where}: {task} compares the log-probabilities of given answers, which a chat endpoint does "
+            f"{self.endpoint.name}: {task} compares the log-probabilities of given answers, which a chat endpoint does "
             "not give; choose tasks that let the model write: gsm8k, math, sat_math_cot, aqua_cot, humaneval, mbpp, "
             "alpaca_eval, mt_bench"
         )
@@ -76,17 +77,15 @@ class EndpointLM(LM):
         messages = decode_chat(context) or [{"role": "user", "content": context}]
         options = _options(request)
         fields: dict[str, Any] = {
-            "max_tokens": options["max_gen_toks"] or None,
+            "temperature": options["temperature"] if options["do_sample"] else 0.0,
             "stop": options["until"][:MAX_STOPS] or None,
             "top_p": options.get("top_p") if options["do_sample"] else None,
             "seed": options.get("seed"),
         }
-        if not fields["max_tokens"]:
-            del fields["max_tokens"]  # the recipe's own
-        if self.endpoint.recipe.temperature is not None:
-            fields["temperature"] = options["temperature"] if options["do_sample"] else 0.0
-        if messages[-1]["role"] == "assistant":  # a prefix to go on from: vLLM and SGLang know how, others refuse
-            fields["extra_body"] = {"add_generation_prompt": False, "continue_final_message": True}
+        if options["max_gen_toks"]:
+            fields["max_tokens"] = options["max_gen_toks"]
+        if messages[-1]["role"] == "assistant":  # a prefix to continue: vLLM and SGLang can, others refuse
+            fields |= {"add_generation_prompt": False, "continue_final_message": True}
         return Request(messages, fields)
 
 

@@ -16,16 +16,16 @@ def make_clients(models: Iterable[ModelRecipe]) -> dict[str, ModelClient]:
         MissingExtraError: a package is not installed.
         EndpointError: a key holds what no header can.
     """
+    from ultrafuser.endpoint.pace import Backoff
     from ultrafuser.synth.calls.endpoint_client import EndpointClient
     from ultrafuser.synth.calls.local import LocalClient
-    from ultrafuser.synth.calls.pace import Health
 
     out: dict[str, ModelClient] = {}
-    health: dict[Any, Health] = {}
+    backoffs: dict[Any, Backoff] = {}
     for model in models:
         if model.endpoint == "local":
             out[model.name] = LocalClient(model)
         else:
-            place = (model.endpoint.base_url, model.endpoint.api_key_env)
-            out[model.name] = EndpointClient(model, health.setdefault(place, Health(model.endpoint.backoff_s)))
+            address = (model.endpoint.base_url, model.endpoint.api_key_env)
+            out[model.name] = EndpointClient(model, backoffs.setdefault(address, Backoff(model.endpoint.backoff_s)))
     return out

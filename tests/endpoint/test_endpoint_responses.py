@@ -1,0 +1,93 @@
+"""Reading what endpoints send: completions, failures in all their shapes, how long to wait."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+
+import pytest
+
+from ultrafuser.endpoint.errors import Malformed, read_failure, retry_after_s
+from ultrafuser.endpoint.messages import Reply, read_reply
+
+
+def body(**message) -> bytes:
+    return json.dumps({"choices": [{"message": {"role": "assistant", **message}, "finish_reason": "stop"}]}).encode()
+
+
+def test_a_completion():
+    assert read_reply(body(content="hi")) == Reply("hi", "stop")
+    assert read_reply(body(content=None, refusal="no")) == Reply("", "stop", "no")
+    tree = json.loads(body(content="hi")) | {"usage": {"prompt_tokens": 3, "completion_tokens": None}}
+    assert read_reply(json.dumps(tree).encode()).prompt_tokens == 3
+    for count in (-1, 2**63, "7"):
+        tree = {
+            "choices": [{"message": {"content": "hi"}, "finish_reason": 3}],
+            "usage": {"prompt_tokens": True, "completion_tokens": count},
+        }
+        assert read_reply(json.dumps(tree).encode()) == Reply("hi")
+
+
+def test_half_an_emoji_is_replaced():
+    assert read_reply(body(content="so \ud83d")) == Reply("so \ufffd", "stop")
+    assert read_reply(body(content="so \U0001f600")) == Reply("so \U0001f600", "stop")
+
+
+@pytest.mark.parametrize("sent", [b"", b"{", b"[]", b"null", b"<html>", b"\xff\xfe", b"[" * 100_000, b'{"choices": []}', b'{"choices": [1]}',
+                                  b'{"choices": {"0": 1}}', b'{"choices": [{"message": "hi"}]}', b'{"choices": [{"message": {}}]}',
+                                  b'{"error": {"message": "busy"}}', body(content={"a": 1}), body(content=["a"])])  # fmt: skip
+def test_what_is_no_completion(sent):
+    with pytest.raises(Malformed):
+        read_reply(sent)
+
+
+@pytest.mark.parametrize("sent, message, code", [
+    ({"error": {"message": "no  such\nmodel", "code": "model_not_found"}}, "no such model", "model_not_found"),
+    ({"error": {"message": "no", "type": "BadRequest", "code": None}}, "no", "BadRequest"),
+    ({"object": "error", "message": "too long", "code": 400}, "too long", "400"),
+    ({"error": "not loaded"}, "not loaded", ""),
+    ({"detail": [{"msg": "field required"}]}, "[{'msg': 'field required'}]", ""),
+    ([1], "[1]", ""),
+])  # fmt: skip
+def test_a_failure_in_the_words_of_the_endpoint(sent, message, code):
+    failure = read_failure(400, json.dumps(sent).encode())
+    assert (str(failure), failure.code, failure.status) == (f"status 400: {message}", code, 400)
+
+
+def test_a_failure_without_words_and_a_long_page():
+    assert str(read_failure(500, b"")) == "status 500: no words"
+    assert len(str(read_failure(502, b"<html>" + b"x" * 10_000))) == len("status 502: ") + 300
+
+
+def test_what_a_failure_is_about():
+    def about(status: int, message: str, code: str = ""):
+        return read_failure(status, json.dumps({"error": {"message": message, "code": code}}).encode())
+
+    assert about(400, "maximum context length is 9").kind == about(413, "x").kind == "overflow"
+    assert about(500, "context length").kind == "transient"
+    assert about(400, "x", "content_filter").kind == about(400, "x", "content_policy_violation").kind == "filtered"
+    assert about(429, "x").kind == about(503, "x").kind == "busy" and about(400, "x").kind == "refused"
+    assert about(408, "x").kind == about(504, "x").kind == "transient" and about(504, "x").billed
+    assert about(308, "x").kind == about(401, "x").kind == about(404, "x").kind == "unusable"
+    assert about(422, "unknown field response_format").is_about_schema and not about(500, "schema").is_about_schema
+    for failure in (
+        about(402, "x"),
+        about(429, "x", "insufficient_quota"),
+        about(400, "x", "billing_hard_limit_reached"),
+    ):
+        assert failure.is_spent and failure.kind == "unusable"
+    assert not about(429, "x").is_spent
+
+
+def test_how_long_to_wait():
+    assert (
+        retry_after_s({}) is None
+        and retry_after_s({"retry-after": "soon"}) is None
+        and retry_after_s({"retry-after": "nan"}) is None
+    )
+    assert retry_after_s({"retry-after": "1.5"}) == 1.5 and retry_after_s({"retry-after": "-3"}) == 0
+    assert retry_after_s({"retry-after": "2", "retry-after-ms": "1500"}) == 1.5
+    later = datetime.now(timezone.utc) + timedelta(seconds=30)
+    assert 28 < retry_after_s({"retry-after": format_datetime(later, usegmt=True)}) <= 30
+    assert retry_after_s({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
