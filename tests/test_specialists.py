@@ -21,7 +21,15 @@ from ultrafuser.errors import CheckpointError, DataError, RecipeError, Tokenizer
 from ultrafuser.model import checkpoint
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import load_recipe
-from ultrafuser.specialists import check_head, compare_tokenizers, fuse, is_fused, pick_device
+from ultrafuser.specialists import (
+    ModelReference,
+    check_head,
+    compare_tokenizers,
+    fuse,
+    is_fused,
+    parse_model_reference,
+    pick_device,
+)
 
 
 def recipe(*specialists: dict[str, Any], **fields: Any) -> Any:
@@ -368,3 +376,21 @@ def test_known_architectures_pass_that_check(kind):
 
 def test_a_head_is_checked_for_adapters_too(shared):
     check_head(shared.groups[0], VOCAB)
+
+
+# ---------------------------------------------------------------- names of models
+
+
+def test_a_reference_is_a_model_and_perhaps_an_adapter(tmp_path):
+    assert parse_model_reference("org/base+me/adapter") == ModelReference("org/base", "me/adapter")
+    assert parse_model_reference("org/base") == parse_model_reference("org/base+") == ModelReference("org/base")
+    (tmp_path / "c++").mkdir()
+    assert parse_model_reference(str(tmp_path / "c++")) == ModelReference(str(tmp_path / "c++"))
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [("org/base", True), ("./folder", True), ("base+adapter", False), ("model.gguf", False), ("package:a/b", False)],
+)
+def test_which_references_transformers_loads_by_itself(text, plain):
+    assert parse_model_reference(text).is_plain is plain

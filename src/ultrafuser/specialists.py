@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -106,6 +107,27 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[UltraFuserForCausalLM, Rend
     return model, Renderer(tokenizer, templates, model.config.max_position_embeddings)
 
 
+@dataclass(frozen=True)
+class ModelReference:
+    """What a user names a model by: a folder, hub id, GGUF file or `package:MODULE/FILE`, and an adapter on it."""
+
+    model: str
+    adapter: str | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether transformers' Auto classes load it by itself: a folder or a hub id."""
+        return self.adapter is None and not self.model.startswith(PACKAGE) and not self.model.endswith(".gguf")
+
+
+def parse_model_reference(text: str) -> ModelReference:
+    """Split `BASE+ADAPTER`; the name of a file or folder that exists is taken as it is."""
+    if Path(text).exists():
+        return ModelReference(text)
+    model, _, adapter = text.partition("+")
+    return ModelReference(model, adapter or None)
+
+
 def is_fused(source: str) -> bool:
     """Whether a folder or a hub id is a fused checkpoint.
 
@@ -114,7 +136,7 @@ def is_fused(source: str) -> bool:
     """
     file = Path(source) / "config.json"
     if not file.is_file():
-        if Path(source).exists() or "+" in source or source.startswith(PACKAGE) or source.count("/") != 1:
+        if Path(source).exists() or not parse_model_reference(source).is_plain or source.count("/") != 1:
             return False
         try:
             file = Path(hf_hub_download(source, "config.json"))

@@ -128,6 +128,8 @@ def fuse_command(
 
 def _specialists(given: list[str], templates: list[str]) -> list[dict[str, Any]]:
     """`--specialist` and `--template` options as a recipe has them."""
+    from ultrafuser.specialists import parse_model_reference
+
     out: dict[str, dict[str, Any]] = {}
     for text in given:
         name, separator, source = text.partition("=")
@@ -135,8 +137,8 @@ def _specialists(given: list[str], templates: list[str]) -> list[dict[str, Any]]
             raise RecipeError(f"--specialist {text!r}: expected NAME=MODEL or NAME=BASE+ADAPTER")
         if name in out:
             raise RecipeError(f"--specialist {text!r}: there is another one named {name!r}; names must differ")
-        model, _, adapter = (source, "", "") if Path(source).exists() else source.partition("+")
-        out[name] = {"name": name, "model": model} | ({"adapter": adapter} if adapter else {})
+        reference = parse_model_reference(source)
+        out[name] = {"name": name, "model": reference.model, "adapter": reference.adapter}
     for text in templates:
         name, separator, value = text.partition("=")
         if not separator or name not in out:

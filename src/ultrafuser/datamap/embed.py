@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from ultrafuser.errors import CheckpointError
-from ultrafuser.model.references import PACKAGE
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import load_recipe
-from ultrafuser.specialists import fuse, is_fused, load, pick_device
+from ultrafuser.specialists import fuse, is_fused, load, parse_model_reference, pick_device
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,12 @@ def load_reader(source: str, *, dtype: str = "auto", device: str = "auto") -> Re
         CheckpointError: nothing there, or not loadable.
         RecipeError: a device that cannot be used.
     """
-    base, plus, adapter = source.partition("+") if not Path(source).exists() else (source, "", "")
+    reference = parse_model_reference(source)
     if is_fused(source):
         model, renderer = load(source, dtype=dtype, device_map=pick_device(device))
         return _ours(model, renderer.tokenizer)
-    if plus or base.endswith(".gguf") or base.startswith(PACKAGE):
-        spec = {"name": "model", "model": base, "adapter": adapter or None, "chat_template": "plain"}
+    if not reference.is_plain:
+        spec = {"name": "model", **asdict(reference), "chat_template": "plain"}
         return _ours(*fuse(load_recipe({"specialists": [spec], "dtype": dtype, "device": device})))
     return _plain(source, dtype, pick_device(device))
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ultrafuser.data.responses import length_batches, token_budget
 from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.intervals import Stratum
@@ -17,7 +18,7 @@ from ultrafuser.model.loss import label_log_prob, mixed_log_prob
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
-from ultrafuser.train.features import TOKENS_PER_BATCH, FeatureStore, length_batches, response_states
+from ultrafuser.train.features import FeatureStore, response_states
 
 BOOTSTRAP_SAMPLES = 10_000
 
@@ -86,10 +87,9 @@ def group_losses(
     progress = progress or Progress()
     progress.start(f"{what} reads the test rows", sum(row.num_tokens for row in rows))
     out: list[RowLoss | None] = [None] * len(rows)
-    budget = TOKENS_PER_BATCH.get(group.device.type, TOKENS_PER_BATCH["cuda"])
     active = [0] if not group.loras else [] if adapter is None else [adapter]
     head = group.head(vocab_size)
-    for batch in length_batches([row.num_tokens for row in rows], budget):
+    for batch in length_batches([row.num_tokens for row in rows], token_budget(group.device)):
         flat, labels = response_states(group, [rows[i] for i in batch], template, active)
         log_p = label_log_prob(flat, head, labels).double()
         for i, own in zip(batch, log_p.split([len(rows[i].labels) for i in batch]), strict=True):

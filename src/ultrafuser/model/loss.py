@@ -107,6 +107,26 @@ def _shape(head: Head) -> tuple[float, float | None, float]:
     return head.scale, head.softcap, head.temperature
 
 
+def select_responses(
+    states: Sequence[torch.Tensor], response_index: torch.Tensor, labelled: torch.Tensor
+) -> list[torch.Tensor]:
+    """The states that predict the response tokens of a batch.
+
+    Args:
+        states: K last hidden states, each (B, T, D_k).
+        response_index: (B, K, R), where each specialist's state predicts the r-th response token.
+        labelled: (B, R), True at the N response tokens, False at the padding.
+
+    Returns:
+        K tensors (N, D_k).
+    """
+    selected = []
+    for state, index in zip(states, response_index.unbind(1), strict=True):
+        positions = index.to(state.device)[..., None].expand(-1, -1, state.shape[-1])  # (B, R, D_k)
+        selected.append(state.gather(1, positions)[labelled.to(state.device)])  # (N, D_k)
+    return selected
+
+
 def token_chunks(tokens: int, weight: torch.Tensor, chunk_tokens: int | None = None) -> list[slice]:
     """Slices of the tokens so that an array of (chunk, V) stays within the budget."""
     if chunk_tokens is None:

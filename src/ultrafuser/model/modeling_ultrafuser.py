@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .checkpoint import load_fused
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError, UltraFuserError
 from .gate import Gate, StaticGate
-from .loss import label_log_prob, mixed_log_prob
+from .loss import label_log_prob, mixed_log_prob, select_responses
 from .saving import plain_model, save_fused
 from .shared_base import SpecialistGroup
 
@@ -81,6 +82,7 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
                 "a fused model needs at least one specialist, got none (K = 0); add some to the recipe"
             )
         super().__init__(config)
+        self.checkpoint_folder: Path | None = None  # against which relative sources resolve
         configs = config.specialist_configs()
         self.groups = nn.ModuleList(
             groups
@@ -245,16 +247,14 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         from_cache: bool,
     ) -> UltraFuserOutput:
         """Cross entropy of the labels (Eq. 2), on the labelled tokens alone."""
-        if response_index is not None and not from_cache:  # each specialist's own positions
-            states = [
-                state.gather(1, index.to(state.device)[..., None].expand(-1, -1, state.shape[-1]))
-                for state, index in zip(states, response_index.unbind(1), strict=True)
-            ]  # K x (B, R, D_k)
-        elif not from_cache:
+        if response_index is None and not from_cache:
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         labels = labels.to(next(self.gate.parameters()).device)
         kept = labels != -100  # (B, R)
-        flat = [state[kept.to(state.device)] for state in states]  # K x (N, D_k)
+        if response_index is not None and not from_cache:  # each specialist's own positions
+            flat = select_responses(states, response_index, kept)  # K x (N, D_k)
+        else:
+            flat = [state[kept.to(state.device)] for state in states]  # K x (N, D_k)
         log_weights = self.gate(flat)  # (N, K)
         if log_probs is not None and self.config.mixing == "probabilities":
             log_p = torch.logsumexp(log_weights + log_probs[kept].to(log_weights), dim=-1)

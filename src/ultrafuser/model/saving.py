@@ -27,51 +27,29 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError
+from .fingerprint import WeightMarks
 from .manifest import SpecialistEntry, weight_sources
 from .references import is_inside, record_files, resolve
 from .shared_base import SpecialistGroup
 
 GATE_FILE = "model.safetensors"
 CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "saving", "references", "shared_base", "gate",
-        "cache", "loss", "manifest", "errors")  # fmt: skip
-_SAMPLES = 1024  # values of each tensor that are remembered, to see whether training changed it
+        "cache", "loss", "manifest", "fingerprint", "errors")  # fmt: skip
 
 
 # ---------------------------------------------------------------- what changed
 
 
 def mark_unchanged(model: Any, folder: Path | None) -> None:
-    """Remember that the specialists' weights are now what their sources say."""
-    model._folder = folder
+    """Remember that the specialists' weights are now what their sources say; `folder`: the checkpoint, if there is one."""
+    model.checkpoint_folder = folder
     for group in model.groups:
-        group._fingerprint = _fingerprint(group)
-
-
-def _fingerprint(group: SpecialistGroup) -> dict[int, tuple[int, torch.Tensor]]:
-    """How often each tensor was written to, and a sample of it; moving devices or casting changes neither.
-
-    The counter alone misses writes through `.data` and by fused optimizers, transformers' default; the sample sees them.
-    """
-    return {id(parameter): (parameter._version, _sample(parameter)) for parameter in group.parameters()}
-
-
-def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    flat = parameter.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)].cpu().clone()
-
-
-def _is_written(parameter: torch.Tensor, before: Mapping[int, tuple[int, torch.Tensor]]) -> bool:
-    if id(parameter) not in before:
-        return True
-    version, sample = before[id(parameter)]
-    return version != parameter._version or not torch.equal(sample.to(parameter.dtype), _sample(parameter))
+        group.marks = WeightMarks(group.parameters())
 
 
 def is_changed(group: SpecialistGroup) -> bool:
     """Whether a group's weights may differ from their sources; a group that was never loaded counts as changed."""
-    before = getattr(group, "_fingerprint", {})
-    now = list(group.parameters())
-    return set(before) != {id(p) for p in now} or any(_is_written(p, before) for p in now)
+    return group.marks.differ(group.parameters())
 
 
 def plain_model(group: SpecialistGroup, coefficients: Mapping[int, float]) -> PreTrainedModel:
@@ -109,10 +87,10 @@ def save_fused(
             specs = [config.specialists[config.names.index(name)] for name in group.names]
             if is_changed(group):
                 own = None if state is None else _sub_state(state, f"groups.{g}.model.")
-                _write_group(group, specs, folder, own, getattr(model, "_folder", None))
+                _write_group(group, specs, folder, own, model.checkpoint_folder)
             else:
                 for spec in specs:
-                    _keep(spec, folder, getattr(model, "_folder", None), copy, copied)
+                    _keep(spec, folder, model.checkpoint_folder, copy, copied)
         gate = _sub_state(state, "gate.") if state is not None else model.gate.state_dict()
         gate = {f"gate.{key}": value.detach().cpu().contiguous() for key, value in gate.items()}
         save_file(gate, folder / GATE_FILE, metadata={"format": "pt"})
@@ -168,8 +146,7 @@ def _write_group(
 def _base_changed(group: SpecialistGroup) -> bool:
     """Whether more than adapters changed; adapters that are new since loading do not count."""
     adapters = {id(parameter) for parameter in group.adapter_parameters()}
-    before = getattr(group, "_fingerprint", {})
-    return any(_is_written(p, before) for p in group.parameters() if id(p) not in adapters)
+    return any(group.marks.is_written(p) for p in group.parameters() if id(p) not in adapters)
 
 
 def write_adapter(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import CheckpointError
+from .fingerprint import WeightMarks
 from .loss import Head
 
 
@@ -99,6 +100,7 @@ class SpecialistGroup(nn.Module):
     Attributes:
         model: the transformers model; ordinary, and usable by itself.
         names: the k specialists.
+        marks: the weights as they were loaded; none, if they were not.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class SpecialistGroup(nn.Module):
         self.model = model
         self.names = list(names)
         self.loras: dict[str, GroupedLora] = {}
+        self.marks = WeightMarks()
         self._rows = _Rows(list(range(len(self.names))))
         parameters = inspect.signature(model.base_model.forward).parameters
         self._takes_positions = "position_ids" in parameters

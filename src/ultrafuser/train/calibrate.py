@@ -12,12 +12,13 @@ from collections.abc import Sequence
 
 import torch
 
+from ultrafuser.data.responses import length_batches, token_budget
 from ultrafuser.data.templates import Rendered
 from ultrafuser.model.loss import Head, token_chunks
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
-from ultrafuser.train.features import TOKENS_PER_BATCH, length_batches, response_states
+from ultrafuser.train.features import response_states
 
 TEMPERATURES = tuple(2 ** (i / 4) for i in range(-4, 5))  # tried: 0.5 to 2; between them the loss is a parabola
 MOST_TOKENS, FEWEST_TOKENS = 4096, 256  # response tokens that a specialist is measured on
@@ -80,8 +81,7 @@ def _best(
     progress: Progress,
 ) -> float:
     losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
-    budget = TOKENS_PER_BATCH.get(group.device.type, TOKENS_PER_BATCH["cuda"])
-    for batch in length_batches([row.num_tokens for row in rows], budget):
+    for batch in length_batches([row.num_tokens for row in rows], token_budget(group.device)):
         states, labels = response_states(group, [rows[i] for i in batch], template, active)
         for part in token_chunks(len(labels), head.weight):
             z = head.logits(states[part])  # (n, V)

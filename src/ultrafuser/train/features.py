@@ -6,7 +6,6 @@ Log-probabilities are at the model's temperatures; with others they are computed
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,14 +16,15 @@ from typing import Any
 import torch
 
 from ultrafuser.data.collate import collate_rows, pad_labels
+from ultrafuser.data.responses import length_batches, token_budget
 from ultrafuser.data.templates import Rendered
 from ultrafuser.data.writing import atomic_file
 from ultrafuser.errors import TrainingError
+from ultrafuser.model.fingerprint import hash_weights
+from ultrafuser.model.loss import select_responses
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
-
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
 
 
 @dataclass(frozen=True)
@@ -144,33 +144,23 @@ def _prepare_folder(folder: Path, identity: str, size_bytes: int) -> None:
 
 def _identity(model: UltraFuserForCausalLM, rows: Sequence[Rendered]) -> str:
     """A fingerprint of the rows' tokens and of the specialists' weights (a sample of each tensor)."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr((row.row_id, row.input_ids, row.labels)).encode())
-    for name, parameter in model.groups.named_parameters():
-        values = parameter.detach().flatten()
-        sample = values[:: max(1, values.numel() // 64)][:64].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{sample.tolist()}".encode())
-    return digest.hexdigest()
+    tokens = "".join(repr((row.row_id, row.input_ids, row.labels)) for row in rows)
+    return hash_weights(model.groups.named_parameters(), start=tokens.encode())
 
 
 @torch.no_grad()
 def _compute(model: UltraFuserForCausalLM, store: FeatureStore, mine: Sequence[int], progress: Progress) -> None:
     """Rows of similar length together, at most so many padded tokens a batch."""
-    budget = TOKENS_PER_BATCH.get(model.device.type, TOKENS_PER_BATCH["cuda"])
     progress.start("specialists read the rows", sum(store.rows[i].num_tokens for i in mine))
     was_training = model.training
     model.eval()
-    for batch in length_batches([store.rows[i].num_tokens for i in mine], budget):
+    for batch in length_batches([store.rows[i].num_tokens for i in mine], token_budget(model.device)):
         indices = [mine[j] for j in batch]
         rows = [store.rows[i] for i in indices]
         inputs = {key: value.to(model.device) for key, value in collate_rows(rows).items()}
         states = model.specialist_states(inputs["specialist_input_ids"])  # K x (B, T, D_k)
         kept = inputs["labels"] != -100  # (B, R)
-        flat = [
-            own.gather(1, index.to(own.device)[..., None].expand(-1, -1, own.shape[-1]))[kept.to(own.device)]
-            for own, index in zip(states, inputs["response_index"].unbind(1), strict=True)
-        ]  # K x (N, D_k)
+        flat = select_responses(states, inputs["response_index"], kept)  # K x (N, D_k)
         log_probs = model.specialist_log_probs(flat, inputs["labels"][kept])  # (N, K)
         start = 0
         for i, row in zip(indices, rows, strict=True):
@@ -205,21 +195,10 @@ def response_states(
     """
     inputs = {key: value.to(group.device) for key, value in collate_rows(rows).items()}
     with group.only(active):
-        states = group(inputs["specialist_input_ids"][:, template][None])[0]  # (B, T, D)
-    index = inputs["response_index"][:, template]
-    kept = inputs["labels"] != -100
-    flat = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))[kept]
-    return flat, inputs["labels"][kept]
-
-
-def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Indices in batches of similar length, each of at most `tokens_per_batch` padded tokens."""
-    out: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not out or (len(out[-1]) + 1) * lengths[out[-1][0]] > tokens_per_batch:
-            out.append([])
-        out[-1].append(i)
-    return out
+        states = group(inputs["specialist_input_ids"][:, template][None])  # (1, B, T, D)
+    labelled = inputs["labels"] != -100  # (B, R)
+    selected = select_responses(states, inputs["response_index"][:, [template]], labelled)[0]
+    return selected, inputs["labels"][labelled]
 
 
 def collate_features(items: Sequence[RowFeatures]) -> dict[str, Any]:

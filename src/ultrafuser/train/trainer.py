@@ -16,11 +16,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.collate import collate_rows
+from ultrafuser.data.responses import TOKENS_PER_BATCH, length_batches
 from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.progress import Progress
-from ultrafuser.train.features import FeatureStore, RowFeatures, collate_features, length_batches
+from ultrafuser.train.features import FeatureStore, RowFeatures, collate_features
 
 Rows = Sequence[Rendered] | FeatureStore
 
@@ -152,7 +153,8 @@ class FusionTrainer(Trainer):
         self.model.eval()
         mine = range(self.args.process_index, len(rows), self.args.world_size)
         totals = torch.zeros_like(self._totals)
-        for batch in length_batches([_rendered(rows[i]).num_tokens for i in mine], 2048):
+        budget = TOKENS_PER_BATCH["cpu"]  # the small one on every device, beside the optimizer's states
+        for batch in length_batches([_rendered(rows[i]).num_tokens for i in mine], budget):
             inputs = self._prepare_inputs(self._collate([rows[mine[j]] for j in batch]))
             inputs.pop("row_ids")
             domain_ids = inputs.pop("domain_ids")

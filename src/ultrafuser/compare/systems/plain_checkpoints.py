@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ultrafuser.model.fingerprint import hash_weights
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.saving import atomic_directory, plain_model
+from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 
 BASE = "base"
 _FACTS_FILE = "written_from.json"
-_SAMPLES = 64  # values of each tensor by which weights are told apart
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,15 @@ def _facts(home: Path) -> str | None:
 
 def _identity(model: UltraFuserForCausalLM, name: str | None, template: str | None) -> str:
     """A fingerprint of one specialist's weights (None: the shared base's) and template."""
-    digest = hashlib.sha256(f"{name} {template}".encode())
-    groups: list[Any] = [group for group in model.groups if name is None or name in group.names]
-    for group in groups:
-        row = group.names.index(name) if name is not None else None
-        for key, tensor in group.named_parameters():
-            if key.rpartition(".")[2] in ("lora_A", "lora_B"):
-                if row is None:
-                    continue
-                tensor = tensor[row]
-            flat = tensor.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].float().cpu()
-            digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}{sample.tolist()}".encode())
-    return digest.hexdigest()
+    groups = [group for group in model.groups if name is None or name in group.names]
+    weights = (weight for group in groups for weight in _own_weights(group, name))
+    return hash_weights(weights, start=f"{name} {template}".encode())
+
+
+def _own_weights(group: SpecialistGroup, name: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The base's weights and, where a specialist is named, its row of the adapters."""
+    for key, tensor in group.named_parameters():
+        if key.rpartition(".")[2] not in ("lora_A", "lora_B"):
+            yield key, tensor
+        elif name is not None:
+            yield key, tensor[group.names.index(name)]

@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ultrafuser.data.collate import prompt_inputs
+from ultrafuser.data.responses import length_batches, token_budget
 from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import CheckpointError, DataError
 from ultrafuser.evaluate.losses import RowLoss, specialist_losses
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.saving import atomic_directory
-from ultrafuser.train.features import FeatureStore, length_batches
+from ultrafuser.train.features import FeatureStore
 
 WEIGHTS_FILE, FACTS_FILE = "router.safetensors", "router.json"
 NUM_FOLDS = 5
 MAX_STEPS, STEPS_PER_LOOK = 60, 5  # of L-BFGS
-_TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
 
 Chat = Sequence[Mapping[str, str]]
 
@@ -293,9 +293,8 @@ def first_states(model: UltraFuserForCausalLM, renderer: Renderer, chats: Sequen
     """For each conversation, K states (D_k) at the position that predicts the first token of the next answer."""
     prompts = [_question(chat) for chat in chats]
     lengths = [max(map(len, renderer.prompt(prompt))) for prompt in prompts]
-    budget = _TOKENS_PER_BATCH.get(model.device.type, _TOKENS_PER_BATCH["cuda"])
     out: list[list[torch.Tensor]] = [[] for _ in chats]
-    for batch in length_batches(lengths, budget):
+    for batch in length_batches(lengths, token_budget(model.device)):
         inputs = prompt_inputs(renderer, [prompts[i] for i in batch], model.device)
         mask = inputs["specialist_attention_mask"]
         states = model.specialist_states(inputs["specialist_input_ids"], mask)  # K x (B, T, D_k), padded on the left

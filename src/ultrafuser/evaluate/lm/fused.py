@@ -17,6 +17,7 @@ from ultrafuser.data.collate import collate_rows, pad_prompts
 from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
+from ultrafuser.model.loss import select_responses
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 
 MAX_NEW_TOKENS = 512  # where a task does not say
@@ -87,10 +88,7 @@ class FusionLM(LM):
         inputs = {key: value.to(self.model.device) for key, value in collate_rows(rows).items()}
         states = self.model.specialist_states(inputs["specialist_input_ids"])  # K x (B, T, D_k)
         kept = inputs["labels"] != -100
-        flat = [
-            state.gather(1, index[..., None].expand(-1, -1, state.shape[-1]))[kept]
-            for state, index in zip(states, inputs["response_index"].unbind(1), strict=True)
-        ]  # K x (N, D_k)
+        flat = select_responses(states, inputs["response_index"], kept)  # K x (N, D_k)
         mixed = self.model.mix(flat, self.model.gate(flat)).log_softmax(-1)  # (N, V)
         return list(mixed.split([len(row.labels) for row in rows]))
 

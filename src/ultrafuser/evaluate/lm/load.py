@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from ultrafuser.evaluate.lm.parameters import count_parameters
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import PACKAGE, record_files
 from ultrafuser.recipe import load_node, load_recipe
-from ultrafuser.specialists import fuse, is_fused, load, pick_device
+from ultrafuser.specialists import fuse, is_fused, load, parse_model_reference, pick_device
 
 ENDPOINT = "openai:"
 
@@ -79,8 +79,7 @@ def load_model(
             raise RecipeError(f"{text}: a fused model has a template for each specialist; leave --chat-template out")
         model, renderer = load(text, dtype=dtype, device_map=pick_device(device))
     else:
-        base, _, adapter = text.partition("+") if not Path(text).exists() else (text, "", "")
-        spec = {"name": "model", "model": base, "adapter": adapter or None, "chat_template": chat_template}
+        spec = {"name": "model", **asdict(parse_model_reference(text)), "chat_template": chat_template}
         recipe = load_recipe({"specialists": [spec], "dtype": dtype, "device": device, "seed": seed})
         model, tokenizer = fuse(recipe)
         templates = model.config.chat_templates
