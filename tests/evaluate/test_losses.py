@@ -13,13 +13,13 @@ from tiny_models import save_adapter, shake_gate
 from training_fixtures import NAMES, RecordingProgress, TinyRun
 from ultrafuser.data.collate import collate_rows
 from ultrafuser.data.templates import Renderer
+from ultrafuser.evaluate.intervals import Stratum, difference, estimate
 from ultrafuser.evaluate.losses import (
     RowLoss,
+    by_stratum,
     fused_losses,
     group_losses,
-    paired_difference,
     specialist_losses,
-    summarise,
 )
 from ultrafuser.specialists import fuse
 from ultrafuser.train.features import FeatureStore
@@ -109,55 +109,55 @@ def test_the_bare_base_of_adapters(tiny_run, tmp_path):
 # ---------------------------------------------------------------- means and intervals
 
 
-def random_losses(number: int, mean: float, seed: int = 0) -> list[RowLoss]:
+def random_losses(count: int, mean: float, seed: int = 0) -> Stratum:
+    """Nats and tokens of some rows."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(5, 80, size=number)
-    nats = tokens * rng.normal(mean, 0.3, size=number)
-    return [RowLoss("text", float(n), int(t)) for n, t in zip(nats, tokens, strict=True)]
+    tokens = rng.integers(5, 80, size=count)
+    nats = tokens * rng.normal(mean, 0.3, size=count)
+    return Stratum(
+        {str(i): float(n) for i, n in enumerate(nats)},
+        {str(i): float(t) for i, t in enumerate(tokens)},
+    )
 
 
-def test_a_summary_weighs_rows_by_their_tokens():
-    losses = [RowLoss("text", 10.0, 10), RowLoss("text", 60.0, 30), RowLoss("code", 5.0, 50)]
-    found = summarise(losses, ["text", "code"])
-    assert found["text"]["nll"] == pytest.approx(70 / 40)
-    assert (found["text"]["tokens"], found["text"]["samples"]) == (40, 2)
-    assert found["code"] == {"nll": 0.1, "ci95": [0.1, 0.1], "tokens": 50, "samples": 1}
+def test_rows_weigh_by_their_tokens(rows_and_model):
+    _, rows, _ = rows_and_model
+    first, second, other = rows[0], rows[1], next(row for row in rows if row.domain != rows[0].domain)
+    losses = [
+        RowLoss(row.domain, nats, count)
+        for row, nats, count in ((first, 10.0, 10), (second, 60.0, 30), (other, 5.0, 50))
+    ]
+    strata = by_stratum([first, second, other], losses)
+    assert estimate([strata[first.domain]])["value"] == pytest.approx(70 / 40)
+    assert strata[first.domain].weights == {first.row_id: 10, second.row_id: 30}
+    assert estimate([strata[other.domain]]) == {"value": 0.1, "ci95": [0.1, 0.1]}
 
 
 def test_intervals_cover_the_mean_and_shrink_with_the_rows():
-    few, many = (summarise(random_losses(n, 2.0), ["text"])["text"] for n in (20, 500))
-    for found in (few, many):
-        assert found["ci95"][0] < found["nll"] < found["ci95"][1]
+    few, many = (estimate([random_losses(n, 2.0)]) for n in (20, 500))
+    for cell in (few, many):
+        assert cell["ci95"][0] < cell["value"] < cell["ci95"][1]
     assert many["ci95"][1] - many["ci95"][0] < 0.5 * (few["ci95"][1] - few["ci95"][0])
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     covered = 0
     for seed in range(100):
-        low, high = summarise(random_losses(60, 2.0, seed), ["text"])["text"]["ci95"]
+        low, high = estimate([random_losses(60, 2.0, seed)])["ci95"]
         covered += low < 2.0 < high
     assert 85 <= covered <= 100
 
 
 def test_a_paired_difference_is_far_sharper_than_two_intervals():
     losses = random_losses(50, 2.0)
-    better = [RowLoss(r.domain, r.nats - 0.05 * r.tokens, r.tokens) for r in losses]
-    found = paired_difference(better, losses, "text")
-    assert found["difference"] == pytest.approx(-0.05)
-    assert found["ci95"] == pytest.approx([-0.05, -0.05])
-    assert paired_difference(losses, losses, "text") == {"difference": 0.0, "ci95": [0.0, 0.0]}
+    better = Stratum({row: nats - 0.05 * losses.weights[row] for row, nats in losses.totals.items()}, losses.weights)
+    pair = difference([better], [losses])
+    assert pair["difference"] == pytest.approx(-0.05)
+    assert pair["ci95"] == pytest.approx([-0.05, -0.05])
+    assert difference([losses], [losses]) == {"difference": 0.0, "ci95": [0.0, 0.0]}
 
 
 def test_intervals_are_seeded():
-    losses = random_losses(30, 1.0)
-    assert summarise(losses, ["text"]) == summarise(losses, ["text"])
-    assert summarise(losses, ["text"], seed=1) != summarise(losses, ["text"])
-
-
-def test_a_domain_without_rows_is_named():
-    from ultrafuser.errors import DataError
-
-    with pytest.raises(DataError, match="domain 'math' has no rows"):
-        summarise(random_losses(3, 1.0), ["math"])
-    with pytest.raises(DataError, match="domain 'math' has no rows"):
-        paired_difference(random_losses(3, 1.0), random_losses(3, 1.0), "math")
+    losses = [random_losses(30, 1.0)]
+    assert estimate(losses) == estimate(losses)
+    assert estimate(losses, seed=1) != estimate(losses)

@@ -30,14 +30,15 @@ from ultrafuser.report.figures import relative as report_relative
 from ultrafuser.report.figures import training as report_training
 from ultrafuser.report.page import write_report
 
-DEMO = Path(__file__).parents[2] / "docs" / "results" / "demo-full.json"
+MEASURED_LOSSES = Path(__file__).with_name("losses.json")
+KEPT_RESULTS = Path(__file__).parents[2] / "docs" / "results" / "compare-zoo" / "results.json"
 NAMES = ["text", "code", "math"]
 TASKS = {
     "gsm8k": {"metric": "exact_match", "higher_is_better": True, "description": "Grade-school maths, zero-shot."},
     "math": {"metric": "exact_match", "higher_is_better": True, "description": "Competition maths."},
     "humaneval": {"metric": "pass@1", "higher_is_better": True, "description": "Python functions, run with tests."},
 }
-# Measured: the demo on all rows. Name -> kind and label.
+# Measured on all rows of the zoo. Name -> kind and label.
 MEASURED = {
     "base": ("base", "base"),
     "text": ("specialist", "text specialist"),
@@ -61,7 +62,7 @@ INVENTED = {
 
 def specimen() -> dict[str, Any]:
     """A comparison with every part: the demo's numbers, and invented ones for what the demo does not measure."""
-    demo = json.loads(DEMO.read_text(encoding="utf-8"))
+    demo = json.loads(MEASURED_LOSSES.read_text(encoding="utf-8"))
     rng = random.Random(0)
     domains = demo["domains"]
     best = {d: min(NAMES, key=lambda name, d=d: demo["systems"][name][d]["nll"]) for d in domains}  # type: ignore[misc]
@@ -219,7 +220,7 @@ def html(folder: Path) -> str:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """PNG files take most of the time; where they are not the point, leave them empty."""
-    monkeypatch.setattr("ultrafuser.report.page.png_bytes", lambda figure: b"")
+    monkeypatch.setattr("ultrafuser.report.page.png_bytes", lambda figure, **options: b"")
 
 
 def section(html: str, heading: str) -> str:
@@ -718,6 +719,6 @@ def test_a_kind_of_no_other_name_is_called_by_its_own(results: dict[str, Any]) -
 
 
 def test_the_kept_comparison_loads() -> None:
-    kept = json.loads((DEMO.parent / "compare-zoo" / "results.json").read_text(encoding="utf-8"))
+    kept = json.loads(KEPT_RESULTS.read_text(encoding="utf-8"))
     systems = check_comparison(kept).systems
     assert systems["btx"].kind_label == "BTX" and all(system.description for system in systems.values())

@@ -20,8 +20,10 @@ from matplotlib import colors, image
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from ultrafuser.inspect.figure import wrap
-from ultrafuser.report.figures import demo as figures
+from ultrafuser.display.drawing import png_bytes, svg
+from ultrafuser.inspect.figure import trace_figure, trace_png, wrap
+from ultrafuser.report.figures.gate import weights_by_domain, weights_heatmap
+from ultrafuser.report.figures.training import training_curves
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -45,7 +47,7 @@ def test_wrapping_keeps_tokens_columns_and_order() -> None:
 
 
 def test_the_trace_shows_each_token_on_the_leaders_colour(trace: TokenTrace) -> None:
-    figure = figures.trace_figure(trace)
+    figure = trace_figure(trace)
     response, strip = figure.axes
     words = [token.strip() for token in map(printable, trace.tokens)]
     assert [text.get_text().strip() for text in response.texts] == [word for word in words if word]
@@ -61,21 +63,21 @@ def test_the_trace_shows_each_token_on_the_leaders_colour(trace: TokenTrace) -> 
 
 def test_dollars_in_tokens_are_not_mathematics() -> None:
     broken = TokenTrace(["$\\frac{", "$", " $x^$"], [[1.0]] * 3, ["a$b$"], prompt="$\\bad$", title="$^$")
-    figure = figures.trace_figure(broken)
-    assert figures.png_bytes(figure, dpi=40).startswith(PNG)
+    figure = trace_figure(broken)
+    assert png_bytes(figure, dpi=40).startswith(PNG)
     assert "$\\bad$" in texts(figure) and "$\\frac{" in texts(figure)
 
 
 def test_trace_png_writes_the_file(trace: TokenTrace, tmp_path: Path) -> None:
-    figure = figures.trace_png(trace, tmp_path / "trace.png")
+    figure = trace_png(trace, tmp_path / "trace.png")
     pixels = image.imread(io.BytesIO((tmp_path / "trace.png").read_bytes()))
     assert pixels.shape[:2] == tuple(int(200 * side) for side in figure.get_size_inches()[::-1])
-    figures.trace_png(TokenTrace([], [], ["x"]), tmp_path / "empty.png")
+    trace_png(TokenTrace([], [], ["x"]), tmp_path / "empty.png")
 
 
 def test_bars_are_the_weights_stacked(results: dict[str, Any]) -> None:
-    gate = results["gate_weights"]
-    axes = figures.weights_by_domain(gate).axes[0]
+    gate = results["gate_weights"]["fused"]
+    axes = weights_by_domain(gate).axes[0]
     drawn = np.array([[bar.get_width() for bar in bars] for bars in axes.containers])
     np.testing.assert_allclose(drawn.T, [list(row.values()) for row in gate.values()])
     for k, bars in enumerate(axes.containers):
@@ -85,25 +87,14 @@ def test_bars_are_the_weights_stacked(results: dict[str, Any]) -> None:
 
 def test_the_heat_map_has_a_column_per_sample_and_a_row_per_specialist() -> None:
     samples = {"p": [{"x": 0.9, "y": 0.1}, {"y": 0.8, "x": 0.2}], "q": [{"x": 0.5, "y": 0.5}]}
-    first, second, _ = figures.weights_heatmap(samples).axes
+    first, second, _ = weights_heatmap(samples).axes
     np.testing.assert_allclose(first.images[0].get_array(), [[0.9, 0.2], [0.1, 0.8]])  # type: ignore[arg-type]
     np.testing.assert_allclose(second.images[0].get_array(), [[0.5], [0.5]])  # type: ignore[arg-type]
     assert (first.get_title(), second.get_title()) == ("p", "q")
 
 
-def test_losses_and_intervals_are_drawn_where_they_are(results: dict[str, Any]) -> None:
-    figure = figures.loss_bars(results)
-    for axes, domain in zip(figure.axes, results["domains"], strict=True):
-        for row, cells in enumerate(results["systems"].values()):
-            interval, point = axes.lines[2 * row : 2 * row + 2]
-            assert np.array_equal(interval.get_xdata(), cells[domain]["ci95"])
-            assert np.array_equal(point.get_xydata(), [[cells[domain]["nll"], row]])
-            assert f"{cells[domain]['nll']:.3f}" in texts(figure)
-        assert colors.same_color(axes.lines[3].get_color(), colour(0))  # the specialist `text`
-
-
 def test_training_curves_have_a_column_per_stage(metrics: list[dict[str, Any]]) -> None:
-    grid = np.array(figures.training_curves(metrics).axes).reshape(3, 2)
+    grid = np.array(training_curves(metrics).axes).reshape(3, 2)
     assert [axes.get_title() for axes in grid[0]] == ["stage 1: gate", "stage 2: joint"]
     shades = domain_colours(["text", "code", "math", "mixed"], ["text", "code", "math"])
     for axes, steps in zip(grid[0], (40, 6), strict=True):
@@ -121,7 +112,7 @@ def test_of_a_step_logged_twice_the_later_row_counts_and_gaps_are_skipped() -> N
         {"stage": "gate", "step": 4, "loss/a": float("nan")},
         {"note": "no step"},
     ]
-    (axes,) = figures.training_curves(rows).axes
+    (axes,) = training_curves(rows).axes
     (line,) = lines_of(axes, colour(0))
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2], [5.0, 3.0])
 
@@ -129,15 +120,15 @@ def test_of_a_step_logged_twice_the_later_row_counts_and_gaps_are_skipped() -> N
 @pytest.mark.parametrize(
     ("draw", "data", "message"),
     [
-        (figures.training_curves, [{"loss": 1.0}], "no row has both 'stage' and 'step'"),
-        (figures.weights_by_domain, {}, "no domains"),
+        (training_curves, [{"loss": 1.0}], "no row has both 'stage' and 'step'"),
+        (weights_by_domain, {}, "no domains"),
         (
-            figures.weights_by_domain,
+            weights_by_domain,
             {"p": {"x": 1.0}, "q": {"y": 1.0}},
             r"'q' has weights of \['y'\], expected \['x'\]",
         ),
-        (figures.weights_heatmap, {"p": []}, "domain 'p' has no samples"),
-        (figures.weights_heatmap, {"p": [{"x": 1.0}, {}]}, r"'p 1' has weights of \[\], expected \['x'\]"),
+        (weights_heatmap, {"p": []}, "domain 'p' has no samples"),
+        (weights_heatmap, {"p": [{"x": 1.0}, {}]}, r"'p 1' has weights of \[\], expected \['x'\]"),
     ],
 )
 def test_data_that_cannot_be_drawn_is_refused(draw: Any, data: Any, message: str) -> None:
@@ -146,12 +137,12 @@ def test_data_that_cannot_be_drawn_is_refused(draw: Any, data: Any, message: str
 
 
 def test_svg_is_well_formed_repeatable_and_follows_the_page(results: dict[str, Any], trace: TokenTrace) -> None:
-    once, again = (figures.svg(figures.loss_bars(results)) for _ in range(2))
+    once, again = (svg(weights_by_domain(results["gate_weights"]["fused"])) for _ in range(2))
     assert once == again
     assert ElementTree.fromstring(once).tag.endswith("svg")
-    assert "weight average" in once and "2.211" in once  # text stays text
+    assert "mixed" in once and "0.88" in once  # text stays text
     assert "var(--ink, " in once and "var(--muted, " in once
-    ElementTree.fromstring(figures.svg(figures.trace_figure(trace)))  # an escape character would not be XML
+    ElementTree.fromstring(svg(trace_figure(trace)))  # an escape character would not be XML
 
 
 def test_without_matplotlib_the_message_is_the_command(
@@ -160,11 +151,10 @@ def test_without_matplotlib_the_message_is_the_command(
     for name in [name for name in sys.modules if name == "matplotlib" or name.startswith("matplotlib.")]:
         monkeypatch.setitem(sys.modules, name, None)
     draws = (
-        lambda: figures.trace_figure(trace),
-        lambda: figures.loss_bars(results),
-        lambda: figures.training_curves(metrics),
-        lambda: figures.weights_by_domain(results["gate_weights"]),
-        lambda: figures.weights_heatmap({"p": [{"x": 1.0}]}),
+        lambda: trace_figure(trace),
+        lambda: training_curves(metrics),
+        lambda: weights_by_domain(results["gate_weights"]["fused"]),
+        lambda: weights_heatmap({"p": [{"x": 1.0}]}),
     )
     for draw in draws:
         with pytest.raises(MissingExtraError) as error:

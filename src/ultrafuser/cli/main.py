@@ -193,21 +193,21 @@ def demo_command(
     with quiet():
         from ultrafuser.demo import demo_recipe, run_demo
 
-        results, traces = run_demo(demo_recipe(output, full=full, seed=seed, device=device), ConsoleProgress())
+        comparison, traces = run_demo(demo_recipe(output, full=full, seed=seed, device=device), ConsoleProgress())
     if as_json:
-        echo(json.dumps(results))
+        echo(json.dumps(comparison.model_dump(mode="json")))
         return
     from ultrafuser.inspect.terminal import render_terminal
-    from ultrafuser.report.demo_page import results_table
+    from ultrafuser.report.terminal import loss_table
 
     console = Console()
-    console.print(results_table(results))
+    console.print(loss_table(comparison))
     if traces:
         console.print(f"\n[bold]{traces[-1].prompt}[/bold]")
         console.print(render_terminal(traces[-1]))
     fused = output / "fused"
     echo(
-        f"\n{results['seconds']['total']:.0f} s, {results['config']['peak_memory_mb']} MB\n"
+        f"\n{comparison.config['seconds']['total']:.0f} s, {comparison.config['peak_memory_mb']} MB\n"
         f"report: {output}/report.html\n"
         f"next:\n  ultrafuser chat {fused}\n  ultrafuser inspect {fused} --prompt 'What is 15% of 80?' --weights\n"
         f"  ultrafuser info {fused}"
@@ -459,7 +459,7 @@ def _write_traces(traces: list[Any], means: dict[str, Any], html: Path | None, p
         html.write_text(page("Which specialist leads", sections), encoding="utf-8")
     if png is not None:
         from ultrafuser.inspect.figure import trace_png
-        from ultrafuser.report.figures.demo import weights_by_domain
+        from ultrafuser.report.figures.gate import weights_by_domain
 
         if means:
             from ultrafuser.display.drawing import png_bytes

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ultrafuser.errors import MissingExtraError
@@ -140,10 +140,10 @@ def themed_svg(image: str) -> str:
     return image
 
 
-def png_bytes(figure: Figure, *, dpi: int = 200) -> bytes:
-    """The figure as the bytes of a PNG file on white, `dpi` pixels an inch."""
+def png_bytes(figure: Figure, *, dpi: int = 200, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The figure as the bytes of a PNG file on white, with `dpi` pixels per inch and further text chunks."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font has every script: boxes instead
-        figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+        figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata=dict(metadata or {}))
     return buffer.getvalue()

@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from ultrafuser.data.responses import length_batches, token_budget
 from ultrafuser.data.templates import Rendered
-from ultrafuser.errors import DataError
 from ultrafuser.evaluate.intervals import Stratum
 from ultrafuser.model.loss import label_log_prob, mixed_log_prob
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 from ultrafuser.train.features import FeatureStore, response_states
-
-BOOTSTRAP_SAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -140,55 +136,3 @@ def mean_weights(
 
 def _row_loss(row: Rendered, nats: float) -> RowLoss:
     return RowLoss(row.domain, nats, len(row.labels))
-
-
-def summarise(losses: Sequence[RowLoss], domains: Sequence[str], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Mean nats a response token by domain, with a 95% bootstrap interval over rows.
-
-    Raises:
-        DataError: a domain without rows.
-    """
-    out = {}
-    for domain in domains:
-        mine = [loss for loss in losses if loss.domain == domain]
-        _check(mine, domain)
-        nats, tokens = np.array([r.nats for r in mine]), np.array([r.tokens for r in mine])
-        means = _bootstrap(nats, tokens, seed)
-        out[domain] = {
-            "nll": float(nats.sum() / tokens.sum()),
-            "ci95": [float(x) for x in np.percentile(means, [2.5, 97.5])],
-            "tokens": int(tokens.sum()),
-            "samples": len(mine),
-        }
-    return out
-
-
-def paired_difference(
-    losses: Sequence[RowLoss], other: Sequence[RowLoss], domain: str, seed: int = 0
-) -> dict[str, Any]:
-    """Nats a token that `losses` has over `other` on the same rows, with a 95% paired bootstrap interval.
-
-    Raises:
-        DataError: a domain without rows.
-    """
-    pairs = [(a, b) for a, b in zip(losses, other, strict=True) if a.domain == domain]
-    _check(pairs, domain)
-    difference = np.array([a.nats - b.nats for a, b in pairs])
-    tokens = np.array([a.tokens for a, _ in pairs])
-    means = _bootstrap(difference, tokens, seed)
-    return {
-        "difference": float(difference.sum() / tokens.sum()),
-        "ci95": [float(x) for x in np.percentile(means, [2.5, 97.5])],
-    }
-
-
-def _check(rows: Sequence[Any], domain: str) -> None:
-    if not rows:
-        raise DataError(f"domain {domain!r} has no rows, so its loss cannot be measured; add some to the test data")
-
-
-def _bootstrap(nats: np.ndarray, tokens: np.ndarray, seed: int) -> np.ndarray:
-    """Token-weighted means of rows drawn with replacement: (BOOTSTRAP_SAMPLES,)."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(nats), size=(BOOTSTRAP_SAMPLES, len(nats)))
-    return nats[drawn].sum(1) / tokens[drawn].sum(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,6 +200,11 @@ class Comparison(BaseModel):
             for name, task in self.tasks.items()
             if name in found
         ]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the results. Every PNG figure of a report carries it, so that a kept figure can be checked."""
+        return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
     @property
     def columns(self) -> list[Column]:

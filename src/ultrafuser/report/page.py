@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrafuser.display.drawing import png_bytes, svg, themed_svg
+from ultrafuser.inspect.figure import trace_figure
 from ultrafuser.inspect.html import page
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.report.blocks import answers, as_json, definitions, details, plot
@@ -16,7 +17,7 @@ from ultrafuser.report.data import BASELINES, Comparison, check_comparison
 from ultrafuser.report.figures import quality as report_figures
 from ultrafuser.report.figures import relative as report_relative
 from ultrafuser.report.figures import training as report_training
-from ultrafuser.report.figures.demo import trace_figure, weights_by_domain, weights_heatmap
+from ultrafuser.report.figures.gate import weights_by_domain, weights_heatmap
 from ultrafuser.report.tables import (
     chosen_table,
     csv_text,
@@ -68,23 +69,24 @@ def write_report(
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     (folder / "results.csv").write_text(csv_text(comparison), encoding="utf-8")
     (folder / "table.md").write_text(markdown_table(comparison), encoding="utf-8")
-    text = _page(comparison, _Plots(folder / "figures"), traces)
+    text = _page(comparison, _Plots(folder / "figures", comparison.digest), traces)
     (folder / "report.html").write_text(text, encoding="utf-8")
     return folder / "report.html"
 
 
 class _Plots:
-    """Draws figures into a folder and numbers them on the page."""
+    """Draws figures into a folder and numbers them on the page; a PNG names the digest of its results."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, digest: str) -> None:
         self.folder = folder
+        self.digest = digest
         self.count = 0
 
     def save(self, name: str, figure: Figure) -> str:
         """Write NAME.svg and NAME.png; the SVG's text."""
         image = svg(figure, themed=False)
         (self.folder / f"{name}.svg").write_text(image + "\n", encoding="utf-8")
-        (self.folder / f"{name}.png").write_bytes(png_bytes(figure))
+        (self.folder / f"{name}.png").write_bytes(png_bytes(figure, metadata={"Results": self.digest}))
         return image
 
     def __call__(self, name: str, figure: Figure | None, caption: str) -> str:
@@ -137,6 +139,10 @@ _BARS_CAPTION = (
 _TRAINING_CAPTION = (
     "Training loss by stage (figure 5 of the paper). Where there are many steps, thin lines are the single ones and thick lines "
     "their running mean."
+)
+_CURVES_CAPTION = (
+    "{label}: loss on the data of each domain, mean gate weight of each specialist, and entropy of the gate (0: one specialist "
+    "has all the weight; ln K: all K have the same). Diamonds are the loss on validation rows."
 )
 
 
@@ -209,6 +215,11 @@ def _answers(traces: Sequence[TokenTrace], plots: _Plots) -> str:
 
 def _training(comparison: Comparison, plots: _Plots) -> str:
     parts = [plots("training", report_training.training_losses(comparison), _TRAINING_CAPTION)]
+    main = comparison.main or ""
+    metrics = comparison.training.get(main, [])
+    if any(key.startswith("gate_weight/") for row in metrics for key in row):
+        caption = _CURVES_CAPTION.format(label=comparison.label(main))
+        parts.append(plots("training-curves", report_training.training_curves(metrics), caption))
     if comparison.stability:
         note = "Loss over the checkpoints of a training: mean and sample standard deviation (table 4 of the paper)."
         figure = report_training.stability_curves(comparison)

@@ -1,4 +1,4 @@
-"""How the systems of a comparison learned: training losses (figure 5) and stability over checkpoints (table 4)."""
+"""How systems learned: training losses (figure 5), one run in detail, stability over checkpoints (table 4)."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from ultrafuser.display.drawing import (
+    INK,
     MUTED,
     RULE,
     SMALL,
+    TEXT,
     WIDTH,
     draw_legend,
     finished,
     inset,
     legend_shape,
+    name_width,
     new_figure,
     plain_axes,
 )
+from ultrafuser.display.palette import colours, domain_colours
+from ultrafuser.errors import DataError
 from ultrafuser.report.data import MEAN, Checkpoint, Comparison
-from ultrafuser.report.figures.demo import curve
 from ultrafuser.report.figures.quality import short, system_colours
 
 if TYPE_CHECKING:
@@ -60,6 +64,53 @@ def stability_curves(comparison: Comparison) -> Figure | None:
     axes.set_xlabel("step of the checkpoint", size=SMALL, color=MUTED)
     axes.set_ylabel("mean loss, nats per token", size=SMALL, color=MUTED)
     return _with_legend([axes])
+
+
+def training_curves(metrics: Rows) -> Figure:
+    """Loss per domain and mean gate weight per specialist over the steps, a column for each stage.
+
+    metrics: rows of metrics.jsonl. `loss/D` is drawn thin and its running mean thick, `eval_loss/D` as
+    diamonds; `gate_weight/S` and `gate_entropy` (nats) follow below. What a row lacks is skipped; of a step
+    logged twice (a resumed run) the later row counts.
+
+    Raises:
+        DataError: no row has a stage and a step.
+    """
+    steps_of: dict[str, list[Mapping[str, Any]]] = {}
+    for row in metrics:
+        if "stage" in row and "step" in row:
+            steps_of.setdefault(row["stage"], []).append(row)
+    if not steps_of:
+        raise DataError("training_curves: no row has both 'stage' and 'step'; pass the rows of metrics.jsonl")
+    specialists = _suffixes(metrics, "gate_weight/")
+    domains = _suffixes(metrics, "loss/") or _suffixes(metrics, "eval_loss/")
+    tall = {"loss": 2.2}  # inches of each panel
+    if specialists:
+        tall["weight"] = 1.5
+    if any("gate_entropy" in row for row in metrics):
+        tall["entropy"] = 0.85
+
+    grid = _stage_grid(steps_of, tall, right=0.6 + name_width([*domains, *specialists, "mixed"]))
+    for axes, rows in zip(grid[0], steps_of.values(), strict=True):
+        for domain, shade in (domain_colours(domains, specialists) or {"": INK}).items():
+            suffix = f"/{domain}" if domain else ""
+            curve(axes, rows, f"loss{suffix}", shade, domain or "all domains")
+            _diamonds(axes, rows, f"eval_loss{suffix}", shade)
+    _name_curves(grid[0], "loss, nats per token")
+    if "weight" in tall:
+        for axes, rows in zip(grid[1], steps_of.values(), strict=True):
+            for name, shade in colours(specialists).items():
+                curve(axes, rows, f"gate_weight/{name}", shade, name)
+            axes.set_ylim(0, 1)
+        _name_curves(grid[1], "mean gate weight")
+    if "entropy" in tall:
+        for axes, rows in zip(grid[-1], steps_of.values(), strict=True):
+            curve(axes, rows, "gate_entropy", INK, "gate entropy")
+            axes.set_ylim(bottom=0)
+        _name_curves(grid[-1], "entropy, nats")
+    figure = grid[0, 0].figure
+    figure.align_ylabels(grid[:, 0])
+    return finished(figure)
 
 
 def steps_by_stage(rows: Rows) -> dict[str, list[dict[str, float]]]:
@@ -115,3 +166,73 @@ def _with_legend(panels: Sequence[Axes]) -> Figure:
     handles = [found[label] for label in found]
     draw_legend(figure, handles, columns, 0.75, figure.get_figheight() - 0.08)
     return finished(figure)
+
+
+def _stage_grid(steps_of: Mapping[str, Rows], tall: Mapping[str, float], *, right: float) -> Any:
+    """Axes, a row per panel and a column per stage, wide as the stage is long, within reason."""
+    lengths = [len({row["step"] for row in rows}) for rows in steps_of.values()]
+    figure = new_figure(WIDTH, sum(tall.values()) + 0.28 * (len(tall) - 1) + 0.8)
+    high = figure.get_figheight()
+    grid = figure.subplots(
+        len(tall),
+        len(steps_of),
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+        height_ratios=list(tall.values()),
+        width_ratios=[max(length, 0.45 * max(lengths)) for length in lengths],
+    )
+    figure.subplots_adjust(0.75 / WIDTH, 0.45 / high, 1 - right / WIDTH, 1 - 0.32 / high, wspace=0.05)
+    for number, (stage, axes) in enumerate(zip(steps_of, grid[0], strict=True), start=1):
+        axes.set_title(f"stage {number}: {stage}", size=TEXT, weight="bold", color=INK, pad=6)
+    for axes in grid[-1]:
+        axes.set_xlabel("step", size=SMALL, color=MUTED)
+        axes.locator_params(axis="x", integer=True)
+    return grid
+
+
+def _name_curves(line: Sequence[Axes], label: str) -> None:
+    """Name a row of panels at its left, its curves at its right."""
+    line[0].set_ylabel(label, size=SMALL, color=MUTED)
+    for axes in line:
+        plain_axes(axes, spines=("bottom", "left"))
+        axes.grid(axis="y", color=RULE, linewidth=0.6)
+    if len(line[-1].get_legend_handles_labels()[1]) > 1:
+        line[-1].legend(
+            loc="center left",
+            bbox_to_anchor=(1.02, 0.5),
+            frameon=False,
+            fontsize=TEXT,
+            handlelength=1.2,
+            labelcolor=INK,
+        )
+
+
+def _suffixes(metrics: Rows, prefix: str) -> list[str]:
+    return list(dict.fromkeys(key[len(prefix) :] for row in metrics for key in row if key.startswith(prefix)))
+
+
+def _series(rows: Rows, key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a key, in order of the steps."""
+    value_at = {row["step"]: row[key] for row in rows if row.get(key) is not None and math.isfinite(row[key])}
+    steps = sorted(value_at)
+    return steps, [value_at[step] for step in steps]
+
+
+def curve(axes: Axes, rows: Rows, key: str, shade: str, label: str) -> None:
+    """The values as a thin line, their running mean over about a twentieth of the steps as a thick one."""
+    steps, values = _series(rows, key)
+    keep = max(0.0, 1 - 20 / len(values)) if values else 0.0
+    smooth, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        smooth.append(total / weight)
+    if keep:
+        axes.plot(steps, values, color=shade, linewidth=0.7, alpha=0.35)
+    marker = "o" if len(values) == 1 else ""
+    axes.plot(steps, smooth, color=shade, linewidth=1.9, marker=marker, markersize=3.5, label=label)
+
+
+def _diamonds(axes: Axes, rows: Rows, key: str, shade: str) -> None:
+    steps, values = _series(rows, key)
+    axes.plot(steps, values, linestyle="", marker="D", markersize=5, color=shade, mec=INK, mew=0.8)
