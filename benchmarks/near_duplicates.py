@@ -26,7 +26,7 @@ from rich.table import Table
 
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
-from ultrafuser.data.tools.near_duplicates import PARTS, NearDuplicateRule, clusters
+from ultrafuser.data.tools.near_duplicates import COMPARED_ROLES, NearDuplicateRule, find_clusters
 
 ZOO = [f"package:ultrafuser/zoo/data/{name}.train.jsonl" for name in ("text", "code", "math", "mixed")]
 THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -69,7 +69,7 @@ def recall_and_precision(rows: list[Row], copies: list[Row], rule: NearDuplicate
     """Recall and precision of finding the copies."""
     all_rows = [*rows, *copies]
     hits = wrong = 0
-    for cluster in clusters(all_rows, rule):
+    for cluster in find_clusters(all_rows, rule):
         original = all_rows[cluster.kept].id.split("/")[0]
         dropped = [*cluster.exact, *(index for index, _ in cluster.near)]
         correct = sum(all_rows[index].id.split("/")[0] == original for index in dropped)
@@ -85,7 +85,7 @@ def load(rows: list[Row], count: int, rule: NearDuplicateRule) -> dict[str, Any]
         for i in range(count)
     ]
     baseline_mb, start = _peak_mb(), time.perf_counter()
-    num_clusters = len(clusters(numbered, rule))
+    num_clusters = len(find_clusters(numbered, rule))
     seconds = time.perf_counter() - start
     return {"rows": count, "kept": num_clusters, "s": seconds, "mb_above_rows": _peak_mb() - baseline_mb}
 
@@ -97,7 +97,7 @@ def _peak_mb() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=ZOO)
-    parser.add_argument("--on", choices=list(PARTS), default="conversation")
+    parser.add_argument("--on", choices=list(COMPARED_ROLES), default="conversation")
     parser.add_argument("--many", type=int, default=20_000, help="rows for time and memory (0: do not measure them)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -106,7 +106,7 @@ def main() -> None:
     loaded = [row for path in args.data for row in load_rows(path)]
     rows = [
         replace(loaded[cluster.kept], id=f"{i:06}")
-        for i, cluster in enumerate(clusters(loaded, NearDuplicateRule(0.5, args.on)))
+        for i, cluster in enumerate(find_clusters(loaded, NearDuplicateRule(0.5, args.on)))
     ]
     vocabulary = [word for row in rows for _, content in row.messages for word in content.split()]
     edits: dict[str, Edit] = {

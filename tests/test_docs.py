@@ -18,7 +18,7 @@ import yaml
 from test_imports import MAY_IMPORT
 from tiny_models import tiny
 from ultrafuser.cli.main import main as command_line
-from ultrafuser.data.schema import _PAIR_LAYOUTS
+from ultrafuser.data.schema import PAIR_LAYOUTS
 from ultrafuser.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -240,7 +240,7 @@ def test_the_checkpoint_page_names_every_field_of_a_manifest(workplace):
 
 def test_the_data_page_lists_the_layouts_in_order():
     listed = re.findall(r"^\| (?:instruction|pair) \| (.*) \|$", (ROOT / "docs" / "data.md").read_text(), re.M)
-    assert listed == [", ".join(f"`{column}`" for column in layout if column) for layout in _PAIR_LAYOUTS]
+    assert listed == [", ".join(f"`{column}`" for column in layout if column) for layout in PAIR_LAYOUTS]
 
 
 def test_the_command_page_is_what_help_says(capsys, monkeypatch):

@@ -155,7 +155,7 @@ def test_a_specialist_without_a_template_is_named(tmp_path, tokenizer):
     tiny(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "bare")
     bare.save_pretrained(tmp_path / "bare")
     one = {"name": "a", "model": str(tmp_path / "bare")}
-    with pytest.raises(DataError, match="specialist 'a': its tokenizer has no chat template; give one: .*chatml"):
+    with pytest.raises(DataError, match="specialist 'a': its tokenizer has no chat template. Give one: .*chatml"):
         fuse(recipe(one))
     model, _ = fuse(recipe(one | {"chat_template": "plain"}))
     assert model.config.specialists[0]["chat_template"] == BUILTIN["plain"]

@@ -86,7 +86,7 @@ def test_decontaminate(run, rows, tmp_path):
     )
     assert report == json.loads((tmp_path / "r.json").read_text())
     assert report["dropped_rows"][0]["id"] == "text-10"
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="exists"):
         run("decontaminate", rows, "-a", tmp_path / "test.txt", "-o", tmp_path / "clean.jsonl")
     run("decontaminate", rows, "-a", tmp_path / "test.txt", "-o", tmp_path / "clean.jsonl", "--force")
 
@@ -162,7 +162,7 @@ def test_map(run, rows, tmp_path, save, tokenizer):
     found = json.loads(run(*words, "--force", "--json"))
     assert found["rows"] == {"code": 8, "text": 8} and found["png"] is None
     assert (tmp_path / "map.html").read_text(encoding="utf-8") == first
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="exists"):
         run(*words)
     for option, value in (("--part", "topics"), ("--method", "pca")):
         with pytest.raises(DataError, match=f"{option} '{value}': expected one of"):

@@ -20,18 +20,18 @@ def sampler(samples: int = 4, batches: int = 6, **options) -> BalancedBatchSampl
     return BalancedBatchSampler(DOMAINS, samples, batches, **options)
 
 
-def global_batches(whole: BalancedBatchSampler) -> list[list[int]]:
+def global_batches(batches: BalancedBatchSampler) -> list[list[int]]:
     """The union of the micro-batches of one optimizer step."""
-    micro = list(whole)
-    size = whole.num_micro_batches
-    assert len(micro) == len(whole) == size * whole.num_batches
+    micro = list(batches)
+    size = batches.num_micro_batches
+    assert len(micro) == len(batches) == size * batches.num_batches
     return [list(itertools.chain(*micro[i : i + size])) for i in range(0, len(micro), size)]
 
 
-def by_rank(whole: BalancedBatchSampler, num_ranks: int) -> list[list[list[int]]]:
+def by_rank(batches: BalancedBatchSampler, num_ranks: int) -> list[list[list[int]]]:
     """The micro-batches of each rank, as accelerate hands them out."""
     return [
-        list(BatchSamplerShard(whole, num_processes=num_ranks, process_index=rank, split_batches=False))
+        list(BatchSamplerShard(batches, num_processes=num_ranks, process_index=rank, split_batches=False))
         for rank in range(num_ranks)
     ]
 
@@ -40,35 +40,35 @@ def by_rank(whole: BalancedBatchSampler, num_ranks: int) -> list[list[list[int]]
 @pytest.mark.parametrize("rows_per_device", [1, 2, 5, None])
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["as-drawn", "by-length"])
 def test_exact_counts_in_every_global_batch_over_ranks_and_accumulation(num_ranks, rows_per_device, lengths):
-    whole = sampler(rows_per_device=rows_per_device, num_ranks=num_ranks, lengths=lengths)
-    ranks = by_rank(whole, num_ranks)
-    assert {len(micro) for micro in ranks} == {whole.num_batches * whole.num_accumulation}
-    for step in range(whole.num_batches):
-        part = slice(step * whole.num_accumulation, (step + 1) * whole.num_accumulation)
-        rows = [row for micro in ranks for batch in micro[part] for row in batch]
+    batches = sampler(rows_per_device=rows_per_device, num_ranks=num_ranks, lengths=lengths)
+    ranks = by_rank(batches, num_ranks)
+    assert {len(micro) for micro in ranks} == {batches.num_batches * batches.num_accumulation}
+    for step in range(batches.num_batches):
+        window = slice(step * batches.num_accumulation, (step + 1) * batches.num_accumulation)
+        rows = [row for micro in ranks for batch in micro[window] for row in batch]
         assert Counter(DOMAINS[row] for row in rows) == {"text": 4, "code": 4, "math": 4}
 
 
 def test_the_same_rows_in_every_step_whatever_the_ranks_and_the_micro_batches():
     expected = [Counter(rows) for rows in sampler().global_batches()]
     for num_ranks, size, lengths in itertools.product([1, 2, 3, 6], [1, 2, 3, None], [None, LENGTHS]):
-        whole = sampler(rows_per_device=size, num_ranks=num_ranks, lengths=lengths)
-        assert [Counter(rows) for rows in global_batches(whole)] == expected, (num_ranks, size)
+        batches = sampler(rows_per_device=size, num_ranks=num_ranks, lengths=lengths)
+        assert [Counter(rows) for rows in global_batches(batches)] == expected, (num_ranks, size)
 
 
 @pytest.mark.parametrize(
-    ("samples", "ranks", "wanted", "size", "accumulation"),
+    ("samples", "ranks", "limit", "size", "accumulation"),
     [(4, 1, 8, 6, 2), (4, 2, 8, 6, 1), (4, 1, 5, 4, 3), (4, 1, None, 12, 1), (4, 1, 1, 1, 12), (4, 3, 100, 4, 1)],
 )
-def test_micro_batches_are_as_large_as_allowed(samples, ranks, wanted, size, accumulation):
-    whole = sampler(samples, rows_per_device=wanted, num_ranks=ranks)
-    assert (whole.micro_size, whole.num_accumulation) == (size, accumulation)
-    assert {len(batch) for batch in whole} == {size}
+def test_micro_batches_are_as_large_as_allowed(samples, ranks, limit, size, accumulation):
+    batches = sampler(samples, rows_per_device=limit, num_ranks=ranks)
+    assert (batches.micro_size, batches.num_accumulation) == (size, accumulation)
+    assert {len(batch) for batch in batches} == {size}
 
 
 def test_rows_of_similar_length_share_a_micro_batch():
-    whole = sampler(rows_per_device=3, lengths=LENGTHS)
-    micro = list(itertools.islice(whole, whole.num_micro_batches))
+    batches = sampler(rows_per_device=3, lengths=LENGTHS)
+    micro = list(itertools.islice(batches, batches.num_micro_batches))
     lengths = [[LENGTHS[row] for row in batch] for batch in micro]
     assert list(itertools.chain(*lengths)) == sorted(itertools.chain(*lengths))
 
@@ -76,8 +76,8 @@ def test_rows_of_similar_length_share_a_micro_batch():
 def test_seeded():
     assert list(sampler(seed=3)) == list(sampler(seed=3)) == list(iter(sampler(seed=3)))
     assert list(sampler(seed=3)) != list(sampler(seed=4))
-    whole = sampler(seed=3)
-    assert list(whole) == list(whole), "iterating twice must give the same batches"
+    batches = sampler(seed=3)
+    assert list(batches) == list(batches), "iterating twice must give the same batches"
 
 
 def test_more_batches_begin_with_the_same_ones():
@@ -86,32 +86,32 @@ def test_more_batches_begin_with_the_same_ones():
 
 @pytest.mark.parametrize("skipped", [1, 5, 12])
 def test_skipping_batches_is_resuming(skipped):
-    whole = sampler(rows_per_device=2, lengths=LENGTHS)
-    loader = DataLoader(range(len(DOMAINS)), batch_sampler=whole, collate_fn=list)
+    batches = sampler(rows_per_device=2, lengths=LENGTHS)
+    loader = DataLoader(range(len(DOMAINS)), batch_sampler=batches, collate_fn=list)
     assert list(skip_first_batches(loader, skipped)) == list(loader)[skipped:]
 
 
 def test_every_row_of_a_domain_is_seen_before_any_comes_again():
     drawn = [row for rows in sampler(samples=4, batches=20).global_batches() for row in rows]
     for domain in ("text", "code", "math"):
-        mine = [row for row in drawn if DOMAINS[row] == domain]
+        domain_rows = [row for row in drawn if DOMAINS[row] == domain]
         have = DOMAINS.count(domain)
-        epochs = [mine[i : i + have] for i in range(0, len(mine) - have + 1, have)]
+        epochs = [domain_rows[i : i + have] for i in range(0, len(domain_rows) - have + 1, have)]
         assert all(len(set(epoch)) == have for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) > 1, "each epoch has an order of its own"
 
 
 def test_domains_are_shuffled_apart_from_each_other():
     """Adding a domain does not change what is drawn of the others."""
-    one = BalancedBatchSampler(DOMAINS, 2, 5)
+    balanced = BalancedBatchSampler(DOMAINS, 2, 5)
     two = BalancedBatchSampler([*DOMAINS, "mixed"], 2, 5)
-    for ours, theirs in zip(one.global_batches(), two.global_batches(), strict=True):
-        assert set(ours) <= set(theirs)
+    for first, second in zip(balanced.global_batches(), two.global_batches(), strict=True):
+        assert set(first) <= set(second)
 
 
 def test_unbalanced_draws_from_all_rows_alike():
-    whole = sampler(samples=4, batches=11, balanced=False)
-    batches = global_batches(whole)
+    batches = sampler(samples=4, batches=11, balanced=False)
+    batches = global_batches(batches)
     assert {len(rows) for rows in batches} == {12}
     seen = Counter(itertools.chain(*batches))
     assert set(seen.values()) == {6}, "22 rows, 132 draws: every row 6 times"
@@ -127,6 +127,6 @@ def test_no_rows_is_an_error():
 
 def test_a_batch_that_ranks_cannot_share_is_an_error():
     with pytest.raises(
-        DataError, match=r"5 rows from each of 3 domains \(code, math, text\).* 2 processes; change samples"
+        DataError, match=r"5 rows from each of 3 domains \(code, math, text\).* 2 processes. Change samples"
     ):
         sampler(samples=5, num_ranks=2)

@@ -50,8 +50,8 @@ def test_a_row_costs_the_same_alone_and_in_a_batch():
     batch = collate_rows(ROWS)
     together = model(**batch, output_gate_weights=True).token_loss
     for b, row in enumerate(ROWS):
-        alone = model(**collate_rows([row]), output_gate_weights=True).token_loss
-        torch.testing.assert_close(together[b, : len(row.labels)], alone[0], atol=1e-5, rtol=1e-5)
+        single = model(**collate_rows([row]), output_gate_weights=True).token_loss
+        torch.testing.assert_close(together[b, : len(row.labels)], single[0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_padding_token_does_not_matter():
@@ -62,10 +62,10 @@ def test_the_padding_token_does_not_matter():
 def test_prompts_are_padded_on_the_left_to_one_length(renderer):
     inputs = prompt_inputs(renderer, TALKS)
     prompts = [renderer.prompt(talk) for talk in TALKS]
-    longest = max(len(ids) for own in prompts for ids in own)
+    longest = max(len(ids) for row_prompts in prompts for ids in row_prompts)
     assert inputs["specialist_input_ids"].shape == inputs["specialist_attention_mask"].shape == (2, 3, longest)
-    for b, own in enumerate(prompts):
-        for k, ids in enumerate(own):
+    for b, row_prompts in enumerate(prompts):
+        for k, ids in enumerate(row_prompts):
             row, mask = inputs["specialist_input_ids"][b, k], inputs["specialist_attention_mask"][b, k]
             assert row[mask.bool()].tolist() == ids
             assert mask.tolist() == [0] * (longest - len(ids)) + [1] * len(ids)

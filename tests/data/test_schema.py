@@ -1,4 +1,4 @@
-"""Rows in every known layout, and the place of every mistake."""
+"""Rows in every known layout, and the location of every mistake."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ def test_the_given_domain_wins():
     [
         (["not", "an", "object"], "expected a JSON object, got list"),
         ("text", "expected a JSON object, got str"),
-        ({"messages": TURNS}, "no domain; add a 'domain' column or give the source one in the recipe"),
+        ({"messages": TURNS}, "no domain. Add a 'domain' column or give the source one in the recipe"),
         ({"messages": TURNS, "domain": ""}, "no domain"),
         ({"messages": TURNS, "domain": 3}, "no domain"),
-        ({"domain": "d", "text": "t", "n": 1}, r"no known layout in the columns \['domain', 'n', 'text'\]; expected"),
+        ({"domain": "d", "text": "t", "n": 1}, r"no known layout in the columns \['domain', 'n', 'text'\], expected"),
         ({"domain": "d"}, "no known layout"),
         ({"domain": "d", "messages": "Q"}, "'messages' must be a list of objects with 'role' and 'content'"),
         ({"domain": "d", "messages": ["Q", "A"]}, "'messages' must be a list of objects"),
@@ -124,7 +124,7 @@ def test_the_given_domain_wins():
         ({"domain": "d", "messages": [TURNS[0], turn("  ")]}, r"messages\[1\]: empty content of the assistant"),
         ({"domain": "d", "messages": [TURNS[0], turn(None)]}, r"messages\[1\]: empty content"),
         ({"domain": "d", "messages": [TURNS[0], {"role": "assistant"}]}, r"messages\[1\]: empty content"),
-        ({"domain": "d", "messages": TURNS[:1]}, "must alternate user, assistant and end with assistant; got user"),
+        ({"domain": "d", "messages": TURNS[:1]}, "must alternate user, assistant and end with assistant, got user"),
         ({"domain": "d", "messages": TURNS[1:]}, "roles must alternate .* got assistant"),
         ({"domain": "d", "messages": TURNS[:1] * 2 + TURNS[1:]}, "got user, user, assistant"),
         ({"domain": "d", "messages": [*TURNS, {"role": "system", "content": "S"}]}, "got user, assistant, system"),
@@ -133,6 +133,6 @@ def test_the_given_domain_wins():
         ({"domain": "d", "question": "Q", "answer": 7}, "column 'answer' is empty"),
     ],
 )  # fmt: skip
-def test_each_mistake_names_its_place(raw, words):
+def test_each_mistake_names_its_location(raw, words):
     with pytest.raises(DataError, match=f"^{AT}: .*{words}"):
         parse(raw)

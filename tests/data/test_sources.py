@@ -128,7 +128,7 @@ def test_broken_json_names_file_and_line(tmp_path):
 
 def test_an_empty_line_names_file_and_line(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(RAW[0]) + "\n\n" + json.dumps(RAW[1]) + "\n")
-    refuses(tmp_path / "rows.jsonl", r"rows\.jsonl:2: empty line; expected one JSON object")
+    refuses(tmp_path / "rows.jsonl", r"rows\.jsonl:2: empty line, expected one JSON object")
 
 
 def test_a_json_list_names_the_element(tmp_path):
@@ -164,7 +164,7 @@ def test_a_broken_parquet_file(tmp_path):
 
 def test_not_utf8(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(json.dumps(RAW[0]).encode() + b'\n{"prompt": "\xe9"}\n')
-    refuses(tmp_path / "rows.jsonl", r"rows\.jsonl: not UTF-8 at byte \d+; convert the file")
+    refuses(tmp_path / "rows.jsonl", r"rows\.jsonl: not UTF-8 at byte \d+. Convert the file")
 
 
 def test_no_rows(tmp_path):
@@ -179,7 +179,7 @@ def test_no_rows(tmp_path):
 def test_nothing_there(tmp_path):
     refuses(
         tmp_path / "missing.jsonl",
-        r"missing\.jsonl: no such file; expected \.jsonl, \.json, \.csv, \.parquet, a folder",
+        r"missing\.jsonl: no such file, expected \.jsonl, \.json, \.csv, \.parquet, a folder",
     )
     refuses(tmp_path / "*.jsonl", r"\*\.jsonl: no such file")
     refuses("data/rows.jsonl", r"data/rows\.jsonl: no such file")
@@ -190,9 +190,9 @@ def test_a_folder_without_data(tmp_path):
     refuses(tmp_path, "no such file|no rows|no .*file")
 
 
-def test_an_unknown_kind_of_file(tmp_path):
+def test_an_unknown_file_type(tmp_path):
     (tmp_path / "rows.txt").write_text("x")
-    refuses(tmp_path / "rows.txt", r"rows\.txt: unknown kind of file '\.txt'; expected one of \.jsonl")
+    refuses(tmp_path / "rows.txt", r"rows\.txt: unknown file type '\.txt', expected one of \.jsonl")
 
 
 def test_a_package_that_is_not_there():
@@ -222,6 +222,6 @@ def test_long_cells_of_csv(tmp_path):
 def test_csv_that_cannot_be_read(tmp_path, monkeypatch):
     from ultrafuser.data import sources
 
-    monkeypatch.setattr(sources, "_LONGEST_FIELD", 10)
+    monkeypatch.setattr(sources, "_MAX_CELL_BYTES", 10)
     (tmp_path / "rows.csv").write_text('prompt,response\n"a long question",A\n')
     refuses(tmp_path / "rows.csv", r"rows\.csv: not readable CSV: field larger than field limit \(10\)")

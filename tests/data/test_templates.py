@@ -63,9 +63,9 @@ def test_a_sequence_reads_as_its_template_writes_it(tokenizer, name, messages):
     """Put together from pieces, it is still the text that the template gives for the whole conversation."""
     got = Renderer(tokenizer, [BUILTIN[name]]).render(row(messages))
     chat = [{"role": role, "content": content} for role, content in messages]
-    whole = tokenizer.apply_chat_template(chat, chat_template=BUILTIN[name], tokenize=False)
-    assert whole.startswith(tokenizer.decode(got.input_ids[0]))
-    rest = whole[len(tokenizer.decode(got.input_ids[0])) :]
+    full = tokenizer.apply_chat_template(chat, chat_template=BUILTIN[name], tokenize=False)
+    assert full.startswith(tokenizer.decode(got.input_ids[0]))
+    rest = full[len(tokenizer.decode(got.input_ids[0])) :]
     assert rest.startswith((tokenizer.decode(got.labels[-1]), tokenizer.eos_token))
 
 
@@ -95,7 +95,7 @@ def test_system_message_reaches_every_template(tokenizer):
     assert all("Be brief." in tokenizer.decode(ids) for ids in got.input_ids)
 
 
-def test_a_template_that_rewrites_earlier_answers_supervises_the_last_alone(tokenizer):
+def test_a_template_that_rewrites_earlier_answers_supervises_only_the_last(tokenizer):
     """E.g. templates that drop the reasoning of earlier turns; all specialists then learn the same answer."""
     forgetful = (
         "{% for m in messages %}{% if m.role == 'assistant' %}A:[cut]\n{% else %}"
@@ -114,47 +114,46 @@ def test_a_template_that_rewrites_earlier_answers_supervises_the_last_alone(toke
 
 @pytest.mark.parametrize("cut", [1, 3, 4])
 def test_truncation_is_counted(tokenizer, cut):
-    whole = Renderer(tokenizer, ALL).render(row(MANY))
-    limit = whole.num_tokens - cut
+    full = Renderer(tokenizer, ALL).render(row(MANY))
+    limit = full.num_tokens - cut
     got = Renderer(tokenizer, ALL, max_length=limit).render(row(MANY))
-    assert got.truncated == cut and got.labels == whole.labels[:-cut]
+    assert got.truncated == cut and got.labels == full.labels[:-cut]
     assert got.num_tokens == limit
     for k in range(len(ALL)):
-        assert got.input_ids[k] == whole.input_ids[k][: len(whole.input_ids[k]) - cut]
+        assert got.input_ids[k] == full.input_ids[k][: len(full.input_ids[k]) - cut]
         assert len(got.response_index[k]) == len(got.labels)
 
 
-def test_what_just_fits_is_whole(tokenizer):
-    whole = Renderer(tokenizer, ALL).render(row(MANY))
-    assert Renderer(tokenizer, ALL, max_length=whole.num_tokens).render(row(MANY)) == whole
+def test_a_row_of_exactly_max_length_is_not_truncated(tokenizer):
+    full = Renderer(tokenizer, ALL).render(row(MANY))
+    assert Renderer(tokenizer, ALL, max_length=full.num_tokens).render(row(MANY)) == full
 
 
 def test_truncation_inside_an_earlier_answer(tokenizer):
-    whole = Renderer(tokenizer, ALL).render(row(MANY))
+    full = Renderer(tokenizer, ALL).render(row(MANY))
     first = len(tokenizer.encode(MANY[2][1])) + 1
-    limit = max(index[2] for index in whole.response_index) + 1  # three tokens of the first answer fit everywhere
+    limit = max(index[2] for index in full.response_index) + 1  # three tokens of the first answer fit everywhere
     got = Renderer(tokenizer, ALL, max_length=limit).render(row(MANY))
-    assert got.labels == whole.labels[:3] and got.truncated == len(whole.labels) - 3 and first > 3
+    assert got.labels == full.labels[:3] and got.truncated == len(full.labels) - 3 and first > 3
 
 
 def test_a_prompt_that_fills_it_drops_the_row(tokenizer):
-    whole = Renderer(tokenizer, ALL).render(row())
-    prompt = max(index[0] for index in whole.response_index) + 1
-    assert Renderer(tokenizer, ALL, max_length=prompt).render(row()).truncated == len(whole.labels) - 1
+    full = Renderer(tokenizer, ALL).render(row())
+    prompt = max(index[0] for index in full.response_index) + 1
+    assert Renderer(tokenizer, ALL, max_length=prompt).render(row()).truncated == len(full.labels) - 1
     assert Renderer(tokenizer, ALL, max_length=prompt - 1).render(row()) is None
 
 
 def test_counts_of_a_data_set(tokenizer):
     short, long = row(), row((("user", "x" * 200), ("assistant", "y")))
     limit = Renderer(tokenizer, ALL).render(short).num_tokens - 1
-    kept, stats = Renderer(tokenizer, ALL, max_length=limit).render_all([short, long, short])
-    assert [r.row_id for r in kept] == ["r", "r"]
+    rendered, stats = Renderer(tokenizer, ALL, max_length=limit).render_all([short, long, short])
+    assert [r.row_id for r in rendered] == ["r", "r"]
     assert (stats.rows, stats.truncated_rows, stats.truncated_tokens, stats.dropped_rows) == (2, 2, 2, 1)
     assert str(stats) == (
-        "2 rows kept; 2 of them lost 2 response tokens at the end; 1 rows dropped because their prompt alone fills "
-        "max_length"
+        "2 rows kept, 2 of them truncated by 2 response tokens. 1 rows dropped because the prompt alone fills max_length"
     )
-    with pytest.raises(DataError, match="none of 1 rows fits into max_length=5 tokens; raise it"):
+    with pytest.raises(DataError, match="none of 1 rows fits into max_length=5 tokens. Raise it"):
         Renderer(tokenizer, ALL, max_length=5).render_all([long])
 
 
@@ -220,8 +219,8 @@ def test_resolving_a_template(tokenizer, tmp_path):
     assert resolve_template(None, tokenizer, "s") == tokenizer.chat_template
     assert resolve_template("inst", tokenizer, "s") == BUILTIN["inst"]
     assert resolve_template("{{ messages }}", tokenizer, "s") == "{{ messages }}"
-    (tmp_path / "mine.jinja").write_text("{% for m in messages %}é{% endfor %}", encoding="utf-8")
-    assert resolve_template(str(tmp_path / "mine.jinja"), tokenizer, "s") == "{% for m in messages %}é{% endfor %}"
+    (tmp_path / "custom.jinja").write_text("{% for m in messages %}é{% endfor %}", encoding="utf-8")
+    assert resolve_template(str(tmp_path / "custom.jinja"), tokenizer, "s") == "{% for m in messages %}é{% endfor %}"
 
 
 class Named:
@@ -238,7 +237,7 @@ def test_several_named_templates():
 
 
 def test_no_chat_template():
-    with pytest.raises(DataError, match=r"specialist 'math': its tokenizer has no chat template; give one: a built-in "
+    with pytest.raises(DataError, match=r"specialist 'math': its tokenizer has no chat template. Give one: a built-in "
                                         r"\(chatml, plain, inst, alpaca\), a Jinja file, or Jinja text"):  # fmt: skip
         resolve_template(None, Named(None), "math")
 
@@ -272,5 +271,5 @@ def test_no_eos_token(tokenizer):
 
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
-    with pytest.raises(DataError, match="no eos_token, so that answers would never end"):
+    with pytest.raises(DataError, match="no eos_token, so answers would never end"):
         Renderer(endless, [BUILTIN["plain"]])

@@ -1,4 +1,4 @@
-"""Writing: what is written reads back exactly in every layout and kind of file, and files are whole or not there."""
+"""Written rows read back exactly in every layout and file type, and a file appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def write(rows, path, layout=None, **options):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_in_every_kind_of_file_reads_back(suffix, layout, tmp_path):
+def test_every_layout_in_every_file_type_reads_back(suffix, layout, tmp_path):
     if suffix == ".csv" and layout not in PAIRS:
-        with pytest.raises(DataError, match="has lists, which CSV cannot hold; use instruction/input/output or JSONL"):
+        with pytest.raises(DataError, match="has lists, which CSV cannot hold. Use instruction/input/output or JSONL"):
             write([PAIR], tmp_path / f"out{suffix}", layout)
         return
     rows = [PAIR, CODE] if layout in PAIRS else [PAIR, CODE, TALK]
@@ -80,13 +80,13 @@ def test_a_talk_does_not_fit_one_question_and_one_answer(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_half_a_character_is_an_error_that_names_the_row(tmp_path):
+def test_a_lone_surrogate_is_an_error_that_names_the_row(tmp_path):
     broken = Row("x", "text", (("user", "\ud800"), ("assistant", "A")))
-    with pytest.raises(DataError, match="row 'x': holds half a character"):
+    with pytest.raises(DataError, match="row 'x': holds a lone surrogate"):
         write([broken], tmp_path / "out.jsonl")
 
 
-# ---------------------------------------------------------------- whole or not there
+# ---------------------------------------------------------------- atomic files
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -100,21 +100,21 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert load_rows(str(path)) == [PAIR] and list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_there_is_not_replaced_unasked(tmp_path):
+def test_an_existing_file_is_not_replaced_without_force(tmp_path):
     (tmp_path / "out.jsonl").write_text("old")
-    with pytest.raises(DataError, match=r"out\.jsonl: is there already; replace it with --force"):
+    with pytest.raises(DataError, match=r"out\.jsonl: exists. Replace it with --force"):
         write([PAIR], tmp_path / "out.jsonl")
-    with pytest.raises(DataError, match="is a folder; expected the name of a file"):
+    with pytest.raises(DataError, match="is a folder, expected a file name"):
         write_json(tmp_path, {}, force=True)
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_a_path_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"out\.jsonl: could not be written: .*; nothing was changed"):
+    with pytest.raises(DataError, match=r"out\.jsonl: could not be written: .*. Nothing was changed"):
         write([PAIR], tmp_path / "file" / "out.jsonl")
 
 
-def test_an_error_of_another_file_is_left_alone(tmp_path):
+def test_an_error_of_another_file_is_not_changed(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone"), atomic_file(tmp_path / "out"):
         (tmp_path / "gone").read_text()
 
@@ -124,8 +124,8 @@ def test_folders_are_made(tmp_path):
     assert json.loads((tmp_path / "a" / "b" / "out.json").read_text(encoding="utf-8")) == {"é": 1}
 
 
-def test_unknown_kinds_and_layouts(tmp_path):
-    with pytest.raises(DataError, match=r"unknown kind of file '\.txt'; expected one of \.jsonl, \.json"):
+def test_unknown_types_and_layouts(tmp_path):
+    with pytest.raises(DataError, match=r"unknown file type '\.txt', expected one of \.jsonl, \.json"):
         check_layout(tmp_path / "out.txt", None)
     with pytest.raises(DataError, match="layout 'alpaca': expected one of messages, conversations, instruction/input"):
         check_layout(tmp_path / "out.jsonl", "alpaca")
@@ -137,8 +137,8 @@ def test_unknown_kinds_and_layouts(tmp_path):
 
 def test_convert_reads_one_layout_and_writes_another(tmp_path):
     (tmp_path / "in.csv").write_text("prompt,completion,licence\nQ1,A1,MIT\nQ2,A2,\n")
-    number = convert([str(tmp_path / "in.csv")], tmp_path / "out.parquet", "conversations", domain="text")
-    assert number == 2
+    count = convert([str(tmp_path / "in.csv")], tmp_path / "out.parquet", "conversations", domain="text")
+    assert count == 2
     first, second = load_rows(str(tmp_path / "out.parquet"))
     assert (first.messages, first.licence, first.domain) == ((("user", "Q1"), ("assistant", "A1")), "MIT", "text")
     assert convert([str(tmp_path / "out.parquet")], tmp_path / "one.jsonl", limit=1) == 1

@@ -60,7 +60,7 @@ def stats_command(
     if tokenizer is not None:
         with quiet():
             counter = load_tokenizer(tokenizer)
-    rows = stream_rows(sources, domain=domain, progress=ConsoleProgress(), what="rows counted")
+    rows = stream_rows(sources, domain=domain, progress=ConsoleProgress(), label="rows counted")
     found = data_statistics(rows, counter)
     if as_json:
         echo(json.dumps(found, ensure_ascii=False))
@@ -117,14 +117,14 @@ def map_command(
     as_json: Json = False,
 ) -> None:
     """Draw every row as a point, near those that a model reads alike, coloured by domain: a page to zoom and search."""
-    from ultrafuser.data.tools.near_duplicates import PARTS
+    from ultrafuser.data.tools.near_duplicates import COMPARED_ROLES
     from ultrafuser.data.tools.streaming import stream_rows
     from ultrafuser.data.writing import atomic_file, check_target
     from ultrafuser.datamap import layout as maps
     from ultrafuser.progress import ConsoleProgress
 
-    if part not in PARTS:
-        raise DataError(f"--part {part!r}: expected one of {', '.join(PARTS)}")
+    if part not in COMPARED_ROLES:
+        raise DataError(f"--part {part!r}: expected one of {', '.join(COMPARED_ROLES)}")
     if method not in maps.METHODS:
         raise DataError(f"--method {method!r}: expected one of {', '.join(maps.METHODS)}")
     if dtype not in DTYPES:
@@ -132,7 +132,7 @@ def map_command(
     for target in filter(None, (output, png)):
         check_target(target, force=force)
     progress = ConsoleProgress()
-    rows = maps.sample(stream_rows(sources, domain=domain, progress=progress, what="rows read"), per_domain, seed)
+    rows = maps.sample(stream_rows(sources, domain=domain, progress=progress, label="rows read"), per_domain, seed)
     with quiet():
         from ultrafuser.datamap.embed import embed, load_reader
 
@@ -226,9 +226,9 @@ def dedup_command(
     from ultrafuser.data.tools.near_duplicates import NearDuplicateRule, deduplicate
     from ultrafuser.progress import ConsoleProgress
 
-    likeness = NearDuplicateRule(None if exact_only else threshold, on, shingle)
+    rule = NearDuplicateRule(None if exact_only else threshold, on, shingle)
     found = deduplicate(
-        sources, output, likeness=likeness, domain=domain, report=report, force=force, progress=ConsoleProgress()
+        sources, output, rule=rule, domain=domain, report=report, force=force, progress=ConsoleProgress()
     )
     if as_json:
         echo(json.dumps(found, ensure_ascii=False))
@@ -272,9 +272,9 @@ def split_command(
     from ultrafuser.data.tools.split import split
     from ultrafuser.progress import ConsoleProgress
 
-    likeness = NearDuplicateRule(None if exact_only else threshold, on, shingle)
+    rule = NearDuplicateRule(None if exact_only else threshold, on, shingle)
     report = split(
-        sources, output, _shares(part or ["train=0.9", "validation=0.05", "test=0.05"]), seed=seed, likeness=likeness,
+        sources, output, _shares(part or ["train=0.9", "validation=0.05", "test=0.05"]), seed=seed, rule=rule,
         kind=kind, domain=domain, force=force, progress=ConsoleProgress(),
     )  # fmt: skip
     if as_json:

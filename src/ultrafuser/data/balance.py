@@ -1,4 +1,4 @@
-"""Batches that hold exactly the same number of rows of every domain (paper, section 3.1 and algorithm 1)."""
+"""Draw batches with exactly the same number of rows of every domain (paper, section 3.1 and algorithm 1)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ultrafuser.errors import DataError
 
 
 class BalancedBatchSampler:
-    """Micro-batches whose every `num_micro_batches` in a row are one global batch with n rows of each domain.
+    """Micro-batches, of which each `num_micro_batches` form one global batch with n rows of each domain.
 
-    With several ranks, rank r takes the micro-batches r, r + W, r + 2W, ... (as accelerate hands them out), so the
-    global batch is the same whatever W and the accumulation are. The order depends on the seed alone, so a run resumes
-    in mid-epoch by skipping what it has seen. A domain whose rows are used up starts over in a new order.
+    With several ranks, rank r takes the micro-batches r, r + W, r + 2W, ... (as accelerate distributes them). So the
+    global batch does not depend on W or on the accumulation. The order depends on the seed alone, so a run resumes in
+    mid-epoch by skipping the batches it has used. When all rows of a domain are used, they start over in a new order.
 
-    Source: "Balanced sampler" in section 3.1; the ablation of table 2 is `balanced=False`, which draws from all rows.
+    Source: "Balanced sampler" in section 3.1. The ablation of table 2 is `balanced=False`, which draws from all rows.
     """
 
     def __init__(
@@ -35,23 +35,23 @@ class BalancedBatchSampler:
             domains: the domain of each row.
             samples_per_domain: rows of each domain in a global batch.
             num_batches: global batches, i.e. optimizer steps.
-            rows_per_device: rows of a micro-batch at most; None: the global batch divided by the ranks.
-            lengths: tokens of each row; rows of similar length then share a micro-batch, which saves padding.
+            rows_per_device: maximum rows of a micro-batch. None: the global batch divided by the ranks.
+            lengths: tokens of each row. Rows of similar length then share a micro-batch, which saves padding.
 
         Raises:
-            DataError: no rows, or a global batch that the ranks cannot share equally.
+            DataError: there are no rows, or the ranks cannot share a global batch equally.
         """
         self.rows: dict[str, list[int]] = {}
         for index, domain in enumerate(domains):
             self.rows.setdefault(domain, []).append(index)
         if not self.rows:
-            raise DataError("there are no rows to draw batches from")
+            raise DataError("there are no rows to draw batches from, expected at least one")
         self.global_batch_size = samples_per_domain * len(self.rows)
         if self.global_batch_size % num_ranks:
             raise DataError(
                 f"a global batch of {samples_per_domain} rows from each of {len(self.rows)} domains "
-                f"({', '.join(sorted(self.rows))}) cannot be shared equally by {num_ranks} processes; "
-                "change samples_per_domain"
+                f"({', '.join(sorted(self.rows))}) cannot be shared equally by {num_ranks} processes. "
+                "Change samples_per_domain"
             )
         share = self.global_batch_size // num_ranks
         self.micro_size = max(size for size in range(1, min(rows_per_device or share, share) + 1) if share % size == 0)
@@ -59,7 +59,7 @@ class BalancedBatchSampler:
         self.num_micro_batches = self.num_accumulation * num_ranks
         self.samples_per_domain, self.num_batches = samples_per_domain, num_batches
         self.lengths, self.seed, self.balanced = lengths, seed, balanced
-        self.batch_size, self.drop_last = self.micro_size, False  # what accelerate asks batch samplers for
+        self.batch_size, self.drop_last = self.micro_size, False  # attributes that accelerate reads
 
     def __len__(self) -> int:
         return self.num_batches * self.num_micro_batches
@@ -75,14 +75,14 @@ class BalancedBatchSampler:
     def global_batches(self) -> Iterator[list[int]]:
         """The rows of each global batch, domain by domain."""
         pools = self.rows if self.balanced else {"": [row for rows in self.rows.values() for row in rows]}
-        each = self.global_batch_size // len(pools)
+        rows_per_pool = self.global_batch_size // len(pools)
         streams = [_endless(rows, f"{self.seed}/{name}") for name, rows in sorted(pools.items())]
         for _ in range(self.num_batches):
-            yield [next(stream) for stream in streams for _ in range(each)]
+            yield [next(stream) for stream in streams for _ in range(rows_per_pool)]
 
 
 def _endless(rows: Sequence[int], seed: str) -> Iterator[int]:
-    """The rows in random order, again and again, each time in a new one."""
+    """The rows in random order without end, each round in a new order."""
     rng = random.Random(seed)
     while True:
         order = list(rows)

@@ -1,4 +1,4 @@
-"""Lists of token sequences -> the padded tensors that the model takes."""
+"""Pad lists of token sequences to the tensors that the model takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ultrafuser.errors import DataError
 
 
 def collate_rows(rows: Sequence[Rendered], pad_id: int = 0) -> dict[str, torch.Tensor]:
-    """Training rows as one batch, padded on the right: a causal model then needs no mask.
+    """Training rows as one batch, padded on the right, so that a causal model needs no mask.
 
     Returns:
         specialist_input_ids (B, K, T), response_index (B, K, R), labels (B, R) with -100 as padding.
@@ -44,26 +44,26 @@ def prompt_inputs(
     The new tokens then have the same index for every specialist, whatever its template.
 
     Returns:
-        input_ids, attention_mask (B, T), the first specialist's view; specialist_input_ids,
-        specialist_attention_mask (B, K, T).
+        input_ids, attention_mask (B, T) of the first specialist, and specialist_input_ids, specialist_attention_mask
+        (B, K, T).
 
     Raises:
-        DataError: no conversation.
+        DataError: there is no conversation.
     """
     if not conversations:
-        raise DataError("there is no conversation to answer; give at least one")
+        raise DataError("there is no conversation to answer, expected at least one")
     return pad_prompts([renderer.prompt(messages) for messages in conversations], renderer.pad_id, device)
 
 
 def pad_prompts(
     prompts: Sequence[Sequence[Sequence[int]]], pad_id: int, device: Any = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """B x K prompts as `prompt_inputs` gives them."""
-    longest = max(len(ids) for own in prompts for ids in own)
+    """B x K prompts as the tensors that `prompt_inputs` returns."""
+    longest = max(len(ids) for row_prompts in prompts for ids in row_prompts)
     ids = torch.full((len(prompts), len(prompts[0]), longest), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for b, own in enumerate(prompts):
-        for k, tokens in enumerate(own):
+    for b, row_prompts in enumerate(prompts):
+        for k, tokens in enumerate(row_prompts):
             ids[b, k, longest - len(tokens) :] = torch.tensor(tokens)
             mask[b, k, longest - len(tokens) :] = 1
     ids, mask = ids.to(device), mask.to(device)

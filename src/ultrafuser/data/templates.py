@@ -1,7 +1,7 @@
-"""One conversation -> K token sequences whose response tokens line up.
+"""Render one conversation as K token sequences with the same response tokens.
 
-Every specialist reads the conversation in the chat template it was trained with. The answers are tokenised once,
-on their own, and put into every sequence as the same tokens, so that the specialists' logits for them can be mixed
+Every specialist reads the conversation in the chat template it was trained with. The answers are tokenised once, apart
+from the template, and inserted into every sequence as the same tokens. So the specialists' logits for them can be mixed
 (paper, section 3.1 and table 12).
 """
 
@@ -48,26 +48,26 @@ def resolve_template(template: str | None, tokenizer: Any, specialist: str) -> s
     """The Jinja text of a specialist's chat template.
 
     Args:
-        template: a built-in name, a path to a Jinja file, Jinja text, or None for the tokenizer's own.
+        template: a built-in name, a path to a Jinja file, or Jinja text. None: the template of the tokenizer.
 
     Raises:
-        DataError: the tokenizer has none and none was given, or it names nothing known.
+        DataError: there is no template, or its name is unknown.
     """
     if template is None:
-        own = tokenizer.chat_template
-        if isinstance(own, Mapping):  # several named templates
-            own = own.get("default")
-        if not own:
+        default = tokenizer.chat_template
+        if isinstance(default, Mapping):  # several named templates
+            default = default.get("default")
+        if not default:
             raise DataError(
-                f"specialist {specialist!r}: its tokenizer has no chat template; give one: a built-in "
+                f"specialist {specialist!r}: its tokenizer has no chat template. Give one: a built-in "
                 f"({', '.join(BUILTIN)}), a Jinja file, or Jinja text"
             )
-        return own
+        return default
     if template in BUILTIN:
         return BUILTIN[template]
     if "{{" in template or "{%" in template:
         return template
-    if os.path.isfile(template):  # False, not an error, for text too long for a path
+    if os.path.isfile(template):  # False, not an error, if the text is too long for a path
         return Path(template).read_text(encoding="utf-8")
     raise DataError(
         f"specialist {specialist!r}: chat template {template!r} is neither built in ({', '.join(BUILTIN)}), "
@@ -80,10 +80,10 @@ class Rendered:
     """One row as K token sequences.
 
     Attributes:
-        input_ids: K sequences; they may differ in length, since templates do.
-        response_index: K lists of R positions: the hidden state at that position predicts the r-th response token.
+        input_ids: K sequences, whose lengths may differ.
+        response_index: K lists of R positions. The hidden state at position r predicts the r-th response token.
         labels: the R response tokens, the same for every specialist.
-        truncated: response tokens that did not fit.
+        truncated: number of response tokens that did not fit.
     """
 
     row_id: str
@@ -101,7 +101,7 @@ class Rendered:
 
 @dataclass
 class RenderStats:
-    """What did not fit into `max_length`; nothing is dropped without being counted here."""
+    """Counts of the rows and tokens that did not fit into `max_length`."""
 
     rows: int = 0
     truncated_rows: int = 0
@@ -110,10 +110,10 @@ class RenderStats:
 
     def __str__(self) -> str:
         if not self.truncated_rows and not self.dropped_rows:
-            return "all of them whole"
+            return "none truncated"
         return (
-            f"{self.rows} rows kept; {self.truncated_rows} of them lost {self.truncated_tokens} response tokens at the "
-            f"end; {self.dropped_rows} rows dropped because their prompt alone fills max_length"
+            f"{self.rows} rows kept, {self.truncated_rows} of them truncated by {self.truncated_tokens} response tokens. "
+            f"{self.dropped_rows} rows dropped because the prompt alone fills max_length"
         )
 
 
@@ -123,21 +123,21 @@ class Renderer:
     def __init__(self, tokenizer: Any, chat_templates: Sequence[str], max_length: int | None = None) -> None:
         """
         Args:
-            tokenizer: the shared tokenizer; its `eos_token` ends every answer.
+            tokenizer: the shared tokenizer. Its `eos_token` ends every answer.
             chat_templates: K Jinja texts, one for each specialist.
-            max_length: tokens that a sequence may have.
+            max_length: maximum tokens of a sequence. None: no limit.
 
         Raises:
             DataError: the tokenizer has no end-of-sequence token.
         """
         if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no eos_token, so that answers would never end; set one")
+            raise DataError("the tokenizer has no eos_token, so answers would never end. Set one")
         self.tokenizer = tokenizer
         self.chat_templates = tuple(chat_templates)
         self.max_length = max_length
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[list[int]]:
-        """K prompts, up to where the next answer begins.
+        """K prompts, up to the start of the next answer.
 
         Raises:
             DataError: the template refuses the messages.
@@ -145,41 +145,41 @@ class Renderer:
         return [self._encode(text) for text in self.prompt_texts(messages)]
 
     def prompt_texts(self, messages: Sequence[Mapping[str, str]]) -> list[str]:
-        """The K prompts as text; a last message of the assistant's is the beginning of the answer.
+        """The K prompts as text. If the last message is an assistant's, it is the beginning of the answer.
 
         Raises:
             DataError: the template refuses the messages.
         """
-        begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
-        asked = messages[:-1] if begun else messages
-        return [self._apply(jinja, asked) + begun for jinja in self.chat_templates]
+        prefix = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+        history = messages[:-1] if prefix else messages
+        return [self._apply(jinja, history) + prefix for jinja in self.chat_templates]
 
     @property
     def pad_id(self) -> int:
-        """The token that fills up shorter prompts of a batch."""
+        """The token that pads the shorter prompts of a batch."""
         pad_id = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad_id is None else pad_id
 
     def render(self, row: Row) -> Rendered | None:
-        """One row, cut on the right to `max_length`; None when a prompt alone fills it.
+        """One row, truncated on the right to `max_length`. None if a prompt alone fills it.
 
-        Where a template rewrites earlier answers (dropping their reasoning, say) only the last answer is a response.
+        Some templates rewrite earlier answers, e.g. drop their reasoning. Then only the last answer is a response.
         """
         chat = row.chat()
         answers = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
-        pieces = [self._segments(jinja, chat, answers) for jinja in self.chat_templates]
-        if any(segments is None for segments in pieces):
+        by_template = [self._segments(jinja, chat, answers) for jinja in self.chat_templates]
+        if any(segments is None for segments in by_template):
             answers = answers[-1:]
-            pieces = [[self._apply(jinja, chat[: answers[0]])] for jinja in self.chat_templates]
+            by_template = [[self._apply(jinja, chat[: answers[0]])] for jinja in self.chat_templates]
         responses = [self._encode(chat[i]["content"]) + [self.tokenizer.eos_token_id] for i in answers]
 
-        cut: dict[str, list[int]] = {segment: self._encode(segment) for own in pieces for segment in own or ()}
+        tokens = {segment: self._encode(segment) for segments in by_template for segment in segments or ()}
         sequences, positions = [], []
-        for own in pieces:
+        for segments in by_template:
             ids: list[int] = []
             index: list[int] = []
-            for segment, response in zip(own or (), responses, strict=True):
-                ids += cut[segment]
+            for segment, response in zip(segments or (), responses, strict=True):
+                ids += tokens[segment]
                 index += range(len(ids) - 1, len(ids) + len(response) - 1)
                 ids += response
             sequences.append(ids)
@@ -190,26 +190,28 @@ class Renderer:
                 f"row {row.id!r}: a chat template gives an empty prompt, so nothing predicts its first token"
             )
         limit = self.max_length or max(map(len, sequences))
-        # the hidden state that predicts a token lies one before it: the last token itself is never read
-        kept = min(sum(position < limit for position in index) for index in positions)
-        if kept == 0:
+        # the hidden state that predicts a token is one position before it: the last token itself is never read
+        num_labels = min(sum(position < limit for position in index) for index in positions)
+        if num_labels == 0:
             return None
         return Rendered(
             row_id=row.id,
             domain=row.domain,
-            input_ids=tuple(tuple(ids[: index[kept - 1] + 1]) for ids, index in zip(sequences, positions, strict=True)),
-            response_index=tuple(tuple(index[:kept]) for index in positions),
-            labels=tuple(labels[:kept]),
-            truncated=len(labels) - kept,
+            input_ids=tuple(
+                tuple(ids[: index[num_labels - 1] + 1]) for ids, index in zip(sequences, positions, strict=True)
+            ),
+            response_index=tuple(tuple(index[:num_labels]) for index in positions),
+            labels=tuple(labels[:num_labels]),
+            truncated=len(labels) - num_labels,
         )
 
     def render_all(self, rows: Sequence[Row]) -> tuple[list[Rendered], RenderStats]:
-        """Every row that fits, and the count of what did not.
+        """Every row that fits, and counts of the rest.
 
         Raises:
             DataError: no row fits.
         """
-        stats, kept = RenderStats(), []
+        stats, results = RenderStats(), []
         for row in rows:
             rendered = self.render(row)
             if rendered is None:
@@ -218,10 +220,10 @@ class Renderer:
             stats.rows += 1
             stats.truncated_rows += rendered.truncated > 0
             stats.truncated_tokens += rendered.truncated
-            kept.append(rendered)
-        if rows and not kept:
-            raise DataError(f"none of {len(rows)} rows fits into max_length={self.max_length} tokens; raise it")
-        return kept, stats
+            results.append(rendered)
+        if rows and not results:
+            raise DataError(f"none of {len(rows)} rows fits into max_length={self.max_length} tokens. Raise it")
+        return results, stats
 
     def _apply(self, jinja: str, messages: Sequence[Mapping[str, str]]) -> str:
         import jinja2
@@ -237,13 +239,13 @@ class Renderer:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _segments(self, jinja: str, chat: list[dict[str, str]], answers: list[int]) -> list[str] | None:
-        """The template's text before each answer, or None when it rewrites an earlier answer."""
-        segments, read = [], ""
+        """The text of the template before each answer. None if it rewrites an earlier answer."""
+        segments, prefix = [], ""
         for i in answers:
             text = self._apply(jinja, chat[:i])
-            if not text.startswith(read):
+            if not text.startswith(prefix):
                 return None
-            # the end-of-sequence token belongs to the answer before, not to the template
-            segments.append(text[len(read) :].removeprefix(self.tokenizer.eos_token if read else ""))
-            read = text + chat[i]["content"]
+            # the end-of-sequence token belongs to the previous answer, not to the template
+            segments.append(text[len(prefix) :].removeprefix(self.tokenizer.eos_token if prefix else ""))
+            prefix = text + chat[i]["content"]
         return segments

@@ -1,4 +1,4 @@
-"""Write rows in any known layout to JSONL, JSON, CSV and Parquet files, which are whole or not there."""
+"""Write rows in any known layout to JSONL, JSON, CSV and Parquet files. A file appears when it is complete."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.data.schema import _PAIR_LAYOUTS, Row
+from ultrafuser.data.schema import PAIR_LAYOUTS, Row
 from ultrafuser.data.sources import SUFFIXES
 from ultrafuser.errors import DataError
 
-# A pair layout is named by its columns, as in the errors of `parse_row`.
-PAIRS = {"/".join(filter(None, layout)): layout for layout in _PAIR_LAYOUTS}
+# The name of a pair layout is its columns, as in the errors of `parse_row`.
+PAIRS = {"/".join(filter(None, layout)): layout for layout in PAIR_LAYOUTS}
 LAYOUTS = ("messages", "conversations", *PAIRS)
 _CSV_LAYOUT = "instruction/input/output"
 _SHAREGPT_NAMES = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -28,10 +28,10 @@ Write = Callable[[Mapping[str, Any]], None]
 
 @contextmanager
 def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary file beside `target` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary file beside `target`. It replaces `target` when the block succeeds, and is removed when it fails.
 
     Raises:
-        DataError: there is such a file already and `force` is not given, or it cannot be written.
+        DataError: `target` exists and `force` is false, or it cannot be written.
     """
     target = target.expanduser().absolute()
     check_target(target, force=force)
@@ -46,36 +46,36 @@ def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
         os.replace(draft, target)
     except OSError as error:
         if error.filename is not None and str(error.filename) not in (str(draft), str(target)):
-            raise  # about some other file, which was being read
+            raise  # about another file, which was being read
         raise _unwritable(target, error) from error
     finally:
         draft.unlink(missing_ok=True)
 
 
 def _unwritable(target: Path, error: OSError) -> DataError:
-    why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
     return DataError(
-        f"{target}: could not be written: {why}; nothing was changed, free some space or choose another place"
+        f"{target}: could not be written: {reason}. Nothing was changed. Free space or choose another output"
     )
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Refuse early what long work could not write in the end.
+    """Check that a file may be written, before long work starts.
 
     Raises:
-        DataError: a file that is there already without `force`, or a folder in its place.
+        DataError: the file exists and `force` is false, or it is a folder.
     """
     if target.is_dir():
-        raise DataError(f"{target}: is a folder; expected the name of a file to write")
+        raise DataError(f"{target}: is a folder, expected a file name")
     if target.exists() and not force:
-        raise DataError(f"{target}: is there already; replace it with --force, or choose another output")
+        raise DataError(f"{target}: exists. Replace it with --force, or choose another output")
 
 
 def check_targets(rows: Path | None, report: Path | None, *, force: bool) -> None:
-    """`check_layout` and `check_target` of the files that a command may write: its rows and its report.
+    """Check the two files that a command may write: its rows and its report.
 
     Raises:
-        DataError: as these two.
+        DataError: as `check_layout` and `check_target`.
     """
     if rows is not None:
         check_layout(rows, None)
@@ -96,43 +96,43 @@ def write_json(path: Path, value: Any, *, force: bool = True) -> None:
 
 @contextmanager
 def row_writer(target: Path, layout: str | None = None, *, force: bool = False) -> Iterator[Callable[[Row], None]]:
-    """A function that writes a row to `target`, which appears when the block ends well.
+    """A function that writes a row to `target`. The file appears when the block succeeds.
 
     Args:
-        target: its suffix says the kind of file.
-        layout: one of LAYOUTS; None: `messages`, in CSV `instruction/input/output`.
+        target: the file to write. Its suffix sets the file type.
+        layout: one of LAYOUTS. None: `messages`, or `instruction/input/output` for CSV.
 
     Raises:
-        DataError: an unknown suffix or layout, a layout that the kind of file or a row does not fit, or a file that is
-            there already without `force`.
+        DataError: an unknown suffix or layout, a layout that does not fit the file type or a row, or a file that exists
+            while `force` is false.
     """
     layout = check_layout(target, layout)
     with atomic_file(target, force=force) as draft, _OPENERS[target.suffix](draft, layout) as write:
 
-        def put(row: Row) -> None:
+        def write_row(row: Row) -> None:
             try:
                 write(record_of(row, layout))
             except UnicodeEncodeError as error:
                 raise DataError(
-                    f"row {row.id!r}: holds half a character ({error.reason}); mend or drop the row"
+                    f"row {row.id!r}: holds a lone surrogate, which UTF-8 cannot encode ({error.reason}). Fix or drop the row"
                 ) from error
 
-        yield put
+        yield write_row
 
 
 def check_layout(target: Path, layout: str | None) -> str:
-    """The layout to use for a file.
+    """The layout to write a file in.
 
     Raises:
         DataError: an unknown suffix or layout, or conversations in CSV.
     """
     if target.suffix not in SUFFIXES:
-        raise DataError(f"{target}: unknown kind of file {target.suffix!r}; expected one of {', '.join(SUFFIXES)}")
+        raise DataError(f"{target}: unknown file type {target.suffix!r}, expected one of {', '.join(SUFFIXES)}")
     layout = layout or (_CSV_LAYOUT if target.suffix == ".csv" else "messages")
     if layout not in LAYOUTS:
         raise DataError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
     if target.suffix == ".csv" and layout not in PAIRS:
-        raise DataError(f"{target}: the layout {layout!r} has lists, which CSV cannot hold; use {_CSV_LAYOUT} or JSONL")
+        raise DataError(f"{target}: the layout {layout!r} has lists, which CSV cannot hold. Use {_CSV_LAYOUT} or JSONL")
     return layout
 
 
@@ -140,7 +140,7 @@ def record_of(row: Row, layout: str) -> dict[str, Any]:
     """A row as one record of a layout, which `parse_row` reads back exactly.
 
     Raises:
-        DataError: a conversation of several turns, or with a system message, in a layout of one question and answer.
+        DataError: a conversation with several turns or a system message, in a layout of one question and answer.
     """
     record = row.to_dict()
     if layout == "messages":
@@ -149,24 +149,25 @@ def record_of(row: Row, layout: str) -> dict[str, Any]:
     if layout == "conversations":
         turns = [{"from": _SHAREGPT_NAMES[role], "value": content} for role, content in row.messages]
         return record | {"conversations": turns}
-    asked, extra, answered = PAIRS[layout]
+    question_column, context_column, answer_column = PAIRS[layout]
     if [role for role, _ in row.messages] != ["user", "assistant"]:
         roles = ", ".join(role for role, _ in row.messages)
         raise DataError(
-            f"row {row.id!r}: messages of {roles} do not fit the layout {layout!r}, one question and one answer; use "
+            f"row {row.id!r}: messages of {roles} do not fit the layout {layout!r}, one question and one answer. Use "
             "messages or conversations"
         )
     (_, question), (_, answer) = row.messages
-    return record | {asked: question} | ({extra: ""} if extra else {}) | {answered: answer}
+    context = {context_column: ""} if context_column else {}
+    return record | {question_column: question} | context | {answer_column: answer}
 
 
 def _columns(layout: str) -> list[str]:
-    """Every column that a record of the layout may have, in order."""
-    own = [name for name in PAIRS[layout] if name] if layout in PAIRS else [layout]
-    return ["id", "domain", *own, "source", "licence", "topic", "subtopic", "tests", "check"]
+    """All columns that a record of the layout may have, in order."""
+    layout_columns = [name for name in PAIRS[layout] if name] if layout in PAIRS else [layout]
+    return ["id", "domain", *layout_columns, "source", "licence", "topic", "subtopic", "tests", "check"]
 
 
-# ---------------------------------------------------------------- kinds of files
+# ---------------------------------------------------------------- file types
 
 
 @contextmanager
@@ -180,11 +181,11 @@ def _jsonl(draft: Path, layout: str) -> Iterator[Write]:
 
         yield write
     if len(set(columns.values())) > 1:
-        _fill(draft, columns)
+        _fill_columns(draft, columns)
 
 
-def _fill(draft: Path, columns: Iterable[str]) -> None:
-    """Give every row all columns, empty where it has none: `datasets` knows those of the first 10 MB and takes no others."""
+def _fill_columns(draft: Path, columns: Iterable[str]) -> None:
+    """Give every row all columns. `datasets` reads the columns from the first 10 MB, and refuses others later on."""
     uneven = draft.rename(draft.with_suffix(".uneven"))
     try:
         with uneven.open(encoding="utf-8") as lines, draft.open("w", encoding="utf-8") as stream:
@@ -198,15 +199,15 @@ def _fill(draft: Path, columns: Iterable[str]) -> None:
 @contextmanager
 def _json(draft: Path, layout: str) -> Iterator[Write]:
     with draft.open("w", encoding="utf-8") as stream:
-        before = "[\n"
+        separator = "[\n"
 
         def write(record: Mapping[str, Any]) -> None:
-            nonlocal before
-            stream.write(before + json.dumps(record, ensure_ascii=False))
-            before = ",\n"
+            nonlocal separator
+            stream.write(separator + json.dumps(record, ensure_ascii=False))
+            separator = ",\n"
 
         yield write
-        stream.write("[]\n" if before == "[\n" else "\n]\n")
+        stream.write("[]\n" if separator == "[\n" else "\n]\n")
 
 
 @contextmanager
@@ -224,22 +225,22 @@ def _parquet(draft: Path, layout: str) -> Iterator[Write]:
 
     turns = {"messages": ("role", "content"), "conversations": ("from", "value")}
 
-    def kind(column: str) -> Any:
+    def column_type(column: str) -> Any:
         if column not in turns:
             return pa.string()
         return pa.list_(pa.struct([(name, pa.string()) for name in turns[column]]))
 
-    schema = pa.schema([(column, kind(column)) for column in _columns(layout)])
-    waiting: list[Mapping[str, Any]] = []
+    schema = pa.schema([(column, column_type(column)) for column in _columns(layout)])
+    buffer: list[Mapping[str, Any]] = []
     with pq.ParquetWriter(draft, schema) as file:
 
         def flush() -> None:
-            file.write_table(pa.Table.from_pylist(waiting, schema=schema))
-            waiting.clear()
+            file.write_table(pa.Table.from_pylist(buffer, schema=schema))
+            buffer.clear()
 
         def write(record: Mapping[str, Any]) -> None:
-            waiting.append(record)
-            if len(waiting) == _ROWS_PER_GROUP:
+            buffer.append(record)
+            if len(buffer) == _ROWS_PER_GROUP:
                 flush()
 
         yield write

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ultrafuser.data.schema import Row
-from ultrafuser.data.tools.near_duplicates import PARTS
+from ultrafuser.data.tools.near_duplicates import COMPARED_ROLES
 from ultrafuser.datamap.page import SCRIPT, STYLE
 from ultrafuser.display.drawing import TEXT, draw_legend, finished, inset, legend_shape, new_figure
 from ultrafuser.display.palette import domain_colours
@@ -48,7 +48,7 @@ class Point:
 
 def text_of(row: Row, part: str) -> str:
     """What the model reads of a row: its `instructions`, its `answers` or the whole `conversation`."""
-    return "\n\n".join(content for role, content in row.messages if role in PARTS[part])
+    return "\n\n".join(content for role, content in row.messages if role in COMPARED_ROLES[part])
 
 
 def sample(rows: Iterable[Row], per_domain: int, seed: int = 0) -> list[Row]:

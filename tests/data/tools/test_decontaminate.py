@@ -1,4 +1,4 @@
-"""Decontamination equals a slow search word by word, whatever the hashes, and tells what it dropped."""
+"""Decontamination equals a slow search word by word, even with bad hashes, and reports the dropped rows."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def row(name, question, answer="Yes.", domain="text", system=None):
     return Row(name, domain, (*messages, ("user", question), ("assistant", answer)), source="s", licence="CC0-1.0")
 
 
-def texts(*given):
-    return [Text(f"t.jsonl:{number}", "question", text) for number, text in enumerate(given, 1)]
+def texts(*contents):
+    return [Text(f"t.jsonl:{line}", "question", content) for line, content in enumerate(contents, 1)]
 
 
-def touched(index, *rows):
-    return {row.id: [(touch.test, touch.kind) for touch in touches] for row, touches in index.touches(rows)}
+def matched(index, *rows):
+    return {row.id: [(match.test, match.kind) for match in matches] for row, matches in index.find_matches(rows)}
 
 
 # ---------------------------------------------------------------- the rule
 
 
-def test_thirteen_words_in_a_row_count_and_twelve_do_not():
+def test_thirteen_consecutive_words_match_and_twelve_do_not():
     index = ContaminationIndex(texts(LONG))
-    spoken = words(LONG)
-    thirteen = row("a", "Tell me: " + " ".join(spoken[3:16]) + ", please?")
-    twelve = row("b", "Tell me: " + " ".join(spoken[3:15]) + ", please?")
-    answer = row("c", "Tell me.", "It begins so: " + " ".join(spoken[-13:]))
-    assert touched(index, thirteen, twelve, answer) == {
+    long_words = words(LONG)
+    thirteen = row("a", "Tell me: " + " ".join(long_words[3:16]) + ", please?")
+    twelve = row("b", "Tell me: " + " ".join(long_words[3:15]) + ", please?")
+    answer = row("c", "Tell me.", "It begins so: " + " ".join(long_words[-13:]))
+    assert matched(index, thirteen, twelve, answer) == {
         "a": [("t.jsonl:1", "13-gram")],
         "b": [],
         "c": [("t.jsonl:1", "13-gram")],
@@ -58,12 +58,12 @@ def test_thirteen_words_in_a_row_count_and_twelve_do_not():
 def test_case_punctuation_and_white_space_do_not_matter():
     index = ContaminationIndex(texts(LONG))
     for disguise in (str.upper, lambda t: t.replace(" ", "\n\n"), lambda t: t.replace(" ", " -- "), str.title):
-        assert touched(index, row("a", disguise(LONG)))["a"]
+        assert matched(index, row("a", disguise(LONG)))["a"]
 
 
 def test_a_shorter_test_text_counts_as_a_whole():
     index = ContaminationIndex(texts(WHOLE, SHORT, "B"))
-    found = touched(
+    matches = matched(
         index,
         row("whole", f"Question: {WHOLE} Options follow."),
         row("part", WHOLE.removesuffix(" seeds?")),
@@ -72,7 +72,7 @@ def test_a_shorter_test_text_counts_as_a_whole():
         row("answered", "Say something true.", SHORT),
         row("letter", "B", "B"),
     )
-    assert found == {
+    assert matches == {
         "whole": [("t.jsonl:1", "whole text")],
         "part": [],
         "message": [("t.jsonl:2", "whole message")],
@@ -85,43 +85,46 @@ def test_a_shorter_test_text_counts_as_a_whole():
 
 def test_words_are_found_across_the_messages_of_a_row_but_not_across_rows():
     index = ContaminationIndex(texts(LONG))
-    spoken = words(LONG)
-    first, second = " ".join(spoken[:12]), " ".join(spoken[12:])
-    assert touched(index, row("a", first, second))["a"]
-    apart = touched(index, row("b", "So:", first), row("c", second))
+    long_words = words(LONG)
+    first, second = " ".join(long_words[:12]), " ".join(long_words[12:])
+    assert matched(index, row("a", first, second))["a"]
+    apart = matched(index, row("b", "So:", first), row("c", second))
     assert apart == {"b": [], "c": []}
-    assert touched(index, row("d", "Hello", system=LONG))["d"]
+    assert matched(index, row("d", "Hello", system=LONG))["d"]
 
 
 def test_every_test_text_that_shares_the_words_is_named():
     index = ContaminationIndex([*texts(LONG, CLEAN, LONG), Text("other.json[3]", "a.b", f"Well, {LONG}")])
-    [(_, touches)] = index.touches([row("a", LONG)])
-    assert [(touch.test, touch.field) for touch in touches] == [
+    [(_, matches)] = index.find_matches([row("a", LONG)])
+    assert [(match.test, match.field) for match in matches] == [
         ("t.jsonl:1", "question"),
         ("t.jsonl:3", "question"),
         ("other.json[3]", "a.b"),
     ]
-    assert all(touch.words == " ".join(words(LONG)[:13]) for touch in touches)
+    assert all(match.words == " ".join(words(LONG)[:13]) for match in matches)
 
 
-def slow(index_texts, rule, rows):
-    """For each row, the numbers of the texts that it touches."""
-    out = []
-    for one in rows:
-        joined = [word for _, content in one.messages for word in words(content)]
-        users = [words(content) for role, content in one.messages if role == "user"]
+def slow_search(index_texts, rule, rows):
+    """For each row, the locations of the matching texts."""
+
+    def grams(words, size):
+        return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
+
+    results = []
+    for row in rows:
+        row_words = [word for _, content in row.messages for word in words(content)]
+        user_messages = [words(content) for role, content in row.messages if role == "user"]
         hits = set()
         for text in index_texts:
-            spoken = words(text.text)
-            size = min(rule.ngram, len(spoken))
-            if len(spoken) >= rule.min_words:
-                mine = {tuple(spoken[i : i + size]) for i in range(len(spoken) - size + 1)}
-                if mine & {tuple(joined[i : i + size]) for i in range(len(joined) - size + 1)}:
-                    hits.add(text.where)
-            elif len(spoken) >= 3 and spoken in users:
-                hits.add(text.where)
-        out.append(hits)
-    return out
+            text_words = words(text.text)
+            size = min(rule.ngram, len(text_words))
+            if len(text_words) >= rule.min_words:
+                if grams(text_words, size) & grams(row_words, size):
+                    hits.add(text.location)
+            elif len(text_words) >= 3 and text_words in user_messages:
+                hits.add(text.location)
+        results.append(hits)
+    return results
 
 
 @pytest.mark.parametrize("bits", [64, 3])
@@ -129,11 +132,11 @@ def slow(index_texts, rule, rows):
 def test_it_equals_the_slow_search_even_with_bad_hashes(monkeypatch, bits, rule):
     if bits < 64:  # nearly everything collides
 
-        def poor(codes, size):
+        def colliding(codes, size):
             return window_hashes(codes, size) & np.uint64(((1 << bits) - 1) << (64 - bits))
 
-        monkeypatch.setattr(module, "window_hashes", poor)
-        monkeypatch.setattr(module, "_TEXTS_A_RUN", 10**6)
+        monkeypatch.setattr(module, "window_hashes", colliding)
+        monkeypatch.setattr(module, "_MAX_TEXTS_PER_RUN", 10**6)
     rng = random.Random(1)
 
     def sentence(low, high):
@@ -142,19 +145,19 @@ def test_it_equals_the_slow_search_even_with_bad_hashes(monkeypatch, bits, rule)
     tests = texts(*(sentence(1, 9) for _ in range(40)))
     rows = [row(str(n), sentence(1, 12), sentence(1, 12)) for n in range(1203)]
     index = ContaminationIndex(tests, rule)
-    found = [{touch.test for touch in touches} for _, touches in index.touches(rows)]
-    expected = slow(tests, rule, rows)
-    assert found == expected
+    results = [{match.test for match in matches} for _, matches in index.find_matches(rows)]
+    expected = slow_search(tests, rule, rows)
+    assert results == expected
     assert any(expected) and not all(expected)
 
 
 def test_boilerplate_in_many_tests_is_still_found():
     index = ContaminationIndex(texts(*[LONG] * 200))
-    [(_, touches)] = index.touches([row("a", LONG)])
-    assert len(touches) == module._TEXTS_A_RUN
+    [(_, matches)] = index.find_matches([row("a", LONG)])
+    assert len(matches) == module._MAX_TEXTS_PER_RUN
 
 
-# ---------------------------------------------------------------- the whole of it
+# ---------------------------------------------------------------- the command
 
 
 @pytest.fixture
@@ -174,32 +177,32 @@ def folder(tmp_path):
 
 def test_clean_rows_are_copied_and_the_report_names_the_items(folder):
     tests = [str(folder / "gsm8k.jsonl"), str(folder / "truthfulqa.json")]
-    report = folder / "report.json"
-    done = decontaminate([str(folder / "rows.jsonl")], tests, folder / "clean.jsonl", report=report)
-    kept = load_rows(str(folder / "clean.jsonl"))
-    assert [one.id for one in kept] == ["c1", "c2", "c3"]
-    assert kept == [one for one in load_rows(str(folder / "rows.jsonl")) if one.id.startswith("c")]
-    assert (done.rows, done.kept, done.dropped) == (5, 3, 2)
-    assert done.dropped_by_domain == {"math": 1, "text": 1}
-    assert done.dropped_by_test == {str(folder / "gsm8k.jsonl"): 1, str(folder / "truthfulqa.json"): 1}
-    assert done.test_texts == {"ngram": 1, "whole": 1, "message": 1, "ignored": 1}
-    first, second = done.dropped_rows
+    file = folder / "report.json"
+    report = decontaminate([str(folder / "rows.jsonl")], tests, folder / "clean.jsonl", report=file)
+    clean = load_rows(str(folder / "clean.jsonl"))
+    assert [row.id for row in clean] == ["c1", "c2", "c3"]
+    assert clean == [row for row in load_rows(str(folder / "rows.jsonl")) if row.id.startswith("c")]
+    assert (report.rows, report.kept, report.dropped) == (5, 3, 2)
+    assert report.dropped_by_domain == {"math": 1, "text": 1}
+    assert report.dropped_by_test == {str(folder / "gsm8k.jsonl"): 1, str(folder / "truthfulqa.json"): 1}
+    assert report.test_texts == {"ngram": 1, "whole": 1, "message": 1, "ignored": 1}
+    first, second = report.dropped_rows
     shared = " ".join(words(LONG)[:13])
-    touch = {"test": f"{folder}/gsm8k.jsonl:1", "field": "question", "kind": "13-gram", "words": shared}
-    assert first == {"id": "l1", "domain": "math", "source": "s", "test_texts": 1, "touches": [touch]}
+    match = {"test": f"{folder}/gsm8k.jsonl:1", "field": "question", "kind": "13-gram", "words": shared}
+    assert first == {"id": "l1", "domain": "math", "source": "s", "test_texts": 1, "touches": [match]}
     assert second["touches"][0]["test"] == f"{folder}/truthfulqa.json[0]"
-    assert json.loads(report.read_text()) == done.to_dict()
+    assert json.loads(file.read_text()) == report.to_dict()
 
 
 def test_without_an_output_it_only_reports(folder):
-    before = sorted(folder.iterdir())
-    done = decontaminate([str(folder / "rows.jsonl")], [str(folder / "gsm8k.jsonl")], None)
-    assert done.dropped == 1 and sorted(folder.iterdir()) == before
+    files = sorted(folder.iterdir())
+    report = decontaminate([str(folder / "rows.jsonl")], [str(folder / "gsm8k.jsonl")], None)
+    assert report.dropped == 1 and sorted(folder.iterdir()) == files
 
 
-def test_some_fields_alone(folder):
-    done = decontaminate([str(folder / "rows.jsonl")], [str(folder / "truthfulqa.json")], None, fields=["targets"])
-    assert done.dropped == 0
+def test_only_some_fields_are_read(folder):
+    report = decontaminate([str(folder / "rows.jsonl")], [str(folder / "truthfulqa.json")], None, fields=["targets"])
+    assert report.dropped == 0
 
 
 def test_nothing_is_written_when_a_row_is_broken(folder):
@@ -212,9 +215,9 @@ def test_nothing_is_written_when_a_row_is_broken(folder):
 
 def test_mistakes(folder):
     rows, tests = [str(folder / "rows.jsonl")], [str(folder / "gsm8k.jsonl")]
-    with pytest.raises(DataError, match="rows.jsonl: is there already; replace it with --force"):
+    with pytest.raises(DataError, match="rows.jsonl: exists. Replace it with --force"):
         decontaminate(rows, tests, folder / "rows.jsonl")
-    with pytest.raises(DataError, match="unknown kind of file '.txt'"):
+    with pytest.raises(DataError, match="unknown file type '.txt'"):
         decontaminate(rows, tests, folder / "clean.txt")
     with pytest.raises(DataError, match="hold no text of 3 words or more"):
         decontaminate(rows, tests, None, fields=["answer"])
@@ -224,7 +227,7 @@ def test_mistakes(folder):
         Rule(13, 2)
 
 
-def test_it_may_replace_its_own_input(folder):
+def test_it_may_replace_its_input(folder):
     rows = folder / "rows.jsonl"
     decontaminate([str(rows)], [str(folder / "gsm8k.jsonl")], rows, force=True)
     assert len(load_rows(str(rows))) == 4
@@ -235,7 +238,7 @@ SHARED = Path(__file__).parents[3] / "../shared/data"
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the repository")
 def test_the_shared_training_rows_share_no_thirteen_words_with_the_shared_tests():
-    """So its README says, whatever way of telling words apart was used there."""
-    done = decontaminate([str(SHARED / "train" / "math.jsonl")], [str(SHARED / "eval")], None)
-    long = [one for one in done.dropped_rows if any(touch["kind"] == "13-gram" for touch in one["touches"])]
-    assert len(long) <= 0.01 * done.rows
+    """As the README of the shared data says, although its words may be split differently."""
+    report = decontaminate([str(SHARED / "train" / "math.jsonl")], [str(SHARED / "eval")], None)
+    long = [row for row in report.dropped_rows if any(match["kind"] == "13-gram" for match in row["touches"])]
+    assert len(long) <= 0.01 * report.rows

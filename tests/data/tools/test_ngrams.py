@@ -1,4 +1,4 @@
-"""Words and rolling hashes, against slow and obvious ones."""
+"""Words and rolling hashes, checked against slow and obvious ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ultrafuser.data.tools.ngrams import WordCodes, window_hashes, words
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("The QUICK, brown\n\tfox!", ["the", "quick", "brown", "fox"]),
         ("Don't; don’t — DONT", ["dont", "dont", "dont"]),
@@ -30,8 +30,8 @@ from ultrafuser.data.tools.ngrams import WordCodes, window_hashes, words
         ("", []),
     ],
 )
-def test_words(text, found):
-    assert words(text) == found
+def test_words(text, expected):
+    assert words(text) == expected
 
 
 def slow_hash(codes, size):
@@ -48,7 +48,7 @@ def test_the_rolling_hash_is_the_polynomial(length, size):
     assert window_hashes(codes, size).tolist() == slow_hash(codes.tolist(), size)
 
 
-def test_the_hash_of_a_run_does_not_depend_on_where_it_stands():
+def test_the_hash_of_a_run_does_not_depend_on_its_position():
     generator = np.random.default_rng(0)
     run = generator.integers(0, 1 << 63, 13, np.uint64)
     long = generator.integers(0, 1 << 63, 20_000, np.uint64)
@@ -69,5 +69,5 @@ def test_codes_are_the_same_in_every_process():
         "from ultrafuser.data.tools.ngrams import WordCodes; import sys; sys.stdout.write(str(WordCodes()['fuse é']))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert WordCodes()["fuse é"] == int(other.stdout)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert WordCodes()["fuse é"] == int(process.stdout)

@@ -18,9 +18,9 @@ ROWS = [
 
 
 def test_counts_by_domain():
-    found = data_statistics(ROWS)
-    assert list(found["domains"]) == ["code", "text"]
-    assert found["domains"]["text"] == {
+    counts = data_statistics(ROWS)
+    assert list(counts["domains"]) == ["code", "text"]
+    assert counts["domains"]["text"] == {
         "conversations": 3,
         "repeated_ids": 0,
         "topics": 2,
@@ -30,9 +30,9 @@ def test_counts_by_domain():
         "sources": {"web": 2, "books": 1},
         "licences": {"MIT": 2, "": 1},
     }
-    assert found["domains"]["code"]["topics"] == 0
-    assert found["all"]["conversations"] == 4 and found["all"]["repeated_ids"] == 1
-    assert found["all"]["licences"] == {"MIT": 3, "": 1}
+    assert counts["domains"]["code"]["topics"] == 0
+    assert counts["all"]["conversations"] == 4 and counts["all"]["repeated_ids"] == 1
+    assert counts["all"]["licences"] == {"MIT": 3, "": 1}
 
 
 def test_tokens_are_those_of_the_contents(tokenizer):
@@ -55,7 +55,7 @@ def test_tokens_are_those_of_the_contents(tokenizer):
 def test_mistakes(tmp_path):
     with pytest.raises(DataError, match="there are no rows to count"):
         data_statistics([])
-    with pytest.raises(CheckpointError, match="(?s)no tokenizer there: .*; give a hub id or a folder that has one"):
+    with pytest.raises(CheckpointError, match="(?s)no tokenizer there: .*. Give a hub id or a folder that has one"):
         load_tokenizer(str(tmp_path))
 
 

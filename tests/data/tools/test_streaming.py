@@ -1,4 +1,4 @@
-"""Rows one at a time: the same as all at once, with progress that adds up."""
+"""Streamed rows equal loaded rows, and the progress adds up."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ultrafuser.progress import Progress
 
 
 class Recorded(Progress):
-    """What was reported."""
+    """Keeps the reports."""
 
     def __init__(self) -> None:
-        self.total, self.done, self.finished = -1, 0, False
+        self.total, self.steps, self.finished = -1, 0, False
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, label: str, total: int) -> None:
         self.total = total
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        self.done += steps
+        self.steps += steps
 
     def finish(self) -> None:
         self.finished = True
@@ -46,7 +46,7 @@ def test_all_rows_in_order_with_progress(sources):
     progress = Recorded()
     rows = list(stream_rows(sources, progress=progress))
     assert rows == [row for source in sources for row in load_rows(source)]
-    assert progress.done == len(rows) == 3609 and progress.finished
+    assert progress.steps == len(rows) == 3609 and progress.finished
     assert progress.total == 3610  # the header of the CSV file is a line too
     assert {row.domain for row in stream_rows(sources[:1], domain="code")} == {"code"}
 

@@ -1,4 +1,4 @@
-"""Texts of test files: every string of every kind of file, with its place."""
+"""Texts of test files: every string of every file type, with its location."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ITEM = {
     "targets": {"It is two": 1, "label": 0},
     "choices": [{"text": "two", "n": 2}, ["three", None]],
 }
-FOUND = [
+CONTENTS = [
     ("question", "How many?"),
     ("targets.<key>", "It is two"),
     ("choices[0].text", "two"),
@@ -27,28 +27,28 @@ def read(path, **options):
     return list(read_texts(str(path), **options))
 
 
-def places(texts):
+def contents(texts):
     return [(text.field, text.text) for text in texts]
 
 
-def test_jsonl_goes_down_to_the_bottom_and_names_the_line(tmp_path):
+def test_jsonl_is_read_at_every_depth_and_names_the_line(tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps({"q": "first"}) + "\n" + json.dumps(ITEM) + "\n")
-    found = read(path)
-    assert found[0] == Text(f"{path}:1", "q", "first")
-    assert places(found[1:]) == FOUND and {text.where for text in found[1:]} == {f"{path}:2"}
+    texts = read(path)
+    assert texts[0] == Text(f"{path}:1", "q", "first")
+    assert contents(texts[1:]) == CONTENTS and {text.location for text in texts[1:]} == {f"{path}:2"}
 
 
 def test_a_json_list_names_the_element_and_an_object_is_one_item(tmp_path):
     path = tmp_path / "test.json"
     path.write_text(json.dumps([ITEM, "bare text"]))
-    found = read(path)
-    assert places(found[:-1]) == FOUND
-    assert found[-1] == Text(f"{path}[1]", "", "bare text")
+    texts = read(path)
+    assert contents(texts[:-1]) == CONTENTS
+    assert texts[-1] == Text(f"{path}[1]", "", "bare text")
     path.write_text(json.dumps({"data": [ITEM]}))
-    found = read(path)
-    assert {text.where for text in found} == {str(path)}
-    assert places(found) == [(f"data[0].{field}", text) for field, text in FOUND]
+    texts = read(path)
+    assert {text.location for text in texts} == {str(path)}
+    assert contents(texts) == [(f"data[0].{field}", text) for field, text in CONTENTS]
 
 
 def test_csv_and_parquet(tmp_path):
@@ -61,7 +61,7 @@ def test_csv_and_parquet(tmp_path):
     import pyarrow.parquet as pq
 
     pq.write_table(pa.Table.from_pylist([{"q": "How many?", "c": [{"t": "two"}]}]), tmp_path / "test.parquet")
-    assert places(read(tmp_path / "test.parquet")) == [("q", "How many?"), ("c[0].t", "two")]
+    assert contents(read(tmp_path / "test.parquet")) == [("q", "How many?"), ("c[0].t", "two")]
 
 
 def test_plain_text_is_read_by_paragraphs_or_else_by_lines(tmp_path):
@@ -70,9 +70,9 @@ def test_plain_text_is_read_by_paragraphs_or_else_by_lines(tmp_path):
     assert read(path) == [Text(f"{path}:2", "", "One two\nthree."), Text(f"{path}:6", "", "Four.")]
     path.write_text("One two\nthree.\n")
     assert read(path) == [Text(f"{path}:1", "", "One two"), Text(f"{path}:2", "", "three.")]
-    other = tmp_path / "README.md"
-    other.write_text("Any other file\n")
-    assert read(other) == [Text(f"{other}:1", "", "Any other file")]
+    readme = tmp_path / "README.md"
+    readme.write_text("Any other file\n")
+    assert read(readme) == [Text(f"{readme}:1", "", "Any other file")]
 
 
 def test_a_folder_and_a_glob(tmp_path):
@@ -83,18 +83,18 @@ def test_a_folder_and_a_glob(tmp_path):
     assert [text.text for text in read(f"{tmp_path}/*.txt")] == ["two"]
 
 
-def test_some_fields_alone(tmp_path):
+def test_only_some_fields_are_read(tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps(ITEM) + "\n" + json.dumps({"id": 8}) + "\n")
-    assert places(read(path, fields=["question", "choices"])) == [FOUND[0], *FOUND[2:]]
+    assert contents(read(path, fields=["question", "choices"])) == [CONTENTS[0], *CONTENTS[2:]]
 
 
 def test_mistakes(tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_text('{"question": "x"}\n')
-    with pytest.raises(DataError, match=r"test\.jsonl: no item has the field 'prompt'; its fields are question"):
+    with pytest.raises(DataError, match=r"test\.jsonl: no item has the field 'prompt'. Its fields are question"):
         read(path, fields=["prompt"])
-    with pytest.raises(DataError, match=r"none\.json: no such test file; expected \.jsonl, .* or plain text"):
+    with pytest.raises(DataError, match=r"none\.json: no such test file, expected \.jsonl, .* or plain text"):
         read(tmp_path / "none.json")
     (tmp_path / "bad.txt").write_bytes(b"\xe9")
     with pytest.raises(DataError, match=r"bad\.txt: not UTF-8 at byte 0"):

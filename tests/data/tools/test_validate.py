@@ -1,8 +1,9 @@
-"""Validation: all problems of all rows, and none where `parse_row` is content."""
+"""Validation lists all problems of all rows, and none for a row that `parse_row` reads."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -12,7 +13,7 @@ from ultrafuser.errors import DataError
 
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 GOOD = {"domain": "text", "messages": TURNS}
-# Records that parse_row refuses, or not: each a change of a good one.
+# Changes of a good record, which parse_row may refuse or accept.
 RECORDS = [
     GOOD,
     {"domain": "text", "prompt": "Q", "response": "A", "extra": 1},
@@ -45,7 +46,7 @@ RECORDS = [
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: json.dumps(record)[:60])
 @pytest.mark.parametrize("domain", [None, "math"])
-def test_it_finds_fault_exactly_where_parse_row_does(record, domain):
+def test_it_finds_problems_exactly_where_parse_row_fails(record, domain):
     try:
         parse_row(record, "", domain)
         accepted = True
@@ -54,7 +55,7 @@ def test_it_finds_fault_exactly_where_parse_row_does(record, domain):
     assert (not list(problems_of(record, domain))) == accepted
 
 
-def test_all_problems_of_a_record_are_told():
+def test_all_problems_of_a_record_are_listed():
     record = {
         "messages": [{"role": "tool", "content": ""}, {"role": "assistant", "content": None}],
         "licence": 3,
@@ -64,7 +65,7 @@ def test_all_problems_of_a_record_are_told():
         "messages[0]: role 'tool', expected one of system, user, assistant",
         "messages[0]: empty content",
         "messages[1]: the content is NoneType, expected text",
-        "no domain; add a 'domain' column or give one for all rows with --domain",
+        "no domain. Add a 'domain' column or give one for all rows with --domain",
         "'licence': expected text, got int",
         "'tests': not Python: '(' was never closed (<unknown>, line 1)",
     ]
@@ -72,10 +73,10 @@ def test_all_problems_of_a_record_are_told():
         "column 'prompt' is empty",
         "column 'response': expected text, got NoneType",
     ]
-    assert list(problems_of(GOOD | {"source": "\ud800"})) == ["'source': holds half a character (a lone surrogate)"]
+    assert list(problems_of(GOOD | {"source": "\ud800"})) == ["'source': holds a lone surrogate, half of a character"]
 
 
-def test_every_line_is_looked_at(tmp_path):
+def test_every_line_is_checked(tmp_path):
     path = tmp_path / "rows.jsonl"
     good = json.dumps(GOOD | {"id": "a", "source": "s", "license": "MIT"}).encode()
     lines = [
@@ -87,32 +88,35 @@ def test_every_line_is_looked_at(tmp_path):
         good,
     ]
     path.write_bytes(b"\n".join(lines) + b"\n")
-    found = validate([str(path)])
-    assert found.rows == 6 and found.bad_rows == 5
-    told = [(one["where"].removeprefix(str(path)), one["problem"]) for one in found.problems]
-    assert [where for where, _ in told] == [":2", ":3", ":4", ":5", ":6"]
-    problems = [problem for _, problem in told]
-    assert problems[0].startswith("not JSON: ") and problems[0].endswith("at column 2")
-    assert problems[1:3] == ["empty line; expected one JSON object", "not UTF-8 at byte 12 of the line"]
-    assert problems[3].startswith("no known layout in the columns ['domain']; expected 'messages'")
-    assert problems[4] == f"id 'a' is that of {path}:1 too; ids must differ"
-    assert found.domains == {"code": 1, "text": 2}
-    assert found.notes == [
-        "column 'license' of 2 rows is not read; is it 'licence'?",
+    findings = validate([str(path)])
+    assert findings.rows == 6 and findings.bad_rows == 5
+    problems = [(problem["where"].removeprefix(str(path)), problem["problem"]) for problem in findings.problems]
+    assert [location for location, _ in problems] == [":2", ":3", ":4", ":5", ":6"]
+    texts = [text for _, text in problems]
+    assert texts[0].startswith("not JSON: ") and texts[0].endswith("at column 2")
+    assert texts[1:3] == ["empty line, expected one JSON object", "not UTF-8 at byte 12 of the line"]
+    assert texts[3].startswith("no known layout in the columns ['domain'], expected 'messages'")
+    assert texts[4] == f"id 'a' is also the id of {path}:1, expected unique ids"
+    assert findings.domains == {"code": 1, "text": 2}
+    assert findings.notes == [
+        "column 'license' of 2 rows is not read. Is it 'licence'?",
         "3 rows without a licence",
         "1 rows without a source",
     ]
 
 
-def test_other_kinds_of_files(tmp_path):
+def test_other_file_types(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([GOOD, {}, 3]))
     (tmp_path / "b.json").write_text("{}")
     (tmp_path / "c.csv").write_text("prompt,response,domain\nQ,A,text\nQ,,\n")
     (tmp_path / "d.parquet").write_bytes(b"PAR1 but no more")
     (tmp_path / "e.jsonl").write_text("")
-    found = validate([str(tmp_path)])
-    told = [(one["where"].removeprefix(f"{tmp_path}/"), one["problem"].split(";")[0]) for one in found.problems]
-    assert told[:6] == [
+    findings = validate([str(tmp_path)])
+    problems = [
+        (problem["where"].removeprefix(f"{tmp_path}/"), re.split(r", expected|\. ", problem["problem"])[0])
+        for problem in findings.problems
+    ]
+    assert problems[:6] == [
         ("a.json[1]", "no known layout in the columns []"),
         ("a.json[1]", "no domain"),
         ("a.json[2]", "expected a JSON object, got int"),
@@ -120,17 +124,17 @@ def test_other_kinds_of_files(tmp_path):
         ("c.csv:3", "column 'response' is empty"),
         ("c.csv:3", "no domain"),
     ]
-    assert told[6][0] == "d.parquet" and told[6][1].startswith("not a readable Parquet file")
-    assert len(told) == 7
+    assert problems[6][0] == "d.parquet" and problems[6][1].startswith("not a readable Parquet file")
+    assert len(problems) == 7
 
 
 def test_clean_rows_have_no_problem():
-    found = validate(["package:ultrafuser/zoo/data/math.train.jsonl", "package:ultrafuser/zoo/data/code.test.jsonl"])
-    assert not found.problems and not found.bad_rows and not found.notes
-    assert set(found.domains) == {"math", "code"} and sum(found.domains.values()) == found.rows
+    findings = validate(["package:ultrafuser/zoo/data/math.train.jsonl", "package:ultrafuser/zoo/data/code.test.jsonl"])
+    assert not findings.problems and not findings.bad_rows and not findings.notes
+    assert set(findings.domains) == {"math", "code"} and sum(findings.domains.values()) == findings.rows
 
 
-def test_nothing_there_and_nothing_in_it(tmp_path):
+def test_missing_and_empty_files(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         validate([str(tmp_path / "none.jsonl")])
     (tmp_path / "empty.jsonl").write_text("")

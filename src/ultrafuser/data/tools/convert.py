@@ -1,4 +1,4 @@
-"""Rows from any known layout and kind of file into any other."""
+"""Convert rows from any known layout and file type to any other."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ def convert(
     force: bool = False,
     progress: Progress | None = None,
 ) -> int:
-    """Copy rows into one file, and say how many.
+    """Copy rows into one file.
 
     Args:
         sources: rows, as in `load_rows`.
-        output: its suffix says the kind of file.
-        layout: one of `LAYOUTS`; None: `messages`, in CSV `instruction/input/output`.
-        domain: the stratum of all rows; by default each row's own.
+        output: the file to write. Its suffix sets the file type.
+        layout: one of `LAYOUTS`. None: `messages`, or `instruction/input/output` for CSV.
+        domain: the stratum of all rows. None: the domain that each row names.
+
+    Returns:
+        the number of rows written.
 
     Raises:
-        DataError: rows that cannot be read or do not fit the layout, an output that cannot be written or is there already.
+        DataError: rows that are unreadable or do not fit the layout, or an output that exists or cannot be written.
     """
     check_layout(output, layout)
     check_target(output, force=force)
-    rows = stream_rows(sources, domain=domain, progress=progress, what="rows converted")
-    written = 0
+    rows = stream_rows(sources, domain=domain, progress=progress, label="rows converted")
+    count = 0
     with row_writer(output, layout, force=force) as write:
         for row in islice(rows, limit):
             write(row)
-            written += 1
-    return written
+            count += 1
+    return count

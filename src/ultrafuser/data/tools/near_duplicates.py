@@ -1,4 +1,4 @@
-"""Rows that say the same: exact duplicates, and near ones by MinHash and locality-sensitive hashing, verified."""
+"""Find rows that say the same: exact duplicates, and near duplicates by MinHash, each verified by its true similarity."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from ultrafuser.data.writing import check_targets, row_writer, write_json
 from ultrafuser.errors import DataError, MissingExtraError
 from ultrafuser.progress import Progress
 
-PARTS = {"conversation": ("system", "user", "assistant"), "instructions": ("user",), "answers": ("assistant",)}
-_STEP = 200  # rows between two reports of progress
+COMPARED_ROLES = {
+    "conversation": ("system", "user", "assistant"),
+    "instructions": ("user",),
+    "answers": ("assistant",),
+}
+_REPORT_EVERY = 200  # rows between two reports of progress
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,10 @@ class NearDuplicateRule:
     """When two rows are near duplicates.
 
     Attributes:
-        threshold: the Jaccard similarity of their shingles from which on they are; None: only exact duplicates count.
-        on: the part that is compared: `conversation`, `instructions` (user) or `answers` (assistant).
-        shingle: words in a row that make a shingle; a shorter text is one shingle.
-        num_perm: permutations of MinHash: more find pairs near the threshold more surely, and take longer.
+        threshold: the lowest Jaccard similarity of the shingles of near duplicates. None: find exact duplicates only.
+        on: the messages to compare: `conversation`, `instructions` (user) or `answers` (assistant).
+        shingle: consecutive words that make a shingle. A shorter text is one shingle.
+        num_perm: permutations of MinHash. More of them find more of the pairs near the threshold, and take longer.
     """
 
     threshold: float | None = 0.7
@@ -38,18 +42,18 @@ class NearDuplicateRule:
     num_perm: int = 128
 
     def __post_init__(self) -> None:
-        if self.on not in PARTS:
-            raise DataError(f"compare on {self.on!r}: expected one of {', '.join(PARTS)}")
+        if self.on not in COMPARED_ROLES:
+            raise DataError(f"compare on {self.on!r}: expected one of {', '.join(COMPARED_ROLES)}")
         if self.threshold is not None and not 0.1 <= self.threshold <= 1:
-            raise DataError(f"a similarity of {self.threshold}: expected 0.1 to 1; 0.7 is usual")
+            raise DataError(f"a similarity of {self.threshold}: expected 0.1 to 1. 0.7 is usual")
 
 
 @dataclass
 class Cluster:
-    """A row that is kept and those that are dropped for it, as places in the list of rows.
+    """The row that is kept of some duplicates, and the rows that are dropped for it, by their index.
 
     Attributes:
-        near: with their similarity to the kept row.
+        near: (index, similarity to the kept row) pairs.
     """
 
     kept: int
@@ -57,10 +61,18 @@ class Cluster:
     near: list[tuple[int, float]] = field(default_factory=list)
 
 
-class NearDuplicateIndex:
-    """Rows by their shingles. Hashing proposes candidates; each is then compared by its true similarity."""
+@dataclass(frozen=True)
+class Sketch:
+    """A row as the index stores it: the sorted hashes of its shingles, and their MinHash."""
 
-    def __init__(self, likeness: NearDuplicateRule) -> None:
+    shingles: np.ndarray
+    minhash: Any
+
+
+class NearDuplicateIndex:
+    """Rows by their shingles. Hashing proposes candidates. Each is then compared by its true similarity."""
+
+    def __init__(self, rule: NearDuplicateRule) -> None:
         """
         Raises:
             MissingExtraError: datasketch is not installed.
@@ -69,120 +81,121 @@ class NearDuplicateIndex:
             from datasketch import MinHash, MinHashLSH
         except ImportError as error:
             raise MissingExtraError("datasketch", "data", "finding near duplicates") from error
-        assert likeness.threshold is not None
-        self.likeness, self._codes = likeness, WordCodes()
-        # A candidate too many costs a comparison, one too few a duplicate: hence the weights.
-        self._lsh = MinHashLSH(threshold=min(likeness.threshold, 0.95), num_perm=likeness.num_perm, weights=(0.1, 0.9))
-        self._empty = MinHash(num_perm=likeness.num_perm, seed=1, hashfunc=int)  # shingles come as hashes
+        assert rule.threshold is not None
+        self.rule, self._codes = rule, WordCodes()
+        # A false candidate costs one comparison, a missed one costs a duplicate: hence the weights.
+        self._lsh = MinHashLSH(threshold=min(rule.threshold, 0.95), num_perm=rule.num_perm, weights=(0.1, 0.9))
+        self._empty = MinHash(num_perm=rule.num_perm, seed=1, hashfunc=int)  # shingles come as hashes
         self._shingles: dict[int, np.ndarray] = {}
 
-    def like(self, row: Row) -> tuple[list[tuple[int, float]], tuple[np.ndarray, Any] | None]:
-        """The rows so far that are near duplicates of this one, with their similarity, most similar first.
+    def find_similar(self, row: Row) -> tuple[list[tuple[int, float]], Sketch | None]:
+        """The near duplicates of a row among the indexed rows, with their similarity, most similar first.
 
         Returns:
-            those rows, and what `add` needs to add this one; None for a row without words.
+            (index, similarity) pairs, and the sketch that `add` takes. None for a row without words.
         """
-        mine = self._shingles_of(row)
-        if not len(mine):
+        shingles = self._shingles_of(row)
+        if not len(shingles):
             return [], None
-        sketch = self._empty.copy()
-        sketch.update_batch(mine.tolist())
-        found = []
-        for other in self._lsh.query(sketch):
-            theirs = self._shingles[other]
-            shared = len(np.intersect1d(mine, theirs, assume_unique=True))
-            similarity = shared / (len(mine) + len(theirs) - shared)
-            if similarity >= (self.likeness.threshold or 0):
-                found.append((other, similarity))
-        return sorted(found, key=lambda pair: (-pair[1], pair[0])), (mine, sketch)
+        minhash = self._empty.copy()
+        minhash.update_batch(shingles.tolist())
+        matches = []
+        for index in self._lsh.query(minhash):
+            candidate = self._shingles[index]
+            shared = len(np.intersect1d(shingles, candidate, assume_unique=True))
+            similarity = shared / (len(shingles) + len(candidate) - shared)
+            if similarity >= (self.rule.threshold or 0):
+                matches.append((index, similarity))
+        return sorted(matches, key=lambda pair: (-pair[1], pair[0])), Sketch(shingles, minhash)
 
-    def add(self, number: int, sketch: tuple[np.ndarray, Any] | None) -> None:
-        """Keep a row under its number, from what `like` returned for it."""
+    def add(self, index: int, sketch: Sketch | None) -> None:
+        """Index a row, by the sketch that `find_similar` returned for it."""
         if sketch is not None:
-            self._shingles[number], minhash = sketch
-            self._lsh.insert(number, minhash, check_duplication=False)
+            self._shingles[index] = sketch.shingles
+            self._lsh.insert(index, sketch.minhash, check_duplication=False)
 
     def _shingles_of(self, row: Row) -> np.ndarray:
         """The set of a row's shingles, as ascending 32-bit hashes."""
-        spoken = [word for text in _texts(row, self.likeness.on) for word in word_and_sign_tokens(text)]
-        hashes = window_hashes(self._codes.array(spoken), max(1, min(self.likeness.shingle, len(spoken))))
+        tokens = [token for text in _texts(row, self.rule.on) for token in word_and_sign_tokens(text)]
+        hashes = window_hashes(self._codes.array(tokens), max(1, min(self.rule.shingle, len(tokens))))
         return np.unique((hashes >> np.uint64(32)).astype(np.uint32))
 
 
-def clusters(rows: Sequence[Row], likeness: NearDuplicateRule, progress: Progress | None = None) -> list[Cluster]:
-    """Every row that is kept, with its duplicates.
+def find_clusters(rows: Sequence[Row], rule: NearDuplicateRule, progress: Progress | None = None) -> list[Cluster]:
+    """Every row to keep, with its duplicates.
 
-    Rows are taken in the order of their ids. A row is dropped when it equals a row before it, or is at least `threshold`
-    similar to one that is kept; of several, the most similar one. So no two kept rows are near duplicates (as far as
-    MinHash finds them), and nothing is dropped for being similar to a row that is itself dropped.
+    Rows are taken in the order of their ids. A row is dropped if it equals an earlier row, or if its similarity to a kept
+    row reaches `threshold`. It then joins the cluster of the most similar one. So no two kept rows are near duplicates (as
+    far as MinHash finds them), and no row is dropped for its similarity to a dropped row.
 
     Raises:
-        MissingExtraError: near duplicates are wanted and datasketch is not installed.
+        MissingExtraError: the rule asks for near duplicates and datasketch is not installed.
     """
     progress = progress or Progress()
-    found: dict[int, Cluster] = {}
-    index = NearDuplicateIndex(likeness) if likeness.threshold is not None else None
+    clusters: dict[int, Cluster] = {}
+    rows_by_shingle = NearDuplicateIndex(rule) if rule.threshold is not None else None
     progress.start("rows compared with each other", len(rows))
-    for step, (number, twins) in enumerate(_exact(rows, likeness.on)):
-        if step % _STEP == 0 and step:
-            progress.advance(_STEP)
-        like, sketch = index.like(rows[number]) if index is not None else ([], None)
-        if like:
-            best, similarity = like[0]
-            found[best].near += [(one, similarity) for one in (number, *twins)]
+    for step, (index, copies) in enumerate(_exact_duplicates(rows, rule.on)):
+        if step % _REPORT_EVERY == 0 and step:
+            progress.advance(_REPORT_EVERY)
+        matches, sketch = rows_by_shingle.find_similar(rows[index]) if rows_by_shingle is not None else ([], None)
+        if matches:
+            best, similarity = matches[0]
+            clusters[best].near += [(duplicate, similarity) for duplicate in (index, *copies)]
         else:
-            found[number] = Cluster(number, exact=twins)
-            if index is not None:
-                index.add(number, sketch)
+            clusters[index] = Cluster(index, exact=copies)
+            if rows_by_shingle is not None:
+                rows_by_shingle.add(index, sketch)
     progress.finish()
-    return list(found.values())
+    return list(clusters.values())
 
 
-def connected(rows: Sequence[Row], likeness: NearDuplicateRule, progress: Progress | None = None) -> list[list[int]]:
-    """All rows, in groups of which no row has a duplicate in another group: chains of near duplicates stay together.
+def find_groups(rows: Sequence[Row], rule: NearDuplicateRule, progress: Progress | None = None) -> list[list[int]]:
+    """All rows in groups, so that no row has a duplicate in another group. A chain of near duplicates is one group.
 
     Raises:
-        MissingExtraError: near duplicates are wanted and datasketch is not installed.
+        MissingExtraError: the rule asks for near duplicates and datasketch is not installed.
     """
     progress = progress or Progress()
-    parent = list(range(len(rows)))
+    parent = list(range(len(rows)))  # a union-find forest
 
-    def root(number: int) -> int:
-        while parent[number] != number:
-            parent[number] = number = parent[parent[number]]
-        return number
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = index = parent[parent[index]]
+        return index
 
-    index = NearDuplicateIndex(likeness) if likeness.threshold is not None else None
+    rows_by_shingle = NearDuplicateIndex(rule) if rule.threshold is not None else None
     progress.start("rows compared with each other", len(rows))
-    for step, (number, twins) in enumerate(_exact(rows, likeness.on)):
-        if step % _STEP == 0 and step:
-            progress.advance(_STEP)
-        for twin in twins:
-            parent[root(twin)] = root(number)
-        if index is not None:
-            like, sketch = index.like(rows[number])
-            for other, _ in like:
-                parent[root(number)] = root(other)
-            index.add(number, sketch)
+    for step, (index, copies) in enumerate(_exact_duplicates(rows, rule.on)):
+        if step % _REPORT_EVERY == 0 and step:
+            progress.advance(_REPORT_EVERY)
+        for copy in copies:
+            parent[root(copy)] = root(index)
+        if rows_by_shingle is not None:
+            matches, sketch = rows_by_shingle.find_similar(rows[index])
+            for match, _ in matches:
+                parent[root(index)] = root(match)
+            rows_by_shingle.add(index, sketch)
     progress.finish()
     groups: dict[int, list[int]] = {}
-    for number in range(len(rows)):
-        groups.setdefault(root(number), []).append(number)
+    for index in range(len(rows)):
+        groups.setdefault(root(index), []).append(index)
     return list(groups.values())
 
 
-def _exact(rows: Sequence[Row], on: str) -> Iterator[tuple[int, list[int]]]:
-    """The first row by id of every set of equal ones, and the others; ties of ids in the order of the list."""
-    twins: dict[bytes, list[int]] = {}
-    for number in sorted(range(len(rows)), key=lambda number: (rows[number].id, number)):
-        key = "\x1e".join(" ".join(word_and_sign_tokens(text)) or text for text in _texts(rows[number], on))
-        twins.setdefault(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest(), []).append(number)
-    for first, *others in twins.values():
-        yield first, others
+def _exact_duplicates(rows: Sequence[Row], on: str) -> Iterator[tuple[int, list[int]]]:
+    """The first row by id of every set of equal rows, and the rest of the set. Equal ids keep the order of the list."""
+    equal_rows: dict[bytes, list[int]] = {}
+    for index in sorted(range(len(rows)), key=lambda index: (rows[index].id, index)):
+        # Rows are equal when their words and signs are. A text without any counts as it stands.
+        key = "\x1e".join(" ".join(word_and_sign_tokens(text)) or text for text in _texts(rows[index], on))
+        equal_rows.setdefault(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest(), []).append(index)
+    for first, *copies in equal_rows.values():
+        yield first, copies
 
 
 def _texts(row: Row, on: str) -> list[str]:
-    return [content for role, content in row.messages if role in PARTS[on]]
+    return [content for role, content in row.messages if role in COMPARED_ROLES[on]]
 
 
 # ---------------------------------------------------------------- the command
@@ -192,54 +205,53 @@ def deduplicate(
     sources: Sequence[str],
     output: Path | None,
     *,
-    likeness: NearDuplicateRule | None = None,
+    rule: NearDuplicateRule | None = None,
     domain: str | None = None,
     report: Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Copy the first row by id of every cluster of duplicates; rows keep their order.
+    """Copy the first row by id of every cluster of duplicates. Rows keep their order.
 
     Args:
         sources: rows, as in `load_rows`.
-        output: the file to write; None: only report.
-        report: where the report goes as JSON, if anywhere.
+        output: the file to write. None: only report.
+        report: the file for the report as JSON. None: none.
 
     Returns:
         the report: counts, and every cluster of more than one row by ids.
 
     Raises:
-        DataError: rows that cannot be read, an output that cannot be written or is there already.
-        MissingExtraError: near duplicates are wanted and datasketch is not installed.
+        DataError: unreadable rows, or an output that exists or cannot be written.
+        MissingExtraError: the rule asks for near duplicates and datasketch is not installed.
     """
-    likeness = likeness or NearDuplicateRule()
+    rule = rule or NearDuplicateRule()
     check_targets(output, report, force=force)
-    rows = list(stream_rows(sources, domain=domain, progress=progress, what="rows read"))
-    found = clusters(rows, likeness, progress)
-    exact, near = sum(len(one.exact) for one in found), sum(len(one.near) for one in found)
+    rows = list(stream_rows(sources, domain=domain, progress=progress, label="rows read"))
+    clusters = find_clusters(rows, rule, progress)
     summary: dict[str, Any] = {
         "rows": len(rows),
-        "kept": len(found),
-        "exact_duplicates": exact,
-        "near_duplicates": near,
-        "rule": {"threshold": likeness.threshold, "on": likeness.on, "shingle": likeness.shingle},
-        "clusters": [_named(one, rows) for one in found if one.exact or one.near],
+        "kept": len(clusters),
+        "exact_duplicates": sum(len(cluster.exact) for cluster in clusters),
+        "near_duplicates": sum(len(cluster.near) for cluster in clusters),
+        "rule": {"threshold": rule.threshold, "on": rule.on, "shingle": rule.shingle},
+        "clusters": [_cluster_by_ids(cluster, rows) for cluster in clusters if cluster.exact or cluster.near],
     }
     if output is not None:
-        kept = {one.kept for one in found}
+        kept_rows = {cluster.kept for cluster in clusters}
         with row_writer(output, force=force) as write:
-            for number, row in enumerate(rows):
-                if number in kept:
+            for index, row in enumerate(rows):
+                if index in kept_rows:
                     write(row)
     if report is not None:
         write_json(report, summary, force=force)
     return summary
 
 
-def _named(cluster: Cluster, rows: Sequence[Row]) -> dict[str, Any]:
+def _cluster_by_ids(cluster: Cluster, rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "kept": rows[cluster.kept].id,
         "domain": rows[cluster.kept].domain,
-        "exact": [rows[number].id for number in cluster.exact],
-        "near": [{"id": rows[number].id, "similarity": round(value, 4)} for number, value in cluster.near],
+        "exact": [rows[index].id for index in cluster.exact],
+        "near": [{"id": rows[index].id, "similarity": round(similarity, 4)} for index, similarity in cluster.near],
     }

@@ -1,4 +1,4 @@
-"""What a data set holds, by domain: the columns of the paper's table 15, and turns, sources and licences."""
+"""Count what a data set holds, by domain: the columns of the paper's table 15, and turns, sources and licences."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Counts:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        out = {
+        counts = {
             "conversations": self.conversations,
             "repeated_ids": self.conversations - len(self.ids),
             "topics": len(self.topics),
@@ -60,24 +60,24 @@ class _Counts:
             "licences": dict(sorted(self.licences.items(), key=lambda item: (-item[1], item[0]))),
         }
         if self.tokens:
-            out["tokens"] = {
+            counts["tokens"] = {
                 "mean": sum(self.tokens) / len(self.tokens),
                 "median": statistics.median(self.tokens),
                 "longest": max(self.tokens),
                 "total": sum(self.tokens),
                 "answers_total": self.answer_tokens,
             }
-        return out
+        return counts
 
 
 def data_statistics(rows: Iterable[Row], tokenizer: Any = None) -> dict[str, Any]:
     """Counts of each domain (`domains`, in alphabetical order) and of all rows (`all`).
 
-    Sub-topics are counted within their topic; empty ones are not counted. A turn is a question and its answer. Tokens are
-    those of the messages' content, without a template; answers also by themselves.
+    Sub-topics are counted within their topic, and empty ones are skipped. A turn is a question and its answer. Tokens are
+    counted in the content of the messages, without a template. The tokens of answers are also counted separately.
 
     Args:
-        tokenizer: a transformers tokenizer; without one there are no tokens.
+        tokenizer: a transformers tokenizer. None: tokens are not counted.
 
     Raises:
         DataError: no rows.
@@ -106,16 +106,16 @@ def _with_lengths(rows: Iterable[Row], tokenizer: Any) -> Iterator[tuple[Row, li
 
 
 def load_tokenizer(source: str) -> Any:
-    """A tokenizer by hub id or folder; a fused folder has one.
+    """Load a tokenizer by hub id or folder. A fused folder has one.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no tokenizer was found.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:  # transformers raises all three for files that are not there
+    except (OSError, ValueError, KeyError) as error:  # transformers raises all three for missing files
         raise CheckpointError(
-            f"{source}: no tokenizer there: {error}; give a hub id or a folder that has one"
+            f"{source}: no tokenizer there: {error}. Give a hub id or a folder that has one"
         ) from error

@@ -1,4 +1,4 @@
-"""Rows of several sources one at a time, with progress: a data set need not fit into memory."""
+"""Stream the rows of several sources with progress. A data set need not fit into memory."""
 
 from __future__ import annotations
 
@@ -10,46 +10,47 @@ from ultrafuser.data.sources import local_files, read_records
 from ultrafuser.errors import DataError
 from ultrafuser.progress import Progress
 
-_STEP = 500  # rows between two reports of progress
+_REPORT_EVERY = 500  # rows between two reports of progress
 
 
 def stream_rows(
-    sources: Sequence[str], *, domain: str | None = None, progress: Progress | None = None, what: str = "rows"
+    sources: Sequence[str], *, domain: str | None = None, progress: Progress | None = None, label: str = "rows"
 ) -> Iterator[Row]:
     """Every row of every source, in order.
 
     Args:
         sources: as in `load_rows`.
-        domain: the stratum of all rows; by default each row's own.
+        domain: the stratum of all rows. None: the domain that each row names.
+        label: what the progress counts.
 
     Raises:
         DataError: as `load_rows`.
     """
     progress = progress or Progress()
-    progress.start(what, estimate_rows(sources))
-    number = 0
+    progress.start(label, estimate_rows(sources))
+    count = 0
     try:
         for source in sources:
-            before = number
-            for raw, where in read_records(source):
-                yield parse_row(raw, where, domain)
-                number += 1
-                if number % _STEP == 0:
-                    progress.advance(_STEP)
-            if number == before:
+            count_before = count
+            for raw, location in read_records(source):
+                yield parse_row(raw, location, domain)
+                count += 1
+                if count % _REPORT_EVERY == 0:
+                    progress.advance(_REPORT_EVERY)
+            if count == count_before:
                 raise DataError(f"{source}: no rows")
-        progress.advance(number % _STEP)
+        progress.advance(count % _REPORT_EVERY)
     finally:
         progress.finish()
 
 
 def estimate_rows(sources: Sequence[str]) -> int:
-    """About how many rows some sources have, for a bar; of hub data sets nothing is known."""
+    """Approximate number of rows of some sources, for a progress bar. Hub data sets count as 0."""
     return sum(_estimate(file) for source in sources for file in local_files(source))
 
 
 def _estimate(file: Path) -> int:
-    """Lines, or what Parquet says."""
+    """Number of lines, or the row count that Parquet stores."""
     if file.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -57,8 +58,8 @@ def _estimate(file: Path) -> int:
         try:
             return pq.read_metadata(file).num_rows
         except (pa.ArrowInvalid, OSError):
-            return 0  # reading it will say what is wrong
+            return 0  # reading it will raise the error
     if file.suffix == ".json":
-        return file.stat().st_size // 1500  # a guess at the size of a conversation, bytes
+        return file.stat().st_size // 1500  # a guess: bytes per conversation
     with file.open("rb") as stream:
         return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))

@@ -1,4 +1,4 @@
-"""Every problem of every row, with its file and line, instead of the first one alone."""
+"""List every problem of every row, with its file and line, not only the first."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.data.schema import _PAIR_LAYOUTS, _SHAREGPT_ROLES, ROLES, parse_row
+from ultrafuser.data.schema import PAIR_LAYOUTS, ROLES, SHAREGPT_ROLES, parse_row
 from ultrafuser.data.sources import local_files, read_file, read_records
 from ultrafuser.data.tools.streaming import estimate_rows
 from ultrafuser.errors import DataError
 from ultrafuser.progress import Progress
 
 _TEXT_FIELDS = ("source", "licence", "topic", "subtopic", "tests", "check")
-_KNOWN = {"id", "domain", "messages", "conversations", *_TEXT_FIELDS}
-_STEP = 500
+_KNOWN_COLUMNS = {"id", "domain", "messages", "conversations", *_TEXT_FIELDS}
+_REPORT_EVERY = 500  # rows between two reports of progress
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
-_NEAREST = 0.75  # how alike an unknown column must be to a known one to be taken for a slip
+_TYPO_SIMILARITY = 0.75  # an unknown column this similar to a known one is taken for a typo
 
 
 @dataclass
 class Findings:
-    """What was found in some sources.
+    """The problems and notes of some sources.
 
     Attributes:
-        rows: lines or records, unreadable ones too.
-        problems: each with the file and line it is about; rows that have one cannot be used.
-        notes: what may be meant so: columns that are not read, rows without a licence.
+        rows: number of lines or records, unreadable ones included.
+        problems: each with its file and line. A row with a problem cannot be used.
+        notes: possible mistakes: columns that are not read, rows without a licence.
     """
 
     rows: int = 0
@@ -47,67 +47,69 @@ class Findings:
 
 
 def validate(sources: Sequence[str], *, domain: str | None = None, progress: Progress | None = None) -> Findings:
-    """Look at every row of every source; nothing but a source that is not there stops it.
+    """Check every row of every source. Only a missing source stops it.
 
     Args:
         sources: as in `load_rows`.
-        domain: the stratum of all rows; by default each row's own.
+        domain: the stratum of all rows. None: the domain that each row names.
 
     Raises:
-        DataError: a source that is not there.
+        DataError: a missing source.
     """
     progress = progress or Progress()
-    progress.start("rows looked at", estimate_rows(sources))
-    found = Findings()
+    progress.start("rows checked", estimate_rows(sources))
+    findings = Findings()
     domains: Counter[str] = Counter()
     columns: Counter[str] = Counter()
-    without: Counter[str] = Counter()
-    places: dict[str, str] = {}
+    empty: Counter[str] = Counter()
+    locations_of_ids: dict[str, str] = {}
     for source in sources:
-        rows_before = found.rows
-        for raw, where, problem in _records(source):
+        rows_before = findings.rows
+        for raw, location, problem in _records(source):
             problems = [problem] if problem else list(problems_of(raw, domain))
-            found.rows += 1
+            findings.rows += 1
             if isinstance(raw, Mapping) and not problem:
-                problems += _repeated(raw, where, places)
+                problems += _repeated_id(raw, location, locations_of_ids)
                 columns.update(str(key) for key in raw)
-                without.update(key for key in ("source", "licence") if not raw.get(key))
+                empty.update(key for key in ("source", "licence") if not raw.get(key))
                 domains[str(domain or raw.get("domain") or "")] += 1
-            found.bad_rows += bool(problems)
-            found.problems += [{"where": where, "problem": text} for text in problems]
-            if found.rows % _STEP == 0:
-                progress.advance(_STEP)
-        if found.rows == rows_before:
-            found.problems.append({"where": source, "problem": "no rows"})
+            findings.bad_rows += bool(problems)
+            findings.problems += [{"where": location, "problem": text} for text in problems]
+            if findings.rows % _REPORT_EVERY == 0:
+                progress.advance(_REPORT_EVERY)
+        if findings.rows == rows_before:
+            findings.problems.append({"where": source, "problem": "no rows"})
     progress.finish()
-    found.domains = dict(sorted((name, count) for name, count in domains.items() if name))
-    found.notes = [*_unread(columns), *(f"{count} rows without a {key}" for key, count in sorted(without.items()))]
-    return found
+    findings.domains = dict(sorted((name, count) for name, count in domains.items() if name))
+    findings.notes = [
+        *_unread_columns(columns),
+        *(f"{count} rows without a {key}" for key, count in sorted(empty.items())),
+    ]
+    return findings
 
 
 def problems_of(raw: Any, domain: str | None = None) -> Iterator[str]:
-    """Everything that is wrong with one raw record; nothing for one that `parse_row` reads."""
+    """Every problem of one raw record. None for a record that `parse_row` reads."""
     if not isinstance(raw, Mapping):
         yield f"expected a JSON object, got {type(raw).__name__}"
         return
-    turns_of = next((key for key in ("messages", "conversations") if raw.get(key) is not None), None)
-    if turns_of is not None:
-        yield from _turn_problems(raw[turns_of], turns_of)
+    turns_key = next((key for key in ("messages", "conversations") if raw.get(key) is not None), None)
+    if turns_key is not None:
+        yield from _turn_problems(raw[turns_key], turns_key)
     else:
         yield from _pair_problems(raw)
-    own = domain or raw.get("domain")
-    if not own:
-        yield "no domain; add a 'domain' column or give one for all rows with --domain"
-    elif not isinstance(own, str):
-        yield f"domain {own!r}: expected text, got {type(own).__name__}"
+    row_domain = domain or raw.get("domain")
+    if not row_domain:
+        yield "no domain. Add a 'domain' column or give one for all rows with --domain"
+    elif not isinstance(row_domain, str):
+        yield f"domain {row_domain!r}: expected text, got {type(row_domain).__name__}"
     for key in _TEXT_FIELDS:
         if raw.get(key) is not None and not isinstance(raw[key], str):
             yield f"{key!r}: expected text, got {type(raw[key]).__name__}"
     for key, value in raw.items():
-        if _LONE_SURROGATE.search(
-            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        ):
-            yield f"{key!r}: holds half a character (a lone surrogate)"
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        if _LONE_SURROGATE.search(text):
+            yield f"{key!r}: holds a lone surrogate, half of a character"
     for key in ("tests", "check"):
         if isinstance(raw.get(key), str):
             yield from _code_problems(key, raw[key])
@@ -119,33 +121,33 @@ def _turn_problems(turns: Any, key: str) -> Iterator[str]:
         yield f"{key!r}: expected a list of objects with {role_key!r} and {content_key!r}, got {type(turns).__name__}"
         return
     roles = []
-    for number, turn in enumerate(turns):
+    for index, turn in enumerate(turns):
         if not isinstance(turn, Mapping):
-            yield f"{key}[{number}]: expected an object with {role_key!r} and {content_key!r}, got {type(turn).__name__}"
+            yield f"{key}[{index}]: expected an object with {role_key!r} and {content_key!r}, got {type(turn).__name__}"
             continue
-        given = turn.get(role_key, turn.get("role"))
+        raw_role = turn.get(role_key, turn.get("role"))
         content = turn.get(content_key, turn.get("content"))
-        role = _SHAREGPT_ROLES.get(str(given), given)
+        role = SHAREGPT_ROLES.get(str(raw_role), raw_role)
         roles.append(role)
         if role not in ROLES:
-            yield f"{key}[{number}]: role {given!r}, expected one of {', '.join(ROLES)}"
+            yield f"{key}[{index}]: role {raw_role!r}, expected one of {', '.join(ROLES)}"
         if not isinstance(content, str):
-            yield f"{key}[{number}]: the content is {type(content).__name__}, expected text"
+            yield f"{key}[{index}]: the content is {type(content).__name__}, expected text"
         elif not content.strip():
-            yield f"{key}[{number}]: empty content"
+            yield f"{key}[{index}]: empty content"
     if len(roles) < len(turns) or any(role not in ROLES for role in roles):
-        return  # their order says nothing
-    rest = roles[1:] if roles[:1] == ["system"] else roles
-    if not rest:
+        return  # the order is meaningless with wrong roles
+    turn_roles = roles[1:] if roles[:1] == ["system"] else roles
+    if not turn_roles:
         yield f"{key!r}: a conversation without messages"
-    elif rest != ["user", "assistant"] * (len(rest) // 2):
-        yield f"roles must alternate user, assistant and end with assistant; got {', '.join(map(str, roles))}"
+    elif turn_roles != ["user", "assistant"] * (len(turn_roles) // 2):
+        yield f"roles must alternate user, assistant and end with assistant, got {', '.join(map(str, roles))}"
 
 
 def _pair_problems(raw: Mapping[str, Any]) -> Iterator[str]:
-    for asked, extra, answered in _PAIR_LAYOUTS:
-        if asked in raw and answered in raw and (extra is None or extra in raw):
-            for column in (asked, answered):
+    for question, context, answer in PAIR_LAYOUTS:
+        if question in raw and answer in raw and (context is None or context in raw):
+            for column in (question, answer):
                 value = raw[column]
                 if not isinstance(value, str):
                     yield f"column {column!r}: expected text, got {type(value).__name__}"
@@ -165,57 +167,57 @@ def _code_problems(key: str, code: str) -> Iterator[str]:
         yield f"{key!r}: not Python: {error}"
 
 
-def _repeated(raw: Mapping[str, Any], where: str, places: dict[str, str]) -> list[str]:
-    """A problem where an id stands in an earlier row too; `places` remembers them."""
-    given = raw.get("id")
-    if given in (None, ""):
-        return []  # one is made from the content
-    first = places.setdefault(str(given), where)
-    return [] if first == where else [f"id {str(given)!r} is that of {first} too; ids must differ"]
+def _repeated_id(raw: Mapping[str, Any], location: str, locations: dict[str, str]) -> list[str]:
+    """A problem if an earlier row has the same id. `locations` keeps the first row of each id."""
+    row_id = raw.get("id")
+    if row_id in (None, ""):
+        return []  # `parse_row` makes an id from the content
+    first = locations.setdefault(str(row_id), location)
+    return [] if first == location else [f"id {str(row_id)!r} is also the id of {first}, expected unique ids"]
 
 
-def _unread(columns: Counter[str]) -> Iterator[str]:
-    """Columns that nothing reads, with what may be meant."""
-    known = _KNOWN | {column for layout in _PAIR_LAYOUTS for column in layout if column}
+def _unread_columns(columns: Counter[str]) -> Iterator[str]:
+    """Notes on the columns that are not read, with a known column of similar name."""
+    known = _KNOWN_COLUMNS | {column for layout in PAIR_LAYOUTS for column in layout if column}
     for column, count in sorted(columns.items()):
         if column not in known:
-            near = difflib.get_close_matches(column, sorted(known), 1, _NEAREST)
-            hint = f"; is it {near[0]!r}?" if near else ""
+            similar = difflib.get_close_matches(column, sorted(known), 1, _TYPO_SIMILARITY)
+            hint = f". Is it {similar[0]!r}?" if similar else ""
             yield f"column {column!r} of {count} rows is not read{hint}"
 
 
-# ---------------------------------------------------------------- records, and those that are none
+# ---------------------------------------------------------------- reading records
 
 
 def _records(source: str) -> Iterator[tuple[Any, str, str | None]]:
-    """Raw records with their place; None and a problem for what cannot be read."""
+    """Raw records with their location. An unreadable record is None, with its problem."""
     files = local_files(source)
     if not files:
-        yield from ((raw, where, None) for raw, where in read_records(source))  # a hub data set, or the error
+        yield from ((raw, location, None) for raw, location in read_records(source))  # a hub data set, or the error
     for file in files:
         if file.suffix == ".jsonl":
             yield from _lines(file)
             continue
         try:
-            for raw, where in read_file(file):
-                yield raw, where, None
+            for raw, location in read_file(file):
+                yield raw, location, None
         except DataError as error:
             yield None, str(file), str(error).removeprefix(f"{file}: ")
 
 
 def _lines(file: Path) -> Iterator[tuple[Any, str, str | None]]:
     with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            where = f"{file}:{number}"
+        for line_number, line in enumerate(stream, 1):
+            location = f"{file}:{line_number}"
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode("utf-8-sig" if line_number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                yield None, where, f"not UTF-8 at byte {error.start} of the line"
+                yield None, location, f"not UTF-8 at byte {error.start} of the line"
                 continue
             if not text.strip():
-                yield None, where, "empty line; expected one JSON object"
+                yield None, location, "empty line, expected one JSON object"
                 continue
             try:
-                yield json.loads(text), where, None
+                yield json.loads(text), location, None
             except json.JSONDecodeError as error:
-                yield None, where, f"not JSON: {error.msg} at column {error.colno}"
+                yield None, location, f"not JSON: {error.msg} at column {error.colno}"

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from ultrafuser.data.schema import Row
 from ultrafuser.data.tools.decontaminate import ContaminationIndex, Rule
-from ultrafuser.data.tools.near_duplicates import NearDuplicateRule, clusters
+from ultrafuser.data.tools.near_duplicates import NearDuplicateRule, find_clusters
 from ultrafuser.data.tools.texts import read_texts
 from ultrafuser.errors import DataError
 from ultrafuser.progress import Progress
@@ -93,7 +93,7 @@ def without_duplicates(
     kept = list(rows)
     for on in ("instructions", "answers"):
         own = [row for row in kept if on == "instructions" or _answer_words(row) >= MIN_ANSWER_WORDS]
-        for one in clusters(own, NearDuplicateRule(threshold=filters.near_duplicates, on=on), progress):
+        for one in find_clusters(own, NearDuplicateRule(threshold=filters.near_duplicates, on=on), progress):
             reasons |= {own[number].id: f"same {on}" for number in one.exact}
             reasons |= {own[number].id: f"near-duplicate {on}" for number, _ in one.near}
         kept = [row for row in kept if row.id not in reasons]
@@ -125,7 +125,7 @@ def without_overlaps(
     if index is None:
         return list(rows), []
     kept, overlaps = [], []
-    for row, touches in index.touches(rows):
+    for row, touches in index.find_matches(rows):
         reason = f"{touches[0].kind} of test data" if touches else None
         if ledger.decide("decontamination", row.domain, reason, touches[0].words if touches else ""):
             kept.append(row)
