@@ -27,7 +27,7 @@ from ultrafuser.synth.calls.clients import make_clients
 from ultrafuser.synth.calls.request import Request
 from ultrafuser.synth.calls.scheduler import answer
 from ultrafuser.synth.calls.store import CallStore
-from ultrafuser.synth.recipe import ModelRecipe
+from ultrafuser.synth.recipe import ServedModel
 
 TARGET = 0.10  # of a core at 100 calls a second
 PROMPT_WORDS = 150
@@ -83,7 +83,7 @@ def asks_for(calls: int) -> list[Request]:
 def ours(url: str, calls: int, concurrency: int, file: Path) -> tuple[float, float]:
     """Wall-clock and processor seconds of a run of ours."""
     endpoint = EndpointRecipe(model="m", base_url=url, concurrency=concurrency)
-    clients = make_clients([ModelRecipe(name="m", endpoint=endpoint, prompt_usd=1.0, completion_usd=1.0)])
+    clients = make_clients([ServedModel(name="m", endpoint=endpoint, prompt_usd=1.0, completion_usd=1.0)])
     requests = asks_for(calls)
     with CallStore(file, "benchmark") as store:
         wall, cpu = time.perf_counter(), time.process_time()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fake_endpoint import Step, failing, fine
-from ultrafuser.synth.recipe import ModelRecipe
+from ultrafuser.synth.recipe import ServedModel
 
 
 class FakeAsyncEndpoint:
@@ -53,12 +53,12 @@ class FakeAsyncEndpoint:
         """How often each question came."""
         return Counter(self._asked)
 
-    def recipe(self, name: str = "m", **changes: Any) -> ModelRecipe:
+    def recipe(self, name: str = "m", **changes: Any) -> ServedModel:
         """A model behind it; `endpoint_*` changes the endpoint's fields."""
         own = {"model": "writer", "base_url": self.url, "timeout_s": 5, "retries": 2, "backoff_s": 0, "concurrency": 4}
         own |= {key.removeprefix("endpoint_"): value for key, value in changes.items() if key.startswith("endpoint_")}
         rest = {key: value for key, value in changes.items() if not key.startswith("endpoint_")}
-        return ModelRecipe.model_validate({"name": name, "endpoint": own, **rest})
+        return ServedModel.model_validate({"name": name, "endpoint": own, **rest})
 
     # ---------------------------------------------------------------- up and down
 

@@ -11,7 +11,7 @@ import pytest
 from fake_writer import tiny
 from ultrafuser.errors import RecipeError
 from ultrafuser.synth.prompts import EXAMPLES, Prompts
-from ultrafuser.synth.recipe import dump_synth_recipe, load_synth_recipe
+from ultrafuser.synth.recipe import LocalModel, ServedModel, dump_synth_recipe, load_synth_recipe
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = [ROOT / "recipes" / name for name in ("synth-served.yaml", "synth-tiny.yaml", "ultrachat2.yaml")]
@@ -152,3 +152,12 @@ def test_the_page_lists_each_prompts_variables():
     for name, example in EXAMPLES.items():
         [line] = re.findall(rf"^\| `{name}\.jinja` \| (.*) \|$", page, re.M)
         assert set(re.findall(r"`(\w+)`", line)) - {"strong", "weak", "user", "assistant"} == set(example) - {"domain"}
+
+
+def test_a_saved_recipe_with_the_fields_of_the_other_kind_of_model_still_loads():
+    """Earlier versions saved every field with every model."""
+    served = MODEL | {"model": None, "dtype": "auto", "batch_size": 8, "generation": {}, "chat_template": None}
+    local = {"name": "l", "endpoint": "local", "model": "some/model", "structured": False, "tokens_per_minute": None}
+    recipe = tiny(models=[served, local])
+    assert isinstance(recipe.model("m"), ServedModel) and isinstance(recipe.model("l"), LocalModel)
+    assert not {"dtype", "batch_size"} & set(recipe.model("m").model_dump())

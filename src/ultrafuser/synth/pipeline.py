@@ -30,7 +30,7 @@ from ultrafuser.synth.output.dataset import (
 )
 from ultrafuser.synth.plan import plan, stages_until
 from ultrafuser.synth.prompts import Prompts
-from ultrafuser.synth.recipe import SynthRecipe
+from ultrafuser.synth.recipe import LocalModel, ServedModel, SynthRecipe
 from ultrafuser.synth.stages import lists as list_stages
 from ultrafuser.synth.stages import texts as stages
 from ultrafuser.synth.stages.run import Look, Run, Test
@@ -142,7 +142,9 @@ def synthesise(
     asked = {one.model: one.stage for one in reversed(plan(recipe, prompts, until))}  # role -> its first stage
     if clients is None:
         for role in asked:
-            check_files(recipe.model(role))
+            model = recipe.model(role)
+            if isinstance(model, LocalModel):
+                check_files(model)
     with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
         if shard is not None:
             _check_topics_are_there(recipe, prompts, store)
@@ -288,10 +290,12 @@ def _probes(recipe: SynthRecipe, asked: Mapping[str, str]) -> list[Request]:
     """A short question to each served model, asked as its first stage asks."""
     out = []
     for role, stage in asked.items():
-        endpoint, call = recipe.model(role).endpoint, recipe.call(stage)
-        if endpoint != "local":
-            place = f"{endpoint.model}@{endpoint.base_url}"
-            out.append(replace(PROBE, role=role, temperature=call.temperature, max_tokens=call.max_tokens, model=place))
+        model, call = recipe.model(role), recipe.call(stage)
+        if isinstance(model, ServedModel):
+            address = f"{model.endpoint.model}@{model.endpoint.base_url}"
+            out.append(
+                replace(PROBE, role=role, temperature=call.temperature, max_tokens=call.max_tokens, model=address)
+            )
     return out
 
 

@@ -7,78 +7,118 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    Discriminator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Tag,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ultrafuser import typed_yaml
 from ultrafuser.endpoint.recipe import EndpointRecipe
 from ultrafuser.recipe import Dtype, Fraction, Identifier, LocalGlob, LocalPath, load_node
 from ultrafuser.synth.calls.request import STAGES
-from ultrafuser.typed_yaml import FreeForm, Node
-
-# Told apart by the word, as a bare string also stands for an endpoint's model.
-_Endpoint = Annotated[
-    Annotated[Literal["local"], Tag("local")] | Annotated[EndpointRecipe, Tag("served")],
-    Discriminator(lambda value: "local" if value == "local" else "served"),
-]
+from ultrafuser.typed_yaml import DiscriminatedBy, FreeForm, Node
 
 
-class ModelRecipe(Node):
-    """A model that answers: behind an endpoint, or in this process."""
+class _Model(Node):
+    """The fields that both kinds of models have."""
 
-    name: Identifier = Field(description="What stages and domains call it, unique in the recipe.")
-    endpoint: _Endpoint = Field(
-        description="An OpenAI-compatible endpoint: `NAME@http://host/v1`, or a mapping; `local`: this process."
+    # Fields of the other kind. They are ignored, so that `models.NAME.endpoint=local` is enough to change the kind.
+    ignored: ClassVar[tuple[str, ...]] = ()
+
+    name: Identifier = Field(description="Name of the model in stages and domains, unique in the recipe.")
+    licence: str = Field(
+        default="", description="Licence or terms of the model's output, shown in each row and in the data card."
     )
-    model: LocalPath | None = Field(
-        default=None,
-        description="Local: what is run, as `ultrafuser eval` takes it: folder, hub id, BASE+ADAPTER, fused folder.",
-    )
-    licence: str = Field(default="", description="Licence or terms of what it writes; stands in each row and the card.")
-    prompt_usd: NonNegativeFloat = Field(default=0.0, description="Price of a million prompt tokens.")
-    completion_usd: NonNegativeFloat = Field(default=0.0, description="Price of a million written tokens.")
-    requests_per_minute: PositiveInt | None = Field(default=None, description="Rate limit; null: none.")
-    tokens_per_minute: PositiveInt | None = Field(default=None, description="Rate limit; null: none.")
-    structured: bool = Field(
-        default=False, description="Send a JSON schema with list stages, where the endpoint has structured output."
+    prompt_usd: NonNegativeFloat = Field(default=0.0, description="Price in dollars per million prompt tokens.")
+    completion_usd: NonNegativeFloat = Field(default=0.0, description="Price in dollars per million written tokens.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_ignored(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: item for key, item in value.items() if key not in cls.ignored}
+
+
+class LocalModel(_Model):
+    """A model that runs in this process."""
+
+    ignored = ("requests_per_minute", "tokens_per_minute", "structured")
+
+    endpoint: Literal["local"] = Field(description="Run `model` in this process.")
+    model: LocalPath = Field(
+        description="Model to run, as for `ultrafuser eval`: folder, hub id, BASE+ADAPTER or fused folder."
     )
     chat_template: LocalPath | None = Field(
-        default=None, description="Local: `chatml`, `plain`, `inst`, `alpaca`, a Jinja file or text; null: its own."
+        default=None,
+        description="`chatml`, `plain`, `inst`, `alpaca`, a Jinja file or text. null: the model's own template.",
     )
-    dtype: Dtype = Field(default="auto", description="Local: type of the weights.")
-    device: str = Field(default="auto", description="Local: `auto`, `cpu`, `cuda` or another torch device.")
-    batch_size: PositiveInt = Field(default=8, description="Local: questions answered at once.")
-    generation: FreeForm = Field(default={}, description="Local: further arguments of transformers' `generate`.")
+    dtype: Dtype = Field(default="auto", description="Type of the weights.")
+    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or another torch device.")
+    batch_size: PositiveInt = Field(default=8, description="Number of requests per batch.")
+    generation: FreeForm = Field(default={}, description="Further arguments of transformers' `generate`.")
 
-    @model_validator(mode="after")
-    def _check(self) -> ModelRecipe:
-        if self.endpoint == "local" and (self.model is None or self.model.startswith("openai:")):
+    @model_validator(mode="before")
+    @classmethod
+    def _check_model(cls, value: Any) -> Any:
+        model = value.get("model") if isinstance(value, Mapping) else None
+        if isinstance(value, Mapping) and (model is None or str(model).startswith("openai:")):
             raise ValueError(
-                f"model {self.name!r}: with 'endpoint: local' expected 'model' (a folder, a hub id, BASE+ADAPTER), got "
-                f"{self.model or 'none'}; a served model is 'endpoint: NAME@http://host/v1'"
+                f"model {value.get('name')!r}: with 'endpoint: local' expected 'model' (a folder, a hub id, BASE+ADAPTER), "
+                f"got {model or 'none'}; a served model is 'endpoint: NAME@http://host/v1'"
             )
-        if isinstance(self.endpoint, EndpointRecipe) and self.model is not None:
-            raise ValueError(
-                f"model {self.name!r}: 'model' is for 'endpoint: local', got {self.model} beside the endpoint "
-                f"{self.endpoint.model}@{self.endpoint.base_url}; remove one of them"
-            )
-        return self
+        return value
 
     @property
     def served(self) -> str:
-        """What answers under this name, the same on every machine: the endpoint's model, or the local one without folders."""
-        if isinstance(self.endpoint, EndpointRecipe):
-            return self.endpoint.model
-        parts = str(self.model).split("+")
-        return "+".join(Path(part).name if Path(part).is_absolute() else part for part in parts)
+        """Name of the model that is the same on every machine: the reference without absolute folders."""
+        references = self.model.split("+")
+        return "+".join(Path(text).name if Path(text).is_absolute() else text for text in references)
+
+    @property
+    def location(self) -> str:
+        """Where the model runs, for the data card."""
+        return "this process"
+
+
+class ServedModel(_Model):
+    """A model behind an OpenAI-compatible endpoint."""
+
+    ignored = ("model", "chat_template", "dtype", "device", "batch_size", "generation")
+
+    endpoint: EndpointRecipe = Field(
+        description="An OpenAI-compatible endpoint: `NAME@http://host/v1`, or a mapping with the fields below."
+    )
+    requests_per_minute: PositiveInt | None = Field(
+        default=None, description="Rate limit in requests per minute. null: no limit."
+    )
+    tokens_per_minute: PositiveInt | None = Field(
+        default=None, description="Rate limit in tokens per minute. null: no limit."
+    )
+    structured: bool = Field(
+        default=False, description="Send a JSON schema with list stages. The endpoint must support structured output."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_model(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("model") is not None:
+            endpoint = EndpointRecipe.model_validate(value["endpoint"])
+            raise ValueError(
+                f"model {value.get('name')!r}: 'model' is for 'endpoint: local', got {value['model']} beside the endpoint "
+                f"{endpoint.model}@{endpoint.base_url}; remove one of them"
+            )
+        return value
+
+    @property
+    def served(self) -> str:
+        """Name of the model that is the same on every machine: the endpoint's name for it."""
+        return self.endpoint.model
+
+    @property
+    def location(self) -> str:
+        """Where the model runs, for the data card."""
+        return self.endpoint.base_url
+
+
+ModelRecipe = LocalModel | ServedModel
 
 
 class CallRecipe(Node):
@@ -239,7 +279,9 @@ class SynthRecipe(Node):
         default="Synthetic instructions", description="Heading of the data card; a store belongs to one title."
     )
     licence: str = Field(default="", description="Licence of the data set as a whole; the models' terms apply too.")
-    models: list[ModelRecipe] = Field(description="The models that are asked.")
+    models: list[Annotated[ModelRecipe, DiscriminatedBy("endpoint")]] = Field(
+        description="Models that answer requests. `endpoint: local` runs one in this process."
+    )
     domains: list[DomainRecipe] = Field(description="The domains.")
     calls: CallsRecipe = Field(default_factory=CallsRecipe, description="How each stage asks.")
     prompts: LocalPath | None = Field(

@@ -26,13 +26,13 @@ from pathlib import Path
 from ultrafuser.errors import UltraFuserError
 from ultrafuser.synth.calls.request import Request
 from ultrafuser.synth.calls.clients import make_clients
-from ultrafuser.synth.recipe import ModelRecipe
+from ultrafuser.synth.recipe import ServedModel
 from ultrafuser.synth.calls.scheduler import answer
 from ultrafuser.synth.calls.store import CallStore
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background
 file, url, number, concurrency, budget_usd = sys.argv[1:]
-model = ModelRecipe.model_validate({
+model = ServedModel.model_validate({
     "name": "writer", "prompt_usd": 1000, "completion_usd": 1000,
     "endpoint": {"model": "m", "base_url": url, "concurrency": int(concurrency), "backoff_s": 0.01, "timeout_s": 10},
 })

@@ -13,7 +13,7 @@ from ultrafuser.synth.calls.local import LocalClient
 from ultrafuser.synth.calls.request import Request, Response
 from ultrafuser.synth.calls.scheduler import answer
 from ultrafuser.synth.calls.store import CallStore
-from ultrafuser.synth.recipe import ModelRecipe
+from ultrafuser.synth.recipe import LocalModel
 
 pytest.importorskip("lm_eval", reason="the eval extra is not installed")
 
@@ -26,8 +26,8 @@ def model(save, tokenizer) -> str:
     return str(folder)
 
 
-def recipe(model: str, **changes) -> ModelRecipe:
-    return ModelRecipe.model_validate(
+def recipe(model: str, **changes) -> LocalModel:
+    return LocalModel.model_validate(
         {"name": "writer", "endpoint": "local", "model": model, "batch_size": 2, **changes}
     )
 

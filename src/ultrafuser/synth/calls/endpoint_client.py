@@ -15,7 +15,7 @@ from ultrafuser.endpoint.pace import Backoff, RateLimiter, Stopped, retry_wait_s
 from ultrafuser.errors import EndpointError
 from ultrafuser.synth.calls.money import likely_prompt_tokens, most_prompt_tokens, prices_of
 from ultrafuser.synth.calls.request import CUT_OFF, CallContext, Request, Response
-from ultrafuser.synth.recipe import ModelRecipe
+from ultrafuser.synth.recipe import ServedModel
 
 PATIENCE_S = 600.0  # without a single reply, after which an endpoint that used to answer counts as dead
 _LONG_PAUSE_S = 5.0  # from which on a pause is logged
@@ -37,13 +37,12 @@ class EndpointClient:
 
     def __init__(
         self,
-        model: ModelRecipe,
+        model: ServedModel,
         backoff: Backoff | None = None,
         *,
         patience_s: float = PATIENCE_S,
         max_reply_bytes: int = MAX_REPLY_BYTES,
     ) -> None:
-        assert model.endpoint != "local"
         self.recipe, self.prices = model.endpoint, prices_of(model)
         self.concurrency = model.endpoint.concurrency
         self.backoff = backoff or Backoff(model.endpoint.backoff_s)

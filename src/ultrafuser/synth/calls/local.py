@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ultrafuser.errors import CheckpointError, DataError, RecipeError
 from ultrafuser.model.references import PACKAGE, resolve
 from ultrafuser.synth.calls.request import CUT_OFF, CallContext, Request, Response
-from ultrafuser.synth.recipe import ModelRecipe
+from ultrafuser.synth.recipe import LocalModel
 
 if TYPE_CHECKING:
     from ultrafuser.evaluate.lm.load import LoadedModel
@@ -21,14 +21,13 @@ if TYPE_CHECKING:
 _TURN = threading.Lock()
 
 
-def check_files(model: ModelRecipe) -> None:
+def check_files(model: LocalModel) -> None:
     """See that a model in this process is there, before anything is asked; what may be a hub id is left to the loading.
 
     Raises:
         RecipeError: no such file or folder.
     """
-    if (text := model.model) is None:  # behind an endpoint
-        return
+    text = model.model
     for part in [text] if Path(text).exists() else text.split("+"):
         try:
             resolve(part, None, model.name)
@@ -45,7 +44,7 @@ class LocalClient:
 
     concurrency = 1
 
-    def __init__(self, model: ModelRecipe) -> None:
+    def __init__(self, model: LocalModel) -> None:
         self.recipe, self.batch_size = model, model.batch_size
         self._served: LoadedModel | None = None
 
@@ -113,10 +112,14 @@ class LocalClient:
     def _load(self) -> LoadedModel:
         from ultrafuser.evaluate.lm.load import load_model
 
-        own = self.recipe
-        assert own.model is not None
-        return load_model(own.model, chat_template=own.chat_template, dtype=own.dtype, device=own.device,
-                     batch_size=own.batch_size)  # fmt: skip
+        recipe = self.recipe
+        return load_model(
+            recipe.model,
+            chat_template=recipe.chat_template,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            batch_size=recipe.batch_size,
+        )
 
 
 def _sizes(served: LoadedModel, request: Request) -> tuple[int, int]:

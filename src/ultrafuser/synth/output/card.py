@@ -79,8 +79,7 @@ def report(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStor
 
 
 def _model_facts(model: ModelRecipe) -> dict[str, Any]:
-    where = "this process" if model.endpoint == "local" else model.endpoint.base_url
-    return {"name": model.name, "model": model.served, "where": where, "licence": model.licence}
+    return {"name": model.name, "model": model.served, "where": model.location, "licence": model.licence}
 
 
 def _topics(data: DataSet) -> dict[str, Any]:
