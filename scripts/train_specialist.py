@@ -2,9 +2,9 @@
 
     python scripts/train_specialist.py recipes/zoo/math.yaml --data ../shared/data/train --output runs/zoo/math
 
-Seconds to minutes on a GPU; about 100 tokens/s on two CPU cores. A hash of the row's id splits the data for everybody,
-whatever the seed: one twentieth is held out as the test set of scripts/zoo_table.py, another is the validation set on
-which the recipes' settings were chosen. Neither is ever trained on.
+It takes seconds to minutes on a GPU, and runs at about 100 tokens/s on two CPU cores. A hash of the row's id splits the
+data, whatever the seed. One twentieth is held out as the test set of scripts/zoo_table.py. Another is the validation set
+on which the recipes' settings were chosen. Neither is ever trained on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ultrafuser.data.sources import load_rows
 from ultrafuser.data.templates import BUILTIN, Rendered, Renderer
 from ultrafuser.model.references import package_path
 
-SHARE_ALIKE = "CC-BY-SA"  # licences that would bind the adapters; such rows are not used at all
+SHARE_ALIKE = "CC-BY-SA"  # rows under these licences are not used, since they would bind the adapters
 
 
 def split_of(row: Row) -> str:
@@ -49,14 +49,15 @@ def is_held_out(row: Row) -> bool:
 
 
 def permissive_rows(file: Path, split: str) -> list[Row]:
-    """The rows of one split of a data file, those under a share-alike licence left out."""
+    """The rows of one split of a data file, without those under a share-alike licence."""
     return [row for row in load_rows(str(file)) if SHARE_ALIKE not in row.licence and split_of(row) == split]
 
 
 def training_rows(spec: dict[str, Any], data: Path) -> list[Row]:
-    """One epoch: `sources` says how often each source's rows are seen in it.
+    """The rows of one epoch, in which `sources` gives the number of passes over each source's rows.
 
-    A factor of 2 repeats every row; 0.25 takes one row in four, always the same ones; sources not named are left out.
+    A factor of 2 repeats every row. A factor of 0.25 takes one row in four, always the same ones. Other sources are
+    skipped.
 
     Raises:
         SystemExit: a source named in the recipe has no rows.
@@ -68,31 +69,31 @@ def training_rows(spec: dict[str, Any], data: Path) -> list[Row]:
         )
     out = []
     for source, factor in spec["sources"].items():
-        own = sorted((row for row in rows if row.source == source), key=lambda row: fraction("share", row))
-        whole, part = divmod(factor, 1)
-        out += own * int(whole) + own[: round(part * len(own))]
+        source_rows = sorted((row for row in rows if row.source == source), key=lambda row: fraction("share", row))
+        repeats, remainder = divmod(factor, 1)
+        out += source_rows * int(repeats) + source_rows[: round(remainder * len(source_rows))]
     return [rewritten(row, spec.get("rewrites", [])) for row in out]
 
 
 def fraction(salt: str, row: Row) -> float:
-    """A number in [0, 1) that depends on the row's id and the salt only."""
+    """A pseudo-random number in [0, 1) from the row's id and the salt."""
     return int(hashlib.sha256(f"{salt}{row.id}".encode()).hexdigest()[:8], 16) / 16**8
 
 
 def rewritten(row: Row, rewrites: list[dict[str, Any]]) -> Row:
-    """The row with its last answer put through those rewrites of the recipe whose `share` of all rows it is in.
+    """Rewrite the last answer of a row by the recipe's patterns, each in a `share` of all rows.
 
-    A source's typography is no part of its domain: without this, a specialist bets against any other way of writing.
+    Otherwise a specialist learns the typography of its sources, and gives any other one a low likelihood.
     """
-    (*before, (role, answer)) = row.messages
+    (*history, (role, answer)) = row.messages
     for rewrite in rewrites:
         if fraction(rewrite["pattern"], row) < rewrite["share"]:
             answer = re.sub(rewrite["pattern"], rewrite["by"], answer, flags=re.MULTILINE)
-    return replace(row, messages=(*before, (role, answer)))
+    return replace(row, messages=(*history, (role, answer)))
 
 
 def batches(rows: list[Rendered], tokens_per_batch: int, rng: random.Random) -> list[list[Rendered]]:
-    """Rows of similar length together, at most so many padded tokens; the batches in random order."""
+    """Batches of rows of similar length, with at most `tokens_per_batch` padded tokens, in random order."""
     ordered = sorted(rows, key=lambda row: (row.num_tokens, rng.random()))
     out: list[list[Rendered]] = [[]]
     for row in ordered:
@@ -104,30 +105,30 @@ def batches(rows: list[Rendered], tokens_per_batch: int, rng: random.Random) -> 
 
 
 def token_losses(model: torch.nn.Module, batch: list[Rendered]) -> torch.Tensor:
-    """Cross entropy in nats of every response token of the batch, row after row."""
+    """Cross entropy of every response token of the batch, in nats, row after row."""
     device = next(model.parameters()).device
     ids = torch.zeros(len(batch), max(row.num_tokens for row in batch), dtype=torch.long)
     for i, row in enumerate(batch):
         ids[i, : row.num_tokens] = torch.tensor(row.input_ids[0])
-    where = [i * ids.shape[1] + t for i, row in enumerate(batch) for t in row.response_index[0]]
+    positions = [i * ids.shape[1] + t for i, row in enumerate(batch) for t in row.response_index[0]]
     labels = torch.tensor([token for row in batch for token in row.labels], device=device)
     causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    # padding lies on the right, so a causal model needs no mask; only response tokens reach the vocabulary
+    # Padding is on the right, so a causal model needs no mask. Only response tokens go through the output layer.
     hidden = causal_lm.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
-    logits = causal_lm.lm_head(hidden.flatten(0, 1)[torch.tensor(where, device=device)])
+    logits = causal_lm.lm_head(hidden.flatten(0, 1)[torch.tensor(positions, device=device)])
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
 @torch.no_grad()
 def row_losses(model: torch.nn.Module, rows: list[Rendered], tokens_per_batch: int) -> list[float]:
-    """Each row's summed loss in nats over its response tokens, in the order of `rows`, in the model's own precision."""
+    """Each row's loss in nats, summed over its response tokens, in the order of `rows` and the model's precision."""
     model.eval()
-    place = {id(row): i for i, row in enumerate(rows)}
+    index = {id(row): i for i, row in enumerate(rows)}
     out = [0.0] * len(rows)
     for batch in batches(rows, tokens_per_batch, random.Random(0)):
-        pieces = token_losses(model, batch).double().split([len(row.labels) for row in batch])
-        for row, piece in zip(batch, pieces, strict=True):
-            out[place[id(row)]] = piece.sum().item()
+        losses = token_losses(model, batch).double().split([len(row.labels) for row in batch])
+        for row, row_loss in zip(batch, losses, strict=True):
+            out[index[id(row)]] = row_loss.sum().item()
     model.train()
     return out
 
@@ -142,15 +143,15 @@ def load_base(reference: str, device: str) -> tuple[torch.nn.Module, Any]:
     gguf = package_path(reference)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # transformers 5.17 gives the tokenizer the bos_token here; an adapter trained so never ends an answer
+    # transformers 5.17 sets the bos_token here. An adapter trained with it never ends an answer.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(base.config.eos_token_id)
     return base.to(device), tokenizer
 
 
 def train(spec: dict[str, Any], training: list[Rendered], base: torch.nn.Module) -> tuple[PeftModel, dict[str, Any]]:
-    """Train on the rendered rows of one epoch; returns the model (base and adapter) and what was spent.
+    """Train on the rendered rows of one epoch. Returns the model (base and adapter) and its costs.
 
-    The adapter's weights are left rounded to bfloat16, as they will be stored.
+    The adapter's weights end rounded to bfloat16, the precision in which they are saved.
     """
     torch.manual_seed(spec["seed"])
     rng = random.Random(spec["seed"])
@@ -192,19 +193,19 @@ def train(spec: dict[str, Any], training: list[Rendered], base: torch.nn.Module)
 
 
 def save(model: PeftModel, spec: dict[str, Any], output: Path) -> None:
-    """Write the adapter in bfloat16, with the base's reference as the recipe has it."""
+    """Write the adapter in bfloat16, with the recipe's reference to the base."""
     config = model.peft_config["default"]
     config.base_model_name_or_path = spec["base"]
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)
     state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items() if "lora_" in name}
-    # the default would look for the base on the hub, to see whether its vocabulary was changed
+    # By default PEFT looks for the base on the hub, to see whether its vocabulary was changed.
     model.save_pretrained(output, state_dict=state, save_embedding_layers=False)
     (output / "adapter_model.safetensors").chmod(0o644)
 
 
 def override(spec: dict[str, Any], settings: list[str]) -> None:
-    """Apply `KEY.KEY=VALUE` settings in place, each value read as YAML and given the type of the one it replaces."""
+    """Apply `KEY.KEY=VALUE` settings in place. A value is read as YAML and cast to the type of the one that it replaces."""
     for setting in settings:
         path, value = setting.split("=", 1)
         *parents, last = path.split(".")
@@ -217,7 +218,7 @@ def override(spec: dict[str, Any], settings: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds the recipe's data files")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the recipe's data files")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override a field, e.g. lora.r=16")
