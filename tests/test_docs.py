@@ -1,4 +1,4 @@
-"""The documentation cannot drift: its Python runs, its commands, options and paths exist, its tables are fresh."""
+"""The documentation cannot drift: its Python runs, its commands, options and paths exist, its tables are up to date."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ultrafuser.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.is_file()]
-# What pages name that is on the hub, and the tiny stand-ins that the test makes.
+# Models on the hub that pages name, and the tiny models that replace them in tests.
 STAND_INS = {
     "Qwen/Qwen2.5-1.5B-Instruct": "models/text",
     "Qwen/Qwen2.5-Coder-1.5B-Instruct": "models/code",
@@ -48,8 +48,9 @@ def script(name: str) -> Any:
 
 def blocks(page: Path) -> Iterator[tuple[str, str, int]]:
     """(language, text, line number) of every fenced block."""
-    for match in re.finditer(r"^```(\w*)[^\n]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
-        yield match[1], match[2], page.read_text(encoding="utf-8")[: match.start()].count("\n") + 2
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.M | re.S):
+        yield match[1], match[2], text[: match.start()].count("\n") + 2
 
 
 def code(page: Path) -> list[str]:
@@ -62,36 +63,35 @@ def code(page: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder as the pages have it: models/, data/, recipes/, my-fused/."""
-    home = tmp_path_factory.mktemp("docs")
+def workspace(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with the paths of the pages: models/, data/, recipes/, my-fused/."""
+    workspace = tmp_path_factory.mktemp("docs")
     for seed, name in enumerate(("text", "code", "math")):
-        folder = home / "models" / name
+        folder = workspace / "models" / name
         tiny(seed=seed, vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    (home / "data").mkdir()
-    rows = {domain: [row(domain, number) for number in range(4)] for domain in DOMAINS}
-    for domain, own in rows.items():
-        (home / "data" / f"{domain}.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in own))
-    validation = [json.dumps(one) for own in rows.values() for one in own]
-    (home / "data" / "validation.jsonl").write_text("\n".join(validation) + "\n")
-    (home / "recipes").mkdir()
+    (workspace / "data").mkdir()
+    lines = {domain: [json.dumps(row(domain, index)) + "\n" for index in range(4)] for domain in DOMAINS}
+    lines["validation"] = [line for domain in DOMAINS for line in lines[domain]]
+    for name, content in lines.items():
+        (workspace / "data" / f"{name}.jsonl").write_text("".join(content))
+    (workspace / "recipes").mkdir()
     recipe = yaml.safe_load((ROOT / "recipes" / "qwen2.5-1.5b.yaml").read_text())
     for specialist in recipe["specialists"]:
         specialist["model"] = STAND_INS[specialist["model"]]
     gate = {"name": "gate", "steps": 2, "samples_per_domain": 2}
     joint = {"name": "joint", "steps": 1, "samples_per_domain": 1}
     recipe |= {"dtype": "float32", "stages": [gate, joint]}
-    (home / "recipes" / "qwen2.5-1.5b.yaml").write_text(yaml.safe_dump(recipe))
-    specialists = [{"name": name, "model": str(home / "models" / name)} for name in ("text", "code", "math")]
-    fuse(load_recipe({"specialists": specialists, "device": "cpu"}), home / "my-fused")
-    return home
+    (workspace / "recipes" / "qwen2.5-1.5b.yaml").write_text(yaml.safe_dump(recipe))
+    specialists = [{"name": name, "model": str(workspace / "models" / name)} for name in ("text", "code", "math")]
+    fuse(load_recipe({"specialists": specialists, "device": "cpu"}), workspace / "my-fused")
+    return workspace
 
 
-def row(domain: str, number: int) -> dict[str, Any]:
-    question, answer = f"Question {number}?", f"{domain} {number}."
+def row(domain: str, index: int) -> dict[str, Any]:
+    question, answer = f"Question {index}?", f"{domain} {index}."
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"id": f"{domain}-{number}", "domain": domain, "messages": turns}
+    return {"id": f"{domain}-{index}", "domain": domain, "messages": turns}
 
 
 def fuse(recipe: Any, folder: Path) -> None:
@@ -106,49 +106,49 @@ WITH_PYTHON = [page for page in PAGES if any(language == "python" for language, 
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
-def test_python_blocks_run(page, workplace, tmp_path, monkeypatch):
-    home = tmp_path / "work"
-    shutil.copytree(workplace, home)
-    monkeypatch.chdir(home)
-    names: dict[str, Any] = {"__name__": "docs"}
+def test_python_blocks_run(page, workspace, tmp_path, monkeypatch):
+    shutil.copytree(workspace, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    namespace: dict[str, Any] = {"__name__": "docs"}
     for language, text, line in blocks(page):
         if language == "python":
             for name, stand_in in STAND_INS.items():
                 text = text.replace(name, stand_in)
             program = compile("\n" * (line - 1) + text, str(page), "exec")
-            exec(program, names)
+            exec(program, namespace)
 
 
 def command_options() -> dict[str, set[str]]:
-    """The options of every command; those that stand before a command under ""."""
+    """The options of every command. The key of global options is ""."""
     cli_docs = script("cli_docs")
-    found = {c: {name for one in cli_docs.parameters(c) for name in one.names} for c in cli_docs.commands()}
-    options = {command: options | {"--help", "-h"} for command, options in found.items()} | {"": GLOBAL_OPTIONS}
-    groups = {command.split()[0] for command in found if " " in command}
+    options = {"": GLOBAL_OPTIONS}
+    for command in cli_docs.commands():
+        names = {name for parameter in cli_docs.parameters(command) for name in parameter.names}
+        options[command] = names | {"--help", "-h"}
+    groups = {command.split()[0] for command in options if " " in command}
     return options | {group: options.get(f"{group} run", set()) | {"--help", "-h"} for group in groups}
 
 
-def calls(line: str, known: Container[str]) -> Iterator[tuple[str, list[str]]]:
-    """(command, options) of each `ultrafuser ...` in a line of code; the command is "" where none is given."""
+def calls(line: str, commands: Container[str]) -> Iterator[tuple[str, list[str]]]:
+    """(command, options) of each `ultrafuser ...` in a line of code. Without a command its name is ""."""
     if line.startswith(("import ", "from ", "pip ")):
         return
     plain = re.sub(r"\"[^\"]*\"|'[^']*'| #.*", "", line)
     for match in re.finditer(r"(?:^|[\s/])ultrafuser(?: ([a-z]+)(?: ([a-z]+)(?=\s|$))?)?((?: [^|;&]*)?)", plain):
-        of_group = f"{match[1]} {match[2]}"
-        yield of_group if of_group in known else match[1] or "", re.findall(r" (--?[a-z][a-z-]*)", match[3])
+        subcommand = f"{match[1]} {match[2]}"
+        yield subcommand if subcommand in commands else match[1] or "", re.findall(r" (--?[a-z][a-z-]*)", match[3])
 
 
 def test_the_pages_commands_and_options_exist():
     options, unknown, seen = command_options(), [], set()
-    everywhere = set().union(*options.values(), OTHER_PROGRAMS)
+    all_options = set().union(*options.values(), OTHER_PROGRAMS)
     for page in PAGES:
         for line in code(page):
-            if (alone := re.match(r"--[a-z-]+", line)) and alone[0] not in everywhere:
+            if (option := re.match(r"--[a-z-]+", line)) and option[0] not in all_options:
                 unknown.append(f"{page.name}: {line}")
-            for command, given in calls(line, options):
+            for command, used in calls(line, options):
                 seen.add(command)
-                wrong = [one for one in given if one not in options.get(command, ())]
-                if command not in options or wrong:
+                if command not in options or not set(used) <= options[command]:
                     unknown.append(f"{page.name}: {line}")
     assert not unknown
     assert seen >= set(options)  # every command is shown somewhere
@@ -229,10 +229,10 @@ def test_generated_pages_are_fresh(name, monkeypatch):
         assert not exit.code
 
 
-def test_the_checkpoint_page_names_every_field_of_a_manifest(workplace):
+def test_the_checkpoint_page_names_every_field_of_a_manifest(workspace):
     page = ROOT / "docs" / "checkpoint.md"
     example = json.loads(next(text for language, text, _ in blocks(page) if language == "json"))
-    real = json.loads((workplace / "my-fused" / "config.json").read_text())
+    real = json.loads((workspace / "my-fused" / "config.json").read_text())
     assert set(real) == set(example)
     assert set(real["specialists"][0]) <= set(example["specialists"][0])
     assert set(real["specialists"][0]["source"]) <= set(example["specialists"][0]["source"])
@@ -244,22 +244,23 @@ def test_the_data_page_lists_the_layouts_in_order():
 
 
 def test_the_command_page_is_what_help_says(capsys, monkeypatch):
-    """Every option of the page is in --help and the other way round."""
+    """Every option of the page is in --help, and every option in --help is on the page."""
     for command in script("cli_docs").commands():
         monkeypatch.setattr(sys, "argv", ["ultrafuser", *command.split(), "--help"])
         monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit):
             command_line()
         helped = set(re.findall(r"^[^\w-]*(--[a-z-]+)", capsys.readouterr().out, re.M)) - {"--help"}
-        listed = {name for one in script("cli_docs").parameters(command) for name in one.names if name.startswith("--")}
+        parameters = script("cli_docs").parameters(command)
+        listed = {name for parameter in parameters for name in parameter.names if name.startswith("--")}
         assert listed == helped
 
 
-def test_the_example_runs(workplace, tmp_path):
-    specialists = [f"{name}={workplace / 'models' / name}" for name in ("text", "code")]
+def test_the_example_runs(workspace, tmp_path):
+    specialists = [f"{name}={workspace / 'models' / name}" for name in ("text", "code")]
     command = [sys.executable, str(ROOT / "examples" / "fuse_and_chat.py"), *specialists]
     command += ["--prompt", "Hello?", "--max-new-tokens", "8", "--output", str(tmp_path / "fused")]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    weights = [line.split()[:2] for line in shown.splitlines()[1:9]]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    weights = [line.split()[:2] for line in output.splitlines()[1:9]]
     assert all(abs(float(a) + float(b) - 1) < 2e-3 for a, b in weights)
     assert (tmp_path / "fused" / "config.json").is_file()

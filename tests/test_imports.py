@@ -1,4 +1,4 @@
-"""Which module may import which, what `import ultrafuser` costs, and that its public names exist."""
+"""Imports follow the layers, `import ultrafuser` is cheap, and its public names exist."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def name_of(file: Path) -> str:
     return ".".join(["ultrafuser", *file.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
 
 
-def own_imports(file: Path) -> Iterator[str]:
-    """Modules of ours that a file imports, anywhere in it."""
+def imported_modules(file: Path) -> Iterator[str]:
+    """Modules of this package that a file imports, inside functions too."""
     package = name_of(file) if file.name == "__init__.py" else name_of(file).rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -90,14 +90,14 @@ def test_the_layers_have_no_circle():
 @pytest.mark.parametrize("file", [f for f in FILES if f.parent != PACKAGE or f.stem != "__init__"], ids=name_of)
 def test_imports_go_one_way(file):
     part = part_of(name_of(file))
-    for module in own_imports(file):
+    for module in imported_modules(file):
         assert part_of(module) in MAY_IMPORT[part] | {part}, f"{name_of(file)} imports {module}"
 
 
-def test_no_module_imports_itself_by_a_detour():
-    """No circle of imports, those inside functions included."""
+def test_modules_have_no_import_circle():
+    """Imports inside functions count too."""
     names = {name_of(file) for file in FILES}
-    imports = {name_of(file): {module for module in own_imports(file) if module in names} for file in FILES}
+    imports = {name_of(file): {module for module in imported_modules(file) if module in names} for file in FILES}
     state: dict[str, bool] = {}  # False while a module's imports are followed
 
     def follow(module: str, path: tuple[str, ...]) -> None:
@@ -114,7 +114,7 @@ def test_no_module_imports_itself_by_a_detour():
 
 
 def test_model_imports_its_neighbours_relatively():
-    """So that its files, copied into a checkpoint, work as remote code."""
+    """Its files are copied into checkpoints and must work there as remote code."""
     for file in (PACKAGE / "model").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -141,12 +141,12 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
-# The other order, transformers first, is what tests/conftest.py does: every test of a checkpoint covers it.
+# tests/conftest.py imports transformers first, so every test of a checkpoint covers the other order.
 def test_importing_it_imports_neither_torch_nor_transformers_and_the_auto_classes_learn_of_it():
     out = run(
         "import sys, ultrafuser\n"

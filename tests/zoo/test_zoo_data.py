@@ -3,7 +3,7 @@
 The files are read by path, so this module needs neither torch nor the
 package itself.  The snippets stored in the rows (``tests`` for code, ``check``
 for mathematics) are executed in one child process per file, each row in a
-fresh namespace; all failing rows of a file are reported together.
+fresh namespace. All failing rows of a file are reported together.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ REQUIRED = ("id", "domain", "messages", "source", "licence", "topic", "subtopic"
 OPTIONAL = ("tests", "check")
 FENCE = re.compile(r"```[^\n]*\n.*?```", re.DOTALL)
 
-# Runs in a child process: reads rows (one JSON object a line) from the file
-# named by its first argument and writes {row id: error} to the second.
+# The program of the child process. It reads rows (one JSON object per line)
+# from the file named by its first argument and writes {row id: error} to the second.
 RUNNER = r"""
 import contextlib, io, json, re, sys, traceback
 
@@ -97,7 +97,7 @@ def failing_rows(rows: list[dict], folder: Path) -> dict[str, str]:
 def test_rows_are_well_formed(name: str) -> None:
     domain, split = name.split(".")
     bad = []
-    for number, row in enumerate(load(name), 1):
+    for line, row in enumerate(load(name), 1):
         keys, messages = set(row), row.get("messages", [])
         good = (
             keys >= set(REQUIRED)
@@ -111,7 +111,7 @@ def test_rows_are_well_formed(name: str) -> None:
             and all(set(m) == {"role", "content"} and m["content"].strip() for m in messages)
         )
         if not good:
-            bad.append(row.get("id", f"line {number}"))
+            bad.append(row.get("id", f"line {line}"))
     assert not bad, f"{name}: malformed rows {bad}"
 
 
