@@ -80,7 +80,7 @@ def test_an_endpoint_that_refuses_half_way_is_resumed(server, data_dir, tmp_path
         return solution(question)
 
     server.reply, server.requests = reply, []
-    with pytest.raises(EndpointError, match="the key has expired.*3 of 8 answers were given"):
+    with pytest.raises(EndpointError, match="the key has expired.*3 of 8 requests were answered"):
         measured(server, data_dir, tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()
     server.reply, server.requests = solution, []

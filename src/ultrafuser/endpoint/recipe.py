@@ -1,4 +1,4 @@
-"""How an OpenAI-compatible endpoint is reached and asked: a node of a recipe; imports no client."""
+"""The settings of an OpenAI-compatible endpoint: a node of a recipe. Imports no client."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPENAI_URL = "https://api.openai.com/v1"
 def _web_address(value: str) -> str:
     try:
         usable = value.startswith(("http://", "https://")) and urlsplit(value).hostname
-    except ValueError:  # brackets that do not close, say
+    except ValueError:  # unbalanced brackets, for example
         usable = False
     if not usable:
         raise ValueError(f"got {value!r}, expected an address such as http://127.0.0.1:8000/v1")
@@ -33,38 +33,39 @@ def _web_address(value: str) -> str:
 
 
 class EndpointRecipe(Node):
-    """One model behind an OpenAI-compatible endpoint; a bare string is `NAME` or `NAME@http://host/v1`."""
+    """One model behind an OpenAI-compatible endpoint. A bare string is `NAME` or `NAME@http://host/v1`."""
 
     shorthand: ClassVar[str | None] = "model"
 
     model: str = Field(
-        min_length=1, description="Name of the model at the endpoint; `NAME@URL` sets `base_url` as well."
+        min_length=1, description="Name of the model at the endpoint. `NAME@URL` sets `base_url` as well."
     )
     base_url: Annotated[str, AfterValidator(_web_address)] = Field(
-        default=OPENAI_URL, description="Address of the endpoint, up to and with `/v1`."
+        default=OPENAI_URL, description="Address of the endpoint, including `/v1`."
     )
     api_key_env: str = Field(
-        default="OPENAI_API_KEY", description="Environment variable that holds the key; unset: none is needed."
+        default="OPENAI_API_KEY", description="Environment variable that holds the key. Unset: the endpoint needs none."
     )
-    timeout_s: PositiveFloat = Field(default=120.0, description="Seconds to wait for a reply before asking again.")
+    timeout_s: PositiveFloat = Field(default=120.0, description="Seconds that a request may take before it is retried.")
     retries: NonNegativeInt = Field(
-        default=5, description="How often a request is asked again after 429, 5xx, a timeout or a cut connection."
+        default=5, description="Retries of a request after 429, 5xx, a timeout or a cut connection."
     )
     backoff_s: NonNegativeFloat = Field(
-        default=1.0, description="Seconds before the first retry, up to; doubled for each further one."
+        default=1.0,
+        description="Maximum delay before the first retry, in seconds. It doubles with each retry, up to a minute.",
     )
-    concurrency: PositiveInt = Field(default=4, description="Requests under way at once.")
-    max_tokens: PositiveInt = Field(default=1024, description="Tokens of a reply at most.")
+    concurrency: PositiveInt = Field(default=4, description="Number of requests in flight.")
+    max_tokens: PositiveInt = Field(default=1024, description="Maximum length of a reply, in tokens.")
     max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = Field(
-        default="max_tokens", description="What the endpoint calls that limit."
+        default="max_tokens", description="Name of that limit in a request."
     )
     temperature: NonNegativeFloat | None = Field(
-        default=0.0, description="Temperature of sampling; null: not sent, for models that refuse it."
+        default=0.0, description="Sampling temperature. null: not sent, for models that refuse it."
     )
-    extra_body: FreeForm = Field(default={}, description="Further fields of each request, as the endpoint knows them.")
+    extra_body: FreeForm = Field(default={}, description="Further fields of each request. They override all others.")
 
     def next_step(self, status: int) -> str | None:
-        """What to do about a refusal for want of access or of the model; None: it is about something else."""
+        """The next step after a refusal of access, or of an unknown model. None: the refusal is about something else."""
         if status in (401, 403):
             name = self.api_key_env
             state = "is set, but its key was not accepted" if os.environ.get(name) else "is not set"
@@ -85,8 +86,8 @@ class EndpointRecipe(Node):
         fields = {"model": value} if isinstance(value, str) else value
         if not isinstance(fields, Mapping) or not isinstance(fields.get("model"), str):
             return value
-        name, at, url = fields["model"].removeprefix("openai:").rpartition("@http")
-        if not at:
+        name, separator, url = fields["model"].removeprefix("openai:").rpartition("@http")
+        if not separator:
             return {**fields, "model": fields["model"].removeprefix("openai:")}
         if "base_url" in fields:
             raise ValueError(f"got {fields['model']!r} and 'base_url', expected the address once; remove one of them")

@@ -138,7 +138,7 @@ def test_answers_are_greedy_and_asked_as_a_chat(server: FakeEndpoint):
 def test_a_judge_that_dies_half_way_is_resumed(server: FakeEndpoint):
     store = Kept()
     server.script = [*[fine("[[A]]")] * 5, *[failing(500)] * 50]
-    with pytest.raises(EndpointError, match="5 of 16 judgements are kept"):
+    with pytest.raises(EndpointError, match="5 of 16 judgements are saved"):
         alpaca.evaluate(Parrot(), judge_of(server, store, retries=0), ALPACA)
     server.script, server.reply = [], lambda _: fine("[[A]]")
     before = server.hits
@@ -203,7 +203,7 @@ def test_turns_without_a_rating_are_left_out_and_counted(server: FakeEndpoint):
 def test_mt_bench_is_resumed(server: FakeEndpoint):
     store = Kept()
     server.script = [fine("[[9]]"), fine("[[9]]"), failing(401)]
-    with pytest.raises(EndpointError, match="status 401.*2 of 6 judgements are kept"):
+    with pytest.raises(EndpointError, match="status 401.*2 of 6 judgements are saved"):
         mt_bench.evaluate(Parrot(), judge_of(server, store), TALKS)
     server.reply = lambda _: fine("[[3]]")
     assert mt_bench.evaluate(Parrot(), judge_of(server, store), TALKS).value == 5
@@ -227,7 +227,7 @@ def test_a_fused_models_answers_outlive_a_judge_that_died(server: FakeEndpoint, 
             store.close()
 
     server.script = [fine("[[7]]"), failing(401)]
-    with pytest.raises(EndpointError, match="1 of 6 judgements are kept"):
+    with pytest.raises(EndpointError, match="1 of 6 judgements are saved"):
         run()
     monkeypatch.setattr(lm, "generate_until", None)  # every answer is there
     server.reply = lambda _: fine("[[7]]")
@@ -309,7 +309,7 @@ def write(folder: Path, questions: str, references: str = "") -> Path:
     ('{"question_id": 1, "category": "math", "turns": ["one"]}', "", ":1: 'turns' is .*'one'.*expected 2 texts"),
     ('{"question_id": 1, "turns": ["one", "two"]}', "", ":1: 'category' is NoneType, expected text"),
     ('{"category": "math", "turns": ["one", "two"]}', "", ":1: got .*expected an object with 'question_id'"),
-    ("3", "", ":1: got 3, expected an object"), ("{", "", "not JSONL"),
+    ("3", "", ":1: got 3, expected an object"), ("{", "", ":1: not JSON"),
     ("", '{"question_id": 1, "choices": []}', ":1: no .*expected question_id and choices"),
 ])  # fmt: skip
 def test_malformed_mt_bench_files(tmp_path, questions, references, said):

@@ -120,7 +120,9 @@ def test_a_rerun_asks_only_what_is_missing(server: FakeEndpoint, tmp_path):
     server.reply = reply
     texts = [f"q{i}" for i in range(6)]
     store = Store(tmp_path / "answers.sqlite", "owner")
-    with pytest.raises(EndpointError, match="context overflow.*1 of the requests failed; 5 of 6 answers were given"):
+    with pytest.raises(
+        EndpointError, match="context overflow.*1 of the requests failed; 5 of 6 requests were answered"
+    ):
         RememberingLM(lm_of(server), store).generate_until(instances(*texts))
     assert RememberingLM(lm_of(server), store).generate_until(instances(*texts)) == [text.upper() for text in texts]
     assert server.hits == 7
@@ -128,5 +130,5 @@ def test_a_rerun_asks_only_what_is_missing(server: FakeEndpoint, tmp_path):
 
 def test_a_dead_endpoint(server: FakeEndpoint):
     server.script = [fine("a"), *[failing(401)] * 50]
-    with pytest.raises(EndpointError, match=r"status 401.*\(1 of 20 answers were given"):
+    with pytest.raises(EndpointError, match=r"status 401.*\(1 of 20 requests were answered"):
         lm_of(server).generate_until(instances(*map(str, range(20))))

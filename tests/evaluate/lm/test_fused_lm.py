@@ -201,7 +201,7 @@ def test_answers_of_another_model_are_refused(tmp_path):
 
 def test_a_file_that_is_no_store_is_named(tmp_path):
     (tmp_path / "answers.sqlite").write_text("no database at all, but text of some length" * 40)
-    with pytest.raises(DataError, match="no file of answers can be kept there"):
+    with pytest.raises(DataError, match="no response cache can be opened there"):
         Store(tmp_path / "answers.sqlite", "me")
 
 
@@ -229,7 +229,7 @@ def test_sampled_answers_belong_to_their_seed(fused, tmp_path):
 def test_a_full_disk_is_a_clear_error(fused, tmp_path):
     store = Store(tmp_path / "answers.sqlite", "me")
     store._db.execute("PRAGMA max_page_count = 4")
-    with pytest.raises(DataError, match="could not be kept .* Make room, and run again"):
+    with pytest.raises(DataError, match="could not be saved .* free disk space and run again"):
         for number in range(1000):
             store.put("generate_until", str(number), "x" * 1000)
     assert store.get("generate_until", "0") == "x" * 1000

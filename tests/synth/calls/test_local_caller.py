@@ -47,7 +47,7 @@ def outcomes(folder: Path, client: LocalClient, asked: list[Request]) -> list[Re
 
 
 def test_answers_are_those_of_the_model_itself(tmp_path: Path, model: str):
-    from ultrafuser.evaluate.judged.common import answer_chats
+    from ultrafuser.evaluate.lm.chat import answer_chats
     from ultrafuser.evaluate.lm.load import load_model
 
     found = outcomes(tmp_path, make_clients([recipe(model)])["writer"], requests(5))

@@ -7,16 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.evaluate.judged.common import (
-    JudgedResult,
-    answer_chats,
-    count,
-    mean,
-    read_hub,
-    read_local,
-    text_of,
-)
 from ultrafuser.evaluate.judged.judge import Judge, Judgement, pair_question
+from ultrafuser.evaluate.judged.result import JudgedResult, Sample, judged_result, mean
+from ultrafuser.evaluate.judged.rows import hub_records, local_records, text_of
+from ultrafuser.evaluate.lm.chat import answer_chats
 from ultrafuser.evaluate.sampling import draw_rows
 from ultrafuser.progress import Progress
 
@@ -38,20 +32,32 @@ class AlpacaRow:
     reference: str
 
 
+class PairSample(Sample):
+    """One instruction, both answers, and the judge's two verdicts: the model's answer shown first, then second."""
+
+    group: str
+    instruction: str
+    answer: str
+    reference: str
+    consistent: bool | None  # whether the two orders agree. None: a verdict is missing
+    status: list[str]
+    verdicts: list[str | None]
+    judge: list[str]
+
+
 def load_rows(data_dir: str | Path | None = None) -> list[AlpacaRow]:
     """The 805 rows, from `alpaca_eval.json` in a folder, or else from the hub.
 
     Raises:
         DataError: a missing file, or a row without its texts.
     """
-    records = read_hub("json", "train", data_files=HUB_FILE) if data_dir is None else read_local(data_dir, FILE)
-    where = HUB_FILE if data_dir is None else str(Path(data_dir) / FILE)
-    return [_row(record, i, f"{where}[{i}]") for i, record in enumerate(records)]
+    records = hub_records("json", "train", data_files=HUB_FILE) if data_dir is None else local_records(data_dir, FILE)
+    return [_row(record, i, location) for i, (record, location) in enumerate(records)]
 
 
-def _row(record: Any, number: int, where: str) -> AlpacaRow:
-    instruction, reference = (text_of(record, key, where) for key in ("instruction", "output"))
-    return AlpacaRow(str(number), str(record.get("dataset") or ""), instruction, reference)
+def _row(record: Any, index: int, location: str) -> AlpacaRow:
+    instruction, reference = (text_of(record, key, location) for key in ("instruction", "output"))
+    return AlpacaRow(str(index), str(record.get("dataset") or ""), instruction, reference)
 
 
 def evaluate(
@@ -66,34 +72,25 @@ def evaluate(
 ) -> JudgedResult:
     """The win rate of an lm-eval model against the references.
 
-    Every answer is judged twice, shown first and shown second; a win counts 1, a tie 0.5, and a sample's score is the
+    Every answer is judged twice, shown first and shown second. A win counts 1, a tie 0.5, and a sample's score is the
     mean of the two. A sample that lacks one of its two verdicts is left out and counted.
 
     Raises:
         DataError: zero samples.
-        EndpointError: the judge cannot be used, or died; its judgements so far are kept.
+        EndpointError: the judge cannot be used, or died. Its judgements so far are kept.
     """
     rows = draw_rows(rows, limit, seed, TASK)
     answers = answer_chats(lm, TASK, [[{"role": "user", "content": row.instruction}] for row in rows], max_tokens)
     pairs = list(zip(rows, answers, strict=True))
     questions = [pair_question(row.instruction, answer, row.reference) for row, answer in pairs]
     questions += [pair_question(row.instruction, row.reference, answer) for row, answer in pairs]
-    judgements = judge.ask_all(questions, what=f"{TASK}: judgements", progress=progress)
+    judgements = judge.ask_all(questions, title=f"{TASK}: judgements", progress=progress)
     first, second = judgements[: len(rows)], judgements[len(rows) :]
-    samples = [_sample(*pair, *own) for pair, *own in zip(pairs, first, second, strict=True)]
-    scored = [sample for sample in samples if sample["score"] is not None]
-    return JudgedResult(
-        TASK,
-        "win_rate",
-        mean(sample["score"] for sample in scored),
-        {sample["id"]: sample["score"] for sample in scored},
-        count(judgements, len(samples) - len(scored)),
-        _details(scored),
-        samples,
-    )
+    samples = [_sample(*pair, *verdicts) for pair, *verdicts in zip(pairs, first, second, strict=True)]
+    return judged_result(TASK, "win_rate", samples, judgements, _details(samples))
 
 
-def _sample(row: AlpacaRow, answer: str, first: Judgement, second: Judgement) -> dict[str, Any]:
+def _sample(row: AlpacaRow, answer: str, first: Judgement, second: Judgement) -> PairSample:
     scores = None
     if first.verdict is not None and second.verdict is not None:
         scores = [MODEL_FIRST[first.verdict], MODEL_SECOND[second.verdict]]
@@ -111,12 +108,14 @@ def _sample(row: AlpacaRow, answer: str, first: Judgement, second: Judgement) ->
     }
 
 
-def _details(scored: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _details(samples: Sequence[PairSample]) -> dict[str, Any]:
     """Over the scored samples: how often the order decided, and lengths, since judges favour long answers."""
+    scored = [sample for sample in samples if sample["score"] is not None]
+    verdicts = [sample["verdicts"] for sample in scored]
     return {
         "inconsistent": sum(not sample["consistent"] for sample in scored),
-        "win_rate_shown_first": mean(MODEL_FIRST[sample["verdicts"][0]] for sample in scored),
-        "win_rate_shown_second": mean(MODEL_SECOND[sample["verdicts"][1]] for sample in scored),
+        "win_rate_shown_first": mean(MODEL_FIRST[str(first)] for first, _ in verdicts),
+        "win_rate_shown_second": mean(MODEL_SECOND[str(second)] for _, second in verdicts),
         "answer_characters": mean(len(sample["answer"]) for sample in scored),
         "reference_characters": mean(len(sample["reference"]) for sample in scored),
     }

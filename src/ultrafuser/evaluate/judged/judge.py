@@ -1,4 +1,4 @@
-"""A judge model behind an endpoint: our prompts, verdicts read strictly, every judgement kept the moment it is there."""
+"""A judge model behind an endpoint: our prompts, verdicts read strictly, every judgement saved as soon as it arrives."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from ultrafuser.progress import Progress
 
 KIND = "judgement"  # of the values in the store
 PAIR_VERDICTS = ("A", "B", "C")  # C: neither is better
-RATINGS = tuple(str(number) for number in range(1, 11))
+RATINGS = tuple(str(rating) for rating in range(1, 11))
 STATUSES = ("ok", "unparsed", "refused", "error")
 
 _VERDICT = re.compile(r"\[\[([^\[\]]*)\]\]")
 
 
 class JudgementStore(Protocol):
-    """Where judgements are kept; `answers.Store` is one."""
+    """Saves judgements, such as `response_cache.Store`."""
 
     def get(self, kind: str, key: str) -> Any | None:
         """The value, or None where there is none."""
 
     def put(self, kind: str, key: str, value: Any) -> None:
-        """Keep a JSON-able value."""
+        """Save a JSON-able value."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What the judge is asked, and the verdicts that count."""
+    """A prompt for the judge, and the verdicts that count."""
 
     prompt: str
     verdicts: tuple[str, ...]
@@ -56,7 +56,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What came of a question: a verdict only when the status is `ok`.
+    """The outcome of a question. It has a verdict only when the status is `ok`.
 
     Attributes:
         text: the judge's whole reply, or the error.
@@ -82,12 +82,12 @@ def rating_question(turns: Sequence[Turn]) -> Question:
 
 def choice_question(question: str, answers: Sequence[str]) -> Question:
     """Which of several answers is best, counted from 1?"""
-    numbers = tuple(str(number) for number in range(1, len(answers) + 1))
-    return Question(_render("choose", question=question, answers=list(answers)), numbers)
+    indices = tuple(str(index) for index in range(1, len(answers) + 1))
+    return Question(_render("choose", question=question, answers=list(answers)), indices)
 
 
 def _render(name: str, **content: Any) -> str:
-    """The prompt; its parts end at a mark that they cannot hold themselves, being a hash of all of them."""
+    """The prompt. Its sections end at a mark that they cannot contain: a hash of them all."""
     mark = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     return _template(name).render(mark=mark, **content).strip()
 
@@ -104,10 +104,10 @@ def _template(name: str) -> Any:
 
 
 def read_verdict(reply: Reply, verdicts: Sequence[str]) -> Judgement:
-    """The verdict, if the last line holds it alone and no other line holds another one; never a guess.
+    """The verdict, if the last line holds it alone and no other line holds another one. It is never guessed.
 
-    Nothing at all, a content filter, or a reply that opens with a refusal counts as refused; the rest, replies that
-    were cut off included, as unparsed.
+    An empty reply, a content filter, or a reply that opens with a refusal counts as refused. The rest counts as
+    unparsed, including truncated replies.
     """
     text = after_thinking(reply.text).strip()
     if reply.finish_reason == "content_filter" or reply.refusal:
@@ -116,29 +116,29 @@ def read_verdict(reply: Reply, verdicts: Sequence[str]) -> Judgement:
         return Judgement("unparsed", None, reply.text)
     if not text:
         return Judgement("refused", None, reply.text)
-    last = _VERDICT.fullmatch(text.splitlines()[-1].strip())
-    named = set(_VERDICT.findall(text)) & set(verdicts)
-    if last and named == {last[1]}:
-        return Judgement("ok", last[1], reply.text)
-    return Judgement("refused" if not named and is_refusal(text) else "unparsed", None, reply.text)
+    last_line = _VERDICT.fullmatch(text.splitlines()[-1].strip())
+    mentioned = set(_VERDICT.findall(text)) & set(verdicts)
+    if last_line and mentioned == {last_line[1]}:
+        return Judgement("ok", last_line[1], reply.text)
+    return Judgement("refused" if not mentioned and is_refusal(text) else "unparsed", None, reply.text)
 
 
 # ---------------------------------------------------------------- the judge
 
 
 class Judge:
-    """Asks a model for verdicts and keeps them; a question that was answered before is not asked again.
+    """Asks a model for verdicts and saves them. A question that was answered before is not asked again.
 
-    Errors are not kept, so a later run asks those questions again. When the endpoint dies (see
-    `endpoint.client.MAX_FAILURES`), the run ends with an error that says how many judgements are kept.
+    Errors are not saved, so a later run asks those questions again. When the endpoint dies (see
+    `endpoint.client.MAX_FAILURES`), the run ends with an error that says how many judgements are saved.
 
     Args:
         endpoint: the judge model. A temperature of 0 makes its verdicts repeatable.
-        store: where judgements are kept; None: in memory only.
+        store: saves the judgements. None: in memory only.
         seed: of the order in which `choose` shows the answers.
 
     Attributes:
-        counts: judgements so far by status, those read from the store included.
+        counts: judgements so far by status, including those read from the store.
     """
 
     def __init__(self, endpoint: Endpoint, store: JudgementStore | None = None, *, seed: int = 0) -> None:
@@ -148,82 +148,85 @@ class Judge:
 
     @property
     def identity(self) -> str:
-        """Model, address and settings: what decides a judgement beside the question."""
+        """Model, address and settings: besides the question, they decide a judgement."""
         recipe = self.endpoint.recipe
         settings = recipe.model_dump(include={"model", "base_url", "temperature", "max_tokens", "extra_body"})
         return json.dumps(settings, sort_keys=True)
 
     def ask_all(
-        self, questions: Sequence[Question], *, what: str = "judgements", progress: Progress | None = None
+        self, questions: Sequence[Question], *, title: str = "judgements", progress: Progress | None = None
     ) -> list[Judgement]:
-        """A judgement of each question, equal questions being asked once.
+        """A judgement of each question. Equal questions are asked once.
 
         Raises:
-            EndpointError: the endpoint cannot be used, or died; what it answered until then is kept.
+            EndpointError: the endpoint cannot be used, or died. Its judgements until then are saved.
         """
         progress = progress or Progress()
         keys = [self._key(question) for question in questions]
-        found = {key: Judgement(**kept) for key in keys if (kept := self.store.get(KIND, key)) is not None}
-        missing = {key: q for key, q in zip(keys, questions, strict=True) if key not in found}
+        judgements = {key: Judgement(**value) for key in keys if (value := self.store.get(KIND, key)) is not None}
+        missing = {key: q for key, q in zip(keys, questions, strict=True) if key not in judgements}
         if missing:
-            progress.start(what + (f" ({len(found)} kept)" if found else ""), len(missing))
-            self._ask(missing, found, progress)
+            progress.start(title + (f" ({len(judgements)} saved)" if judgements else ""), len(missing))
+            self._ask(missing, judgements, progress)
             progress.finish()
-        out = [found[key] for key in keys]
-        self.counts.update(judgement.status for judgement in out)
-        return out
+        self.counts.update(judgements[key].status for key in keys)
+        return [judgements[key] for key in keys]
 
-    def _ask(self, missing: Mapping[str, Question], found: dict[str, Judgement], progress: Progress) -> None:
+    def _ask(self, missing: Mapping[str, Question], judgements: dict[str, Judgement], progress: Progress) -> None:
+        """Ask the missing questions and add their judgements."""
         keys = list(missing)
         requests = [Request([{"role": "user", "content": question.prompt}]) for question in missing.values()]
         try:
             for i, outcome in self.endpoint.ask_all(requests):
                 if isinstance(outcome, Reply):
-                    found[keys[i]] = read_verdict(outcome, missing[keys[i]].verdicts)
-                    self.store.put(KIND, keys[i], asdict(found[keys[i]]))
+                    judgement = read_verdict(outcome, missing[keys[i]].verdicts)
+                    self.store.put(KIND, keys[i], asdict(judgement))
                 else:
-                    found[keys[i]] = Judgement("error", None, str(outcome))
+                    judgement = Judgement("error", None, str(outcome))
+                judgements[keys[i]] = judgement
                 progress.advance()
         except EndpointError as error:
-            kept = sum(judgement.status != "error" for judgement in found.values())
-            total = len(found.keys() | missing.keys())
+            saved = sum(judgement.status != "error" for judgement in judgements.values())
+            total = len(judgements.keys() | missing.keys())
             raise EndpointError(
-                f"{error}; {kept} of {total} judgements are kept, run again to ask only the others"
+                f"{error}; {saved} of {total} judgements are saved, run again to ask only the others"
             ) from error
 
     def choose(self, question: str, answers: Sequence[str]) -> int | None:
-        """Index of the best answer; None when the judge gives no readable verdict (see `counts`)."""
+        """Index of the best answer. None when the judge gives no readable verdict (see `counts`)."""
         return self.choose_all([(question, answers)])[0]
 
     def choose_all(
         self, items: Sequence[tuple[str, Sequence[str]]], *, progress: Progress | None = None
     ) -> list[int | None]:
-        """The same for many (question, answers) at once.
+        """Index of the best answer of each (question, answers).
 
         The answers are shown in an order drawn from the seed, the question and the answers. Where all are equal,
-        nothing is asked and the first one is taken.
+        nothing is asked and the first one is chosen.
 
         Raises:
             UltraFuserError: an item without answers.
-            EndpointError: the endpoint cannot be used, died, or left a question unanswered: which answer is best is not
-                guessed, and choices that were made are kept.
+            EndpointError: the endpoint cannot be used, died, or left a question unanswered. The best answer is not
+                guessed then. Choices that were made are saved.
         """
         if empty := [question for question, answers in items if not answers]:
             raise UltraFuserError(f"no answers to choose from, expected at least one; question: {empty[0][:80]!r}")
-        open_items = [i for i, (_, answers) in enumerate(items) if len(set(answers)) > 1]
-        orders = [self._order(*items[i]) for i in open_items]
+        undecided = [i for i, (_, answers) in enumerate(items) if len(set(answers)) > 1]
+        orders = [self._order(*items[i]) for i in undecided]
         questions = [
             choice_question(items[i][0], [items[i][1][k] for k in order])
-            for i, order in zip(open_items, orders, strict=True)
+            for i, order in zip(undecided, orders, strict=True)
         ]
-        judgements = self.ask_all(questions, what="choices of the judge", progress=progress)
+        judgements = self.ask_all(questions, title="choices of the judge", progress=progress)
         if errors := [judgement.text for judgement in judgements if judgement.status == "error"]:
-            raise EndpointError(f"{errors[0]}; {len(errors)} of {len(judgements)} choices were not made, the others are kept, "
-                                "run again to ask only for those")  # fmt: skip
-        out: list[int | None] = [0] * len(items)
-        for i, order, judgement in zip(open_items, orders, judgements, strict=True):
-            out[i] = None if judgement.verdict is None else order[int(judgement.verdict) - 1]
-        return out
+            raise EndpointError(
+                f"{errors[0]}; {len(errors)} of {len(judgements)} choices were not made, the others are saved, run again "
+                "to ask only for those"
+            )
+        choices: list[int | None] = [0] * len(items)
+        for i, order, judgement in zip(undecided, orders, judgements, strict=True):
+            choices[i] = None if judgement.verdict is None else order[int(judgement.verdict) - 1]
+        return choices
 
     def _order(self, question: str, answers: Sequence[str]) -> list[int]:
         order = list(range(len(answers)))
@@ -235,7 +238,7 @@ class Judge:
 
 
 class _Memory:
-    """A store that forgets at the end."""
+    """A store in memory only."""
 
     def __init__(self) -> None:
         self.values: dict[tuple[str, str], Any] = {}

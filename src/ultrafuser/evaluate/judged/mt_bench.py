@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ultrafuser.errors import DataError
-from ultrafuser.evaluate.judged.common import (
-    JudgedResult,
-    answer_chats,
-    count,
-    mean,
-    read_hub,
-    read_local,
-    text_of,
-)
 from ultrafuser.evaluate.judged.judge import Judge, Judgement, Turn, rating_question
+from ultrafuser.evaluate.judged.result import JudgedResult, Sample, judged_result, mean
+from ultrafuser.evaluate.judged.rows import hub_records, local_records, text_of
+from ultrafuser.evaluate.lm.chat import answer_chats
 from ultrafuser.evaluate.sampling import draw_rows
 from ultrafuser.progress import Progress
 
@@ -38,6 +32,18 @@ class MTBenchRow:
     references: tuple[str | None, ...] = (None,) * TURNS
 
 
+class TurnSample(Sample):
+    """One turn of a conversation, the model's answer, and the judge's rating."""
+
+    category: str
+    turn: int
+    question: str
+    answer: str
+    reference: str | None
+    status: str
+    judge: str
+
+
 def load_rows(data_dir: str | Path | None = None) -> list[MTBenchRow]:
     """The 80 rows, from the two files of FastChat's layout in a folder, or else from the hub.
 
@@ -45,30 +51,27 @@ def load_rows(data_dir: str | Path | None = None) -> list[MTBenchRow]:
         DataError: a missing file, or a malformed row.
     """
     if data_dir is None:
-        records = read_hub(HUB, "train")
-        return [_row(record, "prompt_id", "prompt", f"{HUB}[train][{i}]") for i, record in enumerate(records)]
+        return [_row(record, "prompt_id", "prompt", location) for record, location in hub_records(HUB, "train")]
     references = _references(data_dir)
     return [
-        _row(record, "question_id", "turns", f"{data_dir}/{QUESTIONS}:{i}", references)
-        for i, record in enumerate(read_local(data_dir, QUESTIONS), 1)
+        _row(record, "question_id", "turns", location, references)
+        for record, location in local_records(data_dir, QUESTIONS)
     ]
 
 
 def _references(data_dir: str | Path) -> dict[str, list[str]]:
     """The reference turns by question."""
-    found = {}
-    for i, record in enumerate(read_local(data_dir, REFERENCES), 1):
+    references = {}
+    for record, location in local_records(data_dir, REFERENCES):
         try:
-            found[str(record["question_id"])] = record["choices"][0]["turns"]
+            references[str(record["question_id"])] = record["choices"][0]["turns"]
         except (KeyError, IndexError, TypeError) as error:
-            raise DataError(
-                f"{data_dir}/{REFERENCES}:{i}: no {error}, expected question_id and choices[0].turns"
-            ) from error
-    return found
+            raise DataError(f"{location}: no {error}, expected question_id and choices[0].turns") from error
+    return references
 
 
 def _row(
-    record: Any, id_key: str, turns_key: str, where: str, references: Mapping[str, list[str]] | None = None
+    record: Any, id_key: str, turns_key: str, location: str, model_references: Mapping[str, list[str]] | None = None
 ) -> MTBenchRow:
     """One row, with the authors' references, or a model's where they gave none.
 
@@ -76,15 +79,15 @@ def _row(
     114 and 120).
     """
     if not isinstance(record, Mapping) or id_key not in record:
-        raise DataError(f"{where}: got {record!r:.80}, expected an object with {id_key!r}")
-    row_id, category, turns = str(record[id_key]), text_of(record, "category", where), record.get(turns_key)
+        raise DataError(f"{location}: got {record!r:.80}, expected an object with {id_key!r}")
+    row_id, category, turns = str(record[id_key]), text_of(record, "category", location), record.get(turns_key)
     if not isinstance(turns, list) or len(turns) != TURNS or not all(isinstance(turn, str) for turn in turns):
-        raise DataError(f"{where}: {turns_key!r} is {turns!r:.80}, expected {TURNS} texts")
+        raise DataError(f"{location}: {turns_key!r} is {turns!r:.80}, expected {TURNS} texts")
     if category not in WITH_REFERENCE:
         return MTBenchRow(row_id, category, tuple(turns))
-    sources = [list(record.get("reference") or []), (references or {}).get(row_id, [])]
-    found = [next((own[i] for own in sources if i < len(own) and own[i]), None) for i in range(TURNS)]
-    return MTBenchRow(row_id, category, tuple(turns), tuple(found))
+    sources = [list(record.get("reference") or []), (model_references or {}).get(row_id, [])]
+    references = [next((texts[i] for texts in sources if i < len(texts) and texts[i]), None) for i in range(TURNS)]
+    return MTBenchRow(row_id, category, tuple(turns), tuple(references))
 
 
 def evaluate(
@@ -105,48 +108,39 @@ def evaluate(
 
     Raises:
         DataError: zero samples.
-        EndpointError: the judge cannot be used, or died; its judgements so far are kept.
+        EndpointError: the judge cannot be used, or died. Its judgements so far are kept.
     """
     rows = draw_rows(rows, limit, seed, TASK)
     chats: list[list[dict[str, str]]] = [[] for _ in rows]
-    for number in range(TURNS):
-        chats = [[*chat, _message("user", row.turns[number])] for chat, row in zip(chats, rows, strict=True)]
+    for turn in range(TURNS):
+        chats = [[*chat, _message("user", row.turns[turn])] for chat, row in zip(chats, rows, strict=True)]
         answers = answer_chats(lm, TASK, chats, max_tokens)
         chats = [[*chat, _message("assistant", answer)] for chat, answer in zip(chats, answers, strict=True)]
-    talks = [_talk(row, chat) for row, chat in zip(rows, chats, strict=True)]
-    questions = [rating_question(talk[: number + 1]) for talk in talks for number in range(TURNS)]
-    judgements = judge.ask_all(questions, what=f"{TASK}: judgements", progress=progress)
+    talks = [_turns(row, chat) for row, chat in zip(rows, chats, strict=True)]
+    questions = [rating_question(talk[: turn + 1]) for talk in talks for turn in range(TURNS)]
+    judgements = judge.ask_all(questions, title=f"{TASK}: judgements", progress=progress)
     samples = [
-        _sample(row, number, talk[number], judgements[i * TURNS + number])
+        _sample(row, turn, talk[turn], judgements[i * TURNS + turn])
         for i, (row, talk) in enumerate(zip(rows, talks, strict=True))
-        for number in range(TURNS)
+        for turn in range(TURNS)
     ]
-    scored = [sample for sample in samples if sample["score"] is not None]
-    return JudgedResult(
-        TASK,
-        "rating",
-        mean(sample["score"] for sample in scored),
-        {sample["id"]: sample["score"] for sample in scored},
-        count(judgements, len(samples) - len(scored)),
-        _details(rows, samples, scored),
-        samples,
-    )
+    return judged_result(TASK, "rating", samples, judgements, _details(rows, samples))
 
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _talk(row: MTBenchRow, chat: Sequence[dict[str, str]]) -> list[Turn]:
+def _turns(row: MTBenchRow, chat: Sequence[dict[str, str]]) -> list[Turn]:
     answers = [message["content"] for message in chat if message["role"] == "assistant"]
-    return [Turn(*parts) for parts in zip(row.turns, answers, row.references, strict=True)]
+    return [Turn(*texts) for texts in zip(row.turns, answers, row.references, strict=True)]
 
 
-def _sample(row: MTBenchRow, number: int, turn: Turn, judgement: Judgement) -> dict[str, Any]:
+def _sample(row: MTBenchRow, index: int, turn: Turn, judgement: Judgement) -> TurnSample:
     return {
-        "id": f"{row.id}.{number + 1}",
+        "id": f"{row.id}.{index + 1}",
         "category": row.category,
-        "turn": number + 1,
+        "turn": index + 1,
         "question": turn.question,
         "answer": turn.answer,
         "reference": turn.reference,
@@ -156,17 +150,21 @@ def _sample(row: MTBenchRow, number: int, turn: Turn, judgement: Judgement) -> d
     }
 
 
-def _details(
-    rows: Sequence[MTBenchRow], samples: Sequence[dict[str, Any]], scored: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    def by(key: str) -> dict[str, float | None]:
-        groups = dict.fromkeys(str(sample[key]) for sample in samples)
-        return {group: mean(one["score"] for one in scored if str(one[key]) == group) for group in groups}
+def _details(rows: Sequence[MTBenchRow], samples: Sequence[TurnSample]) -> dict[str, Any]:
+    """Mean ratings by turn and category, missing references, and the length of answers."""
 
-    wanted = [reference for row in rows if row.category in WITH_REFERENCE for reference in row.references]
+    def mean_by(key: Literal["turn", "category"]) -> dict[str, float | None]:
+        scores: dict[str, list[float]] = {}
+        for sample in samples:
+            group = scores.setdefault(str(sample[key]), [])
+            if sample["score"] is not None:
+                group.append(sample["score"])
+        return {name: mean(group) for name, group in scores.items()}
+
+    references = [reference for row in rows if row.category in WITH_REFERENCE for reference in row.references]
     return {
-        "turns": by("turn"),
-        "categories": by("category"),
-        "missing_references": sum(reference is None for reference in wanted),
+        "turns": mean_by("turn"),
+        "categories": mean_by("category"),
+        "missing_references": sum(reference is None for reference in references),
         "answer_characters": mean(len(sample["answer"]) for sample in samples),
     }

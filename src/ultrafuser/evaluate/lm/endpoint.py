@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint as lm-eval sees one: it answers chats; it gives no log-probabilities."""
+"""A model behind an OpenAI-compatible endpoint for lm-eval. It answers chats, but gives no log-probabilities."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ultrafuser.endpoint.messages import Reply, Request
 from ultrafuser.errors import EndpointError, RequestError, UltraFuserError
 from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
 
-MAX_STOPS = 4  # the API takes no more; the others are cut off here
+MAX_STOPS = 4  # the API takes no more. The text is truncated here at the others
 _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "seed"}
 
 
 class EndpointLM(LM):
-    """An lm-eval model that asks chat completions; a text that is no chat is one user message."""
+    """An lm-eval model that asks for chat completions. A text that is not a chat becomes one user message."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         super().__init__()
@@ -28,25 +28,25 @@ class EndpointLM(LM):
     @property
     def tokenizer_name(self) -> str:
         recipe = self.endpoint.recipe
-        return f"{recipe.model}@{recipe.base_url}".replace("/", "__")  # as lm-eval does: it names cache files by it
+        return f"{recipe.model}@{recipe.base_url}".replace("/", "__")  # as lm-eval does, for cache files
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return encode_chat(chat_history)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The answer to each request, up to its stop strings; a filtered one is empty.
+        """The answer to each request, up to its stop strings. A filtered answer is empty.
 
         Raises:
-            EndpointError: the endpoint cannot be used, or did not serve some requests; those answered were reported
-                to the cache hook before.
+            EndpointError: the endpoint cannot be used, or did not serve some requests. Answers were reported to the
+                cache hook as they came.
         """
-        asked = [self._request(request) for request in requests]
+        outgoing = [self._request(request) for request in requests]
         answers: list[Any] = [None] * len(requests)
         failed: list[RequestError] = []
         try:
-            for i, outcome in self.endpoint.ask_all(asked):
+            for i, outcome in self.endpoint.ask_all(outgoing):
                 if isinstance(outcome, Reply):
-                    answers[i] = _cut(outcome.text, _options(requests[i])["until"])
+                    answers[i] = _truncate(outcome.text, _options(requests[i])["until"])
                     self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                 else:
                     failed.append(outcome)
@@ -57,18 +57,18 @@ class EndpointLM(LM):
         return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Never: an endpoint scores only what it wrote itself."""
+        """Not possible: an endpoint scores only text that it wrote itself."""
         raise self._no_log_probs(requests)
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Never: an endpoint scores only what it wrote itself."""
+        """Not possible: an endpoint scores only text that it wrote itself."""
         raise self._no_log_probs(requests)
 
     def _no_log_probs(self, requests: list[Instance]) -> UltraFuserError:
         task = f"task {requests[0].task_name!r}" if requests and requests[0].task_name else "this task"
         return UltraFuserError(
-            f"{self.endpoint.name}: {task} compares the log-probabilities of given answers, which a chat endpoint does "
-            "not give; choose tasks that let the model write: gsm8k, math, sat_math_cot, aqua_cot, humaneval, mbpp, "
+            f"{self.endpoint.name}: {task} compares the log-probabilities of given answers, which chat endpoints do not "
+            "give; choose tasks that let the model write: gsm8k, math, sat_math_cot, aqua_cot, humaneval, mbpp, "
             "alpaca_eval, mt_bench"
         )
 
@@ -90,23 +90,25 @@ class EndpointLM(LM):
 
 
 def _options(request: Instance) -> dict[str, Any]:
-    """lm-eval's generation arguments, checked; max_gen_toks 0: not given."""
-    given: Mapping[str, Any] = request.args[1]
-    options: dict[str, Any] = {"temperature": 1.0, **normalize_gen_kwargs(dict(given), 0)}
+    """lm-eval's generation arguments, checked. max_gen_toks is 0 where there is no limit."""
+    arguments: Mapping[str, Any] = request.args[1]
+    options: dict[str, Any] = {"temperature": 1.0, **normalize_gen_kwargs(dict(arguments), 0)}
     if unknown := sorted(set(options) - _KNOWN):
         raise UltraFuserError(
             f"task {request.task_name!r}: the generation option {unknown[0]!r} does not exist for a chat endpoint; "
-            f"known: {', '.join(sorted(_KNOWN))}; take it out of the task's generation_kwargs"
+            f"known: {', '.join(sorted(_KNOWN))}; remove it from the task's generation_kwargs"
         )
     options["until"] = [stop for stop in options["until"] if stop]
     return options
 
 
-def _cut(text: str, until: list[str]) -> str:
+def _truncate(text: str, until: list[str]) -> str:
     """The text before the first stop string."""
-    return text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
+    return text[: min((index for index in map(text.find, until) if index >= 0), default=len(text))]
 
 
 def _count(answers: list[Any]) -> str:
-    done = sum(answer is not None for answer in answers)
-    return f"{done} of {len(answers)} answers were given; a run that keeps its answers asks only the others again"
+    answered = sum(answer is not None for answer in answers)
+    return (
+        f"{answered} of {len(answers)} requests were answered; a run with a response cache asks only the others again"
+    )

@@ -1,4 +1,4 @@
-"""Every answer of a model is kept the moment it is there: a run that was killed goes on with what is missing."""
+"""Saves every answer of a model as soon as it arrives, so a run that was killed resumes with the missing ones."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ultrafuser.progress import Progress
 
 
 class Store:
-    """JSON values by kind and key in one SQLite file; what `put` returned from survives a kill.
+    """JSON values by kind and key in one SQLite file. A value survives a kill once `put` has returned.
 
     Raises:
-        DataError: the file belongs to another model, or is no such file.
+        DataError: the file belongs to another model, or is not a response cache.
     """
 
     def __init__(self, file: Path, owner: str) -> None:
@@ -40,26 +40,26 @@ class Store:
             self._db.execute("INSERT OR IGNORE INTO answers VALUES ('owner', '', ?)", (json.dumps(owner),))
         except (sqlite3.Error, OSError) as error:
             raise DataError(
-                f"{file}: no file of answers can be kept there ({error}); move it away, or choose another --output"
+                f"{file}: no response cache can be opened there ({error}); move the file, or choose another --output"
             ) from error
-        if (before := self.get("owner", "")) != owner:
+        if (saved_owner := self.get("owner", "")) != owner:
             raise DataError(
-                f"{file}: holds the answers of another model ({before}), expected {owner}; name it anew as "
-                "NAME=MODEL, choose another --output, or delete the file if the model was changed on purpose"
+                f"{file}: holds the answers of another model ({saved_owner}), expected {owner}; give this model another "
+                "name as NAME=MODEL, choose another --output, or delete the file if the model was changed on purpose"
             )
 
     def get(self, kind: str, key: str) -> Any | None:
         """The value, or None where there is none."""
-        found = self._db.execute("SELECT value FROM answers WHERE kind = ? AND key = ?", (kind, key)).fetchone()
-        return None if found is None else json.loads(found[0])
+        row = self._db.execute("SELECT value FROM answers WHERE kind = ? AND key = ?", (kind, key)).fetchone()
+        return None if row is None else json.loads(row[0])
 
     def put(self, kind: str, key: str, value: Any) -> None:
-        """Keep a value; one that is there already stays as it is."""
+        """Save a value. An existing one stays as it is."""
         try:
             self._db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", (kind, key, json.dumps(value)))
         except sqlite3.OperationalError as error:
             raise DataError(
-                f"{self.file}: the answer could not be kept ({error}); those before it are. Make room, and run again"
+                f"{self.file}: the answer could not be saved ({error}), earlier ones are; free disk space and run again"
             ) from error
 
     def values(self, kind: str) -> list[Any]:
@@ -76,10 +76,10 @@ class Store:
 
 
 class RememberingLM(LM):
-    """Any lm-eval model with a memory: what it answered before is read, the rest is asked and kept at once.
+    """Any lm-eval model with a cache: saved answers are read, the others are asked for and saved at once.
 
-    Equal requests (the repeats of pass@k) are told apart by their number, so that sampled answers stay different; a
-    sampled answer belongs to its seed.
+    Equal requests (the repeats of pass@k) are counted, so that sampled answers stay different. A sampled answer belongs
+    to its seed. lm-eval's own `CachingLM` skips sampled requests, and saves only after a whole batch.
     """
 
     def __init__(self, lm: LM, store: Store, progress: Progress | None = None, seed: int = 0) -> None:
@@ -109,21 +109,22 @@ class RememberingLM(LM):
         keys = _keys(kind, [request.args for request in requests], self.seed)
         missing = [i for i, key in enumerate(keys) if self.store.get(kind, key) is None]
         if missing:
-            what = {"generate_until": "answers", "loglikelihood": "options weighed"}.get(kind, kind)
-            self.progress.start(
-                what + (f" ({len(keys) - len(missing)} kept)" if len(missing) < len(keys) else ""), len(missing)
+            title = {"generate_until": "answers", "loglikelihood": "options scored"}.get(kind, kind)
+            cached = f" ({len(keys) - len(missing)} cached)" if len(missing) < len(keys) else ""
+            self.progress.start(title + cached, len(missing))
+            self.lm.set_cache_hook(
+                _SavingHook(self, kind, [requests[i].args for i in missing], [keys[i] for i in missing])
             )
-            self.lm.set_cache_hook(_Keeper(self, kind, [requests[i].args for i in missing], [keys[i] for i in missing]))
             if isinstance(getattr(self.lm, "draws", None), int):
                 self.lm.draws = self.store.count(kind)
             answers = getattr(self.lm, kind)([requests[i] for i in missing])
-            for i, answer in zip(missing, answers, strict=True):  # what the model did not report on its way
+            for i, answer in zip(missing, answers, strict=True):  # those that the model did not report as it went
                 self.store.put(kind, keys[i], answer)
             self.progress.finish()
         return [self.store.get(kind, key) for key in keys]
 
 
-class _Keeper:
+class _SavingHook:
     """lm-eval's cache hook: the model calls it with every finished request."""
 
     def __init__(self, owner: RememberingLM, kind: str, args: Sequence[tuple], keys: Sequence[str]) -> None:
@@ -144,12 +145,12 @@ def _hash(kind: str, args: tuple) -> str:
 
 
 def _keys(kind: str, args: Sequence[tuple], seed: int) -> list[str]:
-    """One key a request; the n-th of equal ones ends in its number, and a sampled one in its seed."""
+    """One key per request. It ends in the index among equal requests, and in the seed where the answer is sampled."""
     seen: Counter[str] = Counter()
-    out = []
+    keys = []
     for arg in args:
         key = _hash(kind, arg)
         sampled = kind == "generate_until" and arg[1].get("do_sample")
-        out.append(f"{key}-{seen[key]}" + (f"-{seed}" if sampled else ""))
+        keys.append(f"{key}-{seen[key]}" + (f"-{seed}" if sampled else ""))
         seen[key] += 1
-    return out
+    return keys

@@ -1,4 +1,4 @@
-"""What calls cost: prices, the most that a call may cost, and how long a prompt is likely to be."""
+"""The cost of calls: prices, the maximum cost of a call, and estimated prompt lengths."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from ultrafuser.synth.calls.request import Request
 from ultrafuser.synth.recipe import ModelRecipe
 
-BYTES_PER_TOKEN = 4.0  # of English text and most tokenizers: for estimates alone
-MESSAGE_TOKENS = 16  # that a chat template puts around a message, at most
+BYTES_PER_TOKEN = 4.0  # of English text with most tokenizers, for estimates only
+MESSAGE_TOKENS = 16  # at most, that a chat template adds to a message
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Dollars for a million tokens."""
+    """Dollars per million tokens."""
 
     prompt_usd: float = 0.0
     completion_usd: float = 0.0
@@ -22,22 +22,22 @@ class Prices:
         return (prompt_tokens * self.prompt_usd + completion_tokens * self.completion_usd) / 1e6
 
     def ceiling_usd(self, request: Request) -> float:
-        """What one try may cost at most: no tokenizer makes more than one token of a byte."""
+        """The maximum cost of one attempt: no tokenizer makes more than one token of a byte."""
         return self.cost_usd(most_prompt_tokens(request), request.max_tokens)
 
 
 def prices_of(model: ModelRecipe) -> Prices:
-    """The prices that a recipe states for a model."""
+    """The prices of a model in a recipe."""
     return Prices(model.prompt_usd, model.completion_usd)
 
 
 def most_prompt_tokens(request: Request) -> int:
-    """Tokens of the prompt at most."""
+    """Maximum number of tokens in the prompt."""
     return _prompt_bytes(request) + MESSAGE_TOKENS * (len(request.messages) + 1)
 
 
 def likely_prompt_tokens(request: Request) -> int:
-    """Tokens of the prompt, roughly."""
+    """Estimated number of tokens in the prompt."""
     return round(_prompt_bytes(request) / BYTES_PER_TOKEN) + MESSAGE_TOKENS // 2 * (len(request.messages) + 1)
 
 
