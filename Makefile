@@ -19,7 +19,6 @@ lint: $(VENV)/.ready
 	$(BIN)/python scripts/demo_page.py --check
 	$(BIN)/python scripts/compare_page.py --check
 	$(BIN)/python scripts/gate_page.py --check
-	$(BIN)/python scripts/readme_table.py --check
 	$(BIN)/python scripts/tree.py --check
 	$(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
 
