@@ -18,8 +18,8 @@ from ultrafuser.typed_yaml import DiscriminatedBy, Node, describe
 
 ROOT = Path(__file__).parents[1]
 # comparison and synthesis recipes have tests of their own; recipes/zoo/ is read by scripts/train_specialist.py
-OTHERS = {"synth-served.yaml", "synth-tiny.yaml", "ultrachat2.yaml"}
-SHIPPED = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.name not in OTHERS)
+OTHER_RECIPES = {"synth-served.yaml", "synth-tiny.yaml", "ultrachat2.yaml"}
+SHIPPED = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if path.name not in OTHER_RECIPES)
 TWO = """
 specialists:
   - {name: text, model: some/text}
@@ -82,12 +82,12 @@ def test_yaml_scalars_take_the_type_of_their_field(write):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("text", "expected"),
     [("auto", "auto"), ("'auto'", "auto"), ("true", True), ("false", False), ("off", False)],
 )
-def test_cache_features(write, given, expected):
-    assert load_recipe(write(TWO + f"cache_features: {given}")).cache_features is expected
-    assert load_recipe(write(TWO), [f"cache_features={given}"]).cache_features is expected
+def test_cache_features(write, text, expected):
+    assert load_recipe(write(TWO + f"cache_features: {text}")).cache_features is expected
+    assert load_recipe(write(TWO), [f"cache_features={text}"]).cache_features is expected
 
 
 def test_free_form_fields_keep_the_types_of_yaml(write):
@@ -306,15 +306,15 @@ def test_yaml_errors(write, text, words):
     [
         (
             "stages: [{name: gate, learning_rate: 1}]",
-            "stages.0.learning_rate: unknown key; did you mean 'lr'? Known: name",
+            "stages.0.learning_rate: unknown key. Did you mean 'lr'? Known: name",
         ),
         (
             "mixin: logits",
-            "recipe.yaml: mixin: unknown key; did you mean 'mixing'? Known: specialists, fused, ",
+            "recipe.yaml: mixin: unknown key. Did you mean 'mixing'? Known: specialists, fused, ",
         ),
-        ("data: {train: [{path: x, limt: 1}]}", "data.train.0.limt: unknown key; did you mean 'limit'?"),
-        ("stages: [{name: gate, num_steps: 1}]", "stages.0.num_steps: unknown key; did you mean 'steps'?"),
-        ("qqq: 1", "recipe.yaml: qqq: unknown key; Known: specialists"),
+        ("data: {train: [{path: x, limt: 1}]}", "data.train.0.limt: unknown key. Did you mean 'limit'?"),
+        ("stages: [{name: gate, num_steps: 1}]", "stages.0.num_steps: unknown key. Did you mean 'steps'?"),
+        ("qqq: 1", "recipe.yaml: qqq: unknown key. Known: specialists"),
         ("seed: x\nqqq: 1", "qqq: unknown key"),
         ("seed: x", "recipe.yaml: seed: got 'x', expected whole number >= 0"),
         ("seed: 1.5", "seed: got 1.5, expected whole number"),
@@ -342,11 +342,11 @@ def test_yaml_errors(write, text, words):
         ("stages: [gate, joint, gate]", "'stages' has two items named 'gate'"),
         (
             "stages: [{name: gate, specialist_lr: 1}]",
-            "stages.0.specialist_lr: unknown key for name 'gate'; 'joint' would take it. Known: name, steps, ",
+            "stages.0.specialist_lr: unknown key for name 'gate'. 'joint' would take it. Known: name, steps, ",
         ),
         (
             "stages: [{name: gate, specialists: full}]",
-            "stages.0.specialists: unknown key for name 'gate'; 'joint' would take it. Known: name, steps, ",
+            "stages.0.specialists: unknown key for name 'gate'. 'joint' would take it. Known: name, steps, ",
         ),
         ("fused: some/folder", "got both 'specialists' and 'fused'"),
     ],
@@ -358,7 +358,7 @@ def test_wrong_values(write, text, words):
 @pytest.mark.parametrize(
     ("specialists", "words"),
     [
-        ("[]", "no specialists; list at least one under 'specialists' or give a 'fused' folder"),
+        ("[]", "no specialists. List at least one under 'specialists' or give a 'fused' folder"),
         ("[{name: a, model: x}, {name: a, model: y}]", "'specialists' has two items named 'a'"),
         ("[{name: 1a, model: x}]", "specialists.0.name: got '1a', expected a letter followed by"),
         ("[{name: a.b, model: x}]", "specialists.0.name: got 'a.b', expected a letter followed by"),
@@ -385,12 +385,12 @@ def test_wrong_specialists(write, specialists, words):
         ("stages.0.lr", "expected KEY=VALUE, e.g. stages.0.lr=2e-5"),
         ("=3", "expected KEY=VALUE"),
         ("stages..lr=3", "expected KEY=VALUE"),
-        ("stages.0.lrr=3", "stages.0.lrr: unknown key; did you mean 'lr'? Known: name, steps"),
-        ("mixin=logits", "mixin: unknown key; did you mean 'mixing'?"),
-        ("stages.2.lr=3", "stages: index 2 is out of range; the last index is 1"),
-        ("data.train.0.limit=3", "data.train: index 0 is out of range; the list is empty"),
-        ("stages.gat.lr=3", "stages: no item named 'gat'; did you mean 'gate'? Known: gate, joint"),
-        ("specialists.code.model=x", "specialists: no item named 'code'; Known: text, math"),
+        ("stages.0.lrr=3", "stages.0.lrr: unknown key. Did you mean 'lr'? Known: name, steps"),
+        ("mixin=logits", "mixin: unknown key. Did you mean 'mixing'?"),
+        ("stages.2.lr=3", "stages: index 2 is out of range, the last index is 1"),
+        ("data.train.0.limit=3", "data.train: index 0 is out of range, the list is empty"),
+        ("stages.gat.lr=3", "stages: no item named 'gat'. Did you mean 'gate'? Known: gate, joint"),
+        ("specialists.code.model=x", "specialists: no item named 'code'. Known: text, math"),
         ("seed.x=3", "seed: expected whole number >= 0, so nothing inside it can be set"),
         (
             "specialists.0.model.x=3",
@@ -399,7 +399,7 @@ def test_wrong_specialists(write, specialists, words):
         ("seed=[1", "override 'seed=[1': line 1, column 3: not valid YAML"),
         (
             "specialists.0.chat_template={{ x }}",
-            "a key must be text; put quotes around text that holds braces",
+            "a key must be text. Put quotes around text that holds braces",
         ),
         ("seed=x", "override 'seed=x': seed: got 'x', expected whole number >= 0"),
         ("stages.joint.lr=-1", "override 'stages.joint.lr=-1': stages.1.lr: got -1, expected number > 0"),
@@ -408,7 +408,7 @@ def test_wrong_specialists(write, specialists, words):
         ("fused=x", "recipe.yaml with fused=x: got both 'specialists' and 'fused'"),
         (
             "stages.gate.specialists=full",
-            "'stages.gate.specialists=full': stages.0.specialists: unknown key for name 'gate'; 'joint' would take it.",
+            "'stages.gate.specialists=full': stages.0.specialists: unknown key for name 'gate'. 'joint' would take it.",
         ),
     ],
 )
@@ -465,11 +465,11 @@ def test_one_node_of_a_union_takes_all_other_values():
     [
         (
             [{"endpoint": "http://host", "model": "x"}],
-            "models.0.model: unknown key for endpoint 'others'; 'local' would",
+            "models.0.model: unknown key for endpoint 'others'. 'local' would",
         ),
         (
             [{"endpoint": "local", "modl": "x"}],
-            "models.0.modl: unknown key; did you mean 'model'? Known: endpoint, mod",
+            "models.0.modl: unknown key. Did you mean 'model'? Known: endpoint, mod",
         ),
         ([{"limit": 3}], "models.0.endpoint: missing, expected local or mapping"),
         (["local"], "models.0: got 'local', expected mapping"),
@@ -526,9 +526,9 @@ def recipe_docs():
 
 
 def test_the_pages_are_up_to_date(recipe_docs):
-    for where, root in recipe_docs.PAGES.items():
-        page = where.read_text(encoding="utf-8")
-        assert recipe_docs.render(page, root, where) == page, "run: python scripts/recipe_docs.py"
+    for path, root in recipe_docs.PAGES.items():
+        page = path.read_text(encoding="utf-8")
+        assert recipe_docs.render(page, root, path) == page, "run: python scripts/recipe_docs.py"
 
 
 def test_the_page_is_checked_and_written(recipe_docs, tmp_path, monkeypatch):

@@ -1,17 +1,17 @@
 """Every error that ultrafuser raises on purpose.
 
-UltraFuserError            anything below; a ValueError, so that `except ValueError` keeps working
-├── RecipeError            a recipe or an override that cannot be used
-├── DataError              rows, files or columns that cannot be used
-├── TokenizerMismatchError specialists that do not speak the same tokens
-├── CheckpointError        weights or manifests that are missing, changed or half written
-├── TrainingError          a run that cannot start, go on or be resumed
-├── SandboxError           generated code that was to run where there is no sandbox
-├── BudgetExceeded         money that would not last for the next call
-├── EndpointError          an OpenAI-compatible endpoint that cannot be used
-│   └── RequestError       one request that it did not serve
-│       └── ContextOverflowError  longer than the model's context
-└── MissingExtraError      an optional dependency that is not installed
+UltraFuserError            base of all errors below, and a ValueError, so that `except ValueError` works
+├── RecipeError            an invalid recipe or override
+├── DataError              invalid rows, files or columns
+├── TokenizerMismatchError specialists with different tokenizers
+├── CheckpointError        missing, changed or incomplete weights or manifests
+├── TrainingError          a run that cannot start, continue or resume
+├── SandboxError           generated code, but no sandbox to run it in
+├── BudgetExceeded         a budget too small for the next call
+├── EndpointError          an unusable OpenAI-compatible endpoint
+│   └── RequestError       one request that failed
+│       └── ContextOverflowError  a request longer than the context of the model
+└── MissingExtraError      a missing optional dependency
 """
 
 from ultrafuser.model.errors import CheckpointError, UltraFuserError
@@ -33,43 +33,43 @@ __all__ = [
 
 
 class RecipeError(UltraFuserError):
-    """A recipe or an override that cannot be used."""
+    """An invalid recipe or override."""
 
 
 class DataError(UltraFuserError):
-    """Rows, files or columns that cannot be used."""
+    """Invalid rows, files or columns."""
 
 
 class TokenizerMismatchError(UltraFuserError):
-    """Specialists whose tokenizers differ, so that their logits do not line up."""
+    """Specialists with different tokenizers, whose logits cannot be mixed."""
 
 
 class TrainingError(UltraFuserError):
-    """A run that cannot start, go on or be resumed."""
+    """A run that cannot start, continue or resume."""
 
 
 class SandboxError(UltraFuserError):
-    """Generated code that was to run where there is no sandbox."""
+    """Generated code must run, but there is no sandbox."""
 
 
 class BudgetExceeded(UltraFuserError):
-    """Money that would not last for the next call; what was answered is kept."""
+    """The budget is too small for the next call. All answers so far are kept."""
 
 
 class EndpointError(UltraFuserError):
-    """An OpenAI-compatible endpoint that cannot be used, so that every request to it would fail."""
+    """An OpenAI-compatible endpoint at which every request would fail."""
 
 
 class RequestError(EndpointError):
-    """One request that an endpoint did not serve; others may go well."""
+    """One request that an endpoint did not serve. Other requests may succeed."""
 
 
 class ContextOverflowError(RequestError):
-    """A request to an endpoint that is longer than the model's context."""
+    """A request to an endpoint that is a request longer than the context of the model."""
 
 
 class MissingExtraError(UltraFuserError):
-    """An optional dependency that is not installed; the message holds the command that installs it."""
+    """A missing optional dependency. The message holds the command that installs it."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f'{purpose} needs {package!r}, which is not installed; run: pip install "ultrafuser[{extra}]"')
+        super().__init__(f'{purpose} needs {package!r}, which is not installed. Run: pip install "ultrafuser[{extra}]"')

@@ -1,4 +1,4 @@
-"""How far long work is: library code reports here, the command line shows it on stderr."""
+"""Progress of long work. Library code reports it, and the command line shows it on stderr."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from typing import Any
 
 
 class Progress:
-    """Reports of long work; this one shows nothing, for use as a library."""
+    """Receives reports of long work. This one shows nothing, for use as a library."""
 
-    def start(self, what: str, total: int) -> None:
-        """A piece of work of `total` steps begins."""
+    def start(self, label: str, total: int) -> None:
+        """Start a task of `total` steps."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Some steps are done; `note` says how it goes."""
+        """Report finished steps. `note` is shown beside the bar."""
 
     def finish(self) -> None:
-        """The piece of work is over."""
+        """End the task."""
 
     def log(self, text: str) -> None:
-        """One line of news."""
+        """Show one line of text."""
 
 
 class ConsoleProgress(Progress):
-    """Bars with the time left on a terminal; elsewhere a line now and then."""
+    """Shows bars with the remaining time on a terminal, and a line every few seconds elsewhere."""
 
-    _LINE_EVERY_S = 15.0
+    _LINE_INTERVAL_S = 15.0
 
     def __init__(self) -> None:
         from rich.console import Console
 
-        atexit.register(self._close)  # a bar that an error left would keep the cursor hidden
+        atexit.register(self._close)  # a bar that is not stopped keeps the cursor hidden
         self._console = Console(file=sys.stderr)
         self._bar: Any = None
         self._task: Any = None
-        self._what, self._total, self._done, self._began, self._last_line = "", 0, 0, 0.0, 0.0
+        self._label, self._total, self._steps, self._start, self._last_line = "", 0, 0, 0.0, 0.0
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, label: str, total: int) -> None:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -50,23 +50,29 @@ class ConsoleProgress(Progress):
         )
         from rich.progress import Progress as Bars
 
-        self._what, self._total, self._done = what, total, 0
-        self._began = self._last_line = time.monotonic()
+        self._label, self._total, self._steps = label, total, 0
+        self._start = self._last_line = time.monotonic()
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                       TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self._bar = Bars(*columns, console=self._console)
             self._bar.start()
-            self._task = self._bar.add_task(what, total=total, note="")
+            self._task = self._bar.add_task(label, total=total, note="")
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        self._done += steps
+        self._steps += steps
         if self._bar is not None:
             self._bar.update(self._task, advance=steps, note=note)
-        elif time.monotonic() - self._last_line > self._LINE_EVERY_S:
+        elif time.monotonic() - self._last_line > self._LINE_INTERVAL_S:
             self._last_line = time.monotonic()
-            left = (self._last_line - self._began) / max(self._done, 1) * (self._total - self._done)
-            self.log(f"{self._what}: {self._done} of {self._total}, about {left:.0f} s left {note}".rstrip())
+            remaining_s = (self._last_line - self._start) / max(self._steps, 1) * (self._total - self._steps)
+            self.log(f"{self._label}: {self._steps} of {self._total}, about {remaining_s:.0f} s left {note}".rstrip())
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -77,14 +83,14 @@ class ConsoleProgress(Progress):
         if self._bar is not None:
             self._close()
         else:
-            self.log(f"{self._what}: done in {time.monotonic() - self._began:.0f} s")
+            self.log(f"{self._label}: done in {time.monotonic() - self._start:.0f} s")
 
     def log(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' bars and hints off the terminal; ours say what goes on. Call it before importing them."""
+    """Turn off the bars and hints of other libraries. Call it before importing them."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

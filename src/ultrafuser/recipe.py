@@ -1,4 +1,4 @@
-"""What a run does: one typed tree, read from YAML and command-line overrides; imports no torch."""
+"""The training recipe: one typed tree, read from YAML and command-line overrides. It imports no torch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from ultrafuser import typed_yaml
 from ultrafuser.errors import RecipeError
 from ultrafuser.typed_yaml import DiscriminatedBy, FreeForm, Node
 
-CHAT_TEMPLATES = ("chatml", "plain", "inst", "alpaca")  # the built-in names; their text is in templates.py
+CHAT_TEMPLATES = ("chatml", "plain", "inst", "alpaca")  # the built-in names, whose text is in data/templates.py
 
 
-def _own_name(data: dict[str, Any]) -> str:
+def _specialist_name(data: dict[str, Any]) -> str:
     """its name"""
     return data["name"]
 
@@ -41,7 +41,7 @@ def _identifier(value: str) -> str:
 
 
 def _beside(value: Any) -> Any:
-    """A path in a YAML file that exists beside the file is made absolute; any other is left as it is."""
+    """Make a path absolute if it exists beside the YAML file. Any other path stays as it is."""
     folder = getattr(value, "folder", None)
     if folder is None or not value or value in CHAT_TEMPLATES or not os.path.exists(folder / value):
         return value
@@ -64,23 +64,23 @@ Root = TypeVar("Root", bound=Node)
 
 
 class SpecialistRecipe(Node):
-    """One specialist: where its weights come from and how they are loaded."""
+    """One specialist: the source of its weights, and how to load them."""
 
     name: Identifier = Field(description="Name of the specialist, unique in the recipe.")
-    domain: str = Field(default_factory=_own_name, description="The domain it is best at.")
+    domain: str = Field(default_factory=_specialist_name, description="The domain that the specialist knows best.")
     model: LocalPath = Field(description="Checkpoint: a hub id, a local folder or `package:MODULE/FILE`.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of `model` on the hub.")
-    gguf_file: str | None = Field(default=None, description="The GGUF file to read inside `model`.")
+    gguf_file: str | None = Field(default=None, description="GGUF file to read inside `model`.")
     adapter: LocalPath | None = Field(
         default=None,
-        description="PEFT adapter on `model`: hub id, local folder or `package:MODULE/FOLDER`.",
+        description="PEFT adapter on `model`: a hub id, a local folder or `package:MODULE/FOLDER`.",
     )
     adapter_revision: str | None = Field(default=None, description="Branch, tag or commit of `adapter` on the hub.")
     chat_template: LocalPath | None = Field(
         default=None,
-        description="`chatml`, `plain`, `inst`, `alpaca`, a Jinja file or Jinja text; null: the tokenizer's.",
+        description="`chatml`, `plain`, `inst`, `alpaca`, a Jinja file or Jinja text. null: the template of the tokenizer.",
     )
-    dtype: Dtype | None = Field(default=None, description="Type of its weights; null: the run's `dtype`.")
+    dtype: Dtype | None = Field(default=None, description="Type of its weights. null: the `dtype` of the recipe.")
     device_map: str | FreeForm | None = Field(default=None, description="Passed to transformers as `device_map`.")
     quantization: FreeForm | None = Field(default=None, description="Passed to transformers as `quantization_config`.")
 
@@ -90,51 +90,57 @@ class GateRecipe(Node):
 
     type: Literal["mlp", "static"] = Field(
         default="mlp",
-        description="`mlp`: the paper's, weights at each token; `static`: the same weights at all tokens.",
+        description="`mlp`: the gate of the paper, with weights for each token. `static`: constant weights for all tokens.",
     )
     hidden_size: PositiveInt = Field(default=512, description="Width of the gate's hidden layer (`mlp`).")
 
 
 class SourceRecipe(Node):
-    """Rows to read; a bare string is its path."""
+    """Rows to read. A bare string is the path."""
 
     shorthand: ClassVar[str | None] = "path"
 
     path: LocalGlob = Field(description="A file, a glob, a folder or a hub data set.")
-    domain: str | None = Field(default=None, description="Domain of all its rows; null: each row's own.")
-    split: str = Field(default="train", description="Split to read of a hub data set.")
-    limit: PositiveInt | None = Field(default=None, description="Rows to read at most; null: all.")
+    domain: str | None = Field(
+        default=None, description="Domain of all its rows. null: the domain that each row names."
+    )
+    split: str = Field(default="train", description="Split of a hub data set.")
+    limit: PositiveInt | None = Field(default=None, description="Read at most this many rows. null: all.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub data set.")
     config: str | None = Field(default=None, description="Configuration of a hub data set, such as `main`.")
 
 
 class DataRecipe(Node):
-    """What is trained and validated on."""
+    """The rows to train and validate on."""
 
     train: list[SourceRecipe] = Field(default=[], description="Sources of the training rows.")
     validation: list[SourceRecipe] = Field(default=[], description="Sources of the validation rows.")
-    max_length: PositiveInt = Field(default=1024, description="Tokens kept of a row, prompt and response together.")
-
-
-class LoraRecipe(Node):
-    """The adapters that the joint stage trains when its specialists are `lora`."""
-
-    r: PositiveInt = Field(default=16, description="Rank of the adapters.")
-    alpha: PositiveFloat = Field(default=32.0, description="Scale: an adapter's output is multiplied by alpha / r.")
-    dropout: Fraction = Field(default=0.0, description="Dropout before the adapters.")
-    target_modules: Literal["all-linear"] | list[str] = Field(
-        default="all-linear", description="The layers that get an adapter, by name."
+    max_length: PositiveInt = Field(
+        default=1024, description="Maximum tokens of a row, prompt and response together. Longer rows are truncated."
     )
 
 
-# How much a stage trains; each stage has its own default.
+class LoraRecipe(Node):
+    """The adapters that the joint stage trains if `specialists` is `lora`."""
+
+    r: PositiveInt = Field(default=16, description="Rank of the adapters.")
+    alpha: PositiveFloat = Field(
+        default=32.0, description="Scale: the output of an adapter is multiplied by alpha / r."
+    )
+    dropout: Fraction = Field(default=0.0, description="Dropout before the adapters.")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        default="all-linear", description="Names of the layers that get an adapter."
+    )
+
+
+# Each stage has its own defaults of these.
 Steps = Annotated[PositiveInt, Field(description="Optimizer steps.")]
 SamplesPerDomain = Annotated[PositiveInt, Field(description="Rows of each domain in one global batch.")]
 LearningRate = Annotated[PositiveFloat, Field(description="Peak learning rate.")]
 
 
 class _Stage(Node):
-    """What both training stages take; a bare string is the name of a stage."""
+    """The fields of both training stages. A bare string is the name of a stage."""
 
     shorthand: ClassVar[str | None] = "name"
 
@@ -143,7 +149,7 @@ class _Stage(Node):
     samples_per_domain: SamplesPerDomain
     rows_per_device: PositiveInt | None = Field(
         default=8,
-        description="Rows in one forward pass of a device; gradients are accumulated. null: as many as fit.",
+        description="Rows of one forward pass on a device. Gradients are accumulated over the global batch. null: the whole batch.",
     )
     lr: LearningRate
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -151,7 +157,7 @@ class _Stage(Node):
     )
     warmup_ratio: Fraction = Field(default=0.0, description="Share of the steps over which the learning rate rises.")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="Weight decay of AdamW.")
-    max_grad_norm: NonNegativeFloat = Field(default=1.0, description="Clip gradients to this norm; 0: never.")
+    max_grad_norm: NonNegativeFloat = Field(default=1.0, description="Clip gradients to this norm. 0: never.")
 
 
 class GateStage(_Stage):
@@ -182,7 +188,7 @@ class JointStage(_Stage):
     samples_per_domain: SamplesPerDomain = 32
     lr: LearningRate = 2e-5
     specialist_lr: PositiveFloat | None = Field(
-        default=None, description="Peak learning rate of the specialists; null: `lr`."
+        default=None, description="Peak learning rate of the specialists. null: `lr`."
     )
     specialists: Literal["lora", "full"] = Field(
         default="lora", description="Train adapters of the specialists, or all their weights."
@@ -203,72 +209,74 @@ def _both_stages() -> list[StageRecipe]:
 
 
 class Recipe(Node):
-    """What a run does."""
+    """The training recipe."""
 
     specialists: list[SpecialistRecipe] = Field(default=[], description="The models to fuse.")
-    fused: LocalPath | None = Field(
-        default=None, description="A fused folder to start from, in place of `specialists`."
-    )
+    fused: LocalPath | None = Field(default=None, description="A fused folder to start from, instead of `specialists`.")
     mixing: Literal["logits", "probabilities"] = Field(
-        default="probabilities", description="What the gate's weights mix; a `fused` folder keeps its own."
+        default="probabilities",
+        description="What the gate mixes: logits or probabilities. A `fused` folder keeps its setting.",
     )
     gate: GateRecipe = Field(
-        default_factory=GateRecipe, description="Shape of the gate; a `fused` folder keeps its own."
+        default_factory=GateRecipe, description="Shape of the gate. A `fused` folder keeps its setting."
     )
-    share_base: bool = Field(default=True, description="Load a base once for all adapters on it.")
-    dtype: Dtype = Field(default="auto", description="Type of the weights; `auto`: each checkpoint's own.")
+    share_base: bool = Field(default=True, description="Load a base model once for all adapters on it.")
+    dtype: Dtype = Field(default="auto", description="Type of the weights. `auto`: the type of each checkpoint.")
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or another torch device.")
     data: DataRecipe = Field(default_factory=DataRecipe, description="Training and validation rows.")
     stages: list[StageRecipe] = Field(
         default_factory=_both_stages,
         description="The training stages, in order.",
     )
-    balanced: bool = Field(default=True, description="Put equally many rows of each domain in every batch.")
+    balanced: bool = Field(default=True, description="Draw the same number of rows of each domain into every batch.")
     cache_features: Literal["auto"] | bool = Field(
         default="auto",
-        description="Compute the specialists' states once for the whole gate stage; `auto`: when it pays.",
+        description="Compute the hidden states of the specialists once for the whole gate stage. `auto`: if that saves time.",
     )
     seed: NonNegativeInt = Field(default=0, description="Seed of initialisation, sampling and dropout.")
-    output: str = Field(default="runs/ultrafuser", description="Folder of the run, seen from the working folder.")
+    output: str = Field(default="runs/ultrafuser", description="Folder of the run, relative to the working folder.")
     eval_every: PositiveInt | None = Field(
-        default=None, description="Steps between validations; null: at each stage's end."
+        default=None, description="Steps between validations. null: validate at the end of each stage."
     )
     save_every: PositiveInt | None = Field(
         default=None,
-        description="Steps between saves; null: at each stage's end. With `keep_best` and validation rows, validations are saved.",
+        description="Steps between checkpoints. null: save at the end of each stage. With `keep_best` and validation rows, every validation "
+        "saves a checkpoint.",
     )
     keep_best: bool = Field(default=True, description="Keep the checkpoint with the lowest validation loss.")
     log_every: PositiveInt = Field(default=1, description="Steps between rows of metrics.")
-    report_to: list[str] = Field(default=[], description="Trackers of the metrics, e.g. `tensorboard`, `wandb`.")
+    report_to: list[str] = Field(
+        default=[], description="Trackers that receive the metrics, e.g. `tensorboard`, `wandb`."
+    )
     early_stop_patience: PositiveInt | None = Field(
-        default=None, description="Validations without a lower loss after which a stage stops; null: never."
+        default=None, description="Stop a stage after this many validations without a lower loss. null: never."
     )
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         if self.fused is not None and self.specialists:
-            raise ValueError("got both 'specialists' and 'fused', expected one of them; remove the other")
+            raise ValueError("got both 'specialists' and 'fused', expected one of them. Remove the other")
         if self.fused is None and not self.specialists:
-            raise ValueError("no specialists; list at least one under 'specialists' or give a 'fused' folder")
+            raise ValueError("no specialists. List at least one under 'specialists' or give a 'fused' folder")
         if not self.stages:
             raise ValueError("'stages' is empty, expected at least one of gate and joint")
         for key in ("specialists", "stages"):
             names = [item.name for item in getattr(self, key)]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"{key!r} has two items named {twice[0]!r}; names must differ")
+            if repeated := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{key!r} has two items named {repeated[0]!r}, expected unique names")
         return self
 
 
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe: defaults, then the YAML file (or mapping), then overrides such as `stages.0.lr=2e-5`.
 
-    List items that have a name can be addressed by it: `stages.gate.steps=10`. Relative paths in a YAML file
-    that exist beside it resolve against its folder.
+    An override may address a list item by its name: `stages.gate.steps=10`. A relative path in a YAML file is resolved
+    against the folder of the file if it exists there.
 
     Raises:
-        RecipeError: a file, key, value or override that cannot be used.
+        RecipeError: an invalid file, key, value or override.
     """
-    return load_node(Recipe, source, overrides, {"stages": ["gate", "joint"]})  # there for overrides to address
+    return load_node(Recipe, source, overrides, {"stages": ["gate", "joint"]})  # so that overrides can address them
 
 
 def load_node(
@@ -277,27 +285,27 @@ def load_node(
     overrides: Sequence[str] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> Root:
-    """Read a typed tree of any kind, as `load_recipe` does.
+    """Read any typed tree, as `load_recipe` does.
 
     Raises:
-        RecipeError: a file, key, value or override that cannot be used.
+        RecipeError: an invalid file, key, value or override.
     """
     if isinstance(source, Mapping):
-        where, tree = "recipe", copy.deepcopy(dict(source))
+        location, tree = "recipe", copy.deepcopy(dict(source))
     else:
-        where, tree = str(source), _read(Path(source))
+        location, tree = str(source), _read(Path(source))
     tree = {**(defaults or {}), **tree}
     applied = {typed_yaml.apply_override(root, tree, override): override for override in overrides}
     try:
         return root.model_validate(tree)
     except ValidationError as error:
         path, problem = typed_yaml.explain(root, error)
-        cause = [override for key, override in applied.items() if f"{path}.".startswith(f"{key}.")]
-        if cause:
-            where = f"override {cause[-1]!r}"
+        causes = [override for key, override in applied.items() if f"{path}.".startswith(f"{key}.")]
+        if causes:
+            location = f"override {causes[-1]!r}"
         elif any(key.startswith(path) for key in applied):  # a check of a whole mapping, overrides included
-            where = f"{where} with {' '.join(overrides)}"
-        raise RecipeError(": ".join(filter(None, (where, path, problem)))) from None
+            location = f"{location} with {' '.join(overrides)}"
+        raise RecipeError(": ".join(filter(None, (location, path, problem)))) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -316,5 +324,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The whole recipe as YAML, defaults included; `load_recipe` reads it back exactly."""
+    """The complete recipe as YAML, defaults included. `load_recipe` reads it back exactly."""
     return typed_yaml.dump(recipe.model_dump())

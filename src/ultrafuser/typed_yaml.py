@@ -1,4 +1,4 @@
-"""YAML files and command-line overrides for a typed tree of pydantic models; knows nothing of recipes.
+"""Read YAML files and command-line overrides into a typed tree of pydantic models, whatever the tree describes.
 
 A YAML scalar stays text until the type of its field is known, so `no` and `2e-5` are never misread.
 """
@@ -22,14 +22,14 @@ from ultrafuser.errors import RecipeError
 
 
 class Scalar(str):
-    """The text of a YAML scalar, what YAML takes it for, and the folder of its file (None: an override)."""
+    """The text of a YAML scalar, its value in YAML, and the folder of its file (None: an override)."""
 
     as_yaml_value: Any
     folder: Path | None
 
 
 def as_yaml_value(value: Any) -> Any:
-    """The value as YAML itself reads it, for free-form fields, which have no type to coerce by."""
+    """The value in YAML. Free-form fields need it, since they have no type to coerce by."""
     if isinstance(value, Mapping):
         return {str(key): as_yaml_value(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -41,7 +41,7 @@ FreeForm = Annotated[dict[str, Any], BeforeValidator(as_yaml_value)]
 
 
 class Node(BaseModel):
-    """A mapping of the tree: unknown keys are errors, and a bare string may stand for one of its fields."""
+    """A mapping of the tree. Unknown keys are errors, and a bare string may stand for one of its fields."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     shorthand: ClassVar[str | None] = None
@@ -63,11 +63,11 @@ class DiscriminatedBy:
     field: str
 
     def values(self, node: type[Node]) -> tuple[Any, ...]:
-        """The values that pick a node; none for the node that takes all others."""
+        """The values that pick a node. None for the node that takes all others."""
         return tuple(value for kind in _options(_child(node, self.field)) for value in _literals(kind))
 
     def pick(self, nodes: Sequence[type[Node]], value: Any) -> type[Node] | None:
-        """The node that a mapping, a bare string or an instance belongs to; None when the field is missing or wrong."""
+        """The node that a mapping, a bare string or an instance belongs to. None if the field is missing or wrong."""
         if isinstance(value, Node):
             return type(value)
         fields = _expanded(nodes[0], value)
@@ -85,7 +85,7 @@ class DiscriminatedBy:
 
 
 def _expanded(node: type[Node], value: Any) -> Any:
-    """A bare string as the mapping that it stands for; any other value as it is."""
+    """A bare string as the mapping that it stands for. Any other value is returned as it is."""
     return {node.shorthand: value} if node.shorthand and isinstance(value, str) else value
 
 
@@ -93,11 +93,11 @@ def _expanded(node: type[Node], value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: only true and false are booleans, and 2e-5 is a number."""
+    """Reads plain scalars as YAML 1.2 does: only true and false are booleans, and 2e-5 is a number."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would take for a number."""
+    """Quotes text that `_Loader` would read as a number."""
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -116,21 +116,21 @@ _SCALARS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def parse(text: str, where: str, folder: Path | None = None) -> Any:
+def parse(text: str, source: str, folder: Path | None = None) -> Any:
     """The YAML text as dict, list, None and `Scalar`.
 
     Raises:
-        RecipeError: the text is not YAML, or uses tags, repeated keys or keys that are not text.
+        RecipeError: the text is not YAML, or has tags, repeated keys or keys that are not text.
     """
     try:
         node = yaml.compose(text, _Loader)
         return None if node is None else _build(node, folder, ())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        parts = [getattr(error, "context", None), getattr(error, "problem", None)]
-        problem = ", ".join(filter(None, parts)) or str(error).splitlines()[0]
-        raise RecipeError(f"{where}: {place}not valid YAML: {problem}") from None
+        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        causes = [getattr(error, "context", None), getattr(error, "problem", None)]
+        problem = ", ".join(filter(None, causes)) or str(error).splitlines()[0]
+        raise RecipeError(f"{source}: {position}not valid YAML: {problem}") from None
 
 
 def _build(node: yaml.Node, folder: Path | None, above: tuple[yaml.Node, ...]) -> Any:
@@ -142,7 +142,7 @@ def _build(node: yaml.Node, folder: Path | None, above: tuple[yaml.Node, ...]) -
         mapping: dict[str, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise _refusal(key, "a key must be text; put quotes around text that holds braces or brackets")
+                raise _refusal(key, "a key must be text. Put quotes around text that holds braces or brackets")
             if key.value in mapping:
                 raise _refusal(key, f"the key {key.value!r} is given twice")
             mapping[key.value] = _build(value, folder, (*above, node))
@@ -172,36 +172,36 @@ def dump(tree: Mapping[str, Any]) -> str:
 
 
 def apply_override(root: type[Node], tree: dict[str, Any], override: str) -> str:
-    """Write `a.b.c=VALUE` into the tree; return the path, with the names of list items replaced by indices.
+    """Write `a.b.c=VALUE` into the tree. Return the path, with names of list items replaced by indices.
 
     Raises:
         RecipeError: no `=`, a path that does not exist, or a value that is not YAML.
     """
-    where = f"override {override!r}"
-    path, equals, text = override.partition("=")
-    keys = [key.strip() for key in path.split(".")]
+    source = f"override {override!r}"
+    target, equals, text = override.partition("=")
+    keys = [key.strip() for key in target.split(".")]
     if not equals or not all(keys):
-        raise RecipeError(f"{where}: expected KEY=VALUE, e.g. stages.0.lr=2e-5")
-    value = parse(text, where)
+        raise RecipeError(f"{source}: expected KEY=VALUE, e.g. stages.0.lr=2e-5")
+    value = parse(text, source)
     node: Any = tree
     kind: Any = root
-    at: list[str] = []
+    path: list[str] = []
     for depth, key in enumerate(keys, start=1):
-        slot: Any = _index(node, key, f"{where}: {'.'.join(at)}") if isinstance(node, list) else key
+        slot: Any = _index(node, key, f"{source}: {'.'.join(path)}") if isinstance(node, list) else key
         inner = _child(_narrow(kind, node), slot)
         if inner is None:
-            raise RecipeError(f"{where}: {'.'.join([*at, key])}: {_unknown(key, kind, _narrow(kind, node))}")
-        at.append(str(slot))
+            raise RecipeError(f"{source}: {'.'.join([*path, key])}: {_unknown(key, kind, _narrow(kind, node))}")
+        path.append(str(slot))
         if depth == len(keys):
             node[slot] = value
         else:
             child = node[slot] if isinstance(node, list) else node.get(slot)
-            node[slot] = _container(child, inner, f"{where}: {'.'.join(at)}")
+            node[slot] = _container(child, inner, f"{source}: {'.'.join(path)}")
             node, kind = node[slot], inner
-    return ".".join(at)
+    return ".".join(path)
 
 
-def _container(value: Any, kind: Any, where: str) -> Any:
+def _container(value: Any, kind: Any, source: str) -> Any:
     """The mapping or list that `value` is, stands for or, when it is absent, would be."""
     for option in _options(kind):
         is_list = get_origin(option) is list
@@ -214,28 +214,28 @@ def _container(value: Any, kind: Any, where: str) -> Any:
             return {option.shorthand: value}
         if value is None and (is_mapping or is_list or option is Any):
             return [] if is_list else {}
-    now = "" if value is None else f" (here {_got(value)})"
-    raise RecipeError(f"{where}: expected {_in_words(kind)}{now}, so nothing inside it can be set")
+    current = "" if value is None else f" (here {_got(value)})"
+    raise RecipeError(f"{source}: expected {_in_words(kind)}{current}, so nothing inside it can be set")
 
 
-def _index(items: list[Any], key: str, where: str) -> int:
+def _index(items: list[Any], key: str, source: str) -> int:
     if key.isdecimal():
         if int(key) < len(items):
             return int(key)
-        have = f"the last index is {len(items) - 1}" if items else "the list is empty"
-        raise RecipeError(f"{where}: index {key} is out of range; {have}")
+        range_text = f"the last index is {len(items) - 1}" if items else "the list is empty"
+        raise RecipeError(f"{source}: index {key} is out of range, {range_text}")
     names = [item.get("name") if isinstance(item, dict) else item for item in items]
     if key in names:
         return names.index(key)
-    known = [name for name in names if isinstance(name, str)]
-    raise RecipeError(f"{where}: no item named {key!r}; {_nearest(key, known)}; an index from 0 works too")
+    item_names = [name for name in names if isinstance(name, str)]
+    raise RecipeError(f"{source}: no item named {key!r}. {_nearest(key, item_names)}. An index from 0 works too")
 
 
 # --- Types and errors in words.
 
 
 def explain(root: type[Node], error: ValidationError) -> tuple[str, str]:
-    """The dotted path and the problem of the first error; an unknown key goes first, as it causes others."""
+    """The dotted path and the problem of the first error. An unknown key goes first, since it causes others."""
     errors = [item for item in error.errors() if item["type"] != "default_factory_not_called"]
     first = min(errors, key=lambda item: item["type"] != "extra_forbidden")
     kind: Any = root
@@ -292,7 +292,7 @@ class FieldRow(NamedTuple):
 
 
 def describe(kind: Any, prefix: str = "", values: Node | None = None) -> Iterator[FieldRow]:
-    """Every field of a node, or of a union of nodes, and of all nodes below; `values`: a node that holds the defaults."""
+    """Every field of a node, or of a union of nodes, and of all nodes below. `values`: a node that holds the defaults."""
     nodes = _nodes(kind)
     for name in dict.fromkeys(name for node in nodes for name in node.model_fields):
         fields = {node: node.model_fields[name] for node in nodes if name in node.model_fields}
@@ -322,14 +322,14 @@ def _labels(union: Any, node: type[Node]) -> list[str]:
 
 
 def _merged_defaults(union: Any, defaults: Mapping[type[Node], str]) -> str:
-    """One default where all nodes agree, otherwise that of each node."""
+    """One default if all nodes share it, otherwise the default of each node."""
     if len(set(defaults.values())) == 1:
         return next(iter(defaults.values()))
     return ", ".join(f"{'/'.join(_labels(union, node))}: {default}" for node, default in defaults.items())
 
 
 def _merged_descriptions(union: Any, descriptions: Mapping[type[Node], str]) -> str:
-    """One description where all nodes of a union have it, otherwise each one after the nodes that it holds for."""
+    """One description if all nodes of a union share it, otherwise each one after the nodes it applies to."""
     texts = list(dict.fromkeys(descriptions.values()))
     if len(texts) == 1 and len(descriptions) == len(_nodes(union)):
         return texts[0]
@@ -380,7 +380,7 @@ def _literals(kind: Any) -> tuple[Any, ...]:
 
 
 def _discriminator(kind: Any) -> DiscriminatedBy | None:
-    """The marker of a union of nodes, where the type is or holds one."""
+    """The marker of a type that is or holds a union of nodes."""
     if get_origin(kind) is Annotated:
         markers = [item for item in get_args(kind)[1:] if isinstance(item, DiscriminatedBy)]
         return markers[0] if markers else _discriminator(get_args(kind)[0])
@@ -389,13 +389,13 @@ def _discriminator(kind: Any) -> DiscriminatedBy | None:
 
 
 def _narrow(kind: Any, value: Any) -> Any:
-    """The node of a union that a value picks; any other type as it is."""
+    """The node of a union that a value picks. Any other type is returned as it is."""
     marker = _discriminator(kind)
     return (marker and marker.pick(_nodes(kind), value)) or kind
 
 
 def _child(kind: Any, key: str | int) -> Any:
-    """The type at `key` inside `kind`; None when there is none."""
+    """The type at `key` inside `kind`. None if there is none."""
     for option in _options(kind):
         if _is_node(option) and key in option.model_fields:
             return option.model_fields[key].rebuild_annotation()
@@ -432,22 +432,22 @@ def _got(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _nearest(key: str, known: Sequence[str]) -> str:
+def _nearest(key: str, names: Sequence[str]) -> str:
     words = key.lower().split("_")
     initials = "".join(word[:1] for word in words)  # learning_rate: lr
-    near = [name for name in known if name == initials or name in words]
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known) or 'none'}"
+    similar = [name for name in names if name == initials or name in words]
+    similar = similar or difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return (f"Did you mean {similar[0]!r}? " if similar else "") + f"Known: {', '.join(names) or 'none'}"
 
 
 def _unknown(key: str, union: Any, kind: Any) -> str:
-    """What is wrong with a key that `kind` does not have; `union`: the nodes among which `kind` was picked."""
-    known = [name for node in _nodes(kind) for name in node.model_fields]
+    """The error text for a key that `kind` does not have. `union`: the nodes among which `kind` was picked."""
+    names = [name for node in _nodes(kind) for name in node.model_fields]
     owners = [label for node in _nodes(union) if key in node.model_fields for label in _labels(union, node)]
     if not owners or (marker := _discriminator(union)) is None:
-        return f"unknown key; {_nearest(key, known)}"
+        return f"unknown key. {_nearest(key, names)}"
     picked = " or ".join(map(repr, _labels(union, kind)))
     return (
-        f"unknown key for {marker.field} {picked}; {' and '.join(map(repr, owners))} would take it. "
-        f"Known: {', '.join(known)}"
+        f"unknown key for {marker.field} {picked}. {' and '.join(map(repr, owners))} would take it. "
+        f"Known: {', '.join(names)}"
     )

@@ -289,5 +289,5 @@ def test_an_endpoint_may_be_a_file(tmp_path):
     recipe = endpoint_recipe(str(tmp_path / "judge.yaml"))
     assert (recipe.model, recipe.max_tokens, recipe.temperature) == ("m", 4096, None)
     (tmp_path / "judge.yaml").write_text("{model: m, retry: 3}")
-    with pytest.raises(RecipeError, match="judge.yaml: retry: unknown key; did you mean 'retries'"):
+    with pytest.raises(RecipeError, match="judge.yaml: retry: unknown key. Did you mean 'retries'"):
         endpoint_recipe(f"openai:{tmp_path}/judge.yaml")

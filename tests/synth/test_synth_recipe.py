@@ -113,7 +113,7 @@ DOMAIN = {"name": "d", "description": "Things."}
         ),
         (
             {"models": [{"name": "m", "endpoint": {"model": "m", "retry": 2}}]},
-            "endpoint.retry: unknown key; did you mean 'ret",
+            "endpoint.retry: unknown key. Did you mean 'ret",
         ),
         ({"calls": {"judge": "oracle"}}, "calls.judge.model: no model 'oracle'; there are: writer"),
         ({"domains": [DOMAIN | {"answer_model": "oracle"}]}, "domains.d.answer_model: no model 'oracle'"),
@@ -125,7 +125,7 @@ DOMAIN = {"name": "d", "description": "Things."}
         ({"domains": [DOMAIN | {"colour": "red"}]}, "colour: unknown key"),
         ({"filters": {"near_duplicates": 3}}, "near_duplicates"),
         ({"complex_share": 2}, "complex_share"),
-        ({"domain": []}, "unknown key; did you mean 'domains'"),
+        ({"domain": []}, "unknown key. Did you mean 'domains'"),
     ],
 )
 def test_what_is_refused(fields, problem):

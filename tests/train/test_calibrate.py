@@ -213,7 +213,7 @@ def test_a_feature_cache_serves_all_temperatures(tmp_path, monkeypatch):
 
 
 def test_the_joint_stage_does_not_measure_them():
-    with pytest.raises(RecipeError, match="calibrate: unknown key for name 'joint'; 'gate' would take it"):
+    with pytest.raises(RecipeError, match="calibrate: unknown key for name 'joint'. 'gate' would take it"):
         load_recipe({"stages": [{"name": "joint", "calibrate": True}]})
     assert "calibrate" not in JointStage(name="joint").model_dump()
 
