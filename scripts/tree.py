@@ -21,9 +21,13 @@ FULL_START, FULL_END = "<!-- files:start -->", "<!-- files:end -->"
 COLUMN = 33  # where the comments begin
 # Folders and kinds of files that are not Python, as patterns below src/ultrafuser.
 DATA_FILES = {
+    "datamap/templates/": "HTML, CSS and JavaScript of the map",
+    "display/templates/": "HTML and CSS that all pages share",
     "evaluate/judged/prompts/": "Prompts of the judges",
     "evaluate/tasks/*.yaml": "One lm-eval task per file",
+    "inspect/templates/": "HTML and CSS of a token trace",
     "py.typed": "Marks the package as typed",
+    "report/templates/": "HTML of the report's sections",
     "synth/prompts/": "Prompts of the synthesis, one Jinja file per stage",
     "zoo/adapters/": "LoRA adapters for text, code and math, with their model cards",
     "zoo/data/": "Hand-made conversations: training and test rows of four domains",
@@ -62,7 +66,7 @@ def modules(folder: Path, depth: int) -> Iterator[str]:
             yield line(depth, file.name, comment(file))
     for pattern, text in DATA_FILES.items():
         path = PACKAGE / pattern
-        if path.parent == folder:
+        if path.parent == folder and list(folder.glob(path.name)):
             yield line(depth, path.name + "/" * pattern.endswith("/"), text)
 
 
@@ -76,6 +80,10 @@ def parts() -> str:
 
 def files() -> str:
     """Every file of the package, of the scripts and of the benchmarks."""
+    matched = {file for pattern in DATA_FILES for file in PACKAGE.glob(pattern + "**/*" * pattern.endswith("/"))}
+    for file in PACKAGE.rglob("*"):
+        if file.is_file() and file.suffix not in (".py", ".pyc") and file not in matched:
+            sys.exit(f"{file}: add its folder or kind to DATA_FILES in scripts/tree.py")
     lines = [line(0, "src/ultrafuser/", ""), *modules(PACKAGE, 1)]
     for name in ("benchmarks", "examples", "scripts"):
         lines += [line(0, f"{name}/", FOLDERS[name]), *modules(ROOT / name, 1)]
