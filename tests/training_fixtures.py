@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from tiny_models import tiny
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import Recipe, load_recipe
-from ultrafuser.train.stages import read_metrics, train
+from ultrafuser.train.metrics import read_metrics
+from ultrafuser.train.run import train
 
 NAMES = ("text", "code", "math")
 TEMPLATES = {"text": None, "code": "plain", "math": "inst"}  # None: the tokenizer's own, ChatML

@@ -35,7 +35,10 @@ from ultrafuser.report.data import Comparison
 from ultrafuser.report.page import write_report
 from ultrafuser.specialists import fuse, pick_device
 from ultrafuser.train.features import FeatureStore
-from ultrafuser.train.stages import read_metrics, read_sources, run_stage, save_fused_folder
+from ultrafuser.train.metrics import read_metrics
+from ultrafuser.train.rows import read_sources
+from ultrafuser.train.run import save_fused_folder
+from ultrafuser.train.stages import StageRun, run_stage
 
 DOMAINS = ["text", "code", "math", "mixed"]
 FULL = ("stages.gate.steps=300", "stages.joint.steps=30")
@@ -167,12 +170,12 @@ def _train_and_measure(
         losses |= specialist_losses(test, model.config.names)
         losses["uniform"], _ = fused_losses(model, test, uniform=True)
     with clock.phase("stage 1: gate"):
-        run_stage(model, recipe.stages[0], recipe, rows, [], output / "1-gate", progress=progress)
+        run_stage(StageRun(model, recipe.stages[0], recipe, rows, [], output / "1-gate", progress=progress))
     with clock.phase("test: stage 1"):  # the same states, at the temperatures that stage 1 fitted
         test = FeatureStore.build(model, test_rows, output / "features" / "test", progress=progress)
         losses["fused_stage1"], _ = fused_losses(model, test)
     with clock.phase("stage 2: joint"):
-        run_stage(model, recipe.stages[1], recipe, rows, [], output / "2-joint", progress=progress)
+        run_stage(StageRun(model, recipe.stages[1], recipe, rows, [], output / "2-joint", progress=progress))
         model.eval()
     with clock.phase("test: fused"):
         test = FeatureStore.build(model, test_rows, output / "features" / "test-joint", progress=progress)

@@ -24,7 +24,7 @@ from judged_rows import mark_of, opinion, write_gsm8k, write_judged_files
 from tiny_models import shake_gate
 from training_fixtures import NAMES, TinyRun
 from ultrafuser.specialists import fuse
-from ultrafuser.train.stages import save_fused_folder
+from ultrafuser.train.run import save_fused_folder
 
 SUMS = 24
 INSTRUCTIONS = [f"{word} {i}" for i, word in enumerate(("win", "lose", "mumble", "first") * 3)]

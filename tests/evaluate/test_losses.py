@@ -23,7 +23,7 @@ from ultrafuser.evaluate.losses import (
 )
 from ultrafuser.specialists import fuse
 from ultrafuser.train.features import FeatureStore
-from ultrafuser.train.stages import read_sources
+from ultrafuser.train.rows import read_sources
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from ultrafuser.evaluate.lm.load import endpoint_recipe, load_model, name_of
 from ultrafuser.evaluate.run import EvalOptions, evaluate_models, markdown, names_of
 from ultrafuser.recipe import load_recipe
 from ultrafuser.specialists import fuse
-from ultrafuser.train.stages import save_fused_folder
+from ultrafuser.train.run import save_fused_folder
 
 VOCAB = {"vocab_size": 320, "max_position_embeddings": 512}
 

@@ -20,7 +20,8 @@ from ultrafuser.specialists import load
 from ultrafuser.train import calibrate as module
 from ultrafuser.train.calibrate import calibrate
 from ultrafuser.train.features import FeatureStore
-from ultrafuser.train.stages import MEASURED, run_stage, train
+from ultrafuser.train.run import train
+from ultrafuser.train.stages import MEASURED, StageRun, run_stage
 
 PLANTED = {"text": 1.3, "code": 0.8, "math": 1.0}
 
@@ -151,11 +152,11 @@ def test_a_temperature_is_a_number_above_zero(bad):
 def test_the_gate_stage_sets_them_unless_it_is_told_not_to(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FEWEST_TOKENS", 1)
     model, rows, recipe = fused_and_rows(tiny_run, tmp_path)
-    run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-gate")
+    run_stage(StageRun(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-gate"))
     set_here = model.config.temperatures
     assert set_here == json.loads((tmp_path / "1-gate" / MEASURED).read_text()) != [1.0] * 3
     model, rows, recipe = fused_and_rows(tiny_run, tmp_path, stages=[GATE | {"calibrate": False}])
-    run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "2-gate")
+    run_stage(StageRun(model, recipe.stages[0], recipe, rows, [], tmp_path / "2-gate"))
     assert model.config.temperatures == [1.0] * 3
 
 
@@ -165,7 +166,7 @@ def test_a_temperature_at_the_limit_is_pointed_out(tiny_run, tmp_path, monkeypat
     for name in ("plain", "odd"):
         spoken = RecordingProgress()
         tiny_run.train(tmp_path / name, progress=spoken)
-        notes = [line for line in spoken.news if "at the limit of what is tried" in line]
+        notes = [line for line in spoken.news if "at the limit of the temperatures tried" in line]
         assert [note.partition(":")[0] for note in notes] == ([] if name == "plain" else ["text, math"])
 
 

@@ -21,9 +21,11 @@ from training_fixtures import (
     trained_weights,
 )
 from ultrafuser.data import responses
+from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import DataError, TrainingError
-from ultrafuser.train import stages
+from ultrafuser.specialists import fuse
 from ultrafuser.train.features import FeatureStore
+from ultrafuser.train.rows import read_sources
 from ultrafuser.train.trainer import FusionTrainer
 
 # Dropout draws random numbers, which a resumed run must draw alike.
@@ -87,7 +89,7 @@ def test_an_interruption_between_a_stages_end_and_the_next(tiny_run, tmp_path, u
     def stop(model, file, *args):
         raise Interruption("save_trainable")
 
-    monkeypatch.setattr(stages, "save_trainable", stop)
+    monkeypatch.setattr("ultrafuser.train.stages.save_trainable", stop)
     with pytest.raises(Interruption):
         tiny_run.train(tmp_path, STAGES, **options(tiny_run))
     monkeypatch.undo()
@@ -99,7 +101,7 @@ def test_an_interruption_while_writing_the_checkpoint(tiny_run, tmp_path, uninte
     def stop(*args, **kwargs):
         raise Interruption("card")
 
-    monkeypatch.setattr(stages, "write_card", stop)
+    monkeypatch.setattr("ultrafuser.train.run.write_card", stop)
     with pytest.raises(Interruption):
         tiny_run.train(tmp_path, STAGES, **options(tiny_run))
     monkeypatch.undo()
@@ -280,7 +282,7 @@ def test_auto_caches_only_what_is_read_more_than_once(tiny_run, tmp_path):
 
 
 def _model_and_rows(tiny_run: TinyRun, recipe: Any) -> tuple[Any, list]:
-    model, tokenizer = stages.fuse(recipe)
-    renderer = stages.Renderer(tokenizer, model.config.chat_templates, 128)
+    model, tokenizer = fuse(recipe)
+    renderer = Renderer(tokenizer, model.config.chat_templates, 128)
     assert model.config.names == list(NAMES)
-    return model, stages.read_sources(recipe.data.train, renderer, RecordingProgress(), "training")
+    return model, read_sources(recipe.data.train, renderer, RecordingProgress(), "training")

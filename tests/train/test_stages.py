@@ -20,7 +20,9 @@ from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import DataError, RecipeError, TrainingError
 from ultrafuser.recipe import JointStage, load_recipe
 from ultrafuser.specialists import fuse
-from ultrafuser.train.stages import prepare_gate, prepare_joint, read_sources, run_stage, train
+from ultrafuser.train.rows import read_sources
+from ultrafuser.train.run import train
+from ultrafuser.train.stages import StageRun, prepare_gate, prepare_joint, run_stage
 
 FULL = {key: value for key, value in JOINT.items() if key != "lora"} | {"specialists": "full", "lr": 1e-3}
 
@@ -49,7 +51,7 @@ def assert_close(a: list, b: list, atol: float = 1e-5) -> None:
 def test_stage_1_moves_the_gate_and_leaves_the_specialists_bitwise_unchanged(tiny_run, tmp_path, cache):
     model, rows, recipe = fused_and_rows(tiny_run, tmp_path, cache_features=cache)
     before = by_name(model)
-    run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-gate")
+    run_stage(StageRun(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-gate"))
     after = by_name(model)
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         name for name in before if name.startswith("gate.")
@@ -76,7 +78,7 @@ def test_stage_2_lora_moves_adapters_and_gate_and_nothing_else(tiny_run, tmp_pat
     stage = recipe.stages[0]
     prepare_joint(model, stage)  # creates the adapters
     before = by_name(model)
-    run_stage(model, stage, recipe, rows, [], tmp_path / "1-joint")
+    run_stage(StageRun(model, stage, recipe, rows, [], tmp_path / "1-joint"))
     after = by_name(model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if name.startswith("gate.") or "lora_" in name}
@@ -86,7 +88,7 @@ def test_stage_2_lora_moves_adapters_and_gate_and_nothing_else(tiny_run, tmp_pat
 def test_stage_2_full_moves_all_weights(tiny_run, tmp_path):
     model, rows, recipe = fused_and_rows(tiny_run, tmp_path, stages=[FULL])
     before = by_name(model)
-    run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint")
+    run_stage(StageRun(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint"))
     assert not [name for name, parameter in model.named_parameters() if torch.equal(before[name], parameter)]
 
 
@@ -94,7 +96,7 @@ def test_stage_2_moves_the_adapters_of_a_shared_base_and_not_the_base(tiny_run, 
     specialists = tiny_run.adapter_recipe(tmp_path, save_adapter)
     model, rows, recipe = fused_and_rows(tiny_run, tmp_path / "run", stages=[JOINT], specialists=specialists)
     before = by_name(model)
-    run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "run" / "1-joint")
+    run_stage(StageRun(model, recipe.stages[0], recipe, rows, [], tmp_path / "run" / "1-joint"))
     after = by_name(model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if name.startswith("gate.") or "lora_" in name}
@@ -120,7 +122,7 @@ def test_specialists_have_a_learning_rate_of_their_own(tiny_run, tmp_path):
     )
     prepare_joint(model, recipe.stages[0])
     before = by_name(model)
-    run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint")
+    run_stage(StageRun(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint"))
     for name, parameter in model.named_parameters():
         distance = (parameter - before[name]).abs().max()
         assert distance > 1e-3 if name.startswith("gate.") else distance < 1e-10, name
@@ -211,7 +213,7 @@ def test_a_logged_loss_is_the_mean_over_response_tokens_of_plain_transformers(ti
             label_p = p[range(len(row.labels)), list(row.labels)]
             nats[row.domain] = nats.get(row.domain, 0) - label_p.log().sum().item()
             tokens[row.domain] = tokens.get(row.domain, 0) + len(row.labels)
-    run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-gate")
+    run_stage(StageRun(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-gate"))
     [logged] = metrics(tmp_path)
     assert logged["loss"] == pytest.approx(sum(nats.values()) / sum(tokens.values()), rel=1e-5)
     for name in NAMES:
@@ -416,13 +418,13 @@ def test_full_training_of_bfloat16_weights_learns_in_float32(tiny_run, tmp_path)
     stage = FULL | {"lr": 1e-4, "schedule": "constant", "steps": 8}
     model, rows, recipe = fused_and_rows(tiny_run, tmp_path, stages=[stage], dtype="bfloat16")
     before = by_name(model)
-    run_stage(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint")
+    run_stage(StageRun(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint"))
     assert {group.model.dtype for group in model.groups} == {torch.bfloat16}
     for name, tensor in trained_weights(tmp_path).items():
         name = name.removeprefix("1-joint/")
         assert tensor.dtype == torch.float32 and not torch.equal(tensor, before[name].float()), name
     again, *_ = fused_and_rows(tiny_run, tmp_path, stages=[stage], dtype="bfloat16")
-    run_stage(again, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint")  # finished before: loads what it gave
+    run_stage(StageRun(again, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint"))  # finished: loads its weights
     assert all(torch.equal(tensor, by_name(again)[name]) for name, tensor in by_name(model).items())
 
 

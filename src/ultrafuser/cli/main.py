@@ -98,10 +98,9 @@ def fuse_command(
     The specialists are referenced where they are; train the result with `ultrafuser train` (fused: FOLDER).
     """
     from ultrafuser.info import describe
-    from ultrafuser.model.saving import atomic_directory
-    from ultrafuser.recipe import dump_recipe, load_recipe
+    from ultrafuser.recipe import load_recipe
     from ultrafuser.specialists import fuse
-    from ultrafuser.train.card import write_card
+    from ultrafuser.train.run import write_fused_folder
 
     changes = [*(overrides or []), *([f"mixing={mixing}"] if mixing else [])]
     if recipe is not None and (specialist or template):
@@ -118,11 +117,7 @@ def fuse_command(
         raise RecipeError(f"{recipe}: it starts from the fused folder {typed.fused}; `fuse` needs specialists")
     with quiet():
         model, tokenizer = fuse(typed)
-        with atomic_directory(output) as draft:
-            model.save_pretrained(draft, copy=copy)
-            tokenizer.save_pretrained(draft)
-            (draft / "recipe.yaml").write_text(dump_recipe(typed), encoding="utf-8")
-            write_card(draft, model.config, None, [], title=output.name)
+        write_fused_folder(model, tokenizer, typed, output, title=output.name, copy=copy)
     print_info(describe(output), as_json)
 
 
@@ -161,7 +156,8 @@ def train_command(
     typed = load_recipe(recipe, overrides or [])
     speaks = int(os.environ.get("RANK", "0")) == 0  # of several processes, the first alone
     with quiet():
-        from ultrafuser.train.stages import read_metrics, train
+        from ultrafuser.train.metrics import read_metrics
+        from ultrafuser.train.run import train
 
         folder = train(typed, resume=resume, progress=ConsoleProgress() if speaks else Progress())
     if not speaks:

@@ -20,7 +20,7 @@ from ultrafuser.data.writing import write_json
 from ultrafuser.evaluate.lm.load import load_model
 from ultrafuser.recipe import JointStage, Recipe
 from ultrafuser.specialists import fuse
-from ultrafuser.train.stages import save_fused_folder, train
+from ultrafuser.train.run import save_fused_folder, train
 
 DEFAULT_WEIGHT = 0.6  # of each specialist's difference in task arithmetic, TIES and DARE
 

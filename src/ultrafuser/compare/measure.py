@@ -41,7 +41,8 @@ from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.specialists import pick_device
 from ultrafuser.train.features import FeatureStore
-from ultrafuser.train.stages import load_source, read_metrics
+from ultrafuser.train.metrics import read_metrics
+from ultrafuser.train.rows import load_source
 
 
 @dataclass

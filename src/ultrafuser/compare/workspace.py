@@ -29,7 +29,7 @@ from ultrafuser.progress import Progress
 from ultrafuser.recipe import Recipe, SpecialistRecipe
 from ultrafuser.specialists import fuse
 from ultrafuser.train.features import FeatureStore
-from ultrafuser.train.stages import read_sources
+from ultrafuser.train.rows import read_sources
 
 RECIPE = "compare.yaml"
 BUILT, MEASURED = "built.json", "measured.json"

@@ -22,6 +22,7 @@ from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.progress import Progress
 from ultrafuser.train.features import FeatureStore, RowFeatures, collate_features
+from ultrafuser.train.metrics import append_metrics
 
 Rows = Sequence[Rendered] | FeatureStore
 
@@ -136,10 +137,7 @@ class FusionTrainer(Trainer):
             self._reset_totals()
         super().log(logs, start_time)
         if self.is_world_process_zero() and "train_runtime" not in logs:
-            row = {"stage": self.stage, "step": self.state.global_step, **logs}
-            self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-            with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_metrics(self.metrics_file, {"stage": self.stage, "step": self.state.global_step, **logs})
 
     # ---------------------------------------------------------------- validation
 

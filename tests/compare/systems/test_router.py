@@ -16,7 +16,7 @@ from ultrafuser.errors import CheckpointError, DataError
 from ultrafuser.evaluate.losses import specialist_losses
 from ultrafuser.specialists import fuse
 from ultrafuser.train.features import FeatureStore, RowFeatures
-from ultrafuser.train.stages import read_sources
+from ultrafuser.train.rows import read_sources
 
 CANDIDATES = [Candidate(0, "best", 0.01), Candidate(8, "regret", 0.001), Candidate(0, "soft", 0.01)]
 

@@ -23,7 +23,7 @@ from ultrafuser.model.loss import label_log_prob
 from ultrafuser.model.saving import atomic_directory
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
-from ultrafuser.train.stages import truncate_metrics
+from ultrafuser.train.metrics import truncate_metrics
 
 METRICS_FILE = "metrics.jsonl"
 _SAMPLES = 64  # values of each tensor by which the weights at the start are told apart
