@@ -27,7 +27,7 @@ DATA_FILES = {
     "evaluate/tasks/*.yaml": "One lm-eval task per file",
     "inspect/templates/": "HTML and CSS of a token trace",
     "py.typed": "Marks the package as typed",
-    "report/templates/": "HTML of the report's sections",
+    "report/templates/": "CSS of the report",
     "synth/prompts/": "Prompts of the synthesis, one Jinja file per stage",
     "zoo/adapters/": "LoRA adapters for text, code and math, with their model cards",
     "zoo/data/": "Hand-made conversations: training and test rows of four domains",

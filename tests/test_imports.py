@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "display": {"errors"},
     "inspect": _CORE | {"display"},
     "report": {"errors", "display", "inspect"},
-    "datamap": _CORE | {"display", "inspect", "report"},
+    "datamap": _CORE | {"display", "inspect"},
     "evaluate": _CORE | {"endpoint", "sandbox", "train"},
     "compare": _CORE | {"endpoint", "evaluate", "inspect", "report", "train"},
     "synth": _CORE | {"endpoint", "evaluate", "sandbox"},

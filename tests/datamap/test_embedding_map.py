@@ -20,9 +20,11 @@ from ultrafuser.data.schema import Row
 from ultrafuser.datamap import layout as maps
 from ultrafuser.datamap.embed import Reader, embed, load_reader
 from ultrafuser.datamap.layout import Point
-from ultrafuser.datamap.page import SCRIPT
+from ultrafuser.datamap.page import map_figure, map_page
+from ultrafuser.display.page import text_file
 from ultrafuser.errors import CheckpointError, DataError, MissingExtraError
 
+SCRIPT = text_file("datamap/templates/map.js")
 TEXTS = ["how many?", "The quick brown fox jumps over the lazy dog", "", "def add(a, b):\n    return a + b"]
 
 
@@ -188,7 +190,7 @@ POINTS = [
 
 def make_page(points=POINTS):
     agreement = {point.domain: 0.5 for point in points}
-    return maps.map_page(points, model="m<1>", method="tsne", part="instructions", agreement=agreement)
+    return map_page(points, model="m<1>", method="tsne", part="instructions", agreement=agreement)
 
 
 def data_of(page):
@@ -226,7 +228,7 @@ def test_the_picture_has_a_point_for_each_row_in_its_domains_colour():
 
     from ultrafuser.display.palette import domain_colours
 
-    figure = maps.map_figure(POINTS)
+    figure = map_figure(POINTS)
     [cloud] = figure.axes[0].collections
     assert cloud.get_offsets().tolist() == [[-1.0, 0.5], [2.0, 0.5], [0.0, 3.5]]
     shades = domain_colours(["co<de>", "text"], [])

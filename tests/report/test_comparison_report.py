@@ -233,7 +233,7 @@ def rows_of(html: str) -> dict[str, list[list[str]]]:
     rows: dict[str, list[list[str]]] = {}
     for row in re.findall(r"<tr class=[^>]*>(.*?)</tr>", html, re.DOTALL):
         head, *cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)
-        label = head.split("<small>")[0].replace("&nbsp;†", "")
+        label = head.split("<small>")[0].replace("\u00a0†", "")
         rows.setdefault(label, []).extend(re.sub(r"<[^>]+>", " ", cell).split() for cell in cells)
     return rows
 

@@ -121,6 +121,7 @@ def map_command(
     from ultrafuser.data.tools.streaming import stream_rows
     from ultrafuser.data.writing import atomic_file, check_target
     from ultrafuser.datamap import layout as maps
+    from ultrafuser.datamap.page import map_figure, map_page
     from ultrafuser.progress import ConsoleProgress
 
     if part not in COMPARED_ROLES:
@@ -143,13 +144,13 @@ def map_command(
     points = maps.as_points(rows, maps.lay_out(vectors, method, seed=seed, progress=progress), part)
     agreement = maps.neighbour_agreement(vectors, [row.domain for row in rows])
     name = Path(model).name if Path(model).exists() else model
-    text = maps.map_page(points, model=name, method=method, part=part, agreement=agreement)
+    text = map_page(points, model=name, method=method, part=part, agreement=agreement)
     with atomic_file(output, force=force) as draft:
         draft.write_text(text, encoding="utf-8")
     if png is not None:
         from ultrafuser.display.drawing import png_bytes
 
-        picture = png_bytes(maps.map_figure(points))
+        picture = png_bytes(map_figure(points))
         with atomic_file(png, force=force) as draft:
             draft.write_bytes(picture)
     counts = {own: sum(row.domain == own for row in rows) for own in agreement}

@@ -449,10 +449,9 @@ def _write_traces(traces: list[Any], means: dict[str, Any], html: Path | None, p
     for file in filter(None, (html, png)):
         file.parent.mkdir(parents=True, exist_ok=True)
     if html is not None:
-        from ultrafuser.inspect.html import page, trace_html
+        from ultrafuser.inspect.html import trace_page
 
-        sections = [(trace.title or trace.prompt[:80], trace_html(trace)) for trace in traces]
-        html.write_text(page("Which specialist leads", sections), encoding="utf-8")
+        html.write_text(trace_page("Which specialist leads", traces), encoding="utf-8")
     if png is not None:
         from ultrafuser.inspect.figure import trace_png
         from ultrafuser.report.figures.gate import weights_by_domain

@@ -1,154 +1,106 @@
-"""The style and the script of the map's page (see embedding_map.py)."""
+"""The map of a data set as a page to explore, and as a figure."""
 
-STYLE = """
-.uf-map-bar { display: flex; flex-wrap: wrap; gap: .4rem .5rem; align-items: center; margin: 0 0 .6rem; }
-.uf-map-bar button, .uf-map-bar input { font: inherit; font-size: .88rem; color: var(--ink); background: var(--panel);
-  border: 1px solid var(--rule); border-radius: 6px; padding: .22rem .65rem; }
-.uf-map-bar button { cursor: pointer; }
-.uf-map-bar button i { display: inline-block; width: .75em; height: .75em; border-radius: 50%; margin-right: .4em; }
-.uf-map-bar button[aria-pressed="false"] { opacity: .45; text-decoration: line-through; }
-.uf-map-bar input { flex: 1 1 9rem; min-width: 0; }
-.uf-map { position: relative; border: 1px solid var(--rule); border-radius: 8px; overflow: hidden; }
-.uf-map canvas { display: block; width: 100%; height: min(78vh, 46rem); touch-action: none; cursor: crosshair; }
-.uf-map-tip { position: absolute; left: 0; top: 0; max-width: min(26rem, 88%); pointer-events: none;
-  background: #1f2328; color: #fff; border-radius: 6px; padding: .5em .8em; font-size: .85rem; line-height: 1.4;
-  white-space: pre-wrap; overflow-wrap: anywhere; box-shadow: 0 2px 10px rgba(0,0,0,.35); }
-.uf-map-tip b { display: block; font-size: .78rem; opacity: .8; }
-"""
+from __future__ import annotations
 
-SCRIPT = """
-"use strict";
-(() => {
-  const data = JSON.parse(document.getElementById("uf-map-data").textContent);
-  const canvas = document.querySelector(".uf-map canvas"), tip = document.querySelector(".uf-map-tip");
-  const draw = canvas.getContext("2d"), search = document.querySelector(".uf-map-bar input");
-  const points = data.points.slice().sort((a, b) => (a[3] < b[3] ? -1 : a[3] > b[3] ? 1 : 0));
-  const lower = points.map(point => point[4].toLowerCase());
-  const xs = points.map(point => point[0]), ys = points.map(point => point[1]);
-  const span = list => list.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]);
-  const [left, right] = span(xs), [bottom, top] = span(ys);
-  const shown = data.domains.map(() => true), pointers = new Map();
-  let scale = 1, moveX = 0, moveY = 0, width = 0, height = 0, needle = "", chosen = -1, pinch = 0;
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-  const whole = () => {
-    scale = 0.94 * Math.min(width / (right - left || 1), height / (top - bottom || 1));
-    moveX = width / 2 - scale * (left + right) / 2;
-    moveY = height / 2 + scale * (bottom + top) / 2;
-  };
-  const at = point => [moveX + scale * point[0], moveY - scale * point[1]];
-  const visible = n => shown[points[n][2]] && (!needle || lower[n].includes(needle));
+import numpy as np
 
-  let waiting = false;
-  const paint = () => {
-    if (waiting) return;
-    waiting = true;
-    requestAnimationFrame(() => {
-      waiting = false;
-      const dots = window.devicePixelRatio || 1;
-      draw.setTransform(dots, 0, 0, dots, 0, 0);
-      draw.clearRect(0, 0, width, height);
-      const radius = Math.max(1.6, Math.min(6, 60 / Math.sqrt(points.length) * Math.sqrt(scale * 12)));
-      for (let n = 0; n < points.length; n++) {
-        if (!shown[points[n][2]]) continue;
-        const [x, y] = at(points[n]);
-        if (x < -9 || y < -9 || x > width + 9 || y > height + 9) continue;
-        draw.globalAlpha = visible(n) ? 0.72 : 0.06;
-        draw.fillStyle = data.colours[points[n][2]];
-        draw.beginPath();
-        draw.arc(x, y, radius, 0, 7);
-        draw.fill();
-      }
-      if (chosen >= 0) {
-        const [x, y] = at(points[chosen]);
-        draw.globalAlpha = 1;
-        draw.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--ink");
-        draw.lineWidth = 1.5;
-        draw.beginPath();
-        draw.arc(x, y, radius + 3, 0, 7);
-        draw.stroke();
-      }
-    });
-  };
-  const fit = () => {
-    const box = canvas.getBoundingClientRect(), dots = window.devicePixelRatio || 1, first = !width;
-    width = box.width; height = box.height;
-    canvas.width = Math.round(width * dots); canvas.height = Math.round(height * dots);
-    if (first) whole();
-    paint();
-  };
-  const place = event => {
-    const box = canvas.getBoundingClientRect();
-    return [event.clientX - box.left, event.clientY - box.top];
-  };
-  const choose = (x, y) => {
-    let best = 196; chosen = -1;
-    for (let n = 0; n < points.length; n++) {
-      if (!visible(n)) continue;
-      const [px, py] = at(points[n]), far = (px - x) ** 2 + (py - y) ** 2;
-      if (far < best) { best = far; chosen = n; }
+from ultrafuser.datamap.layout import NAMES, Point
+from ultrafuser.display.drawing import TEXT, draw_legend, finished, inset, legend_shape, new_figure
+from ultrafuser.display.page import Cell, Html, Note, Row, Table, page, render, text_file
+from ultrafuser.display.palette import domain_colours
+from ultrafuser.inspect.trace import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MAX_TEXT = 400  # characters of a row under the pointer
+_GRID = 10_000  # coordinates of the page are whole numbers up to this
+
+
+def map_figure(points: Sequence[Point]) -> Figure:
+    """The map as a scatter plot, coloured by domain.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    domains = sorted({point.domain for point in points})
+    shades = domain_colours(domains, [])
+    columns, legend_height = legend_shape(domains, 7.0)
+    figure = new_figure(7.5, 6.6 + legend_height)
+    axes = figure.add_axes(inset(figure, left=0.15, right=0.15, bottom=0.15, top=0.3 + legend_height))
+    from matplotlib.lines import Line2D
+
+    size = float(np.clip(9000 / max(len(points), 1), 3, 30))  # square points
+    # In the order of the ids, not domain by domain: the last domain would cover the others.
+    ordered = sorted(points, key=lambda point: (point.id, point.domain))
+    axes.scatter(
+        [point.x for point in ordered],
+        [point.y for point in ordered],
+        s=size,
+        c=[shades[point.domain] for point in ordered],
+        alpha=0.65,
+        linewidths=0,
+    )
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_axis_off()
+    handles = [
+        Line2D([], [], marker="o", linestyle="", markersize=TEXT * 0.7, color=shade, label=domain)
+        for domain, shade in shades.items()
+    ]
+    draw_legend(figure, handles, columns, 0.2, figure.get_figheight() - 0.1)
+    return finished(figure)
+
+
+def map_page(
+    points: Sequence[Point], *, model: str, method: str, part: str, agreement: dict[str, float], title: str = ""
+) -> str:
+    """The map as one HTML page that loads nothing: zoom, move, point at a row to read it, hide domains, search."""
+    domains = sorted({point.domain for point in points})
+    shades = domain_colours(domains, [])
+    drawing = render(
+        "datamap/templates/map.html.jinja",
+        domains=[(printable(domain), shades[domain]) for domain in domains],
+        num_points=len(points),
+        data=_page_data(points, domains, shades),
+    )
+    counts = {domain: sum(point.domain == domain for point in points) for domain in domains}
+    rows = [Row(Cell(printable(d)), [Cell(f"{counts[d]:,}"), Cell(f"{agreement[d]:.3f}")]) for d in domains]
+    table = Table([Cell("domain"), Cell("rows"), Cell("neighbours of the same domain")], rows)
+    note = (
+        "The last column: of the five rows that are nearest in the model's own space, the share that is of the same domain. "
+        f"{NAMES[method]} shows who is near whom; distances and sizes of clusters mean little."
+    )
+    return page(
+        title or "Map of a data set",
+        [("", [Html(drawing)]), ("In numbers", [table, Note(note)])],
+        lead=f"Each point is one row's {part}, placed by {NAMES[method]} of the mean last hidden state of {model}.",
+        styles=[text_file("datamap/templates/map.css")],
+        script=text_file("datamap/templates/map.js"),
+    )
+
+
+def _page_data(points: Sequence[Point], domains: Sequence[str], shades: dict[str, str]) -> str:
+    """The points as JSON that cannot end the script element it stands in."""
+    places = np.array([[point.x, point.y] for point in points])
+    low, high = places.min(0), places.max(0)
+    scale = _GRID / max(float((high - low).max()), 1e-9)  # one scale for both axes
+    grid = np.rint((places - low) * scale).astype(int).tolist()
+    number = {domain: index for index, domain in enumerate(domains)}
+    data = {
+        "domains": [printable(domain) for domain in domains],
+        "colours": [shades[domain] for domain in domains],
+        "points": [
+            [x, y, number[point.domain], printable(point.id), _shortened(point.text)]
+            for point, (x, y) in zip(points, grid, strict=True)
+        ],
     }
-    tip.hidden = chosen < 0;
-    if (chosen >= 0) {
-      const head = document.createElement("b");
-      head.textContent = data.domains[points[chosen][2]] + "  " + points[chosen][3];
-      tip.replaceChildren(head, document.createTextNode(points[chosen][4]));
-      const right = x > width / 2, low = y > height / 2;
-      tip.style.transform = `translate(${x + (right ? -12 : 12)}px, ${y + (low ? -12 : 12)}px) ` +
-        `translate(${right ? -100 : 0}%, ${low ? -100 : 0}%)`;
-    }
-    paint();
-  };
-  const zoom = (x, y, factor) => {
-    moveX = x - factor * (x - moveX);
-    moveY = y - factor * (y - moveY);
-    scale *= factor;
-    paint();
-  };
-  canvas.addEventListener("wheel", event => {
-    event.preventDefault();
-    zoom(...place(event), Math.exp(-0.0015 * event.deltaY));
-  }, { passive: false });
-  canvas.addEventListener("pointerdown", event => {
-    canvas.setPointerCapture(event.pointerId);
-    pointers.set(event.pointerId, place(event));
-    pinch = 0;
-    choose(...place(event));
-  });
-  canvas.addEventListener("pointermove", event => {
-    const [x, y] = place(event);
-    if (!pointers.has(event.pointerId)) return choose(x, y);
-    const [oldX, oldY] = pointers.get(event.pointerId);
-    pointers.set(event.pointerId, [x, y]);
-    if (pointers.size === 1) {
-      moveX += x - oldX; moveY += y - oldY;
-      if (Math.hypot(x - oldX, y - oldY) > 2) tip.hidden = true;
-    } else {
-      const [one, two] = [...pointers.values()], far = Math.hypot(one[0] - two[0], one[1] - two[1]);
-      if (pinch) zoom((one[0] + two[0]) / 2, (one[1] + two[1]) / 2, far / pinch);
-      pinch = far;
-    }
-    paint();
-  });
-  for (const name of ["pointerup", "pointercancel"]) {
-    canvas.addEventListener(name, event => { pointers.delete(event.pointerId); pinch = 0; });
-  }
-  canvas.addEventListener("pointerleave", () => { if (!pointers.size) { chosen = -1; tip.hidden = true; paint(); } });
-  for (const button of document.querySelectorAll(".uf-map-bar [data-domain]")) {
-    button.addEventListener("click", () => {
-      const number = Number(button.dataset.domain);
-      shown[number] = !shown[number];
-      button.setAttribute("aria-pressed", String(shown[number]));
-      chosen = -1; tip.hidden = true;
-      paint();
-    });
-  }
-  document.querySelector(".uf-map-bar [data-reset]").addEventListener("click", () => { whole(); paint(); });
-  search.addEventListener("input", () => {
-    needle = search.value.trim().toLowerCase();
-    chosen = -1; tip.hidden = true;
-    paint();
-  });
-  new ResizeObserver(fit).observe(canvas);
-  fit();
-})();
-"""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _shortened(text: str) -> str:
+    text = printable(text.strip())
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1].rstrip() + "…"
