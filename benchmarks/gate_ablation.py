@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ultrafuser.compare.recipe import load_compare_recipe
 from ultrafuser.compare.workspace import Workspace
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.evaluate.intervals import Stratum, difference, estimate
@@ -298,9 +299,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
-    workspace = Workspace(args.folder, ConsoleProgress())
-    model, _ = fuse(workspace.recipe.training())
-    train_rows, test_rows = (Features(model, workspace.frozen_features(split)) for split in ("train", "test"))
+    settings = load_compare_recipe(args.folder / "compare.yaml", [f"output={args.folder}"])
+    workspace = Workspace(settings, ConsoleProgress())
+    model, _ = fuse(settings.training())
+    train_rows, test_rows = (Features(model, workspace.frozen_features(name)) for name in ("train", "test"))
     widths = [states.shape[1] for states in train_rows.states]
     results: dict[str, dict] = {}
     reference: list[dict[str, Stratum]] = []

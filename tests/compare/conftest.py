@@ -9,23 +9,22 @@ import pytest
 
 @pytest.fixture
 def in_process(monkeypatch) -> list[tuple[str, str]]:
-    """A comparison's steps run here, not in processes of their own; which ones did."""
-    from ultrafuser.compare import run as module
-    from ultrafuser.compare.build import build
-    from ultrafuser.compare.measure import measure
-    from ultrafuser.compare.workspace import Workspace
+    """Runs a comparison's steps in this process; the list names those that ran."""
+    from ultrafuser.compare import system as process
+    from ultrafuser.compare.recipe import load_compare_recipe
     from ultrafuser.errors import UltraFuserError
 
-    steps = {module.BUILD: build, module.MEASURE: measure}
+    steps = {"build": process.build, "measure": process.measure}
     ran: list[tuple[str, str]] = []
 
-    def start_step(step: str, folder: Path, name: str) -> str | None:
-        ran.append((step.rpartition(".")[2], name))
+    def start(folder: Path, name: str, step: str) -> str | None:
+        ran.append((step, name))
+        recipe = load_compare_recipe(folder / process.RECIPE)
         try:
-            steps[step](Workspace(folder), name)
+            steps[step](recipe, recipe.system(name))
         except UltraFuserError as error:
             return f"{type(error).__name__}: {error}"
         return None
 
-    monkeypatch.setattr(module, "start_step", start_step)
+    monkeypatch.setattr(process, "start", start)
     return ran

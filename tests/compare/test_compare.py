@@ -14,11 +14,11 @@ import yaml
 from safetensors.torch import load_file
 
 from tiny_models import save_adapter, tiny
-from ultrafuser.compare import run as module
+from ultrafuser.compare import run, system
 from ultrafuser.compare.recipe import CompareRecipe, dump_compare_recipe, load_compare_recipe
-from ultrafuser.compare.run import compare, state_of, tables
+from ultrafuser.compare.results import Measurement
+from ultrafuser.compare.run import compare, system_states, tables
 from ultrafuser.compare.systems import merge as merging
-from ultrafuser.compare.workspace import RECIPE, Workspace
 from ultrafuser.data.schema import parse_row
 from ultrafuser.data.sources import write_rows
 from ultrafuser.errors import DataError, MissingExtraError
@@ -69,6 +69,14 @@ def load(training: dict[str, Any], systems: list[Any], **fields: Any) -> Compare
     return load_compare_recipe(training | {"systems": systems} | fields)
 
 
+def measured(folder: Path, name: str) -> Measurement:
+    """What a system of a comparison measured."""
+    recipe = load_compare_recipe(folder / system.RECIPE)
+    measurement = system.read_measured(recipe, recipe.system(name))
+    assert measurement is not None
+    return measurement
+
+
 EVERY_KIND = [
     "base", "specialist", "oracle", {"kind": "static", "name": "uniform"},
     {"kind": "static", "name": "searched", "weights": "searched"}, {"kind": "tuned", "specialist": "text"},
@@ -80,14 +88,14 @@ EVERY_KIND = [
 
 def test_every_kind_side_by_side(training, in_process, tmp_path):
     results = compare(load(training, EVERY_KIND, main="joint"))
-    systems, place = results.systems, Workspace(tmp_path / "out")
+    systems = results.systems
     assert {name: s.error for name, s in systems.items() if s.status != "done"} == {}
     assert results.domains == ["text", "code", "mixed"]
     assert systems["best_of-log_prob"].loss is None
-    for name, system in systems.items():
+    for name, entry in systems.items():
         if name not in ("best_of-log_prob", "oracle"):
-            assert system.loss["text"].samples == 4
-            assert system.tokens_per_s.median > 0 and system.peak_memory_mb > 0
+            assert entry.loss["text"].samples == 4
+            assert entry.tokens_per_s.median > 0 and entry.peak_memory_mb > 0
     # the oracle is the best specialist of each column, and everyone is compared with that one
     for domain in results.domains:
         best = min(("text", "code"), key=lambda name: systems[name].loss[domain].nll)
@@ -97,10 +105,10 @@ def test_every_kind_side_by_side(training, in_process, tmp_path):
         expected = systems["joint"].loss[domain].nll - systems[best].loss[domain].nll
         assert pair.difference == pytest.approx(expected)
         # a router gives each row to one of the specialists
-        nats = {n: place.facts(n, "measure")["loss"][domain]["totals"] for n in ("text", "code", "router")}
+        nats = {n: measured(tmp_path / "out", n).losses[domain].totals for n in ("text", "code", "router")}
         for row, value in nats["router"].items():
             assert any(value == pytest.approx(nats[name][row], rel=1e-4) for name in ("text", "code"))
-    sizes = {name: system.parameters for name, system in systems.items() if system.parameters}
+    sizes = {name: entry.parameters for name, entry in systems.items() if entry.parameters}
     # each system against the main one, and against what its line names
     assert systems["joint"].paired["main"] == {} and systems["base"].paired["main"]["mean"].versus == "joint"
     assert systems["joint"].paired["versus"]["code"].versus == "stage1" and "versus" not in systems["base"].paired
@@ -129,7 +137,7 @@ def test_what_is_done_stays_and_what_changed_is_made_anew(training, in_process):
         systems[1] | {"set": ["stages.gate.steps=4"]},
         {"kind": "fused", "name": "more", "after": "stage1"},
     ]
-    assert state_of(load(training, changed)) == {
+    assert system_states(load(training, changed)) == {
         "uniform": "static, done",
         "stage1": "fused, to be built",
         "more": "fused, to be built",
@@ -196,7 +204,7 @@ def test_full_specialists_have_the_base_that_is_named(training, in_process, tmp_
     for key, merged in weights[0].items():  # the base and both differences
         base, text, code = (own[key] for own in weights[1:])
         torch.testing.assert_close(merged, text + code - base, atol=1e-5, rtol=1e-4)
-    state = state_of(load(training, systems, base=str(tmp_path / "text")))
+    state = system_states(load(training, systems, base=str(tmp_path / "text")))
     assert {name for name, own in state.items() if "to be built" in own} == {"base", "task_arithmetic"}
 
 
@@ -210,11 +218,10 @@ def test_tasks_and_answers_are_shared(training, in_process, tmp_path):
     )
     results = compare(recipe)
     assert {name: s.error for name, s in results.systems.items() if s.error} == {}
-    for system in results.systems.values():
-        assert system.tasks["gsm8k"].samples == 3
-    place = Workspace(tmp_path / "out")
+    for entry in results.systems.values():
+        assert entry.tasks["gsm8k"].samples == 3
     answers = {
-        name: place.facts(name, "measure")["tasks"]["gsm8k"]["answers"]
+        name: measured(tmp_path / "out", name).tasks["gsm8k"].answers
         for name in ("text", "code", "best_of-log_prob", "router")
     }
     for document in ("0", "1", "2"):
@@ -227,18 +234,18 @@ def test_what_does_not_depend_on_a_change_stays(training, in_process):
     systems = ["base", "specialist", "router", {"kind": "static", "name": "uniform"}, {"kind": "tuned", "specialist": "text"},
                {"kind": "fused", "name": "stage1", "stages": ["gate"]}, {"kind": "fused", "name": "joint", "after": "stage1"}]  # fmt: skip
     compare(load(training, systems))
-    changed = state_of(load(training, systems, set=["stages.joint.steps=3"]))
+    changed = system_states(load(training, systems, set=["stages.joint.steps=3"]))
     assert {name for name, state in changed.items() if "to be built" in state} == {"tuned-text", "joint"}
-    changed = state_of(load(training, systems, set=["balanced=false"]))
+    changed = system_states(load(training, systems, set=["balanced=false"]))
     assert {name for name, state in changed.items() if "to be built" in state} == {"tuned-text", "stage1", "joint"}
     shown = [*systems[:-1], systems[-1] | {"versus": "stage1", "label": "the second stage"}]
-    assert {state.rpartition(", ")[2] for state in state_of(load(training, shown)).values()} == {"done"}
-    changed = state_of(load(training, systems, decode={"new_tokens": 5}))
+    assert {state.rpartition(", ")[2] for state in system_states(load(training, shown)).values()} == {"done"}
+    changed = system_states(load(training, systems, decode={"new_tokens": 5}))
     assert set(changed.values()) == {f"{kind}, built, to be measured" for kind in
                                      ("base", "specialist", "router", "static", "tuned", "fused")}  # fmt: skip
     with Path(training["test"][0]).open("a") as rows:
         rows.write(json.dumps({"instruction": "one more?", "output": "fox", "domain": "text"}) + "\n")
-    changed = state_of(load(training, systems))
+    changed = system_states(load(training, systems))
     assert {name for name, state in changed.items() if "to be measured" in state} == {"base", "text", "code", "uniform"}
 
 
@@ -274,7 +281,7 @@ def test_tasks_are_checked_before_any_system(training, in_process, fields, probl
 
 
 def test_packages_are_looked_for_before_any_system(training, in_process, monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"matplotlib.*ultrafuser\[report\]"):
         compare(load(training, ["base"]))
     monkeypatch.undo()
@@ -295,7 +302,7 @@ def test_two_comparisons_in_one_folder_are_refused(training, in_process, tmp_pat
 
 def test_a_child_ends_with_its_parent(tmp_path):
     script = (
-        "import threading, time; from ultrafuser.compare.process import _end_with_parent; "
+        "import threading, time; from ultrafuser.compare.system import _end_with_parent; "
         "threading.Thread(target=_end_with_parent, daemon=True).start(); print('up', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -308,11 +315,11 @@ def test_a_real_process_reports_its_error_and_its_death(training, tmp_path):
     recipe = load(training, [{"kind": "fused", "set": ["data.train=[nowhere.jsonl]"]}])
     out = tmp_path / "out"
     out.mkdir()
-    (out / RECIPE).write_text(dump_compare_recipe(recipe))
-    assert "nowhere.jsonl: no such file" in module.start_step(module.BUILD, out, "fused")
+    (out / system.RECIPE).write_text(dump_compare_recipe(recipe))
+    assert "nowhere.jsonl: no such file" in system.start(out, "fused", "build")
     (tmp_path / "dies.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     (tmp_path / "fails.py").write_text("import sys; sys.exit(3)")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
-        assert "SIGKILL, probably out of memory" in module.start_step("dies", out, "fused")
-        assert "ended with status 3" in module.start_step("fails", out, "fused")
+        assert "SIGKILL, probably out of memory" in system.start(out, "fused", "build", module="dies")
+        assert "ended with status 3" in system.start(out, "fused", "build", module="fails")

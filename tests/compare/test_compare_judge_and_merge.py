@@ -17,8 +17,8 @@ from tiny_models import save_adapter
 from training_fixtures import NAMES, TinyRun
 from ultrafuser.compare.recipe import CompareRecipe, load_compare_recipe
 from ultrafuser.compare.run import compare
+from ultrafuser.compare.system import RECIPE, read_measured
 from ultrafuser.compare.systems.merge import find_program
-from ultrafuser.compare.workspace import Workspace
 from ultrafuser.errors import MissingExtraError
 from ultrafuser.report.data import Comparison
 
@@ -50,8 +50,9 @@ def load(
 
 def answers(recipe: dict[str, Any], name: str, task: str = "gsm8k") -> dict[str, str]:
     """What a system answered, by document."""
-    facts = Workspace(Path(recipe["output"])).facts(name, "measure")
-    return {document: own[0] for document, own in facts["tasks"][task]["answers"].items()}
+    loaded = load_compare_recipe(Path(recipe["output"]) / RECIPE)
+    measured = read_measured(loaded, loaded.system(name))
+    return {document: texts[0] for document, texts in measured.tasks[task].answers.items()}
 
 
 def errors(results: Comparison) -> dict[str, str]:

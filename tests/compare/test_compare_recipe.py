@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ultrafuser.compare.keys import step_key
 from ultrafuser.compare.recipe import dump_compare_recipe, load_compare_recipe
-from ultrafuser.compare.workspace import Workspace
 from ultrafuser.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
@@ -35,17 +35,17 @@ def test_the_main_system_is_the_last_fused_one():
 
 def test_a_line_varies_the_training_recipe():
     recipe = load([{"kind": "fused", "stages": ["gate"], "set": ["balanced=false", "stages.gate.lr=0.5"]}])
-    training = recipe.training(recipe.systems[0])
+    training = recipe.systems[0].training(recipe)
     assert [stage.name for stage in training.stages] == ["gate"]
     assert training.stages[0].lr == 0.5
     assert training.balanced is False
     assert recipe.training().balanced is True
 
 
-def test_benchmarks_of_some_systems_only_leave_the_measurements_of_the_others(tmp_path):
+def test_benchmarks_of_some_systems_only_leave_the_measurements_of_the_others():
     def keys(systems, **fields):
-        (tmp_path / "compare.yaml").write_text(dump_compare_recipe(load(systems, **fields)))
-        return [Workspace(tmp_path).key(name, "measure") for name in ("base", "fused")]
+        recipe = load(systems, **fields)
+        return [step_key(recipe, recipe.system(name), "measure") for name in ("base", "fused")]
 
     quiet = [{"kind": "base", "tasks": []}, "fused"]
     assert [load(quiet, tasks=["gsm8k", "mbpp"]).tasks_of(s) for s in load(quiet).systems] == [[], ["gsm8k", "mbpp"]]
@@ -68,8 +68,12 @@ def test_what_is_dumped_is_read_back(tmp_path):
     [
         ([], {}, "'systems' is empty"),
         (["fuse"], {}, "fuse"),
-        ([{"kind": "base", "weight": 1}], {}, "kind 'base' has no 'weight'; it takes label, name"),
-        ([{"kind": "tuned"}], {}, "kind 'tuned' needs 'specialist'"),
+        (
+            [{"kind": "base", "weight": 1}],
+            {},
+            "systems.0.weight: unknown key for kind 'base'; 'merge' would take it. Known: kind, name, label",
+        ),
+        ([{"kind": "tuned"}], {}, "systems.0.specialist: missing, expected text"),
         ([{"kind": "tuned", "specialist": "law"}], {}, "no specialist 'law'; there are: text, code, math"),
         (["fused", "fused"], {}, "two are named 'fused'"),
         (
@@ -91,7 +95,7 @@ def test_what_is_dumped_is_read_back(tmp_path):
                 {"kind": "fused", "name": "b", "after": "a", "mixing": "logits"},
             ],
             {},
-            "'b' goes on from 'a', which has fixed 'mixing'",
+            "'b' continues 'a', which has fixed 'mixing'",
         ),
         ([{"kind": "tuned", "specialist": "text"}], {"set": ["stages=[gate]"]}, "needs the stages joint"),
         ([{"kind": "specialist", "name": "all"}], {}, "stands for all of them"),

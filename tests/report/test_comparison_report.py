@@ -14,11 +14,11 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from ultrafuser.compare.kinds import KINDS
+from ultrafuser.compare.systems import SystemRecipe
 from ultrafuser.errors import DataError
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.report.data import Column, Comparison, check_comparison
@@ -30,6 +30,7 @@ from ultrafuser.report.figures import relative as report_relative
 from ultrafuser.report.figures import training as report_training
 from ultrafuser.report.page import write_report
 
+KINDS = {get_args(node.model_fields["kind"].annotation)[0]: node for node in get_args(get_args(SystemRecipe)[0])}
 MEASURED_LOSSES = Path(__file__).with_name("losses.json")
 KEPT_RESULTS = Path(__file__).parents[2] / "docs" / "results" / "compare-zoo" / "results.json"
 NAMES = ["text", "code", "math"]
@@ -123,8 +124,8 @@ def _system(label: str, kind: str, loss: dict[str, Any] | None) -> dict[str, Any
     return {
         "label": label,
         "kind": kind,
-        "kind_label": KINDS[kind][0],
-        "description": KINDS[kind][1],
+        "kind_label": KINDS[kind].kind_label,
+        "description": KINDS[kind].description,
         "status": "done",
         "error": None,
         "loss": loss,

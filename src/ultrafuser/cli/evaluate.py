@@ -147,10 +147,10 @@ def compare_command(
         from ultrafuser.evaluate.tasks import require_lm_eval
 
         require_lm_eval()
-        from ultrafuser.compare.run import compare, state_of, tables
+        from ultrafuser.compare.run import compare, system_states, tables
 
         if dry_run:
-            for name, state in state_of(typed).items():
+            for name, state in system_states(typed).items():
                 echo(f"{name}: {state}")
             return
         comparison = compare(typed, ConsoleProgress())

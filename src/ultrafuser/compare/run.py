@@ -1,18 +1,18 @@
-"""`ultrafuser compare`: build and measure what is missing, keep what is done, and put all of it side by side."""
+"""`ultrafuser compare`: build and measure the missing systems, skip finished ones, and put all of them side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ultrafuser.compare.kinds import KINDS
-from ultrafuser.compare.process import start_step
-from ultrafuser.compare.recipe import CompareRecipe, SystemRecipe, dump_compare_recipe
+from ultrafuser.compare import system as process
+from ultrafuser.compare.keys import Step
+from ultrafuser.compare.recipe import CompareRecipe, dump_compare_recipe
 from ultrafuser.compare.results import ORACLE, Measurement, SystemResult, compare_systems
-from ultrafuser.compare.systems.merge import find_program
-from ultrafuser.compare.workspace import RECIPE, Workspace, eval_options
+from ultrafuser.compare.system import RECIPE, Built, eval_options, read_built, read_measured
+from ultrafuser.compare.systems import SystemRecipe
 from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.data.writing import write_json
 from ultrafuser.endpoint.client import Endpoint
@@ -24,17 +24,15 @@ from ultrafuser.report.data import MEAN, Comparison
 if TYPE_CHECKING:
     from rich.table import Table
 
-BUILD, MEASURE = "ultrafuser.compare.build", "ultrafuser.compare.measure"
-
 
 def compare(recipe: CompareRecipe, progress: Progress | None = None) -> Comparison:
     """Run the comparison and write `results.json` and the report.
 
-    Every system is built and measured in processes of its own; one that fails is reported, and the others go on. Run
-    again with the same output, it does what is missing.
+    Every system is built and measured in a process of its own. A system that fails is reported, and the others go on.
+    Run again with the same output, it skips finished systems.
 
     Returns:
-        What is in results.json.
+        The content of results.json.
 
     Raises:
         DataError: no system could be measured.
@@ -48,114 +46,111 @@ def compare(recipe: CompareRecipe, progress: Progress | None = None) -> Comparis
     _check(recipe)
     with exclusive_lock(folder, "comparison"):
         (folder / RECIPE).write_text(dump_compare_recipe(recipe), encoding="utf-8")
-        place = Workspace(folder, progress)
-        errors = _run_all(place, progress)
-        comparison = collect(place, errors)
+        errors = _run_systems(recipe, folder, progress)
+        measured = {system.id: read_measured(recipe, system) for system in recipe.systems}
+        comparison = collect(recipe, measured, errors)
         write_json(folder / "results.json", comparison.model_dump(mode="json"))
     if not any(system.kind != ORACLE for system in comparison.done.values()):
         raise DataError(f"no system could be measured; the first error: {next(iter(errors.values()), 'none')}")
-    main = measurement_of(place, comparison.main) if comparison.main is not None else None
+    main = measured[comparison.main] if comparison.main is not None else None
     write_report(comparison, folder, traces=main.traces if main else [])
     return comparison
 
 
 def _check(recipe: CompareRecipe) -> None:
-    """Find out before any system is built that something cannot run.
+    """Check before any system is built that everything can run.
 
     Raises:
         DataError, SandboxError, MissingExtraError: what is missing, and what to do.
     """
     if find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "report", "the report's figures")
-    if any(system.kind == "merge" for system in recipe.systems):
-        find_program()
+    for system in recipe.systems:
+        system.check()
     if recipe.judge is not None:
         Endpoint(recipe.judge)  # its package and its key
-    if odd := [name for name in recipe.tasks if name in LOSSES]:
-        raise DataError(f"tasks: {odd[0]!r} is no benchmark here; list its rows under 'test', and the loss is measured")
+    if losses := [name for name in recipe.tasks if name in LOSSES]:
+        raise DataError(
+            f"tasks: {losses[0]!r} is no benchmark here; list its rows under 'test', and the loss is measured"
+        )
     check_tasks(eval_options(recipe, recipe.tasks))
 
 
-def _run_all(place: Workspace, progress: Progress) -> dict[str, str]:
-    """Every system in the order of the recipe; the errors of those that failed."""
+def _run_systems(recipe: CompareRecipe, folder: Path, progress: Progress) -> dict[str, str]:
+    """Build and measure every system in the order of the recipe; the errors of those that failed."""
     errors: dict[str, str] = {}
-    for number, system in enumerate(place.recipe.systems, 1):
-        name = str(system.name)
+    for index, system in enumerate(recipe.systems, 1):
         if system.kind == ORACLE:
             continue
-        progress.log(f"[{number}/{len(place.recipe.systems)}] {name}")
-        error = _run(place, system, errors)
+        progress.log(f"[{index}/{len(recipe.systems)}] {system.id}")
+        previous = system.predecessor
+        if previous in errors and read_built(recipe, recipe.system(str(previous))) is None:
+            error: str | None = f"it comes after {previous!r}, which failed"
+        else:
+            error = _run_step(recipe, system, "build", folder) or _run_step(recipe, system, "measure", folder)
         if error is not None:
-            errors[name] = error
-            progress.log(f"{name} failed: {error}")
+            errors[system.id] = error
+            progress.log(f"{system.id} failed: {error}")
     return errors
 
 
-def state_of(recipe: CompareRecipe) -> dict[str, str]:
-    """For each system what is there of it already."""
-    if not (Path(recipe.output) / RECIPE).is_file():
-        return {str(system.name): f"{system.kind}, to be built" for system in recipe.systems}
-    place = Workspace(Path(recipe.output))
-    place.recipe = recipe
-    out = {}
+def _run_step(recipe: CompareRecipe, system: SystemRecipe, step: Step, folder: Path) -> str | None:
+    """Run a step that is not finished; the error, if any."""
+    result = _read(recipe, system, step)
+    if result is not None and not _lacks_verdicts(result):
+        return None
+    error = process.start(folder, system.id, step)
+    if error is None and _read(recipe, system, step) is None:
+        return f"its {step} ended without results"
+    return error
+
+
+def _read(recipe: CompareRecipe, system: SystemRecipe, step: Step) -> Built | Measurement | None:
+    return read_built(recipe, system) if step == "build" else read_measured(recipe, system)
+
+
+def _lacks_verdicts(result: Built | Measurement) -> bool:
+    """Whether a judge did not answer some requests, which are then repeated."""
+    return isinstance(result, Measurement) and any(scores.counts.get("error") for scores in result.tasks.values())
+
+
+def system_states(recipe: CompareRecipe) -> dict[str, str]:
+    """The kind of each system, and which of its steps are finished."""
+    return {system.id: f"{system.kind}, {_state(recipe, system)}" for system in recipe.systems}
+
+
+def _state(recipe: CompareRecipe, system: SystemRecipe) -> str:
+    if system.kind == ORACLE:
+        return "made of the specialists"
+    built, measured = read_built(recipe, system), read_measured(recipe, system)
+    if measured is not None and _lacks_verdicts(measured):
+        return "measured, the judge to be asked again"
+    return ("to be built", "built, to be measured", "done")[sum(result is not None for result in (built, measured))]
+
+
+# ---------------------------------------------------------------- side by side
+
+
+def collect(recipe: CompareRecipe, measured: Mapping[str, Measurement | None], errors: Mapping[str, str]) -> Comparison:
+    """The finished systems side by side, with intervals and paired differences."""
+    results = []
     for system in recipe.systems:
-        name = str(system.name)
-        found = [facts for step in ("build", "measure") if (facts := place.facts(name, step)) is not None]
-        state = {0: "to be built", 1: "built, to be measured", 2: "done"}[len(found)]
-        if any(map(_lacks_verdicts, found)):
-            state = "measured, the judge to be asked again"
-        out[name] = f"{system.kind}, {'made of the specialists' if system.kind == ORACLE else state}"
-    return out
-
-
-def _run(place: Workspace, system: SystemRecipe, errors: Mapping[str, str]) -> str | None:
-    """Build and measure one system, where that is not done; the error, if any."""
-    name = str(system.name)
-    if system.after in errors and place.facts(str(system.after), "build") is None:
-        return f"it comes after {system.after!r}, which failed"
-    for step, module in (("build", BUILD), ("measure", MEASURE)):
-        facts = place.facts(name, step)
-        if facts is None or _lacks_verdicts(facts):
-            error = start_step(module, place.folder, name)
-            if error is not None:
-                return error
-            if place.facts(name, step) is None:
-                return f"its {step} ended without results"
-    return None
-
-
-def _lacks_verdicts(facts: Mapping[str, Any]) -> bool:
-    """Whether a judge was not there for some answers, which are asked again."""
-    return any(task["counts"].get("error") for task in facts.get("tasks", {}).values())
-
-
-def measurement_of(workspace: Workspace, name: str) -> Measurement | None:
-    """What a system measured; None where that is missing or belongs to another recipe."""
-    tree = workspace.facts(name, "measure")
-    return Measurement.from_dict(tree) if tree is not None else None
-
-
-def collect(workspace: Workspace, errors: Mapping[str, str]) -> Comparison:
-    """What the finished systems measured, with intervals and paired differences."""
-    recipe = workspace.recipe
-    systems = []
-    for system in recipe.systems:
-        built = workspace.facts(str(system.name), "build") or {}
+        built = read_built(recipe, system) or Built()
         result = SystemResult(
-            name=str(system.name),
+            name=system.id,
             kind=system.kind,
-            kind_label=KINDS[system.kind][0],
-            description=KINDS[system.kind][1],
-            measurement=measurement_of(workspace, str(system.name)),
+            kind_label=system.kind_label,
+            description=system.description,
+            measurement=measured[system.id],
             label=system.label or "",
             versus=system.versus,
-            trained_parameters=built.get("trained_parameters", 0),
-            build_seconds=built.get("seconds", 0.0),
+            trained_parameters=built.trained_parameters,
+            build_seconds=built.seconds,
         )
         result.error = errors.get(result.name, result.error)
-        systems.append(result)
+        results.append(result)
     return compare_systems(
-        systems,
+        results,
         title=recipe.title,
         specialists=[specialist.name for specialist in recipe.training().specialists],
         main=recipe.main,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tiny_models import tiny, tokens
-from ultrafuser.compare.systems.btx import RoutedMlp, balance_loss, build_btx, load_btx, save_btx, train_btx
+from ultrafuser.compare.systems.btx_model import RoutedMlp, balance_loss, build_btx, load_btx, save_btx, train_btx
 from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import CheckpointError, UltraFuserError
 from ultrafuser.evaluate.lm.parameters import count_parameters

@@ -13,8 +13,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from ultrafuser.compare.systems.best_of import BestOfLM, choices
-from ultrafuser.compare.systems.routed_lm import REQUESTS_PER_CALL, RoutedLM, ask
+from ultrafuser.compare.systems.best_of_lm import BestOfLM, choices
+from ultrafuser.compare.systems.router_model import REQUESTS_PER_CALL, RoutedLM, ask
 from ultrafuser.errors import UltraFuserError
 from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
 from ultrafuser.evaluate.lm.response_cache import Store

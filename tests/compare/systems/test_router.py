@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from training_fixtures import NAMES, RecordingProgress, TinyRun
-from ultrafuser.compare.systems.router import Candidate, Router, first_states, route_by, router_choices, router_losses
+from ultrafuser.compare.systems.router_model import (
+    Candidate,
+    Router,
+    first_states,
+    route_by,
+    router_choices,
+    router_losses,
+)
 from ultrafuser.data.schema import Row
 from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import CheckpointError, DataError

@@ -1,189 +1,76 @@
-"""Branch-Train-MiX: the specialists' MLPs side by side in one model, a trained router between them, all else averaged.
-
-Source: arXiv 2403.07816: K feed-forward blocks in each layer, the top two by a linear router weighed by a softmax over
-the two, every other weight the mean of the specialists', then everything trained. A minimal build for models whose
-layers hold an `mlp` (Llama, Qwen2, Mistral, Gemma and their like).
-"""
+"""Branch-Train-MiX: the specialists' MLPs as a mixture of experts in one model, trained further."""
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from safetensors.torch import load_model, save_model
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from pydantic import Field, model_validator
 
-from ultrafuser.compare.systems.tuning import tune
-from ultrafuser.data.templates import Rendered
-from ultrafuser.errors import CheckpointError, UltraFuserError
-from ultrafuser.model.saving import atomic_directory
+from ultrafuser.compare.systems.trained import TrainedSystem
 
-WEIGHTS_FILE, FACTS_FILE = "btx.safetensors", "btx.json"
-BALANCE_WEIGHT = 0.01  # of the load-balancing loss, as in the paper
+if TYPE_CHECKING:
+    from ultrafuser.compare.loaded import LoadedSystem
+    from ultrafuser.compare.workspace import Workspace
 
 
-class RoutedMlp(nn.Module):
-    """K MLPs and a router: each token goes through the `top_k` with the highest scores.
+class Btx(TrainedSystem):
+    """The joint stage of the training recipe on all weights of the mixture."""
 
-    y = sum_k softmax_k(scores of the chosen) MLP_k(x); with `top_k` = K that is every MLP.
-    """
+    kind_label: ClassVar[str] = "BTX"
+    description: ClassVar[str] = (
+        "Branch-Train-MiX: the specialists' feed-forward layers as experts of one mixture, trained further."
+    )
 
-    def __init__(self, mlps: Sequence[nn.Module], width: int, top_k: int) -> None:
-        super().__init__()
-        self.mlps = nn.ModuleList(mlps)
-        weight = next(self.mlps.parameters())
-        self.router = nn.Linear(width, len(mlps), bias=False, device=weight.device, dtype=weight.dtype)
-        nn.init.normal_(self.router.weight, std=0.02)
-        self.top_k = top_k
-        self.scores: torch.Tensor | None = None  # (N, K) of the last forward pass in training, for the balance loss
+    kind: Literal["btx"] = Field(description="Branch-Train-MiX.")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        flat = x.reshape(-1, x.shape[-1])  # (N, D)
-        scores = self.router(flat)  # (N, K)
-        self.scores = scores if self.training else None
-        top, chosen = scores.topk(self.top_k, dim=-1)  # (N, top_k)
-        weights = torch.zeros_like(scores).scatter(1, chosen, top.softmax(-1))  # (N, K)
-        out = torch.zeros_like(flat)
-        for k, mlp in enumerate(self.mlps):
-            mine = (chosen == k).any(-1).nonzero()[:, 0]
-            if len(mine):
-                out = out.index_add(0, mine, mlp(flat[mine]) * weights[mine, k, None])
-        return out.reshape(x.shape)
+    @model_validator(mode="after")
+    def _check_balanced(self) -> Btx:
+        if any(override.startswith("balanced") for override in self.set):
+            raise ValueError("kind 'btx' is trained on balanced batches always; leave 'balanced' out")
+        return self
 
-    def idle_parameters(self) -> int:
-        """Parameters that a token does not pass through."""
-        each = sum(parameter.numel() for parameter in self.mlps.parameters()) // len(self.mlps)
-        return each * (len(self.mlps) - self.top_k)
+    @property
+    def stage_names(self) -> list[str] | None:
+        return ["joint"]
 
+    def build(self, workspace: Workspace) -> int:
+        from ultrafuser.compare.systems.btx_model import build_btx, save_btx, train_btx
+        from ultrafuser.compare.workspace import only_model
+        from ultrafuser.data.templates import Renderer
 
-def build_btx(models: Sequence[PreTrainedModel], *, top_k: int = 2, seed: int = 0) -> PreTrainedModel:
-    """One model of K specialists, with untrained routers; the specialists stay as they are.
+        folder, recipe = workspace.system_folder(self.id), self.run_recipe(workspace)
+        stage: Any = recipe.stages[0]
+        specialists = [workspace.load_specialist(specialist) for specialist in recipe.specialists]
+        renderer: Any = specialists[0].renderer
+        first = Renderer(renderer.tokenizer, renderer.chat_templates[:1], recipe.data.max_length)
+        model = build_btx([only_model(loaded) for loaded in specialists], seed=workspace.settings.seed)
+        del specialists
+        dtype = model.dtype
+        model.float()  # AdamW's small steps vanish in bfloat16
+        train_btx(
+            model, workspace.rows("train", first), folder / "run",
+            steps=stage.steps, rows_per_domain=stage.samples_per_domain, lr=stage.specialist_lr or stage.lr,
+            rows_per_pass=stage.rows_per_device or 8, seed=workspace.settings.seed, vocab_size=len(renderer.tokenizer),
+            weight_decay=stage.weight_decay, max_grad_norm=stage.max_grad_norm or float("inf"),
+            save_every=recipe.save_every, progress=workspace.progress,
+        )  # fmt: skip
+        save_btx(model.to(dtype), folder / "model")
+        renderer.tokenizer.chat_template = renderer.chat_templates[0]  # the one that it was trained in
+        renderer.tokenizer.save_pretrained(folder / "model")
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    It is the first one's class with other MLPs, so `generate` and everything else of transformers works. Save it by
-    `save_btx`: an ordinary checkpoint cannot hold it.
+    def load(self, workspace: Workspace) -> LoadedSystem:
+        from transformers import AutoTokenizer
 
-    Raises:
-        UltraFuserError: the specialists' weights differ in names or shapes, or their layers have no `mlp`.
-    """
-    _check(models)
-    named = [dict(model.named_parameters()) for model in models]
-    merged = copy.deepcopy(models[0])
-    with torch.no_grad():
-        for name, parameter in merged.named_parameters():
-            mean = torch.stack([own[name].float().to(parameter.device) for own in named]).mean(0)
-            parameter.copy_(mean)  # MLPs too, but those are replaced
-    layers = [_layers(model) for model in models]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for i, layer in enumerate(_layers(merged)):
-            mlps = [copy.deepcopy(own[i].mlp) for own in layers]
-            layer.mlp = RoutedMlp(mlps, _width(merged), min(top_k, len(models)))
-    merged.requires_grad_(True)
-    return merged.eval()
+        from ultrafuser.compare.loaded import load_model
+        from ultrafuser.compare.systems.btx_model import load_btx, wrap_btx
+        from ultrafuser.evaluate.lm.parameters import count_parameters
+        from ultrafuser.specialists import pick_device
 
-
-def train_btx(model: PreTrainedModel, rows: Sequence[Rendered], folder: Path, **options: Any) -> PreTrainedModel:
-    """Train all of it on response tokens, with the paper's load-balancing loss; see `tuning.tune` for the options.
-
-    Args:
-        folder: of checkpoints and metrics; a run that was interrupted goes on from there, a finished one is loaded.
-        balance_weight: of the load-balancing loss (default 0.01; 0: none).
-    """
-    weight = options.pop("balance_weight", BALANCE_WEIGHT)
-    options.setdefault("stage", "btx")
-    extra = None if weight == 0 else lambda mask: weight * balance_loss(model, mask)
-    return tune(model, rows, folder, extra_loss=extra, **options)
-
-
-def balance_loss(model: nn.Module, mask: torch.Tensor) -> torch.Tensor:
-    """K sum_k (share of routing slots of k) (mean probability of k), mean over the layers; 1 when all are used equally.
-
-    Args:
-        mask: (B, T), true at the tokens that count (not padding).
-
-    Source: equation 4 of Switch Transformers, arXiv 2101.03961, which BTX takes over.
-    """
-    losses = []
-    for layer in model.modules():
-        if isinstance(layer, RoutedMlp) and layer.scores is not None:
-            scores = layer.scores[mask.reshape(-1)].float()  # (N, K)
-            slots = nn.functional.one_hot(scores.topk(layer.top_k, dim=-1).indices, scores.shape[1])
-            shares = slots.float().mean((0, 1))  # (K,)
-            losses.append(scores.shape[1] * (shares * scores.softmax(-1).mean(0)).sum())
-    return torch.stack(losses).mean()
-
-
-def save_btx(model: PreTrainedModel, folder: Path) -> None:
-    """Write the model, all or nothing. There is no config.json, so that no one loads it as an ordinary checkpoint.
-
-    Raises:
-        UltraFuserError: it has no routed MLPs.
-    """
-    mlps = [layer.mlp for layer in _layers(model)]
-    if not all(isinstance(mlp, RoutedMlp) for mlp in mlps):
-        raise UltraFuserError("save_btx writes models of build_btx; for others use save_pretrained")
-    facts = {
-        "num_specialists": len(mlps[0].mlps),
-        "top_k": mlps[0].top_k,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "config": model.config.to_dict(),
-    }
-    with atomic_directory(Path(folder)) as draft:
-        save_model(model, str(draft / WEIGHTS_FILE))
-        model.generation_config.save_pretrained(draft)
-        (draft / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-
-
-def load_btx(folder: Path) -> PreTrainedModel:
-    """Read a model that `save_btx` wrote.
-
-    Raises:
-        CheckpointError: there is none in the folder.
-    """
-    for name in (FACTS_FILE, WEIGHTS_FILE):
-        if not (Path(folder) / name).is_file():
-            raise CheckpointError(f"{folder}: no {name}, so there is no BTX model; write one with save_btx")
-    facts = json.loads((Path(folder) / FACTS_FILE).read_text(encoding="utf-8"))
-    fields = dict(facts["config"])
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, facts["dtype"]))
-    for layer in _layers(model):
-        mlps = [copy.deepcopy(layer.mlp) for _ in range(facts["num_specialists"])]
-        layer.mlp = RoutedMlp(mlps, _width(model), facts["top_k"])
-    load_model(model, str(Path(folder) / WEIGHTS_FILE))
-    if (Path(folder) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
-
-
-def _layers(model: PreTrainedModel) -> Any:
-    return getattr(model.base_model, "layers", [])
-
-
-def _width(model: PreTrainedModel) -> int:
-    return model.get_input_embeddings().weight.shape[1]
-
-
-def _check(models: Sequence[PreTrainedModel]) -> None:
-    """Same weights by name and shape, and an `mlp` in every layer."""
-    if not models:
-        raise UltraFuserError("BTX needs at least one specialist, got none")
-    first = {name: parameter.shape for name, parameter in models[0].named_parameters()}
-    for k, model in enumerate(models):
-        if {name: parameter.shape for name, parameter in model.named_parameters()} != first:
-            raise UltraFuserError(
-                f"specialist number {k} has other weights than the first (names or shapes), so BTX cannot average them; "
-                "it needs specialists of one architecture"
-            )
-    layers = _layers(models[0])
-    if not len(layers) or not all(isinstance(getattr(layer, "mlp", None), nn.Module) for layer in layers):
-        raise UltraFuserError(
-            f"{type(models[0]).__name__} has no `model.layers[i].mlp`, which BTX makes K of; expected an architecture like "
-            "Llama, Qwen2 or Mistral"
-        )
+        folder = workspace.system_folder(self.id) / "model"
+        model, tokenizer = load_btx(folder), AutoTokenizer.from_pretrained(folder)
+        model.to(pick_device(workspace.settings.device))
+        fused = wrap_btx(model, tokenizer, self.id, folder)
+        loaded = load_model(workspace, workspace.load_model(fused, tokenizer, self.id, folder), folder / "features")
+        loaded.parameters, loaded.traces = count_parameters(model), None
+        return loaded

@@ -8,12 +8,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import yaml
+from pydantic import Field, PositiveFloat
 
+from ultrafuser.compare.systems.node import SystemNode
 from ultrafuser.errors import MissingExtraError, UltraFuserError
-from ultrafuser.model.saving import atomic_directory
+from ultrafuser.recipe import Fraction
+
+if TYPE_CHECKING:
+    from ultrafuser.compare.loaded import LoadedSystem
+    from ultrafuser.compare.workspace import Workspace
 
 PROGRAM = "mergekit-yaml"
 RECIPE_FILE = "merge.yaml"
@@ -25,7 +31,59 @@ METHODS: dict[str, tuple[bool, bool]] = {
     "dare_linear": (True, True),
     "dare_ties": (True, True),
 }
+DEFAULT_WEIGHT = 0.6  # of each specialist's difference in task arithmetic, TIES and DARE
 _ERROR_LINES = 6
+
+
+class Merge(SystemNode):
+    """One ordinary checkpoint, merged from those of the specialists."""
+
+    kind_label: ClassVar[str] = "merged"
+    description: ClassVar[str] = "One model made from the weights of the specialists."
+    reads_base: ClassVar[bool] = True
+
+    kind: Literal["merge"] = Field(description="The weights merged by mergekit.")
+    method: Literal["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"] = Field(
+        default="linear", description="mergekit's method."
+    )
+    weight: PositiveFloat | None = Field(
+        default=None, description="Weight of each specialist. null: 1/K for `linear`, 0.6 otherwise."
+    )
+    density: Fraction = Field(default=0.6, description="Share of the changes that TIES and DARE keep.")
+
+    @property
+    def default_name(self) -> str:
+        return self.method
+
+    def check(self) -> None:
+        find_program()
+
+    def build(self, workspace: Workspace) -> int:
+        checkpoints = workspace.checkpoints()
+        needs_base, is_sparse = METHODS[self.method]
+        merge(
+            list(checkpoints.specialists.values()),
+            checkpoints.base,
+            self.method,
+            workspace.system_folder(self.id) / "model",
+            weight=DEFAULT_WEIGHT if self.weight is None and needs_base else self.weight,
+            density=self.density if is_sparse else None,
+            seed=workspace.settings.seed,
+        )
+        return 0
+
+    def load(self, workspace: Workspace) -> LoadedSystem:
+        from ultrafuser.compare.loaded import load_model
+
+        folder = workspace.system_folder(self.id)
+        source = {"model": str(folder / "model"), "adapter": None, "gguf_file": None, "revision": None,
+                  "adapter_revision": None}  # fmt: skip
+        first = workspace.settings.training().specialists[0]
+        return load_model(
+            workspace,
+            workspace.load_specialist(first.model_copy(update={**source, "name": self.id})),
+            folder / "features",
+        )
 
 
 def merge(
@@ -63,6 +121,8 @@ def merge(
             own error.
         MissingExtraError: mergekit is not installed.
     """
+    from ultrafuser.model.saving import atomic_directory
+
     recipe = _recipe([Path(source) for source in sources], base, method, weight, density, normalize)
     output = Path(output)
     facts = yaml.safe_dump({**recipe, "seed": seed}, sort_keys=False)

@@ -1,318 +1,55 @@
-"""A trained sample-level router: the specialists' first states -> the one specialist that answers the whole sample."""
+"""A trained classifier that sends each sample to one specialist."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import product
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from pydantic import Field
 
-from ultrafuser.data.collate import prompt_inputs
-from ultrafuser.data.responses import length_batches, token_budget
-from ultrafuser.data.templates import Renderer
-from ultrafuser.errors import CheckpointError, DataError
-from ultrafuser.evaluate.losses import RowLoss, specialist_losses
-from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
-from ultrafuser.model.saving import atomic_directory
-from ultrafuser.train.features import FeatureStore
+from ultrafuser.compare.systems.node import SPECIALISTS, SystemNode
 
-WEIGHTS_FILE, FACTS_FILE = "router.safetensors", "router.json"
-NUM_FOLDS = 5
-MAX_STEPS, STEPS_PER_LOOK = 60, 5  # of L-BFGS
-
-Chat = Sequence[Mapping[str, str]]
+if TYPE_CHECKING:
+    from ultrafuser.compare.loaded import LoadedSystem
+    from ultrafuser.compare.workspace import Workspace
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One way to train the classifier; cross-validation chooses among them.
+class RouterSystem(SystemNode):
+    """The specialists behind a router that reads their first states."""
 
-    Attributes:
-        hidden_size: units of its hidden layer; 0: linear.
-        target: `best`, the specialist with the fewest nats on the row; `soft`, softmax of minus the nats of the whole
-            row; `regret`, the expected nats above the best, which is what is measured.
-        l2: penalty on the squares of the weights, beside a mean loss over standardised states.
-    """
+    kind_label: ClassVar[str] = "router"
+    description: ClassVar[str] = "Each sample is answered by the one specialist that a classifier picks."
 
-    hidden_size: int
-    target: Literal["best", "soft", "regret"]
-    l2: float
-
-
-CANDIDATES = [Candidate(*fields) for fields in product((0, 64), ("best", "soft", "regret"), (1e-3, 1e-2, 1e-1))]  # type: ignore[arg-type]
-
-
-class _Look(NamedTuple):
-    """What held-out rows say after so many steps; the smallest is the best one.
-
-    Attributes:
-        nll: nats a response token of the chosen specialists, mean over the domains.
-        expected: the same for a specialist drawn by the scores' softmax; it decides between equal choices.
-    """
-
-    nll: float
-    expected: float
-    steps: int
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What a router learns from: states (N, D), nats and response tokens, equal weight for every domain."""
-
-    states: torch.Tensor
-    nats: torch.Tensor  # (N, K), summed over the row
-    tokens: torch.Tensor  # (N,)
-    domains: list[str]
-
-    def __getitem__(self, keep: Sequence[int]) -> _Rows:
-        index = torch.as_tensor(keep)
-        return _Rows(self.states[index], self.nats[index], self.tokens[index], [self.domains[i] for i in keep])
-
-    def weights(self, by: torch.Tensor) -> torch.Tensor:
-        """(N,): each row's share of `by` in its domain, divided by the number of domains."""
-        names = sorted(set(self.domains))
-        place = torch.tensor([names.index(domain) for domain in self.domains])
-        totals = torch.zeros(len(names), dtype=by.dtype).index_add_(0, place, by)
-        return by / totals[place] / len(names)
-
-
-class Router:
-    """A small classifier over the states that predict the first response token, concatenated and standardised.
-
-    Attributes:
-        widths: D_k of the K specialists.
-        report: how it was chosen: every candidate with its cross-validated loss.
-    """
-
-    def __init__(self, widths: Sequence[int], hidden_size: int = 0, report: Mapping[str, Any] | None = None) -> None:
-        self.widths, self.hidden_size, self.report = list(widths), hidden_size, dict(report or {})
-        self.net = _Classifier(sum(widths), hidden_size, len(widths))
-
-    @classmethod
-    def train(cls, store: FeatureStore, seed: int = 0, candidates: Sequence[Candidate] = CANDIDATES) -> Router:
-        """Train on the rows of a feature store.
-
-        Candidate and number of steps are those with the lowest cross-validated loss of the chosen specialist (nats a
-        response token, mean over the domains); the router then learns from all rows.
-
-        Args:
-            store: training rows only; nothing else is looked at.
-            seed: of the folds and of the hidden layer's first weights.
-
-        Raises:
-            DataError: fewer than two rows.
-        """
-        rows = _read(store)
-        folds = _folds(rows.domains, seed)
-        looks = [min(_validate(rows, folds, candidate, seed)) for candidate in candidates]
-        best = min(range(len(candidates)), key=looks.__getitem__)
-        chosen, steps = candidates[best], looks[best].steps
-        report = {
-            "chosen": asdict(chosen) | looks[best]._asdict(),
-            "candidates": [asdict(c) | look._asdict() for c, look in zip(candidates, looks, strict=True)],
-            "rows": len(rows.tokens),
-            "folds": len(folds),
-            "seed": seed,
-        }
-        router = cls([states.shape[1] for states in store.states], chosen.hidden_size, report)
-        router.net = _start(rows, chosen, seed)
-        for _ in _fit(router.net, rows, chosen, steps):
-            pass
-        return router
+    kind: Literal["router"] = Field(description="A trained classifier sends each sample to one specialist.")
 
     @property
-    def num_parameters(self) -> int:
-        """What was trained."""
-        return sum(parameter.numel() for parameter in self.net.parameters())
+    def depends_on(self) -> frozenset[str]:
+        return SPECIALISTS | {"data", "seed"}
 
-    @torch.no_grad()
-    def choose(self, first_states: Sequence[torch.Tensor]) -> int:
-        """The specialist for one sample, from K states (D_k) at the position that predicts the first response token."""
-        return int(self.net(_concatenate(first_states)[None]).argmax())
+    def build(self, workspace: Workspace) -> int:
+        from ultrafuser.compare.systems.router_model import Router
 
-    def save(self, folder: Path) -> None:
-        """Write the router, all or nothing."""
-        with atomic_directory(Path(folder)) as draft:
-            save_file({key: value.contiguous() for key, value in self.net.state_dict().items()}, draft / WEIGHTS_FILE)
-            facts = {"widths": self.widths, "hidden_size": self.hidden_size, "report": self.report}
-            (draft / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        router = Router.train(workspace.frozen_features("train"), seed=workspace.settings.seed)
+        router.save(workspace.system_folder(self.id) / "model")
+        return router.num_parameters
 
-    @classmethod
-    def load(cls, folder: Path) -> Router:
-        """Read a router.
+    def load(self, workspace: Workspace) -> LoadedSystem:
+        from ultrafuser.compare.loaded import LoadedSystem, TestLosses, recall_answers, specialist_sizes
+        from ultrafuser.compare.systems.router_model import RoutedLM, Router, route_by, router_losses
 
-        Raises:
-            CheckpointError: there is none in the folder.
-        """
-        for name in (FACTS_FILE, WEIGHTS_FILE):
-            if not (Path(folder) / name).is_file():
-                raise CheckpointError(f"{folder}: no {name}, so there is no router; train one and save it there")
-        facts = json.loads((Path(folder) / FACTS_FILE).read_text(encoding="utf-8"))
-        router = cls(facts["widths"], facts["hidden_size"], facts["report"])
-        router.net.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
-        return router
+        router = Router.load(workspace.system_folder(self.id) / "model")
+        model, renderer = workspace.load_all()
+        specialists = workspace.split(model, renderer)
+        choose = route_by(router, model, renderer)
 
+        def read_test_rows() -> TestLosses:
+            features = workspace.features("test", model, workspace.rows("test", renderer))
+            return TestLosses(features.rows, router_losses(router, features))
 
-class _Classifier(nn.Module):
-    """Standardise, then a linear layer, or two with a ReLU between them; it starts without an opinion."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, width: int, hidden_size: int, size: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("std", torch.ones(width))
-        self.hidden = nn.Linear(width, hidden_size) if hidden_size else None
-        self.score = nn.Linear(hidden_size or width, size)
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Concatenated states (N, D_1 + ... + D_K) -> scores (N, K)."""
-        x = (states - self.mean) / self.std
-        return self.score(x if self.hidden is None else torch.relu(self.hidden(x)))
-
-
-def _concatenate(first_states: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([state.detach().float().cpu() for state in first_states], dim=-1)
-
-
-def _read(store: FeatureStore) -> _Rows:
-    """First states, nats, tokens and domains of all rows."""
-    if len(store) < 2:
-        raise DataError(f"a router needs at least two training rows, got {len(store)}; add training data")
-    items = [store[i] for i in range(len(store))]
-    return _Rows(
-        states=torch.stack([_concatenate([own[0] for own in item.states]) for item in items]),
-        nats=torch.stack([-item.log_probs.sum(0) for item in items]).float(),
-        tokens=torch.tensor([float(len(item.row.labels)) for item in items]),
-        domains=[item.row.domain for item in items],
-    )
-
-
-# ---------------------------------------------------------------- training and choosing how to train
-
-
-def _folds(domains: Sequence[str], seed: int) -> list[list[int]]:
-    """Rows in folds, each domain spread evenly over them."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(domains), generator=generator).tolist()
-    order.sort(key=lambda i: domains[i])  # stable: random within a domain
-    size = min(NUM_FOLDS, len(domains))
-    return [order[fold::size] for fold in range(size)]
-
-
-def _start(rows: _Rows, candidate: Candidate, seed: int) -> _Classifier:
-    """An untrained classifier with the standardisation of these rows."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = _Classifier(rows.states.shape[1], candidate.hidden_size, rows.nats.shape[1])
-    weights = rows.weights(torch.ones_like(rows.tokens))[:, None]
-    mean = (weights * rows.states).sum(0)
-    net.mean.copy_(mean)
-    net.std.copy_((weights * (rows.states - mean).square()).sum(0).sqrt().clamp(min=1e-6))
-    return net
-
-
-def _fit(net: _Classifier, rows: _Rows, candidate: Candidate, steps: int) -> Iterator[None]:
-    """L-BFGS on all rows; gives control back after every look.
-
-    AdamW's first steps move every weight alike, signal or noise: 100 steps at 3e-3 on 50 made-up rows, one telling
-    number among ten, left 10 to 14 of 40 new choices wrong; L-BFGS left none.
-    """
-    settings: dict[str, Any] = {"max_iter": STEPS_PER_LOOK, "history_size": 10, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS(net.parameters(), **settings)
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        weights = [parameter for parameter in net.parameters() if parameter.dim() == 2]
-        penalty = torch.stack([weight.square().sum() for weight in weights]).sum() / 2
-        loss = _loss(net(rows.states), rows, candidate.target) + candidate.l2 * penalty
-        loss.backward()
-        return loss
-
-    for _ in range(steps // STEPS_PER_LOOK):
-        optimizer.step(closure)
-        yield
-
-
-def _loss(scores: torch.Tensor, rows: _Rows, target: str) -> torch.Tensor:
-    """Every domain weighs the same."""
-    log_p = scores.log_softmax(-1)  # (N, K)
-    mean_nats = rows.nats / rows.tokens[:, None]
-    if target == "regret":  # what is measured: nats a response token
-        regret = (log_p.exp() * (mean_nats - mean_nats.amin(1, keepdim=True))).sum(1)
-        return (rows.weights(rows.tokens) * regret).sum()
-    if target == "soft":
-        goal = (-rows.nats).softmax(-1)
-    else:
-        goal = nn.functional.one_hot(rows.nats.argmin(1), rows.nats.shape[1]).to(log_p)
-    return -(rows.weights(torch.ones_like(rows.tokens)) * (goal * log_p).sum(1)).sum()
-
-
-def _validate(rows: _Rows, folds: Sequence[Sequence[int]], candidate: Candidate, seed: int) -> list[_Look]:
-    """How the choices for rows that were held out do, at every look."""
-    nats = torch.zeros(2, MAX_STEPS // STEPS_PER_LOOK, len(rows.tokens))  # of the choice, and expected
-    for fold in folds:
-        held = set(fold)
-        train, test = rows[[i for i in range(len(rows.tokens)) if i not in held]], rows[fold]
-        net = _start(train, candidate, seed)
-        for look, _ in enumerate(_fit(net, train, candidate, MAX_STEPS)):
-            with torch.no_grad():
-                scores = net(test.states)
-            nats[0, look, fold] = test.nats.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
-            nats[1, look, fold] = (test.nats * scores.softmax(-1)).sum(1)
-    means = (nats / rows.tokens * rows.weights(rows.tokens)).sum(-1)  # (2, looks)
-    return [_Look(nll, expected, STEPS_PER_LOOK * (i + 1)) for i, (nll, expected) in enumerate(means.T.tolist())]
-
-
-# ---------------------------------------------------------------- use
-
-
-@torch.no_grad()
-def router_choices(router: Router, store: FeatureStore) -> list[int]:
-    """The specialist that the router chooses for each row."""
-    return [router.choose([own[0] for own in store[i].states]) for i in range(len(store))]
-
-
-def router_losses(router: Router, store: FeatureStore) -> list[RowLoss]:
-    """Each row under the specialist that the router chooses for it; no model runs."""
-    each = list(specialist_losses(store, [str(k) for k in range(len(router.widths))]).values())
-    return [each[k][i] for i, k in enumerate(router_choices(router, store))]
-
-
-@torch.no_grad()
-def first_states(model: UltraFuserForCausalLM, renderer: Renderer, chats: Sequence[Chat]) -> list[list[torch.Tensor]]:
-    """For each conversation, K states (D_k) at the position that predicts the first token of the next answer."""
-    prompts = [_question(chat) for chat in chats]
-    lengths = [max(map(len, renderer.prompt(prompt))) for prompt in prompts]
-    out: list[list[torch.Tensor]] = [[] for _ in chats]
-    for batch in length_batches(lengths, token_budget(model.device)):
-        inputs = prompt_inputs(renderer, [prompts[i] for i in batch], model.device)
-        mask = inputs["specialist_attention_mask"]
-        states = model.specialist_states(inputs["specialist_input_ids"], mask)  # K x (B, T, D_k), padded on the left
-        for b, i in enumerate(batch):
-            out[i] = [own[b, -1].float().cpu() for own in states]
-    return out
-
-
-def _question(chat: Chat) -> Chat:
-    """The conversation up to its last question: an answer that was begun does not change who gives it."""
-    return chat[:-1] if chat and chat[-1]["role"] == "assistant" else chat
-
-
-def route_by(router: Router, model: UltraFuserForCausalLM, renderer: Renderer) -> Callable[[Chat | str], str]:
-    """The function by which `RoutedLM` chooses: a conversation, or text as one question -> a specialist's name."""
-
-    def choose(prompt: Chat | str) -> str:
-        chat: Chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return model.config.names[router.choose(first_states(model, renderer, [chat])[0])]
-
-    return choose
+        total, largest = specialist_sizes(model)
+        return LoadedSystem(
+            lm=RoutedLM(recall_answers(workspace, specialists), choose),
+            fingerprint=f"router {workspace.build_key(self.id)}",
+            parameters={"total": total + router.num_parameters, "active": largest},
+            read_test_rows=read_test_rows,
+            timed_lm=RoutedLM({name: loaded.lm for name, loaded in specialists.items()}, choose, remember=False),
+        )

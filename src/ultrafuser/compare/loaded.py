@@ -1,0 +1,111 @@
+"""A loaded system: what answers, what gives losses, and what it weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_eval.api.model import LM
+
+from ultrafuser.compare.workspace import Workspace
+from ultrafuser.data.templates import Rendered
+from ultrafuser.evaluate.lm.load import LoadedModel
+from ultrafuser.evaluate.lm.load import load_model as load_checkpoint
+from ultrafuser.evaluate.lm.parameters import count_parameters
+from ultrafuser.evaluate.lm.response_cache import RememberingLM
+from ultrafuser.evaluate.losses import RowLoss, fused_losses, group_losses
+from ultrafuser.inspect.run import trace_rows
+from ultrafuser.inspect.trace import TokenTrace
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.train.features import FeatureStore
+from ultrafuser.train.rows import load_source
+
+
+@dataclass
+class TestLosses:
+    """The test rows as a system reads them, their losses, and each row's mean gate weights (empty: no gate)."""
+
+    rows: list[Rendered]
+    losses: list[RowLoss]
+    gate_weights: list[list[float]] | None = None
+
+
+@dataclass
+class LoadedSystem:
+    """A system, ready to be measured.
+
+    Attributes:
+        lm: what answers.
+        fingerprint: differs for systems that answer differently; answers are cached by it.
+        parameters: `total` and `active`.
+        read_test_rows: gives the losses; None where a loss is not defined.
+        timed_lm: the same as `lm` without cached answers, for timing; None: `lm` caches none.
+        traces: token weights over one answer of each test source; for a gate.
+        chosen: of how many answers each specialist's was taken, and by which rule; for best-of-K.
+    """
+
+    lm: LM
+    fingerprint: str
+    parameters: dict[str, int]
+    read_test_rows: Callable[[], TestLosses] | None
+    timed_lm: LM | None = None
+    traces: Callable[[], list[TokenTrace]] | None = None
+    chosen: Callable[[], dict[str, dict[str, int]]] | None = None
+
+
+def load_fused(workspace: Workspace, name: str, folder: Path, features: Path) -> LoadedSystem:
+    """A fused folder as a system; `features`: where the specialists' states on the test rows are kept."""
+    settings = workspace.settings
+    loaded = load_checkpoint(str(folder), device=settings.device, dtype=settings.training().dtype)
+    assert loaded.model is not None and loaded.renderer is not None  # no endpoint
+    return load_model(workspace, workspace.load_model(loaded.model, loaded.renderer.tokenizer, name, folder), features)
+
+
+def load_model(workspace: Workspace, loaded: LoadedModel, features: Path) -> LoadedSystem:
+    """A fused model, or a model of one specialist, as a system."""
+    model, renderer = loaded.model, loaded.renderer
+    assert model is not None and renderer is not None  # no endpoint
+    has_gate = len(model.config.names) > 1
+
+    def read_test_rows() -> TestLosses:
+        rows = workspace.rows("test", renderer)
+        if has_gate:
+            store = FeatureStore.build(model, rows, features, progress=workspace.progress)
+            return TestLosses(rows, *fused_losses(model, store))
+        vocab_size = model.config.vocab_size
+        return TestLosses(
+            rows,
+            group_losses(model.groups[0], rows, vocab_size, adapter=0, what=loaded.name, progress=workspace.progress),
+        )
+
+    def traces() -> list[TokenTrace]:
+        rows = [load_source(source)[0] for source in workspace.settings.test]
+        return list(trace_rows(model, renderer, rows))
+
+    return LoadedSystem(
+        lm=loaded.lm,
+        fingerprint=loaded.fingerprint,
+        parameters=count_parameters(model if has_gate else model.groups[0].model),
+        read_test_rows=read_test_rows,
+        traces=traces if has_gate else None,
+    )
+
+
+def recall_answers(workspace: Workspace, specialists: Mapping[str, LoadedModel]) -> dict[str, LM]:
+    """The specialists, with the answers that they gave when they were measured alone."""
+    return {
+        name: RememberingLM(loaded.lm, workspace.answers(loaded.fingerprint), seed=workspace.settings.seed)
+        for name, loaded in specialists.items()
+    }
+
+
+def specialist_sizes(model: UltraFuserForCausalLM) -> tuple[int, int]:
+    """(parameters of all specialists, those of the largest one: its base and its own adapter)."""
+    total, largest = 0, 0
+    for group in model.groups:
+        size = count_parameters(group.model)["total"]
+        adapters = sum(parameter.numel() for parameter in group.adapter_parameters())
+        total += size
+        largest = max(largest, size - adapters + adapters // group.size)
+    return total, largest

@@ -1,0 +1,420 @@
+"""A trained sample-level router: the specialists' first states -> the one specialist that answers the whole sample."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ultrafuser.data.collate import prompt_inputs
+from ultrafuser.data.responses import length_batches, token_budget
+from ultrafuser.data.templates import Renderer
+from ultrafuser.errors import CheckpointError, DataError, UltraFuserError
+from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
+from ultrafuser.evaluate.losses import RowLoss, specialist_losses
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.saving import atomic_directory
+from ultrafuser.train.features import FeatureStore
+
+WEIGHTS_FILE, FACTS_FILE = "router.safetensors", "router.json"
+NUM_FOLDS = 5
+MAX_STEPS, STEPS_PER_LOOK = 60, 5  # of L-BFGS
+
+REQUESTS_PER_CALL = 32  # an evaluation that is killed repeats at most this many requests
+
+Chat = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train the classifier; cross-validation chooses among them.
+
+    Attributes:
+        hidden_size: units of its hidden layer; 0: linear.
+        target: `best`, the specialist with the fewest nats on the row; `soft`, softmax of minus the nats of the whole
+            row; `regret`, the expected nats above the best, which is what is measured.
+        l2: penalty on the squares of the weights, beside a mean loss over standardised states.
+    """
+
+    hidden_size: int
+    target: Literal["best", "soft", "regret"]
+    l2: float
+
+
+CANDIDATES = [Candidate(*fields) for fields in product((0, 64), ("best", "soft", "regret"), (1e-3, 1e-2, 1e-1))]  # type: ignore[arg-type]
+
+
+class _Look(NamedTuple):
+    """What held-out rows say after so many steps; the smallest is the best one.
+
+    Attributes:
+        nll: nats a response token of the chosen specialists, mean over the domains.
+        expected: the same for a specialist drawn by the scores' softmax; it decides between equal choices.
+    """
+
+    nll: float
+    expected: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a router learns from: states (N, D), nats and response tokens, equal weight for every domain."""
+
+    states: torch.Tensor
+    nats: torch.Tensor  # (N, K), summed over the row
+    tokens: torch.Tensor  # (N,)
+    domains: list[str]
+
+    def __getitem__(self, keep: Sequence[int]) -> _Rows:
+        index = torch.as_tensor(keep)
+        return _Rows(self.states[index], self.nats[index], self.tokens[index], [self.domains[i] for i in keep])
+
+    def weights(self, by: torch.Tensor) -> torch.Tensor:
+        """(N,): each row's share of `by` in its domain, divided by the number of domains."""
+        names = sorted(set(self.domains))
+        place = torch.tensor([names.index(domain) for domain in self.domains])
+        totals = torch.zeros(len(names), dtype=by.dtype).index_add_(0, place, by)
+        return by / totals[place] / len(names)
+
+
+class Router:
+    """A small classifier over the states that predict the first response token, concatenated and standardised.
+
+    Attributes:
+        widths: D_k of the K specialists.
+        report: how it was chosen: every candidate with its cross-validated loss.
+    """
+
+    def __init__(self, widths: Sequence[int], hidden_size: int = 0, report: Mapping[str, Any] | None = None) -> None:
+        self.widths, self.hidden_size, self.report = list(widths), hidden_size, dict(report or {})
+        self.net = _Classifier(sum(widths), hidden_size, len(widths))
+
+    @classmethod
+    def train(cls, store: FeatureStore, seed: int = 0, candidates: Sequence[Candidate] = CANDIDATES) -> Router:
+        """Train on the rows of a feature store.
+
+        Candidate and number of steps are those with the lowest cross-validated loss of the chosen specialist (nats a
+        response token, mean over the domains); the router then learns from all rows.
+
+        Args:
+            store: training rows only; nothing else is looked at.
+            seed: of the folds and of the hidden layer's first weights.
+
+        Raises:
+            DataError: fewer than two rows.
+        """
+        rows = _read(store)
+        folds = _folds(rows.domains, seed)
+        looks = [min(_validate(rows, folds, candidate, seed)) for candidate in candidates]
+        best = min(range(len(candidates)), key=looks.__getitem__)
+        chosen, steps = candidates[best], looks[best].steps
+        report = {
+            "chosen": asdict(chosen) | looks[best]._asdict(),
+            "candidates": [asdict(c) | look._asdict() for c, look in zip(candidates, looks, strict=True)],
+            "rows": len(rows.tokens),
+            "folds": len(folds),
+            "seed": seed,
+        }
+        router = cls([states.shape[1] for states in store.states], chosen.hidden_size, report)
+        router.net = _start(rows, chosen, seed)
+        for _ in _fit(router.net, rows, chosen, steps):
+            pass
+        return router
+
+    @property
+    def num_parameters(self) -> int:
+        """What was trained."""
+        return sum(parameter.numel() for parameter in self.net.parameters())
+
+    @torch.no_grad()
+    def choose(self, first_states: Sequence[torch.Tensor]) -> int:
+        """The specialist for one sample, from K states (D_k) at the position that predicts the first response token."""
+        return int(self.net(_concatenate(first_states)[None]).argmax())
+
+    def save(self, folder: Path) -> None:
+        """Write the router, all or nothing."""
+        with atomic_directory(Path(folder)) as draft:
+            save_file({key: value.contiguous() for key, value in self.net.state_dict().items()}, draft / WEIGHTS_FILE)
+            facts = {"widths": self.widths, "hidden_size": self.hidden_size, "report": self.report}
+            (draft / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Router:
+        """Read a router.
+
+        Raises:
+            CheckpointError: there is none in the folder.
+        """
+        for name in (FACTS_FILE, WEIGHTS_FILE):
+            if not (Path(folder) / name).is_file():
+                raise CheckpointError(f"{folder}: no {name}, so there is no router; train one and save it there")
+        facts = json.loads((Path(folder) / FACTS_FILE).read_text(encoding="utf-8"))
+        router = cls(facts["widths"], facts["hidden_size"], facts["report"])
+        router.net.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
+        return router
+
+
+class _Classifier(nn.Module):
+    """Standardise, then a linear layer, or two with a ReLU between them; it starts without an opinion."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, width: int, hidden_size: int, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+        self.hidden = nn.Linear(width, hidden_size) if hidden_size else None
+        self.score = nn.Linear(hidden_size or width, size)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Concatenated states (N, D_1 + ... + D_K) -> scores (N, K)."""
+        x = (states - self.mean) / self.std
+        return self.score(x if self.hidden is None else torch.relu(self.hidden(x)))
+
+
+def _concatenate(first_states: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([state.detach().float().cpu() for state in first_states], dim=-1)
+
+
+def _read(store: FeatureStore) -> _Rows:
+    """First states, nats, tokens and domains of all rows."""
+    if len(store) < 2:
+        raise DataError(f"a router needs at least two training rows, got {len(store)}; add training data")
+    items = [store[i] for i in range(len(store))]
+    return _Rows(
+        states=torch.stack([_concatenate([own[0] for own in item.states]) for item in items]),
+        nats=torch.stack([-item.log_probs.sum(0) for item in items]).float(),
+        tokens=torch.tensor([float(len(item.row.labels)) for item in items]),
+        domains=[item.row.domain for item in items],
+    )
+
+
+# ---------------------------------------------------------------- training and choosing how to train
+
+
+def _folds(domains: Sequence[str], seed: int) -> list[list[int]]:
+    """Rows in folds, each domain spread evenly over them."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(domains), generator=generator).tolist()
+    order.sort(key=lambda i: domains[i])  # stable: random within a domain
+    size = min(NUM_FOLDS, len(domains))
+    return [order[fold::size] for fold in range(size)]
+
+
+def _start(rows: _Rows, candidate: Candidate, seed: int) -> _Classifier:
+    """An untrained classifier with the standardisation of these rows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = _Classifier(rows.states.shape[1], candidate.hidden_size, rows.nats.shape[1])
+    weights = rows.weights(torch.ones_like(rows.tokens))[:, None]
+    mean = (weights * rows.states).sum(0)
+    net.mean.copy_(mean)
+    net.std.copy_((weights * (rows.states - mean).square()).sum(0).sqrt().clamp(min=1e-6))
+    return net
+
+
+def _fit(net: _Classifier, rows: _Rows, candidate: Candidate, steps: int) -> Iterator[None]:
+    """L-BFGS on all rows; gives control back after every look.
+
+    AdamW's first steps move every weight alike, signal or noise: 100 steps at 3e-3 on 50 made-up rows, one telling
+    number among ten, left 10 to 14 of 40 new choices wrong; L-BFGS left none.
+    """
+    settings: dict[str, Any] = {"max_iter": STEPS_PER_LOOK, "history_size": 10, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS(net.parameters(), **settings)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        weights = [parameter for parameter in net.parameters() if parameter.dim() == 2]
+        penalty = torch.stack([weight.square().sum() for weight in weights]).sum() / 2
+        loss = _loss(net(rows.states), rows, candidate.target) + candidate.l2 * penalty
+        loss.backward()
+        return loss
+
+    for _ in range(steps // STEPS_PER_LOOK):
+        optimizer.step(closure)
+        yield
+
+
+def _loss(scores: torch.Tensor, rows: _Rows, target: str) -> torch.Tensor:
+    """Every domain weighs the same."""
+    log_p = scores.log_softmax(-1)  # (N, K)
+    mean_nats = rows.nats / rows.tokens[:, None]
+    if target == "regret":  # what is measured: nats a response token
+        regret = (log_p.exp() * (mean_nats - mean_nats.amin(1, keepdim=True))).sum(1)
+        return (rows.weights(rows.tokens) * regret).sum()
+    if target == "soft":
+        goal = (-rows.nats).softmax(-1)
+    else:
+        goal = nn.functional.one_hot(rows.nats.argmin(1), rows.nats.shape[1]).to(log_p)
+    return -(rows.weights(torch.ones_like(rows.tokens)) * (goal * log_p).sum(1)).sum()
+
+
+def _validate(rows: _Rows, folds: Sequence[Sequence[int]], candidate: Candidate, seed: int) -> list[_Look]:
+    """How the choices for rows that were held out do, at every look."""
+    nats = torch.zeros(2, MAX_STEPS // STEPS_PER_LOOK, len(rows.tokens))  # of the choice, and expected
+    for fold in folds:
+        held = set(fold)
+        train, test = rows[[i for i in range(len(rows.tokens)) if i not in held]], rows[fold]
+        net = _start(train, candidate, seed)
+        for look, _ in enumerate(_fit(net, train, candidate, MAX_STEPS)):
+            with torch.no_grad():
+                scores = net(test.states)
+            nats[0, look, fold] = test.nats.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
+            nats[1, look, fold] = (test.nats * scores.softmax(-1)).sum(1)
+    means = (nats / rows.tokens * rows.weights(rows.tokens)).sum(-1)  # (2, looks)
+    return [_Look(nll, expected, STEPS_PER_LOOK * (i + 1)) for i, (nll, expected) in enumerate(means.T.tolist())]
+
+
+# ---------------------------------------------------------------- use
+
+
+@torch.no_grad()
+def router_choices(router: Router, store: FeatureStore) -> list[int]:
+    """The specialist that the router chooses for each row."""
+    return [router.choose([own[0] for own in store[i].states]) for i in range(len(store))]
+
+
+def router_losses(router: Router, store: FeatureStore) -> list[RowLoss]:
+    """Each row under the specialist that the router chooses for it; no model runs."""
+    each = list(specialist_losses(store, [str(k) for k in range(len(router.widths))]).values())
+    return [each[k][i] for i, k in enumerate(router_choices(router, store))]
+
+
+@torch.no_grad()
+def first_states(model: UltraFuserForCausalLM, renderer: Renderer, chats: Sequence[Chat]) -> list[list[torch.Tensor]]:
+    """For each conversation, K states (D_k) at the position that predicts the first token of the next answer."""
+    prompts = [_question(chat) for chat in chats]
+    lengths = [max(map(len, renderer.prompt(prompt))) for prompt in prompts]
+    out: list[list[torch.Tensor]] = [[] for _ in chats]
+    for batch in length_batches(lengths, token_budget(model.device)):
+        inputs = prompt_inputs(renderer, [prompts[i] for i in batch], model.device)
+        mask = inputs["specialist_attention_mask"]
+        states = model.specialist_states(inputs["specialist_input_ids"], mask)  # K x (B, T, D_k), padded on the left
+        for b, i in enumerate(batch):
+            out[i] = [own[b, -1].float().cpu() for own in states]
+    return out
+
+
+def _question(chat: Chat) -> Chat:
+    """The conversation up to its last question: an answer that was begun does not change who gives it."""
+    return chat[:-1] if chat and chat[-1]["role"] == "assistant" else chat
+
+
+def route_by(router: Router, model: UltraFuserForCausalLM, renderer: Renderer) -> Callable[[Chat | str], str]:
+    """The function by which `RoutedLM` chooses: a conversation, or text as one question -> a specialist's name."""
+
+    def choose(prompt: Chat | str) -> str:
+        chat: Chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return model.config.names[router.choose(first_states(model, renderer, [chat])[0])]
+
+    return choose
+
+
+# ---------------------------------------------------------------- behind lm-eval's interface
+
+
+class RoutedLM(LM):
+    """Each request is answered by the one language model that `choose` names for its prompt.
+
+    Attributes:
+        chosen: how many requests each one answered.
+    """
+
+    def __init__(self, lms: Mapping[str, LM], choose: Callable[[Chat | str], str], *, remember: bool = True) -> None:
+        """
+        Args:
+            lms: the specialists by name.
+            choose: messages, or text where the prompt is no conversation -> a name; asked once for each prompt.
+            remember: False asks it for every request, as a server would; for timing.
+        """
+        super().__init__()
+        self.lms, self.choose, self.remember = dict(lms), choose, remember
+        self.chosen: Counter[str] = Counter()
+        self._names: dict[str, str] = {}
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the key under which lm-eval caches requests."""
+        return "ultrafuser-chat"
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as one string; every specialist renders it its own way."""
+        return encode_chat(chat_history)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers, each by the chosen specialist."""
+        return self._ask("generate_until", requests)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Log-likelihoods, each under the chosen specialist."""
+        return self._ask("loglikelihood", requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """
+        Raises:
+            UltraFuserError: a whole text has no prompt by which to choose.
+        """
+        raise UltraFuserError("a router chooses by the prompt, and rolling log-likelihood has none; use another task")
+
+    def _ask(self, kind: str, requests: Sequence[Instance]) -> list[Any]:
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(self._name(request.args[0]), []).append(i)
+        out: list[Any] = [None] * len(requests)
+        for name, mine in groups.items():
+            for j, result in ask(self.lms[name], kind, [requests[i] for i in mine]):
+                out[mine[j]] = result
+                self.chosen[name] += 1
+                self.cache_hook.add_partial(kind, requests[mine[j]].args, result)
+        return out
+
+    def _name(self, context: str) -> str:
+        """
+        Raises:
+            UltraFuserError: `choose` gave a name that no specialist has.
+        """
+        if context not in self._names or not self.remember:
+            messages = decode_chat(context)
+            name = self.choose(context if messages is None else messages)
+            if name not in self.lms:
+                raise UltraFuserError(f"the router chose {name!r}; there are: {', '.join(self.lms)}")
+            self._names[context] = name
+        return self._names[context]
+
+
+def ask(lm: LM, kind: str, requests: Sequence[Instance]) -> Iterator[tuple[int, Any]]:
+    """Have one language model answer, a few requests of similar length at a time: (index, result), in any order.
+
+    Conversations are rendered the way that model wants them.
+    """
+    order = sorted(range(len(requests)), key=lambda i: -len(str(requests[i].args[0])))
+    for start in range(0, len(order), REQUESTS_PER_CALL):
+        part = order[start : start + REQUESTS_PER_CALL]
+        yield from zip(part, getattr(lm, kind)([rendered(requests[i], lm) for i in part]), strict=True)
+
+
+def rendered(request: Instance, lm: LM) -> Instance:
+    """The request with its conversation as `lm` renders it; an answer that was begun is continued."""
+    context, *rest = request.args
+    messages = decode_chat(context)
+    if messages is None:
+        return request
+    out = copy.copy(request)
+    begun = messages[-1]["role"] == "assistant"
+    out.arguments = (lm.apply_chat_template(messages, add_generation_prompt=not begun), *rest)
+    return out
