@@ -302,7 +302,7 @@ def describe(kind: Any, prefix: str = "", values: Node | None = None) -> Iterato
         }
         yield FieldRow(
             path=prefix + name,
-            kind=" or ".join(dict.fromkeys(map(_in_words, kinds))),
+            kind=" or ".join(dict.fromkeys(word for kind in kinds for word in _in_words(kind).split(" or "))),
             default=_merged_defaults(kind, {node: _default_in_words(value) for node, value in defaults.items()}),
             description=_merged_descriptions(kind, {node: field.description or "" for node, field in fields.items()}),
         )

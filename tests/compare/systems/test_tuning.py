@@ -13,7 +13,7 @@ import torch
 from tiny_models import tiny, tokens
 from training_fixtures import Interruption, StopAt
 from ultrafuser.compare.systems import tuning
-from ultrafuser.compare.systems.btx import build_btx, train_btx
+from ultrafuser.compare.systems.btx_model import build_btx, train_btx
 from ultrafuser.compare.systems.tuning import tune
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.templates import Rendered
