@@ -3,8 +3,8 @@
     import ultrafuser
     model, renderer = ultrafuser.load("my-fused")
 
-Importing this imports neither torch nor transformers; the names below load what they need when they are first used.
-`transformers.AutoModelForCausalLM` knows fused checkpoints from then on.
+This import loads neither torch nor transformers. The names below import their modules on first use. Afterwards
+`transformers.AutoModelForCausalLM` loads fused checkpoints.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ultrafuser.errors import UltraFuserError
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "Recipe": "ultrafuser.recipe",
     "load_recipe": "ultrafuser.recipe",
     "UltraFuserConfig": "ultrafuser.model.configuration_ultrafuser",
@@ -30,15 +30,15 @@ _HOMES = {
     "load": "ultrafuser.specialists",
 }
 
-__all__ = [*_HOMES, "UltraFuserError", "__version__"]
+__all__ = [*_MODULES, "UltraFuserError", "__version__"]
 
 _register.when_transformers_loads()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'ultrafuser' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m ultrafuser`."""
+"""Run the command line as `python -m ultrafuser`."""
 
 from ultrafuser.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Make transformers' Auto classes know fused checkpoints, without importing transformers before somebody else does."""
+"""Register the model with transformers' Auto classes as soon as transformers is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _IMPORTERS = ("configuration_ultrafuser", "shared_base", "cache", "checkpoint", 
 
 
 def when_transformers_loads() -> None:
-    """Register now if the Auto classes are loaded already, otherwise right after they are."""
+    """Register now if the Auto classes are loaded, otherwise right after they are loaded."""
     if _AUTO in sys.modules:
         _register()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
@@ -23,13 +23,13 @@ def when_transformers_loads() -> None:
 
 
 def _register() -> None:
-    """Import the model, which registers itself; where it is what is importing transformers, it will do so anyway."""
+    """Import the model, which registers itself. If one of its modules is already being imported, that import does it."""
     if not any(f"ultrafuser.model.{name}" in sys.modules for name in _IMPORTERS):
         import_module("ultrafuser.model.modeling_ultrafuser")
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds `_AUTO` as everyone else would, and registers when its code has run."""
+    """Import hook that finds `_AUTO` as usual, and registers the model after its code has run."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -1,1 +1,1 @@
-"""The embedded default: three adapters on SmolLM2-135M-Instruct, and a small hand-made data set."""
+"""The specialists and data of the demo: three adapters on SmolLM2-135M-Instruct and a small hand-made data set."""
