@@ -81,7 +81,7 @@ def test_what_may_pass_is_asked_again(server: FakeEndpoint, name):
 def test_after_all_retries_the_error_says_what_happened(server: FakeEndpoint, name, said):
     server.script = [UNUSABLE[name]] * 3
     recipe = server.recipe(timeout_s=0.2 if UNUSABLE[name] is HANG else 5)
-    with pytest.raises(RequestError, match=f"{server.url}, model 'judge': .*{said}.*, after 3 tries; .*`retries`"):
+    with pytest.raises(RequestError, match=f"{server.url}, model 'judge': .*{said}.*, after 3 tries. .*`retries`"):
         Endpoint(recipe).ask(QUESTION)
     assert server.hits == 3
 
@@ -90,7 +90,7 @@ def test_after_all_retries_the_error_says_what_happened(server: FakeEndpoint, na
 def test_no_access(server: FakeEndpoint, monkeypatch, code):
     server.script = [failing(code, "bad key")] * 2
     with pytest.raises(
-        EndpointError, match=f"{server.url}, model 'judge': status {code}: bad key; .*OPENAI_API_KEY is not"
+        EndpointError, match=f"{server.url}, model 'judge': status {code}: bad key. .*OPENAI_API_KEY is not"
     ):
         Endpoint(server.recipe()).ask(QUESTION)
     monkeypatch.setenv("OPENAI_API_KEY", "hidden")
@@ -112,7 +112,7 @@ def test_a_key_that_no_header_can_hold_is_not_shown(server: FakeEndpoint, monkey
 
 def test_unknown_model(server: FakeEndpoint):
     server.script = [failing(404, "The model `judge` does not exist", "model_not_found")]
-    with pytest.raises(EndpointError, match=f"status 404: The model `judge` does not exist; .*{server.url}/models"):
+    with pytest.raises(EndpointError, match=f"status 404: The model `judge` does not exist. .*{server.url}/models"):
         Endpoint(server.recipe()).ask(QUESTION)
     assert server.hits == 1
 
@@ -127,14 +127,14 @@ def test_unreachable_host():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-        with pytest.raises(EndpointError, match=f"{url}, model 'm': cannot be reached .*check the address") as caught:
+        with pytest.raises(EndpointError, match=f"{url}, model 'm': cannot be reached .*Check the address") as caught:
             Endpoint(EndpointRecipe(model="m", base_url=url, backoff_s=100)).ask(QUESTION)
     assert not isinstance(caught.value, RequestError)
 
 
 def test_nothing_left_to_spend_is_not_asked_again(server: FakeEndpoint):
     server.script = [failing(429, "quota", "insufficient_quota")]
-    with pytest.raises(EndpointError, match="429: quota; this account has nothing left to spend"):
+    with pytest.raises(EndpointError, match="429: quota. This account has nothing left to spend"):
         Endpoint(server.recipe()).ask(QUESTION)
     assert server.hits == 1
 
@@ -144,7 +144,7 @@ def test_nothing_left_to_spend_is_not_asked_again(server: FakeEndpoint):
 def test_context_overflow(server: FakeEndpoint, step):
     server.script = [step]
     with pytest.raises(
-        ContextOverflowError, match=f"{server.url}, model 'judge': context overflow.*lower `max_tokens`"
+        ContextOverflowError, match=f"{server.url}, model 'judge': context overflow.*Lower `max_tokens`"
     ):
         Endpoint(server.recipe()).ask(QUESTION)
     assert server.hits == 1
@@ -152,7 +152,7 @@ def test_context_overflow(server: FakeEndpoint, step):
 
 def test_a_request_that_is_not_taken(server: FakeEndpoint):
     server.script = [failing(400, "Unsupported parameter: 'max_tokens'")]
-    with pytest.raises(RequestError, match="status 400: Unsupported parameter: 'max_tokens'; .*`max_tokens_key`"):
+    with pytest.raises(RequestError, match="status 400: Unsupported parameter: 'max_tokens'. .*`max_tokens_key`"):
         Endpoint(server.recipe()).ask(QUESTION)
     assert server.hits == 1
 
@@ -189,7 +189,7 @@ def test_waits_double_with_jitter_unless_the_endpoint_asks_for_a_time():
 ])  # fmt: skip
 def test_a_long_reply_is_not_read_to_its_end(server: FakeEndpoint, step):
     server.script = [step]
-    with pytest.raises(RequestError, match="a reply of more than 1,000,000 bytes; lower `max_tokens`"):
+    with pytest.raises(RequestError, match="a reply of more than 1,000,000 bytes. Lower `max_tokens`"):
         Endpoint(server.recipe(), max_reply_bytes=1_000_000).ask(QUESTION)
     assert server.hits == 1
 
@@ -204,7 +204,7 @@ def test_the_timeout_holds_for_the_whole_request(server: FakeEndpoint):
 
 def test_redirects_are_not_followed(server: FakeEndpoint):
     server.script = [Step("", 308, {"location": f"{server.url}/chat/completions"})]
-    with pytest.raises(EndpointError, match="status 308: no words; the endpoint has moved; set `base_url`"):
+    with pytest.raises(EndpointError, match="status 308: no words. The endpoint has moved. Set `base_url`"):
         Endpoint(server.recipe()).ask(QUESTION)
     assert server.hits == 1
 

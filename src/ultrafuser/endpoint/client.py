@@ -75,7 +75,7 @@ class AsyncEndpoint:
         key = os.environ.get(variable, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise EndpointError(
-                f"{self.name}: the environment variable {variable} holds blanks or letters that no key has; set it again"
+                f"{self.name}: the environment variable {variable} holds blanks or letters that no key has. Set it again"
             )
         return key
 
@@ -138,10 +138,11 @@ class AsyncEndpoint:
             return response.status, response.headers, bytes(content)
 
     def error(
-        self, failure: Failure, kind: type[EndpointError] = EndpointError, *, before: str = "", after: str = ""
+        self, failure: Failure, kind: type[EndpointError] = EndpointError, *, prefix: str = "", suffix: str = ""
     ) -> EndpointError:
         """A failure in words: the endpoint, the problem, and the next step."""
-        return kind(f"{self.name}: {before}{failure}{after}; {next_step(failure, self.recipe)}")
+        problem = str(failure).rstrip(".")
+        return kind(f"{self.name}: {prefix}{problem}{suffix}. {next_step(failure, self.recipe)}")
 
 
 class Endpoint:
@@ -257,7 +258,7 @@ class _Batch:
                 wait_s = retry_wait_s(self.recipe.backoff_s, attempt, failure.retry_after_s)
                 if await self._is_stopped_within(wait_s):
                     return None
-        return client.error(failure, RequestError, after=f", after {attempt} {'try' if attempt == 1 else 'tries'}")
+        return client.error(failure, RequestError, suffix=f", after {attempt} {'try' if attempt == 1 else 'tries'}")
 
     async def _is_stopped_within(self, seconds: float) -> bool:
         with suppress(asyncio.TimeoutError):
@@ -274,7 +275,7 @@ class _Batch:
         self.endpoint.failures += 1
         if self.endpoint.failures < MAX_FAILURES:
             return None
-        return EndpointError(f"{outcome}; {self.endpoint.failures} requests in a row failed, so no more are sent")
+        return EndpointError(f"{outcome}. {self.endpoint.failures} requests in a row failed, so no more are sent")
 
 
 def _final_outcome(client: AsyncEndpoint, failure: Failure) -> Reply | EndpointError | None:
@@ -283,7 +284,7 @@ def _final_outcome(client: AsyncEndpoint, failure: Failure) -> Reply | EndpointE
     if failure.kind == "filtered":  # the prompt. A filtered reply has it as its finish reason
         return Reply("", "content_filter")
     if failure.kind == "overflow":
-        return client.error(failure, ContextOverflowError, before="context overflow, ")
+        return client.error(failure, ContextOverflowError, prefix="context overflow, ")
     if failure.kind == "unusable" or (failure.kind == "unreachable" and not served):
         return client.error(failure)
     if failure.kind == "refused":

@@ -69,20 +69,20 @@ class Failure(Exception):
 
 
 def next_step(failure: Failure, recipe: EndpointRecipe) -> str:
-    """What the user can do about a failure."""
+    """What the user can do about a failure, as a sentence without its full stop."""
     if failure.kind == "unreachable":
-        return "check the address and that the server runs"
+        return "Check the address and that the server runs"
     if failure.kind in ("overflow", "too long"):
-        return "lower `max_tokens`, shorten the answers, or take a model with a longer context"
+        return "Lower `max_tokens`, shorten the answers, or take a model with a longer context"
     if failure.status is None or failure.kind in ("transient", "busy"):
-        return "see the server's log, lower `concurrency`, or raise `timeout_s` or `retries`"
+        return "See the server's log, lower `concurrency`, or raise `timeout_s` or `retries`"
     if failure.is_spent:
-        return "this account has nothing left to spend; top it up and run again"
+        return "This account has nothing left to spend. Top it up and run again"
     if access := recipe.next_step(failure.status):
         return access
     if 300 <= failure.status < 400:
-        return "the endpoint has moved; set `base_url` to its new address"
-    return "the endpoint does not accept such requests; `max_tokens_key`, `temperature` and `extra_body` change what is sent"
+        return "The endpoint has moved. Set `base_url` to its new address"
+    return "The endpoint does not accept such requests. `max_tokens_key`, `temperature` and `extra_body` change what is sent"
 
 
 def read_failure(status: int, body: bytes, headers: Mapping[str, str] | None = None) -> Failure:

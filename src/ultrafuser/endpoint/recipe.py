@@ -70,12 +70,12 @@ class EndpointRecipe(Node):
             name = self.api_key_env
             state = "is set, but its key was not accepted" if os.environ.get(name) else "is not set"
             return (
-                f"the environment variable {name} {state}; set it to a key of this endpoint, or name another variable in "
+                f"The environment variable {name} {state}. Set it to a key of this endpoint, or name another variable in "
                 "`api_key_env`"
             )
         if status == 404:
             return (
-                f"no such model or address; {self.base_url}/models lists the models, and an address usually ends in /v1"
+                f"No such model or address. {self.base_url}/models lists the models, and an address usually ends in /v1"
             )
         return None
 
@@ -90,5 +90,5 @@ class EndpointRecipe(Node):
         if not separator:
             return {**fields, "model": fields["model"].removeprefix("openai:")}
         if "base_url" in fields:
-            raise ValueError(f"got {fields['model']!r} and 'base_url', expected the address once; remove one of them")
+            raise ValueError(f"got {fields['model']!r} and 'base_url', expected the address once. Remove one of them")
         return {**fields, "model": name, "base_url": f"http{url}"}

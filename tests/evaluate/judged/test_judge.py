@@ -157,7 +157,7 @@ def test_a_judge_that_dies_half_way_costs_nothing(server: FakeEndpoint, death: S
     recipe = {"retries": 1, "timeout_s": 0.2 if death is HANG else 5}
     server.script = [*[fine("[[A]]")] * 6, *[death] * 100]
     store = Kept()
-    with pytest.raises(EndpointError, match="; 6 of 20 judgements are saved, run again to ask only the others"):
+    with pytest.raises(EndpointError, match=". 6 of 20 judgements are saved. Run again to ask only the others"):
         judge_of(server, store, **recipe).ask_all(pairs(20))
     tries = 1 if death.status == 401 else 2 * MAX_FAILURES
     assert server.hits == 6 + tries
@@ -240,7 +240,7 @@ def test_a_choice_that_was_not_made_is_no_guess(server: FakeEndpoint):
     server.script = [fine("[[1]]"), failing(400), fine("[[1]]")]
     judge, items = judge_of(server), [(str(i), ["a", "b"]) for i in range(3)]
     with pytest.raises(
-        EndpointError, match=r"status 400: .*; 1 of 3 choices were not made, the others are saved, run again"
+        EndpointError, match=r"status 400: .*. 1 of 3 choices were not made, the others are saved. Run again"
     ):
         judge.choose_all(items)
     server.script = [fine("[[1]]")]

@@ -121,7 +121,7 @@ def test_a_rerun_asks_only_what_is_missing(server: FakeEndpoint, tmp_path):
     texts = [f"q{i}" for i in range(6)]
     store = Store(tmp_path / "answers.sqlite", "owner")
     with pytest.raises(
-        EndpointError, match="context overflow.*1 of the requests failed; 5 of 6 requests were answered"
+        EndpointError, match="context overflow.*1 of the requests failed. 5 of 6 requests were answered"
     ):
         RememberingLM(lm_of(server), store).generate_until(instances(*texts))
     assert RememberingLM(lm_of(server), store).generate_until(instances(*texts)) == [text.upper() for text in texts]

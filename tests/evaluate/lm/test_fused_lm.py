@@ -229,7 +229,7 @@ def test_sampled_answers_belong_to_their_seed(fused, tmp_path):
 def test_a_full_disk_is_a_clear_error(fused, tmp_path):
     store = Store(tmp_path / "answers.sqlite", "me")
     store._db.execute("PRAGMA max_page_count = 4")
-    with pytest.raises(DataError, match="could not be saved .* free disk space and run again"):
+    with pytest.raises(DataError, match="could not be saved .* Free disk space and run again"):
         for number in range(1000):
             store.put("generate_until", str(number), "x" * 1000)
     assert store.get("generate_until", "0") == "x" * 1000

@@ -216,7 +216,7 @@ def test_a_reply_without_end(server: FakeAsyncEndpoint, store: CallStore):
 def test_no_access(server: FakeAsyncEndpoint, store: CallStore, monkeypatch, status):
     server.reply = lambda question, before: failing(status, "bad key")
     with pytest.raises(
-        EndpointError, match=f"{server.url}, model 'writer': status {status}: bad key; .*OPENAI_API_KEY is not set"
+        EndpointError, match=f"{server.url}, model 'writer': status {status}: bad key. .*OPENAI_API_KEY is not set"
     ):
         outcomes(store, EndpointClient(server.recipe()), *[request(str(i)) for i in range(50)])
     monkeypatch.setenv("OPENAI_API_KEY", "hidden")
@@ -232,11 +232,11 @@ def test_a_key_that_no_header_can_hold_is_not_shown(server: FakeAsyncEndpoint, m
     assert "hid" not in str(caught.value)
 
 
-@pytest.mark.parametrize("step, said", [(failing(404, "no model `writer`", "model_not_found"), "404: no model `writer`; no such model or address; .*/v1/models"),
-                                        (failing(429, "quota", "insufficient_quota"), "429: quota; this account has nothing left to spend"),
-                                        (failing(402, "pay"), "402: pay; this account has nothing left"),
-                                        (Step("", 308, {"location": "/v2"}), "308: no words; the endpoint has moved; set `base_url`"),
-                                        (failing(400, "no max_tokens"), "400: no max_tokens; the endpoint does not accept such .*`max_tokens_key`")])  # fmt: skip
+@pytest.mark.parametrize("step, said", [(failing(404, "no model `writer`", "model_not_found"), "404: no model `writer`. No such model or address. .*/v1/models"),
+                                        (failing(429, "quota", "insufficient_quota"), "429: quota. This account has nothing left to spend"),
+                                        (failing(402, "pay"), "402: pay. This account has nothing left"),
+                                        (Step("", 308, {"location": "/v2"}), "308: no words. The endpoint has moved. Set `base_url`"),
+                                        (failing(400, "no max_tokens"), "400: no max_tokens. The endpoint does not accept such .*`max_tokens_key`")])  # fmt: skip
 def test_what_no_request_can_pass_stops_the_run(server: FakeAsyncEndpoint, store: CallStore, step, said):
     server.reply = lambda question, before: step
     with pytest.raises(EndpointError, match=f"endpoint {server.url}, model 'writer': status {said}"):
@@ -248,7 +248,7 @@ def test_an_endpoint_that_is_not_there(server: FakeAsyncEndpoint, store: CallSto
     recipe = server.recipe(endpoint_backoff_s=100)
     server.down()
     with pytest.raises(
-        EndpointError, match=f"{server.url}, model 'writer': cannot be reached .*check the address and that"
+        EndpointError, match=f"{server.url}, model 'writer': cannot be reached .*Check the address and that"
     ):
         outcomes(store, EndpointClient(recipe), request("a"))
 
@@ -412,4 +412,4 @@ def test_a_long_pause_is_told_once(server: FakeAsyncEndpoint, store: CallStore, 
     monkeypatch.setattr(endpoint_client, "_LONG_PAUSE_S", 0.2)
     server.reply, server.delay_s = scripted(failing(429, "slow down", retry_after="0.3")), 0.05
     outcomes(store, EndpointClient(server.recipe()), *[request(str(i)) for i in range(4)], progress=Heard())
-    assert Heard.said == [f"endpoint {server.url}, model 'writer': status 429: slow down; nothing is sent for 0 s"]
+    assert Heard.said == [f"endpoint {server.url}, model 'writer': status 429: slow down. Nothing is sent for 0 s"]

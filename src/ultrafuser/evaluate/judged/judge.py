@@ -189,7 +189,7 @@ class Judge:
             saved = sum(judgement.status != "error" for judgement in judgements.values())
             total = len(judgements.keys() | missing.keys())
             raise EndpointError(
-                f"{error}; {saved} of {total} judgements are saved, run again to ask only the others"
+                f"{error}. {saved} of {total} judgements are saved. Run again to ask only the others"
             ) from error
 
     def choose(self, question: str, answers: Sequence[str]) -> int | None:
@@ -210,7 +210,7 @@ class Judge:
                 guessed then. Choices that were made are saved.
         """
         if empty := [question for question, answers in items if not answers]:
-            raise UltraFuserError(f"no answers to choose from, expected at least one; question: {empty[0][:80]!r}")
+            raise UltraFuserError(f"no answers to choose from, expected at least one. Question: {empty[0][:80]!r}")
         undecided = [i for i, (_, answers) in enumerate(items) if len(set(answers)) > 1]
         orders = [self._order(*items[i]) for i in undecided]
         questions = [
@@ -220,7 +220,7 @@ class Judge:
         judgements = self.ask_all(questions, title="choices of the judge", progress=progress)
         if errors := [judgement.text for judgement in judgements if judgement.status == "error"]:
             raise EndpointError(
-                f"{errors[0]}; {len(errors)} of {len(judgements)} choices were not made, the others are saved, run again "
+                f"{errors[0]}. {len(errors)} of {len(judgements)} choices were not made, the others are saved. Run again "
                 "to ask only for those"
             )
         choices: list[int | None] = [0] * len(items)

@@ -21,8 +21,8 @@ def local_records(data_dir: str | Path, name: str) -> Iterator[tuple[Any, str]]:
         yield from read_file(path)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}); expected {name} in the folder given by --data-dir, {data_dir}; "
-            "leave --data-dir out to load it from the hub"
+            f"{path}: cannot be read ({error.strerror}); expected {name} in the folder given by --data-dir, {data_dir}. "
+            "Leave --data-dir out to load it from the hub"
         ) from error
 
 
@@ -40,7 +40,7 @@ def hub_records(path: str, split: str, **options: Any) -> Iterator[tuple[dict[st
         yield from ((dict(record), f"{source}[{i}]") for i, record in enumerate(dataset))
     except (OSError, ValueError, RuntimeError) as error:  # not found, no such split, no network, a script
         raise DataError(
-            f"{source}: could not be loaded from the hub ({error}); give a folder with the file by --data-dir"
+            f"{source}: could not be loaded from the hub ({error}). Give a folder with the file by --data-dir"
         ) from error
 
 

@@ -53,7 +53,7 @@ class EndpointLM(LM):
         except EndpointError as error:
             raise EndpointError(f"{error} ({_count(answers)})") from error
         if failed:
-            raise EndpointError(f"{failed[0]} ({len(failed)} of the requests failed; {_count(answers)})") from failed[0]
+            raise EndpointError(f"{failed[0]} ({len(failed)} of the requests failed. {_count(answers)})") from failed[0]
         return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -68,7 +68,7 @@ class EndpointLM(LM):
         task = f"task {requests[0].task_name!r}" if requests and requests[0].task_name else "this task"
         return UltraFuserError(
             f"{self.endpoint.name}: {task} compares the log-probabilities of given answers, which chat endpoints do not "
-            "give; choose tasks that let the model write: gsm8k, math, sat_math_cot, aqua_cot, humaneval, mbpp, "
+            "give. Choose tasks that let the model write: gsm8k, math, sat_math_cot, aqua_cot, humaneval, mbpp, "
             "alpaca_eval, mt_bench"
         )
 
@@ -95,8 +95,8 @@ def _options(request: Instance) -> dict[str, Any]:
     options: dict[str, Any] = {"temperature": 1.0, **normalize_gen_kwargs(dict(arguments), 0)}
     if unknown := sorted(set(options) - _KNOWN):
         raise UltraFuserError(
-            f"task {request.task_name!r}: the generation option {unknown[0]!r} does not exist for a chat endpoint; "
-            f"known: {', '.join(sorted(_KNOWN))}; remove it from the task's generation_kwargs"
+            f"task {request.task_name!r}: the generation option {unknown[0]!r} does not exist for a chat endpoint. "
+            f"Known: {', '.join(sorted(_KNOWN))}. Remove it from the task's generation_kwargs"
         )
     options["until"] = [stop for stop in options["until"] if stop]
     return options
@@ -110,5 +110,5 @@ def _truncate(text: str, until: list[str]) -> str:
 def _count(answers: list[Any]) -> str:
     answered = sum(answer is not None for answer in answers)
     return (
-        f"{answered} of {len(answers)} requests were answered; a run with a response cache asks only the others again"
+        f"{answered} of {len(answers)} requests were answered. A run with a response cache asks only the others again"
     )

@@ -40,11 +40,11 @@ class Store:
             self._db.execute("INSERT OR IGNORE INTO answers VALUES ('owner', '', ?)", (json.dumps(owner),))
         except (sqlite3.Error, OSError) as error:
             raise DataError(
-                f"{file}: no response cache can be opened there ({error}); move the file, or choose another --output"
+                f"{file}: no response cache can be opened there ({error}). Move the file, or choose another --output"
             ) from error
         if (saved_owner := self.get("owner", "")) != owner:
             raise DataError(
-                f"{file}: holds the answers of another model ({saved_owner}), expected {owner}; give this model another "
+                f"{file}: holds the answers of another model ({saved_owner}), expected {owner}. Give this model another "
                 "name as NAME=MODEL, choose another --output, or delete the file if the model was changed on purpose"
             )
 
@@ -59,7 +59,7 @@ class Store:
             self._db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", (kind, key, json.dumps(value)))
         except sqlite3.OperationalError as error:
             raise DataError(
-                f"{self.file}: the answer could not be saved ({error}), earlier ones are; free disk space and run again"
+                f"{self.file}: the answer could not be saved ({error}), earlier ones are. Free disk space and run again"
             ) from error
 
     def values(self, kind: str) -> list[Any]:

@@ -190,7 +190,7 @@ class EndpointClient:
         self.backoff.record_failure()
         if (failing_s := self.backoff.failing_s()) > self._patience_s:
             raise EndpointError(
-                f"{self._endpoint.name}: no reply for {failing_s:.0f} s, at last {failure}; see the server's log, and run "
+                f"{self._endpoint.name}: no reply for {failing_s:.0f} s, at last {failure}. See the server's log, and run "
                 "again: answered requests are kept"
             )
 
@@ -198,7 +198,7 @@ class EndpointClient:
         """Send nothing for a while, and log a long pause."""
         is_new = self._limiter.record_busy(sent_at, failure.retry_after_s)
         if is_new and (pause_s := self.backoff.paused_until - time.monotonic()) >= _LONG_PAUSE_S:
-            run.log(f"{self._endpoint.name}: {failure}; nothing is sent for {pause_s:.0f} s")
+            run.log(f"{self._endpoint.name}: {failure}. Nothing is sent for {pause_s:.0f} s")
 
 
 def _endpoint_request(request: Request, structured: bool) -> EndpointRequest:
