@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on this machine for hundreds of requests at once, which can go away and come back."""
+"""An OpenAI-compatible server on this machine for hundreds of requests at once. It can go away and come back."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class FakeAsyncEndpoint:
     """The running server.
 
     Attributes:
-        reply: (question, how often it was asked before) -> answer; the question is the last message.
-        delay_s: that each answer takes.
-        bodies, headers, times: of all requests so far; times in seconds of `time.monotonic`.
-        most_at_once: requests that were under way together.
+        reply: (question, earlier requests for it) -> response. The question is the last message.
+        delay_s: seconds per response.
+        bodies, headers, times: of all requests so far. Times are in seconds of `time.monotonic`.
+        most_in_flight: largest number of requests in flight.
     """
 
     def __init__(self, reply: Callable[[str, int], Step] | None = None, delay_s: float = 0.0) -> None:
-        self.reply = reply or (lambda question, before: fine(f"re: {question}"))
+        self.reply = reply or (lambda question, attempt: fine(f"re: {question}"))
         self.delay_s = delay_s
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
-        self.under_way = self.most_at_once = 0
+        self.in_flight = self.most_in_flight = 0
         self.port = 0
         self._asked: Counter[str] = Counter()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -54,11 +54,20 @@ class FakeAsyncEndpoint:
         return Counter(self._asked)
 
     def recipe(self, name: str = "m", **changes: Any) -> ServedModel:
-        """A model behind it; `endpoint_*` changes the endpoint's fields."""
-        own = {"model": "writer", "base_url": self.url, "timeout_s": 5, "retries": 2, "backoff_s": 0, "concurrency": 4}
-        own |= {key.removeprefix("endpoint_"): value for key, value in changes.items() if key.startswith("endpoint_")}
+        """A model behind it. `endpoint_*` changes the endpoint's fields."""
+        endpoint = {
+            "model": "writer",
+            "base_url": self.url,
+            "timeout_s": 5,
+            "retries": 2,
+            "backoff_s": 0,
+            "concurrency": 4,
+        }
+        endpoint |= {
+            key.removeprefix("endpoint_"): value for key, value in changes.items() if key.startswith("endpoint_")
+        }
         rest = {key: value for key, value in changes.items() if not key.startswith("endpoint_")}
-        return ServedModel.model_validate({"name": name, "endpoint": own, **rest})
+        return ServedModel.model_validate({"name": name, "endpoint": endpoint, **rest})
 
     # ---------------------------------------------------------------- up and down
 
@@ -71,7 +80,7 @@ class FakeAsyncEndpoint:
         self._wait_for(self._up())
 
     def down(self) -> None:
-        """Go away: connections break, new ones are refused."""
+        """Go away: connections break, and new ones are refused."""
         self._wait_for(self._down())
 
     def stop(self) -> None:
@@ -80,8 +89,8 @@ class FakeAsyncEndpoint:
         self._thread.join()
         self._loop.close()
 
-    def _wait_for(self, what: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(what, self._loop).result(10)
+    def _wait_for(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
 
     async def _up(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=1024)
@@ -106,14 +115,14 @@ class FakeAsyncEndpoint:
         try:
             while await self._request(reader, writer):
                 pass
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):  # they, or we, go away
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):  # either side went away
             pass
         finally:
             self._writers.discard(writer)
             writer.transport.abort()
 
     async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """One request; False where the connection is not to be used again."""
+        """One request. False where the connection must not be used again."""
         first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = {key.lower(): value for key, value in (line.split(": ", 1) for line in lines if line)}
         body = json.loads(await reader.readexactly(int(headers["content-length"])))
@@ -121,12 +130,12 @@ class FakeAsyncEndpoint:
             step = failing(404, f"no {first.split()[1]}")
         else:
             step = self._step(body, headers)
-            self.under_way += 1
-            self.most_at_once = max(self.most_at_once, self.under_way)
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
             try:
                 await asyncio.sleep(60 if step.hangs else self.delay_s)
             finally:
-                self.under_way -= 1
+                self.in_flight -= 1
         writer.write(_http(step))
         await writer.drain()
         return not step.cut
@@ -144,8 +153,8 @@ def _http(step: Step) -> bytes:
     data = step.data
     headers = {"content-type": "application/json", **step.headers, "content-length": str(len(data))}
     head = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
-    whole = f"HTTP/1.1 {step.status} x\r\n{head}\r\n".encode() + data
-    return whole[: -len(data) // 2] if step.cut else whole
+    response = f"HTTP/1.1 {step.status} x\r\n{head}\r\n".encode() + data
+    return response[: -len(data) // 2] if step.cut else response
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on this machine that answers as its script says, and writes down what it was asked."""
+"""An OpenAI-compatible server on this machine that answers by its script and records the requests."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class FakeEndpoint:
     """The running server.
 
     Attributes:
-        script: answers to the first requests, in order; then `reply` answers.
+        script: responses to the first requests, in order. Then `reply` answers.
         reply: question (the last message) -> answer.
         requests: bodies of all requests so far.
         headers: their headers.
@@ -95,7 +95,7 @@ class FakeEndpoint:
         return [request["messages"][-1]["content"] for request in self.requests]
 
     def next_step(self, body: dict[str, Any], headers: Mapping[str, str]) -> Step:
-        """What to answer to this request."""
+        """The response to this request."""
         with self._lock:
             self.requests.append(body)
             self.headers.append({key.lower(): value for key, value in headers.items()})
@@ -105,8 +105,15 @@ class FakeEndpoint:
 
     def recipe(self, **changes: Any) -> EndpointRecipe:
         """How to reach it, with waits short enough for tests."""
-        own = {"model": "judge", "base_url": self.url, "timeout_s": 5, "retries": 2, "backoff_s": 0, "concurrency": 1}
-        return EndpointRecipe.model_validate(own | changes)
+        fields = {
+            "model": "judge",
+            "base_url": self.url,
+            "timeout_s": 5,
+            "retries": 2,
+            "backoff_s": 0,
+            "concurrency": 1,
+        }
+        return EndpointRecipe.model_validate(fields | changes)
 
 
 @contextmanager
@@ -162,8 +169,8 @@ def fake_endpoint(script: Sequence[Step] = ()) -> Iterator[FakeEndpoint]:
         server.server_close()
 
 
-class Kept(dict[tuple[str, str], Any]):
-    """A store in memory that outlives its judge."""
+class MemoryStore(dict[tuple[str, str], Any]):
+    """A store of judgements in memory that outlives its judge."""
 
     def get(self, kind: str, key: str) -> Any:  # type: ignore[override]
         return super().get((kind, key))

@@ -76,12 +76,12 @@ def test_what_may_pass_is_asked_again(server: FakeEndpoint, name):
     assert server.hits == 3
 
 
-@pytest.mark.parametrize("name, said", [("429", "429: slow down"), ("hang", "no reply within 0.2 s"), ("500", "500"),
+@pytest.mark.parametrize("name, message", [("429", "429: slow down"), ("hang", "no reply within 0.2 s"), ("500", "500"),
                                         ("cut", "connection broke"), ("malformed JSON", "no chat completion")])  # fmt: skip
-def test_after_all_retries_the_error_says_what_happened(server: FakeEndpoint, name, said):
+def test_after_all_retries_the_error_says_what_happened(server: FakeEndpoint, name, message):
     server.script = [UNUSABLE[name]] * 3
     recipe = server.recipe(timeout_s=0.2 if UNUSABLE[name] is HANG else 5)
-    with pytest.raises(RequestError, match=f"{server.url}, model 'judge': .*{said}.*, after 3 tries. .*`retries`"):
+    with pytest.raises(RequestError, match=f"{server.url}, model 'judge': .*{message}.*, after 3 tries. .*`retries`"):
         Endpoint(recipe).ask(QUESTION)
     assert server.hits == 3
 
@@ -231,45 +231,47 @@ def requests(count: int) -> list[Request]:
 
 def test_as_many_requests_run_at_once_as_the_recipe_says(server: FakeEndpoint):
     together = threading.Barrier(3, timeout=10)  # broken, and a 500 for it, unless three are there at once
-    under_way, most = [], []
+    in_flight, counts = [], []
 
     def reply(question: str):
-        under_way.append(question)
-        most.append(len(under_way))
+        in_flight.append(question)
+        counts.append(len(in_flight))
         together.wait()
-        under_way.remove(question)
+        in_flight.remove(question)
         return fine(question)
 
     server.reply = reply
-    found = dict(Endpoint(server.recipe(concurrency=3)).ask_all(requests(9)))
-    assert {i: reply.text for i, reply in found.items()} == {i: str(i) for i in range(9)}
-    assert max(most) == 3
+    outcomes = dict(Endpoint(server.recipe(concurrency=3)).ask_all(requests(9)))
+    assert {i: reply.text for i, reply in outcomes.items()} == {i: str(i) for i in range(9)}
+    assert max(counts) == 3
 
 
 def test_a_dead_endpoint_is_left_alone_after_some_failures_in_a_row(server: FakeEndpoint):
     server.script = [fine("a"), *[failing(500)] * 100]
-    found = {}
+    outcomes = {}
     with pytest.raises(EndpointError, match=f"status 500.*{MAX_FAILURES} requests in a row failed, so no more"):
         for i, outcome in Endpoint(server.recipe(retries=0)).ask_all(requests(50)):
-            found[i] = outcome
-    assert server.hits == len(found) == 1 + MAX_FAILURES
-    assert isinstance(found[0], Reply) and all(isinstance(found[i], RequestError) for i in range(1, len(found)))
+            outcomes[i] = outcome
+    assert server.hits == len(outcomes) == 1 + MAX_FAILURES
+    assert isinstance(outcomes[0], Reply) and all(
+        isinstance(outcomes[i], RequestError) for i in range(1, len(outcomes))
+    )
 
 
 def test_failures_here_and_there_are_outcomes(server: FakeEndpoint):
     server.script = [*[failing(500)] * (MAX_FAILURES - 1), fine("a")] * 3
-    found = dict(Endpoint(server.recipe(retries=0)).ask_all(requests(3 * MAX_FAILURES)))
-    assert sum(isinstance(outcome, Reply) for outcome in found.values()) == 3
+    outcomes = dict(Endpoint(server.recipe(retries=0)).ask_all(requests(3 * MAX_FAILURES)))
+    assert sum(isinstance(outcome, Reply) for outcome in outcomes.values()) == 3
 
 
 def test_an_endpoint_that_finds_requests_too_long_is_alive(server: FakeEndpoint):
     server.reply = lambda _: failing(400, VLLM_OVERFLOW)
-    found = dict(Endpoint(server.recipe()).ask_all(requests(2 * MAX_FAILURES)))
-    assert len(found) == 2 * MAX_FAILURES
-    assert all(isinstance(outcome, ContextOverflowError) for outcome in found.values())
+    outcomes = dict(Endpoint(server.recipe()).ask_all(requests(2 * MAX_FAILURES)))
+    assert len(outcomes) == 2 * MAX_FAILURES
+    assert all(isinstance(outcome, ContextOverflowError) for outcome in outcomes.values())
 
 
-def test_no_access_stops_at_once_but_what_is_under_way_still_comes(server: FakeEndpoint):
+def test_no_access_stops_at_once_but_what_is_in_flight_still_comes(server: FakeEndpoint):
     together = threading.Barrier(2, timeout=10)
 
     def reply(question: str):
@@ -278,12 +280,12 @@ def test_no_access_stops_at_once_but_what_is_under_way_still_comes(server: FakeE
         return failing(401) if question == "0" else fine(question)
 
     server.reply = reply
-    found = {}
+    outcomes = {}
     with pytest.raises(EndpointError, match="status 401"):
         for i, outcome in Endpoint(server.recipe(concurrency=2, retries=0)).ask_all(requests(40)):
-            found[i] = outcome
+            outcomes[i] = outcome
     assert server.hits < 40
-    assert found[1].text == "1"
+    assert outcomes[1].text == "1"
 
 
 def test_a_caller_that_goes_no_further_stops_the_rest(server: FakeEndpoint):
@@ -312,18 +314,18 @@ def test_the_page_lists_the_fields_and_their_defaults():
     page = (Path(__file__).parents[2] / "docs" / "judged.md").read_text(encoding="utf-8")
     listed = [(name, default.strip("`")) for name, default in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", page, re.M)]
     fields = [(path, default.removesuffix(".0")) for path, _, default, _ in describe(EndpointRecipe)]
-    assert [one for one in listed if one[0] in EndpointRecipe.model_fields] == fields
+    assert [row for row in listed if row[0] in EndpointRecipe.model_fields] == fields
 
 
-@pytest.mark.parametrize("fields, said", [
+@pytest.mark.parametrize("fields, message", [
     ({"model": "m@http://a/v1", "base_url": "http://b/v1"}, "expected the address once"),
     ({"model": "m", "base_url": "localhost:8000"}, "expected an address such as http"),
     ({"model": "m", "base_url": "http://"}, "expected an address such as http"),
     ({"model": "m@http://[::1/v1"}, "expected an address such as http"),
     ({"model": "m", "retrys": 1}, "Extra inputs"),
 ])  # fmt: skip
-def test_recipes_that_cannot_be_used(fields, said):
-    with pytest.raises(ValidationError, match=said):
+def test_recipes_that_cannot_be_used(fields, message):
+    with pytest.raises(ValidationError, match=message):
         EndpointRecipe.model_validate(fields)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fake_endpoint import CUT, HANG, HTML, NOT_JSON, FakeEndpoint, Kept, Step, failing, fake_endpoint, fine
+from fake_endpoint import CUT, HANG, HTML, NOT_JSON, FakeEndpoint, MemoryStore, Step, failing, fake_endpoint, fine
 from ultrafuser.endpoint.client import MAX_FAILURES, Endpoint
 from ultrafuser.endpoint.messages import Reply
 from ultrafuser.errors import EndpointError, UltraFuserError
@@ -29,7 +29,7 @@ def server():
         yield server
 
 
-def judge_of(server: FakeEndpoint, store: Kept | None = None, seed: int = 0, **changes: Any) -> Judge:
+def judge_of(server: FakeEndpoint, store: MemoryStore | None = None, seed: int = 0, **changes: Any) -> Judge:
     return Judge(Endpoint(server.recipe(**changes)), store, seed=seed)
 
 
@@ -95,8 +95,8 @@ def test_prompts_hold_everything_once_and_ask_for_a_form_that_is_read():
     question = pair_question("Why?", "first {{ answer }}", "second <b>")
     assert all(question.prompt.count(text) == 1 for text in ("Why?", "first {{ answer }}", "second <b>"))
     assert question.prompt.index("first") < question.prompt.index("second")
-    for asked in (question, rating_question([Turn("Why?", "So.")]), choice_question("Why?", ["x", "y"])):
-        assert read_verdict(Reply(asked.prompt.splitlines()[-1]), asked.verdicts).status == "ok"
+    for asking in (question, rating_question([Turn("Why?", "So.")]), choice_question("Why?", ["x", "y"])):
+        assert read_verdict(Reply(asking.prompt.splitlines()[-1]), asking.verdicts).status == "ok"
 
 
 def test_a_rating_shows_the_conversation_so_far_and_the_references():
@@ -127,7 +127,7 @@ def test_statuses_are_counted_apart(server: FakeEndpoint):
 
 def test_nothing_is_asked_twice_but_errors(server: FakeEndpoint):
     server.script = [fine("[[A]]"), fine("nonsense"), failing(400), fine("")]
-    store = Kept()
+    store = MemoryStore()
     first = judge_of(server, store).ask_all(pairs(4))
     assert server.hits == 4 and len(store) == 3
     server.reply = lambda _: fine("[[B]]")
@@ -138,13 +138,13 @@ def test_nothing_is_asked_twice_but_errors(server: FakeEndpoint):
 
 def test_equal_questions_are_asked_once(server: FakeEndpoint):
     server.reply = lambda _: fine("[[C]]")
-    assert [one.verdict for one in judge_of(server).ask_all(pairs(3) + pairs(3))] == ["C"] * 6
+    assert [judgement.verdict for judgement in judge_of(server).ask_all(pairs(3) + pairs(3))] == ["C"] * 6
     assert server.hits == 3
 
 
 def test_another_judge_does_not_inherit_judgements(server: FakeEndpoint):
     server.reply = lambda _: fine("[[A]]")
-    store = Kept()
+    store = MemoryStore()
     for changes in ({}, {"model": "other"}, {"temperature": 1}, {"max_tokens": 5}, {"extra_body": {"top_k": 1}}, {}):
         judge_of(server, store, **changes).ask_all(pairs(1))
     judge_of(server, store, concurrency=2, retries=0, timeout_s=9).ask_all(pairs(1))
@@ -156,14 +156,14 @@ def test_another_judge_does_not_inherit_judgements(server: FakeEndpoint):
 def test_a_judge_that_dies_half_way_costs_nothing(server: FakeEndpoint, death: Step):
     recipe = {"retries": 1, "timeout_s": 0.2 if death is HANG else 5}
     server.script = [*[fine("[[A]]")] * 6, *[death] * 100]
-    store = Kept()
+    store = MemoryStore()
     with pytest.raises(EndpointError, match=". 6 of 20 judgements are saved. Run again to ask only the others"):
         judge_of(server, store, **recipe).ask_all(pairs(20))
     tries = 1 if death.status == 401 else 2 * MAX_FAILURES
     assert server.hits == 6 + tries
     server.script = []
     server.reply = lambda _: fine("[[B]]")
-    verdicts = [one.verdict for one in judge_of(server, store, **recipe).ask_all(pairs(20))]
+    verdicts = [judgement.verdict for judgement in judge_of(server, store, **recipe).ask_all(pairs(20))]
     assert verdicts == ["A"] * 6 + ["B"] * 14
     assert server.hits == 6 + tries + 14
     answered = server.questions[:6] + server.questions[-14:]
@@ -171,7 +171,7 @@ def test_a_judge_that_dies_half_way_costs_nothing(server: FakeEndpoint, death: S
 
 
 def test_judgements_are_kept_the_moment_they_are_there(server: FakeEndpoint):
-    class Full(Kept):
+    class Full(MemoryStore):
         def put(self, kind: str, key: str, value: Any) -> None:
             if len(self) == 3:
                 raise KeyboardInterrupt
@@ -191,7 +191,9 @@ def test_the_answer_store_keeps_judgements(server: FakeEndpoint, tmp_path):
     server.reply = lambda _: fine("why: “so”\n[[A]]")
     for _ in range(2):
         store = Store(tmp_path / "judgements.sqlite", "owner")
-        assert [one.verdict for one in judge_of(server, store, concurrency=4).ask_all(pairs(9))] == ["A"] * 9
+        assert [judgement.verdict for judgement in judge_of(server, store, concurrency=4).ask_all(pairs(9))] == [
+            "A"
+        ] * 9
         store.close()
     assert server.hits == 9
 
@@ -213,10 +215,10 @@ def best_is(word: str):
 def test_choose_gives_the_index_among_the_answers_as_given(server: FakeEndpoint, seed):
     server.reply = best_is("good")
     judge = judge_of(server, seed=seed)
-    for place in range(4):
+    for index in range(4):
         answers = ["bad", "worse", "wrong"]
-        answers.insert(place, "good")
-        assert judge.choose("Which?", answers) == place
+        answers.insert(index, "good")
+        assert judge.choose("Which?", answers) == index
 
 
 def test_the_order_shown_is_drawn_but_repeatable(server: FakeEndpoint):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fake_endpoint import FakeEndpoint, Kept, failing, fake_endpoint, fine
+from fake_endpoint import FakeEndpoint, MemoryStore, failing, fake_endpoint, fine
 from ultrafuser.endpoint.client import Endpoint
 from ultrafuser.errors import DataError, EndpointError
 from ultrafuser.evaluate.judged import alpaca, mt_bench
@@ -52,12 +52,12 @@ def server():
         yield server
 
 
-def judge_of(server: FakeEndpoint, store: Kept | None = None, **changes: Any) -> Judge:
+def judge_of(server: FakeEndpoint, store: MemoryStore | None = None, **changes: Any) -> Judge:
     return Judge(Endpoint(server.recipe(**changes)), store)
 
 
-def part(prompt: str, name: str) -> str:
-    """One part of a judge's prompt."""
+def section(prompt: str, name: str) -> str:
+    """One section of a judge's prompt."""
     return re.search(rf"=== {name} \(\w+\)\n(.*?)\n=== End", prompt, re.S)[1]
 
 
@@ -65,7 +65,7 @@ def prefers(good: Callable[[str], float]):
     """A judge without favourites: the answer of the higher value wins."""
 
     def reply(prompt: str):
-        a, b = good(part(prompt, "Answer A")), good(part(prompt, "Answer B"))
+        a, b = good(section(prompt, "Answer A")), good(section(prompt, "Answer B"))
         return fine("Reasons.\n[[C]]" if a == b else f"Reasons.\n[[{'A' if a > b else 'B'}]]")
 
     return reply
@@ -80,8 +80,8 @@ def test_a_judge_that_looks_at_the_order_alone_gives_one_half(server: FakeEndpoi
     result = alpaca.evaluate(Parrot(), judge_of(server), ALPACA)
     assert result.value == 0.5 and set(result.scores.values()) == {0.5}
     assert result.details["inconsistent"] == (0 if always == "C" else len(ALPACA))
-    shown = {"A": (1, 0), "B": (0, 1), "C": (0.5, 0.5)}[always]
-    assert (result.details["win_rate_shown_first"], result.details["win_rate_shown_second"]) == shown
+    win_rates = {"A": (1, 0), "B": (0, 1), "C": (0.5, 0.5)}[always]
+    assert (result.details["win_rate_shown_first"], result.details["win_rate_shown_second"]) == win_rates
     assert result.counts == {"ok": 16, "unparsed": 0, "refused": 0, "error": 0, "unscored": 0}
 
 
@@ -90,12 +90,12 @@ def test_exchanging_model_and_reference_mirrors_the_win_rate(server: FakeEndpoin
         return int(text.split()[-1]) % 3 + (text.startswith("reference") and int(text.split()[-1]) % 2)
 
     server.reply = prefers(good)
-    ours = alpaca.evaluate(Parrot(), judge_of(server), ALPACA)
+    result = alpaca.evaluate(Parrot(), judge_of(server), ALPACA)
     exchanged = [AlpacaRow(r.id, r.group, r.instruction, f"answer to {r.instruction}") for r in ALPACA]
     parrot = Parrot(lambda chat: chat[-1]["content"].replace("instruction", "reference"))
-    theirs = alpaca.evaluate(parrot, judge_of(server), exchanged)
-    assert {key: 1 - score for key, score in ours.scores.items()} == theirs.scores
-    assert ours.value == 0.25 and ours.details["inconsistent"] == 0
+    mirrored = alpaca.evaluate(parrot, judge_of(server), exchanged)
+    assert {key: 1 - score for key, score in result.scores.items()} == mirrored.scores
+    assert result.value == 0.25 and result.details["inconsistent"] == 0
 
 
 def test_an_answer_equal_to_the_reference_is_a_tie(server: FakeEndpoint):
@@ -136,16 +136,16 @@ def test_answers_are_greedy_and_asked_as_a_chat(server: FakeEndpoint):
 
 
 def test_a_judge_that_dies_half_way_is_resumed(server: FakeEndpoint):
-    store = Kept()
+    store = MemoryStore()
     server.script = [*[fine("[[A]]")] * 5, *[failing(500)] * 50]
     with pytest.raises(EndpointError, match="5 of 16 judgements are saved"):
         alpaca.evaluate(Parrot(), judge_of(server, store, retries=0), ALPACA)
     server.script, server.reply = [], lambda _: fine("[[A]]")
-    before = server.hits
+    hits = server.hits
     result = alpaca.evaluate(Parrot(), judge_of(server, store, retries=0), ALPACA)
-    assert server.hits - before == 11 and result.value == 0.5
+    assert server.hits - hits == 11 and result.value == 0.5
     alpaca.evaluate(Parrot(), judge_of(server, store, retries=0), ALPACA)
-    assert server.hits - before == 11
+    assert server.hits - hits == 11
 
 
 # ---------------------------------------------------------------- MT-Bench
@@ -153,7 +153,7 @@ def test_a_judge_that_dies_half_way_is_resumed(server: FakeEndpoint):
 
 def rates(prompt: str):
     """Category by category, and the second turn two points below the first."""
-    base = {"w": 9, "m": 5, "c": 4}[part(prompt, "Request 1")[0]]
+    base = {"w": 9, "m": 5, "c": 4}[section(prompt, "Request 1")[0]]
     return fine(f"Reasons.\n[[{base - 2 * ('=== Request 2 ' in prompt)}]]")
 
 
@@ -183,11 +183,12 @@ def test_the_judge_sees_references_and_both_turns(server: FakeEndpoint):
     mt_bench.evaluate(Parrot(), judge_of(server), TALKS)
     writing, _, first, second, _, coding = server.questions
     assert "eference" not in writing
-    assert part(first, "Reference answer to request 1") == "truth m1" and "m2" not in first
+    assert section(first, "Reference answer to request 1") == "truth m1" and "m2" not in first
     assert (
-        part(second, "Answer to request 1") == "answer to m1" and part(second, "Answer to request 2") == "answer to m2"
+        section(second, "Answer to request 1") == "answer to m1"
+        and section(second, "Answer to request 2") == "answer to m2"
     )
-    assert part(second, "Reference answer to request 2") == "truth m2"
+    assert section(second, "Reference answer to request 2") == "truth m2"
     assert "Reference answer to request 2" not in coding
 
 
@@ -201,7 +202,7 @@ def test_turns_without_a_rating_are_left_out_and_counted(server: FakeEndpoint):
 
 
 def test_mt_bench_is_resumed(server: FakeEndpoint):
-    store = Kept()
+    store = MemoryStore()
     server.script = [fine("[[9]]"), fine("[[9]]"), failing(401)]
     with pytest.raises(EndpointError, match="status 401.*2 of 6 judgements are saved"):
         mt_bench.evaluate(Parrot(), judge_of(server, store), TALKS)
@@ -305,26 +306,26 @@ def write(folder: Path, questions: str, references: str = "") -> Path:
     return folder
 
 
-@pytest.mark.parametrize("questions, references, said", [
+@pytest.mark.parametrize("questions, references, message", [
     ('{"question_id": 1, "category": "math", "turns": ["one"]}', "", ":1: 'turns' is .*'one'.*expected 2 texts"),
     ('{"question_id": 1, "turns": ["one", "two"]}', "", ":1: 'category' is NoneType, expected text"),
     ('{"category": "math", "turns": ["one", "two"]}', "", ":1: got .*expected an object with 'question_id'"),
     ("3", "", ":1: got 3, expected an object"), ("{", "", ":1: not JSON"),
     ("", '{"question_id": 1, "choices": []}', ":1: no .*expected question_id and choices"),
 ])  # fmt: skip
-def test_malformed_mt_bench_files(tmp_path, questions, references, said):
-    with pytest.raises(DataError, match=said):
+def test_malformed_mt_bench_files(tmp_path, questions, references, message):
+    with pytest.raises(DataError, match=message):
         mt_bench.load_rows(write(tmp_path, questions, references))
 
 
-@pytest.mark.parametrize("text, said", [
+@pytest.mark.parametrize("text, message", [
     ("[", "not JSON"), ("{}", "expected a JSON list of rows, got dict"), ("", "not JSON"),
     ('[{"instruction": "i"}]', r"\[0\]: 'output' is NoneType, expected text"),
     ("[3]", r"\[0\]: 'instruction' is NoneType"),
 ])  # fmt: skip
-def test_malformed_alpaca_files(tmp_path, text, said):
+def test_malformed_alpaca_files(tmp_path, text, message):
     (tmp_path / alpaca.FILE).write_text(text)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         alpaca.load_rows(tmp_path)
 
 

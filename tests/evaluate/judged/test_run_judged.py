@@ -60,17 +60,17 @@ def test_means_by_question_and_counts_by_status(tiny_run, server, data_dir, tmp_
     assert {
         k: v for k, v in by_document(tmp_path / "out", "alpaca_eval", "win_rate").items() if v is not None
     } == ALPACA_SCORES
-    found = by_document(tmp_path / "out", "mt_bench", "rating")
-    assert {question: found[question] for question in MT_BENCH_SCORES} == MT_BENCH_SCORES
+    ratings = by_document(tmp_path / "out", "mt_bench", "rating")
+    assert {question: ratings[question] for question in MT_BENCH_SCORES} == MT_BENCH_SCORES
     assert sum("truth" in question for question in server.questions) == 2  # the references of `math` alone
 
 
 def test_a_judge_without_a_readable_verdict_leaves_no_value(tiny_run, server, data_dir, tmp_path):
     server.reply = lambda _: fine("Who knows?")
     tasks = measured(tiny_run, server, data_dir, tmp_path / "out")
-    for task, asked, unscored in (("alpaca_eval", 12, 6), ("mt_bench", 4, 4)):
+    for task, requests, unscored in (("alpaca_eval", 12, 6), ("mt_bench", 4, 4)):
         assert (tasks[task]["value"], tasks[task]["ci95"], tasks[task]["samples"]) == (None, None, 0)
-        assert tasks[task]["counts"] == {"ok": 0, "unparsed": asked, "refused": 0, "error": 0, "unscored": unscored}
+        assert tasks[task]["counts"] == {"ok": 0, "unparsed": requests, "refused": 0, "error": 0, "unscored": unscored}
     row = next(line for line in (tmp_path / "out" / "table.md").read_text().splitlines() if line.startswith("| text "))
     assert [cell.split()[0] for cell in row.split("|")[2:-1]] == ["–", "–"]
     measured(tiny_run, server, data_dir, tmp_path / "out")

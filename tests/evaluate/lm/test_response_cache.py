@@ -55,8 +55,8 @@ def test_kill_at_random_moments(tmp_path: Path):
             kills += child.wait() == -signal.SIGKILL
         else:
             assert child.wait() == 0
-    asked = Counter((tmp_path / "asked.txt").read_text().split("\n")[:-1])
-    assert set(asked) == {f"question {i}" for i in range(TOTAL)}
+    requests = Counter((tmp_path / "asked.txt").read_text().split("\n")[:-1])
+    assert set(requests) == {f"question {i}" for i in range(TOTAL)}
     assert kills > 1
     # a kill can only cost the one answer that was under way
-    assert sum(asked.values()) <= TOTAL + kills
+    assert sum(requests.values()) <= TOTAL + kills

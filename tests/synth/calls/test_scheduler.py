@@ -36,7 +36,7 @@ class Memory:
             ceiling_usd,
         )
         self.batches: list[list[str]] = []
-        self.under_way = self.most_at_once = self.opened = self.closed = 0
+        self.under_way = self.most_in_flight = self.opened = self.closed = 0
 
     @property
     def asked(self) -> Counter[str]:
@@ -55,7 +55,7 @@ class Memory:
         self.batches.append([request.messages[-1][1] for request in requests])
         run.sent.update(request.key for request in requests)
         self.under_way += 1
-        self.most_at_once = max(self.most_at_once, self.under_way)
+        self.most_in_flight = max(self.most_in_flight, self.under_way)
         await asyncio.sleep(self.delay_s)
         self.under_way -= 1
         return [self.reply(request) for request in requests]
@@ -97,7 +97,7 @@ def test_every_ask_is_answered_once_and_never_again(store: CallStore):
     answer(requests(50) + requests(50), store, {"writer": client}, progress=seen)
     assert client.asked == Counter(f"writer {i}" for i in range(50))
     assert store.response(requests(50)[49].key) == Response("ok", "re: writer 49")
-    assert client.most_at_once == 4 and (client.opened, client.closed) == (1, 1)
+    assert client.most_in_flight == 4 and (client.opened, client.closed) == (1, 1)
     assert (seen.started, seen.steps, seen.finished) == ([("responses", 50)], 50, 1)
     answer(requests(51), store, {"writer": client})
     assert sum(client.asked.values()) == 51 and client.opened == 2
@@ -108,8 +108,8 @@ def test_every_ask_is_answered_once_and_never_again(store: CallStore):
 def test_models_work_beside_each_other_each_as_it_likes(store: CallStore):
     one, many = Memory(concurrency=1, batch_size=8, delay_s=0.002), Memory(concurrency=20, delay_s=0.002)
     answer(requests(20, "one") + requests(60, "many", "judge"), store, {"one": one, "many": many, "idle": Memory()})
-    assert [len(batch) for batch in one.batches] == [8, 8, 4] and one.most_at_once == 1
-    assert many.most_at_once == 20 and all(len(batch) == 1 for batch in many.batches)
+    assert [len(batch) for batch in one.batches] == [8, 8, 4] and one.most_in_flight == 1
+    assert many.most_in_flight == 20 and all(len(batch) == 1 for batch in many.batches)
 
 
 def test_a_batch_is_one_step_of_the_progress(store: CallStore):

@@ -1,4 +1,4 @@
-"""Models behind an endpoint: what is sent, what may pass is tried again, what is final is recorded, what is fatal stops."""
+"""Models behind an endpoint in a synthesis: requests, retries, final failures, fatal errors, pauses and money."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def request(text: str, **changes: Any) -> Request:
     return Request("responses", "math", text, "m", (("system", "be brief"), ("user", text)), **changes)
 
 
-def outcomes(store: CallStore, client: EndpointClient, *asked: Request, **options: Any) -> list[Response | None]:
-    answer(asked, store, {"m": client}, **options)
-    return [store.response(one.key) for one in asked]
+def ask(store: CallStore, client: EndpointClient, *requests: Request, **options: Any) -> list[Response | None]:
+    answer(requests, store, {"m": client}, **options)
+    return [store.response(request.key) for request in requests]
 
 
 def scripted(*steps: Step):
-    """Answers to a question's first tries; then it is answered."""
-    return lambda question, before: steps[before] if before < len(steps) else fine("ok")
+    """Responses to a question's first attempts. Then it is answered."""
+    return lambda question, attempt: steps[attempt] if attempt < len(steps) else fine("ok")
 
 
 # ---------------------------------------------------------------- what is sent
@@ -62,9 +62,7 @@ def scripted(*steps: Step):
 def test_the_request_is_what_recipe_and_ask_say(server: FakeAsyncEndpoint, store: CallStore, monkeypatch):
     monkeypatch.setenv("WRITER_KEY", " secret\n")
     client = EndpointClient(server.recipe(endpoint_api_key_env="WRITER_KEY", endpoint_extra_body={"top_k": 3}))
-    assert outcomes(store, client, request("why?", temperature=0.5, max_tokens=9)) == [
-        Response("ok", "re: why?", "", 7, 3)
-    ]
+    assert ask(store, client, request("why?", temperature=0.5, max_tokens=9)) == [Response("ok", "re: why?", "", 7, 3)]
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "why?"}]
     assert server.bodies == [{"model": "writer", "messages": messages, "max_tokens": 9, "temperature": 0.5, "top_k": 3}]
     assert server.headers[0]["authorization"] == "Bearer secret"
@@ -73,13 +71,13 @@ def test_the_request_is_what_recipe_and_ask_say(server: FakeAsyncEndpoint, store
 
 def test_endpoints_that_name_the_limit_otherwise_and_refuse_a_temperature(server: FakeAsyncEndpoint, store: CallStore):
     recipe = server.recipe(endpoint_max_tokens_key="max_completion_tokens", endpoint_temperature=None)
-    outcomes(store, EndpointClient(recipe), request("a", temperature=0.5, max_tokens=9))
+    ask(store, EndpointClient(recipe), request("a", temperature=0.5, max_tokens=9))
     assert server.bodies[0] | {"messages": 0} == {"model": "writer", "messages": 0, "max_completion_tokens": 9}
     assert "authorization" not in server.headers[0]
 
 
 def test_a_stage_without_a_temperature_takes_the_endpoints(server: FakeAsyncEndpoint, store: CallStore):
-    outcomes(store, EndpointClient(server.recipe(endpoint_temperature=0.4)), request("a"))
+    ask(store, EndpointClient(server.recipe(endpoint_temperature=0.4)), request("a"))
     assert server.bodies[0]["temperature"] == 0.4
 
 
@@ -87,7 +85,7 @@ def test_a_reply_that_is_begun_is_to_be_continued(server: FakeAsyncEndpoint, sto
     begun = Request(
         "instructions", "code", "i", "m", (("user", "Write tasks."), ("assistant", "1. Write")), schema=SCHEMA
     )
-    outcomes(store, EndpointClient(server.recipe(structured=True)), begun, request("a"))
+    ask(store, EndpointClient(server.recipe(structured=True)), begun, request("a"))
     first, second = sorted(server.bodies, key=lambda body: "continue_final_message" not in body)
     assert first["messages"][-1] == {"role": "assistant", "content": "1. Write"}
     assert (first["continue_final_message"], first["add_generation_prompt"]) == (True, False)
@@ -99,20 +97,20 @@ SCHEMA = {"type": "object", "properties": {"topics": {"type": "array"}}}
 
 
 def test_structured_output_where_the_endpoint_has_it(server: FakeAsyncEndpoint, store: CallStore):
-    outcomes(store, EndpointClient(server.recipe(structured=True)), request("a", schema=SCHEMA), request("b"))
+    ask(store, EndpointClient(server.recipe(structured=True)), request("a", schema=SCHEMA), request("b"))
     form = {"type": "json_schema", "json_schema": {"name": "responses", "schema": SCHEMA, "strict": True}}
     assert {body["messages"][-1]["content"]: body.get("response_format") for body in server.bodies} == {
         "a": form,
         "b": None,
     }
-    outcomes(store, EndpointClient(server.recipe()), request("c", schema=SCHEMA))
+    ask(store, EndpointClient(server.recipe()), request("c", schema=SCHEMA))
     assert "response_format" not in server.bodies[-1]
 
 
 def test_structured_output_is_given_up_for_good_where_the_endpoint_has_none(
     server: FakeAsyncEndpoint, store: CallStore
 ):
-    def reply(question: str, before: int) -> Step:
+    def reply(question: str, attempt: int) -> Step:
         return (
             failing(400, "response_format json_schema is not supported")
             if "response_format" in server.bodies[-1]
@@ -121,16 +119,16 @@ def test_structured_output_is_given_up_for_good_where_the_endpoint_has_none(
 
     server.reply = reply
     client = EndpointClient(server.recipe(structured=True, endpoint_concurrency=1, endpoint_retries=0))
-    found = outcomes(store, client, *[request(str(i), schema=SCHEMA) for i in range(5)])
-    assert {one.text for one in found} == {"ok"} and server.hits == 6
-    outcomes(store, client, request("later", schema=SCHEMA))
+    responses = ask(store, client, *[request(str(i), schema=SCHEMA) for i in range(5)])
+    assert {response.text for response in responses} == {"ok"} and server.hits == 6
+    ask(store, client, request("later", schema=SCHEMA))
     assert server.hits == 7
 
 
 def test_as_many_at_once_as_the_recipe_says(server: FakeAsyncEndpoint, store: CallStore):
     server.delay_s = 1.0
-    outcomes(store, EndpointClient(server.recipe(endpoint_concurrency=256)), *[request(str(i)) for i in range(400)])
-    assert server.most_at_once == 256 and server.hits == 400
+    ask(store, EndpointClient(server.recipe(endpoint_concurrency=256)), *[request(str(i)) for i in range(400)])
+    assert server.most_in_flight == 256 and server.hits == 400
 
 
 # ---------------------------------------------------------------- what may pass
@@ -140,36 +138,36 @@ def test_as_many_at_once_as_the_recipe_says(server: FakeAsyncEndpoint, store: Ca
 def test_what_may_pass_is_asked_again(server: FakeAsyncEndpoint, store: CallStore, name):
     server.reply = scripted(UNUSABLE[name], UNUSABLE[name])
     client = EndpointClient(server.recipe(endpoint_timeout_s=0.3 if UNUSABLE[name] is HANG else 5))
-    assert outcomes(store, client, request("a"))[0].text == "ok" and server.hits == 3
+    assert ask(store, client, request("a"))[0].text == "ok" and server.hits == 3
 
 
-@pytest.mark.parametrize("step, said", [(failing(500), "status 500: no"), (HANG, "no reply within 0.3 s"), (CUT, "the connection broke"),
+@pytest.mark.parametrize("step, message", [(failing(500), "status 500: no"), (HANG, "no reply within 0.3 s"), (CUT, "the connection broke"),
                                         (NOT_JSON, "the reply is no chat completion"), (HTML, "no JSON: '<html>welcome")])  # fmt: skip
 def test_a_request_that_alone_fails_is_a_failure_after_all_retries(
-    server: FakeAsyncEndpoint, store: CallStore, step, said
+    server: FakeAsyncEndpoint, store: CallStore, step, message
 ):
-    server.reply = lambda question, before: step if question == "bad" else fine("ok")
+    server.reply = lambda question, attempt: step if question == "bad" else fine("ok")
     client = EndpointClient(server.recipe(endpoint_timeout_s=0.3 if step is HANG else 5))
-    [found] = outcomes(store, client, request("bad"))
+    [response] = ask(store, client, request("bad"))
     assert (
-        found.status == "failed"
-        and found.kind == "unanswered"
-        and said in found.reason
-        and "after 3 tries" in found.reason
+        response.status == "failed"
+        and response.kind == "unanswered"
+        and message in response.reason
+        and "after 3 tries" in response.reason
     )
     assert server.asked == {"bad": 3, "Say ok.": 1}  # nothing else had been served, so it was tried
 
 
 def test_whether_others_are_served_is_asked_only_when_nothing_shows_it(server: FakeAsyncEndpoint, store: CallStore):
-    server.reply = lambda question, before: failing(500) if question == "bad" else fine("ok")
+    server.reply = lambda question, attempt: failing(500) if question == "bad" else fine("ok")
     server.delay_s = 0.01
-    found = outcomes(
+    responses = ask(
         store,
         EndpointClient(server.recipe(endpoint_concurrency=2)),
         request("bad"),
         *[request(str(i)) for i in range(20)],
     )
-    assert [one.status for one in found] == ["failed"] + ["ok"] * 20
+    assert [response.status for response in responses] == ["failed"] + ["ok"] * 20
     assert server.asked["Say ok."] == 0
 
 
@@ -177,10 +175,10 @@ def test_whether_others_are_served_is_asked_only_when_nothing_shows_it(server: F
 
 
 def test_a_question_that_is_too_long(server: FakeAsyncEndpoint, store: CallStore):
-    server.reply = lambda question, before: failing(400, "This model's maximum context length is 64 tokens.")
-    found = outcomes(store, EndpointClient(server.recipe()), *[request(str(i)) for i in range(20)])
-    assert {one.kind for one in found} == {"context overflow"} and set(server.asked.values()) == {1}
-    assert "maximum context length is 64 tokens" in found[0].reason
+    server.reply = lambda question, attempt: failing(400, "This model's maximum context length is 64 tokens.")
+    responses = ask(store, EndpointClient(server.recipe()), *[request(str(i)) for i in range(20)])
+    assert {response.kind for response in responses} == {"context overflow"} and set(server.asked.values()) == {1}
+    assert "maximum context length is 64 tokens" in responses[0].reason
 
 
 def test_filtered_questions_and_refusals_of_the_model(server: FakeAsyncEndpoint, store: CallStore):
@@ -188,25 +186,27 @@ def test_filtered_questions_and_refusals_of_the_model(server: FakeAsyncEndpoint,
         "a": failing(400, "filtered", "content_filter"), "b": fine("", "content_filter"), "c": fine(None, refusal="I will not"),
         "d": fine(""), "e": fine("", "length"), "f": fine("half a sen", "length"),
     }  # fmt: skip
-    server.reply = lambda question, before: steps[question]
-    found = outcomes(store, EndpointClient(server.recipe()), *[request(text) for text in steps])
-    assert [one.reason for one in found] == ["filtered: status 400: filtered", "filtered: the reply", "refused: I will not",
+    server.reply = lambda question, attempt: steps[question]
+    responses = ask(store, EndpointClient(server.recipe()), *[request(text) for text in steps])
+    assert [response.reason for response in responses] == ["filtered: status 400: filtered", "filtered: the reply", "refused: I will not",
                                              "empty: finish reason 'stop'", "empty: finish reason 'length'", "length"]  # fmt: skip
-    assert [one.status for one in found] == ["failed"] * 5 + ["ok"] and server.hits == 6
+    assert [response.status for response in responses] == ["failed"] * 5 + ["ok"] and server.hits == 6
 
 
 def test_one_request_that_the_endpoint_does_not_take(server: FakeAsyncEndpoint, store: CallStore):
-    server.reply = lambda question, before: failing(400, "odd letters") if question == "bad" else fine("ok")
-    found = outcomes(store, EndpointClient(server.recipe()), request("bad"), request("good"))
-    assert [one.reason for one in found] == ["refused: status 400: odd letters", ""] and server.asked["bad"] == 1
+    server.reply = lambda question, attempt: failing(400, "odd letters") if question == "bad" else fine("ok")
+    responses = ask(store, EndpointClient(server.recipe()), request("bad"), request("good"))
+    assert [response.reason for response in responses] == ["refused: status 400: odd letters", ""] and server.asked[
+        "bad"
+    ] == 1
 
 
 def test_a_reply_without_end(server: FakeAsyncEndpoint, store: CallStore):
-    server.reply = lambda question, before: fine("x" * 300_000 if question == "giant" else "ok")
+    server.reply = lambda question, attempt: fine("x" * 300_000 if question == "giant" else "ok")
     client = EndpointClient(server.recipe(completion_usd=1000.0), max_reply_bytes=100_000)
-    found = outcomes(store, client, request("giant", max_tokens=100), request("small"))
-    assert found[0].reason == "too long: a reply of more than 100,000 bytes" and found[1].text == "ok"
-    assert found[0].cost_usd == pytest.approx(0.1) and server.asked["giant"] == 1
+    responses = ask(store, client, request("giant", max_tokens=100), request("small"))
+    assert responses[0].reason == "too long: a reply of more than 100,000 bytes" and responses[1].text == "ok"
+    assert responses[0].cost_usd == pytest.approx(0.1) and server.asked["giant"] == 1
 
 
 # ---------------------------------------------------------------- what is fatal
@@ -214,14 +214,14 @@ def test_a_reply_without_end(server: FakeAsyncEndpoint, store: CallStore):
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_no_access(server: FakeAsyncEndpoint, store: CallStore, monkeypatch, status):
-    server.reply = lambda question, before: failing(status, "bad key")
+    server.reply = lambda question, attempt: failing(status, "bad key")
     with pytest.raises(
         EndpointError, match=f"{server.url}, model 'writer': status {status}: bad key. .*OPENAI_API_KEY is not set"
     ):
-        outcomes(store, EndpointClient(server.recipe()), *[request(str(i)) for i in range(50)])
+        ask(store, EndpointClient(server.recipe()), *[request(str(i)) for i in range(50)])
     monkeypatch.setenv("OPENAI_API_KEY", "hidden")
     with pytest.raises(EndpointError, match="OPENAI_API_KEY is set, but its key was not accepted") as caught:
-        outcomes(store, EndpointClient(server.recipe()), request("a"))
+        ask(store, EndpointClient(server.recipe()), request("a"))
     assert "hidden" not in str(caught.value) and not store.counts() and store.spent_usd() == 0 and server.hits < 20
 
 
@@ -232,15 +232,15 @@ def test_a_key_that_no_header_can_hold_is_not_shown(server: FakeAsyncEndpoint, m
     assert "hid" not in str(caught.value)
 
 
-@pytest.mark.parametrize("step, said", [(failing(404, "no model `writer`", "model_not_found"), "404: no model `writer`. No such model or address. .*/v1/models"),
+@pytest.mark.parametrize("step, message", [(failing(404, "no model `writer`", "model_not_found"), "404: no model `writer`. No such model or address. .*/v1/models"),
                                         (failing(429, "quota", "insufficient_quota"), "429: quota. This account has nothing left to spend"),
                                         (failing(402, "pay"), "402: pay. This account has nothing left"),
                                         (Step("", 308, {"location": "/v2"}), "308: no words. The endpoint has moved. Set `base_url`"),
                                         (failing(400, "no max_tokens"), "400: no max_tokens. The endpoint does not accept such .*`max_tokens_key`")])  # fmt: skip
-def test_what_no_request_can_pass_stops_the_run(server: FakeAsyncEndpoint, store: CallStore, step, said):
-    server.reply = lambda question, before: step
-    with pytest.raises(EndpointError, match=f"endpoint {server.url}, model 'writer': status {said}"):
-        outcomes(store, EndpointClient(server.recipe()), *[request(str(i)) for i in range(50)])
+def test_what_no_request_can_pass_stops_the_run(server: FakeAsyncEndpoint, store: CallStore, step, message):
+    server.reply = lambda question, attempt: step
+    with pytest.raises(EndpointError, match=f"endpoint {server.url}, model 'writer': status {message}"):
+        ask(store, EndpointClient(server.recipe()), *[request(str(i)) for i in range(50)])
     assert server.hits < 20 and not store.counts() and store.under_way() == 0
 
 
@@ -250,11 +250,11 @@ def test_an_endpoint_that_is_not_there(server: FakeAsyncEndpoint, store: CallSto
     with pytest.raises(
         EndpointError, match=f"{server.url}, model 'writer': cannot be reached .*Check the address and that"
     ):
-        outcomes(store, EndpointClient(recipe), request("a"))
+        ask(store, EndpointClient(recipe), request("a"))
 
 
 def test_an_endpoint_that_goes_away_and_comes_back(server: FakeAsyncEndpoint, store: CallStore):
-    def reply(question: str, before: int) -> Step:
+    def reply(question: str, attempt: int) -> Step:
         if server.hits == 30:
             server._loop.create_task(server._down())
             server._loop.call_later(0.7, lambda: server._loop.create_task(server._up()))
@@ -262,13 +262,13 @@ def test_an_endpoint_that_goes_away_and_comes_back(server: FakeAsyncEndpoint, st
 
     server.reply, server.delay_s = reply, 0.01
     client = EndpointClient(server.recipe(endpoint_retries=1, endpoint_backoff_s=0.2))
-    found = outcomes(store, client, *[request(str(i)) for i in range(100)])
-    assert {one.text for one in found} == {"ok"}
+    responses = ask(store, client, *[request(str(i)) for i in range(100)])
+    assert {response.text for response in responses} == {"ok"}
     assert server.hits <= 100 + 4
 
 
 def test_an_endpoint_that_stays_away_stops_the_run_in_the_end(server: FakeAsyncEndpoint, store: CallStore):
-    def reply(question: str, before: int) -> Step:
+    def reply(question: str, attempt: int) -> Step:
         if server.hits == 30:
             server._loop.create_task(server._down())
         return fine("ok")
@@ -279,33 +279,33 @@ def test_an_endpoint_that_stays_away_stops_the_run_in_the_end(server: FakeAsyncE
         EndpointError,
         match=r"no reply for \d+ s, at last .*cannot be reached any more.*run again: answered requests are kept",
     ):
-        outcomes(store, client, *[request(str(i)) for i in range(100)])
-    kept = store.counts()
-    assert [(count.status, count.calls) for count in kept] == [("ok", kept[0].calls)] and 20 < kept[0].calls <= 30
+        ask(store, client, *[request(str(i)) for i in range(100)])
+    counts = store.counts()
+    assert [(count.status, count.calls) for count in counts] == [("ok", counts[0].calls)] and 20 < counts[0].calls <= 30
     server.up()
     server.reply = scripted()
-    outcomes(store, EndpointClient(server.recipe()), *[request(str(i)) for i in range(100)])
+    ask(store, EndpointClient(server.recipe()), *[request(str(i)) for i in range(100)])
     assert store.counts()[0].calls == 100
 
 
 def test_an_endpoint_that_serves_nothing_any_more_is_not_blamed_on_the_requests(
     server: FakeAsyncEndpoint, store: CallStore
 ):
-    server.reply = lambda question, before: failing(500, "out of memory")
+    server.reply = lambda question, attempt: failing(500, "out of memory")
     client = EndpointClient(server.recipe(endpoint_backoff_s=0.02), patience_s=0.5)
     with pytest.raises(EndpointError, match=r"no reply for \d+ s, at last status 500: out of memory"):
-        outcomes(store, client, *[request(str(i)) for i in range(20)])
+        ask(store, client, *[request(str(i)) for i in range(20)])
     assert not store.counts()
 
 
 def test_an_endpoint_that_breaks_in_the_middle_is_not_blamed_on_the_requests(
     server: FakeAsyncEndpoint, store: CallStore
 ):
-    """Of those under way when it broke, some had seen others being served after they were sent."""
-    server.reply = lambda question, before: fine("x") if server.hits <= 30 else failing(500, "out of memory")
+    """Of the requests in flight when it broke, some had seen others being served after they were sent."""
+    server.reply = lambda question, attempt: fine("x") if server.hits <= 30 else failing(500, "out of memory")
     client = EndpointClient(server.recipe(endpoint_backoff_s=0.02, endpoint_concurrency=16), patience_s=0.5)
     with pytest.raises(EndpointError, match=r"no reply for \d+ s, at last status 500: out of memory"):
-        outcomes(store, client, *[request(str(i)) for i in range(100)])
+        ask(store, client, *[request(str(i)) for i in range(100)])
     assert [(count.status, count.calls) for count in store.counts()] == [("ok", 30)]
 
 
@@ -315,7 +315,7 @@ def test_an_endpoint_that_breaks_in_the_middle_is_not_blamed_on_the_requests(
 def test_what_the_endpoint_asks_for_holds_for_all_requests(server: FakeAsyncEndpoint, store: CallStore):
     full_until: list[float] = []
 
-    def reply(question: str, before: int) -> Step:
+    def reply(question: str, attempt: int) -> Step:
         if server.hits == 40:
             full_until.append(time.monotonic() + 1.0)
         if full_until and time.monotonic() < full_until[0]:
@@ -335,10 +335,10 @@ def test_what_the_endpoint_asks_for_holds_for_all_requests(server: FakeAsyncEndp
 
 
 def test_a_flood_without_end_stops_the_run(server: FakeAsyncEndpoint, store: CallStore):
-    server.reply = lambda question, before: failing(429, "slow down", retry_after="0.1")
+    server.reply = lambda question, attempt: failing(429, "slow down", retry_after="0.1")
     client = EndpointClient(server.recipe(endpoint_concurrency=64), patience_s=1.0)
     with pytest.raises(EndpointError, match="no reply for .* at last status 429: slow down"):
-        outcomes(store, client, *[request(str(i)) for i in range(200)], grace_s=1.0)
+        ask(store, client, *[request(str(i)) for i in range(200)], grace_s=1.0)
     assert not store.counts() and server.hits < 64 * 6  # fewer at once each time
 
 
@@ -347,30 +347,30 @@ def test_a_flood_without_end_stops_the_run(server: FakeAsyncEndpoint, store: Cal
 
 def test_cost_is_what_the_endpoint_counted(server: FakeAsyncEndpoint, store: CallStore):
     client = EndpointClient(server.recipe(prompt_usd=1000, completion_usd=10_000))
-    assert outcomes(store, client, request("a"))[0].cost_usd == pytest.approx(0.007 + 0.03) == store.spent_usd()
+    assert ask(store, client, request("a"))[0].cost_usd == pytest.approx(0.007 + 0.03) == store.spent_usd()
 
 
 def test_an_endpoint_that_does_not_count_is_charged_the_most(server: FakeAsyncEndpoint, store: CallStore):
     body = json.loads(fine("four").body)
     del body["usage"]
-    server.reply = lambda question, before: Step(json.dumps(body))
+    server.reply = lambda question, attempt: Step(json.dumps(body))
     client = EndpointClient(server.recipe(prompt_usd=1000, completion_usd=1000))
-    [found] = outcomes(store, client, request("a"))
-    assert (found.prompt_tokens, found.completion_tokens) == (len("be brief" + "a") + 3 * 16, 4)
+    [response] = ask(store, client, request("a"))
+    assert (response.prompt_tokens, response.completion_tokens) == (len("be brief" + "a") + 3 * 16, 4)
 
 
 def test_a_reply_that_broke_off_is_paid_for_and_the_budget_holds(server: FakeAsyncEndpoint, store: CallStore):
-    server.reply = lambda question, before: CUT
+    server.reply = lambda question, attempt: CUT
     client = EndpointClient(server.recipe(completion_usd=1000.0, endpoint_retries=50))
     with pytest.raises(BudgetExceeded, match=r"\$1.0000 is spent"):
-        outcomes(store, client, request("a", max_tokens=100), budget_usd=1.05)
+        ask(store, client, request("a", max_tokens=100), budget_usd=1.05)
     assert server.hits == 10
 
 
 def test_a_refused_request_costs_nothing(server: FakeAsyncEndpoint, store: CallStore):
     server.reply = scripted(failing(500), failing(429, retry_after="0.01"))
     client = EndpointClient(server.recipe(completion_usd=1000.0))
-    assert outcomes(store, client, request("a", max_tokens=100), budget_usd=0.1)[0].cost_usd == pytest.approx(0.003)
+    assert ask(store, client, request("a", max_tokens=100), budget_usd=0.1)[0].cost_usd == pytest.approx(0.003)
 
 
 # ---------------------------------------------------------------- limits, packages
@@ -378,15 +378,15 @@ def test_a_refused_request_costs_nothing(server: FakeAsyncEndpoint, store: CallS
 
 def test_requests_a_minute(server: FakeAsyncEndpoint, store: CallStore):
     client = EndpointClient(server.recipe(requests_per_minute=1200, endpoint_concurrency=50))
-    outcomes(store, client, *[request(str(i)) for i in range(21)])
+    ask(store, client, *[request(str(i)) for i in range(21)])
     assert 0.95 < server.times[-1] - server.times[0] < 2.0
     assert min(b - a for a, b in zip(server.times, server.times[1:], strict=False)) > 0.02
 
 
 def test_tokens_a_minute_are_those_that_replies_take(server: FakeAsyncEndpoint, store: CallStore):
-    """600 tokens a second; each request may take 1,000 and more, and takes 10."""
+    """600 tokens per second. Each request may use 1,000 and more, and uses 10."""
     client = EndpointClient(server.recipe(tokens_per_minute=36_000, endpoint_concurrency=1))
-    outcomes(store, client, *[request(str(i), max_tokens=1000) for i in range(20)])
+    ask(store, client, *[request(str(i), max_tokens=1000) for i in range(20)])
     assert server.times[-1] - server.times[0] < 2.0
 
 
@@ -403,13 +403,15 @@ def test_without_the_package(server: FakeAsyncEndpoint, monkeypatch):
 
 
 def test_a_long_pause_is_told_once(server: FakeAsyncEndpoint, store: CallStore, monkeypatch):
-    class Heard(Progress):
-        said: list[str] = []
+    class RecordingProgress(Progress):
+        lines: list[str] = []
 
         def log(self, text: str) -> None:
-            self.said.append(text)
+            self.lines.append(text)
 
     monkeypatch.setattr(endpoint_client, "_LONG_PAUSE_S", 0.2)
     server.reply, server.delay_s = scripted(failing(429, "slow down", retry_after="0.3")), 0.05
-    outcomes(store, EndpointClient(server.recipe()), *[request(str(i)) for i in range(4)], progress=Heard())
-    assert Heard.said == [f"endpoint {server.url}, model 'writer': status 429: slow down. Nothing is sent for 0 s"]
+    ask(store, EndpointClient(server.recipe()), *[request(str(i)) for i in range(4)], progress=RecordingProgress())
+    assert RecordingProgress.lines == [
+        f"endpoint {server.url}, model 'writer': status 429: slow down. Nothing is sent for 0 s"
+    ]
