@@ -143,7 +143,7 @@ BAD = {
     "nothing to resume": ("train {recipe} --resume", "no run to resume there"),
     "an unknown tracker": ("train {recipe} report_to=[abacus]", "report_to: abacus: abacus is not supported"),
     "a device that is not there": ("train {recipe} device=warp", "device 'warp' cannot be used here"),
-    "fuse without anything": ("fuse", "no specialists; list at least one"),
+    "fuse without anything": ("fuse", "no specialists. List at least one"),
     "fuse both ways": ("fuse {recipe} --specialist a=b", "give a recipe or --specialist and --template options, not both"),
     "fuse with an idle template": ("fuse {recipe} --template text=plain", "not both"),
     "specialist without model": ("fuse --specialist text", "--specialist 'text': expected NAME=MODEL or NAME=BASE+ADAPTER"),
