@@ -26,8 +26,7 @@ from ultrafuser.compare.recipe import load_compare_recipe
 from ultrafuser.compare.workspace import Workspace
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.evaluate.intervals import Stratum, difference, estimate
-from ultrafuser.evaluate.losses import specialist_losses
-from ultrafuser.evaluate.scoring import by_stratum
+from ultrafuser.evaluate.losses import by_stratum, specialist_losses
 from ultrafuser.model.gate import Gate, StaticGate
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.progress import ConsoleProgress

@@ -12,7 +12,9 @@ import pytest
 from fake_endpoint import FakeEndpoint, Step, failing, fine
 from judged_rows import write_gsm8k
 from ultrafuser.errors import EndpointError
-from ultrafuser.evaluate.run import EvalOptions, evaluate_models
+from ultrafuser.evaluate.options import EvalOptions
+from ultrafuser.evaluate.run import evaluate_models
+from ultrafuser.evaluate.tasks import TaskOptions
 
 DOCUMENTS = 8
 
@@ -37,7 +39,9 @@ def data_dir(tmp_path: Path) -> str:
 
 def measured(server: FakeEndpoint, data_dir: str, output: Path, **options: Any) -> dict[str, Any]:
     results = evaluate_models(
-        [f"openai:org/chat@{server.url}"], EvalOptions(["gsm8k"], data_dir=data_dir, **options), output
+        [f"openai:org/chat@{server.url}"],
+        EvalOptions(["gsm8k"], **options, task_options=TaskOptions(data_dir)),
+        output,
     )
     assert json.loads((output / "results.json").read_text()) == results
     return results["models"]["chat"]

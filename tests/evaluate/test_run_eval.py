@@ -15,8 +15,12 @@ from ultrafuser.data.schema import parse_row
 from ultrafuser.data.sources import write_rows
 from ultrafuser.errors import CheckpointError, DataError, RecipeError
 from ultrafuser.evaluate import run
-from ultrafuser.evaluate.lm.load import endpoint_recipe, load_model, name_of
-from ultrafuser.evaluate.run import EvalOptions, evaluate_models, markdown, names_of
+from ultrafuser.evaluate.lm.fused import FusionLM
+from ultrafuser.evaluate.lm.load import LoadOptions, endpoint_recipe, load_model, name_of
+from ultrafuser.evaluate.options import EvalOptions, select_benchmarks
+from ultrafuser.evaluate.results import markdown
+from ultrafuser.evaluate.run import evaluate_models
+from ultrafuser.evaluate.tasks import TaskOptions
 from ultrafuser.recipe import load_recipe
 from ultrafuser.specialists import fuse
 from ultrafuser.train.run import save_fused_folder
@@ -68,12 +72,12 @@ def data_dir(tmp_path: Path) -> str:
     return str(folder)
 
 
-def test_names_of_suites_and_tasks():
-    assert names_of(["quick"], ["gsm8k", "loss"], has_judge=False) == (["loss", "gsm8k"], [])
-    names, left_out = names_of(["paper"], [], has_judge=False)
+def test_the_benchmarks_of_suites_and_tasks():
+    assert select_benchmarks(["quick"], ["gsm8k", "loss"], has_judge=False) == (["loss", "gsm8k"], [])
+    names, left_out = select_benchmarks(["paper"], [], has_judge=False)
     assert left_out == ["alpaca_eval"]
     assert "truthfulqa" in names
-    assert names_of(["paper"], [], has_judge=True)[1] == []
+    assert select_benchmarks(["paper"], [], has_judge=True)[1] == []
 
 
 @pytest.mark.parametrize(
@@ -87,21 +91,22 @@ def test_names_of_suites_and_tasks():
 )
 def test_what_cannot_be_measured_is_named(suites, tasks, problem):
     with pytest.raises(DataError, match=problem):
-        names_of(suites, tasks, has_judge=False)
+        select_benchmarks(suites, tasks, has_judge=False)
 
 
 def test_losses_and_tasks_of_several_models(checkpoint, fused, rows, data_dir, tmp_path):
     options = EvalOptions(
         ["loss", "mixed", "gsm8k", "sat_math"],
         data=[rows],
-        data_dir=data_dir,
         limit=2,
-        task_options={"max_new_tokens": 4},
+        task_options=TaskOptions(data_dir, max_new_tokens=4),
     )
     models = [str(checkpoint("plain", 0)), str(fused)]
     results = evaluate_models(models, options, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
-    later = evaluate_models([str(fused)], EvalOptions(["sat_math"], data_dir=data_dir, limit=3), tmp_path / "out")
+    later = evaluate_models(
+        [str(fused)], EvalOptions(["sat_math"], limit=3, task_options=TaskOptions(data_dir)), tmp_path / "out"
+    )
     assert later["models"]["plain"] == results["models"]["plain"]  # an earlier call's numbers stay
     assert later["models"]["fused"]["tasks"]["sat_math"]["samples"] == 3
     assert later["models"]["fused"]["tasks"]["gsm8k"] == results["models"]["fused"]["tasks"]["gsm8k"]
@@ -130,21 +135,21 @@ def test_the_specialist_with_all_the_weight_has_its_own_loss(fused, rows, tmp_pa
 
 
 def test_a_run_again_asks_nothing(checkpoint, rows, data_dir, tmp_path, monkeypatch):
-    options = EvalOptions(["gsm8k", "sat_math"], data_dir=data_dir, task_options={"max_new_tokens": 3})
+    options = EvalOptions(["gsm8k", "sat_math"], task_options=TaskOptions(data_dir, max_new_tokens=3))
     model = str(checkpoint("plain"))
     before = evaluate_models([model], options, tmp_path / "out")
 
     def refuse(*args: Any) -> None:
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(run.load_model.__globals__["FusionLM"], "generate_until", refuse)
-    monkeypatch.setattr(run.load_model.__globals__["FusionLM"], "loglikelihood", refuse)
+    monkeypatch.setattr(FusionLM, "generate_until", refuse)
+    monkeypatch.setattr(FusionLM, "loglikelihood", refuse)
     after = evaluate_models([model], options, tmp_path / "out")
     assert after["models"]["plain"]["tasks"] == before["models"]["plain"]["tasks"]
 
 
 def test_another_model_in_the_same_place_is_refused(checkpoint, data_dir, tmp_path):
-    options = EvalOptions(["sat_math"], data_dir=data_dir)
+    options = EvalOptions(["sat_math"], task_options=TaskOptions(data_dir))
     model = checkpoint("plain", 0)
     evaluate_models([str(model)], options, tmp_path / "out")
     tiny("llama", 5, **VOCAB).save_pretrained(model)
@@ -158,14 +163,14 @@ def test_another_model_in_the_same_place_is_refused(checkpoint, data_dir, tmp_pa
 )
 def test_unknown_tasks_and_missing_files_come_before_any_model(names, problem, data_dir, tmp_path):
     with pytest.raises(DataError, match=problem):
-        evaluate_models(["/nowhere/at/all"], EvalOptions(names, data_dir=data_dir), tmp_path / "out")
+        evaluate_models(["/nowhere/at/all"], EvalOptions(names, task_options=TaskOptions(data_dir)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_rows_without_the_domain_asked_for(rows, tmp_path):
     rows = [parse_row({"instruction": "a", "output": "b"}, "here", "text")]
     write_rows(rows, tmp_path / "text.jsonl")
-    with pytest.raises(DataError, match="rows of text, none of which `mixed` measures; ask for `loss`"):
+    with pytest.raises(DataError, match="rows of text, none of which `mixed` measures; request `loss`"):
         run.loss_rows(EvalOptions(["mixed"], data=[str(tmp_path / "text.jsonl")]))
 
 
@@ -194,12 +199,13 @@ def test_a_model_without_template_needs_one(checkpoint, tokenizer):
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(DataError, match="no chat template"):
         load_model(str(folder))
-    assert load_model(str(folder), chat_template="plain").renderer.chat_templates[0].startswith("{{ bos_token")
+    loaded = load_model(str(folder), LoadOptions(chat_template="plain"))
+    assert loaded.renderer.chat_templates[0].startswith("{{ bos_token")
 
 
 def test_a_fused_model_has_templates_of_its_own(fused):
     with pytest.raises(RecipeError, match="leave --chat-template out"):
-        load_model(str(fused), chat_template="plain")
+        load_model(str(fused), LoadOptions(chat_template="plain"))
 
 
 @pytest.mark.parametrize(
@@ -231,10 +237,8 @@ def test_models_that_are_not_there(tmp_path):
 def test_what_an_endpoint_cannot_tell_is_an_error_before_any_model(names, named, checkpoint, data_dir, tmp_path):
     models = [str(checkpoint("plain")), "openai:m@http://127.0.0.1:9/v1"]
     unseen = (named or names)[0]
-    with pytest.raises(
-        DataError, match=f"does not tell how likely a given text is, which {unseen} needs; give the model"
-    ):
-        evaluate_models(models, EvalOptions(names, named, data_dir=data_dir), tmp_path / "out")
+    with pytest.raises(DataError, match=f"cannot score given text, which {unseen} needs; give the model"):
+        evaluate_models(models, EvalOptions(names, named, task_options=TaskOptions(data_dir)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -242,9 +246,8 @@ def test_an_endpoint_leaves_out_what_a_suite_asks_too_much(checkpoint, rows, dat
     pytest.importorskip("aiohttp")
     with fake_endpoint() as server:
         server.reply = lambda _: fine("#### 3")
-        short = {"max_new_tokens": 4}
         options = EvalOptions(
-            ["loss", "gsm8k", "sat_math"], data=[rows], data_dir=data_dir, limit=3, task_options=short
+            ["loss", "gsm8k", "sat_math"], data=[rows], limit=3, task_options=TaskOptions(data_dir, max_new_tokens=4)
         )
         text = f"far=openai:m@{server.url}"
         results = evaluate_models([str(checkpoint("plain")), text], options, tmp_path / "out")["models"]
@@ -256,7 +259,7 @@ def test_half_a_character_in_an_answer_is_no_end(data_dir, tmp_path):
     pytest.importorskip("aiohttp")
     with fake_endpoint() as server:
         server.reply = lambda _: fine("\ud83d 3")
-        options = EvalOptions(["gsm8k"], data_dir=data_dir, limit=2)
+        options = EvalOptions(["gsm8k"], limit=2, task_options=TaskOptions(data_dir))
         evaluate_models([f"openai:m@{server.url}"], options, tmp_path / "out")
     lines = (tmp_path / "out" / "m" / "gsm8k.jsonl").read_text().splitlines()
     assert [json.loads(line)["answer"] for line in lines] == [["\ufffd 3"]] * 2

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, echo, overrides_like, quiet
 from ultrafuser.errors import RecipeError
+
+if TYPE_CHECKING:
+    from ultrafuser.evaluate.results import EvalResults
 
 
 def eval_command(
@@ -83,22 +86,27 @@ def eval_command(
         from ultrafuser.evaluate.tasks import require_lm_eval
 
         require_lm_eval()
-        from ultrafuser.evaluate.lm.load import endpoint_recipe
-        from ultrafuser.evaluate.run import EvalOptions, evaluate_models, names_of
+        from ultrafuser.evaluate.lm.load import LoadOptions, endpoint_recipe
+        from ultrafuser.evaluate.options import EvalOptions, select_benchmarks
+        from ultrafuser.evaluate.run import evaluate_models
+        from ultrafuser.evaluate.tasks import TaskOptions
 
         given = [task.strip() for task in (tasks or "").split(",") if task.strip()]
         suites = suite or ([] if given else ["quick"])
-        names, left_out = names_of(suites, given, has_judge=judge is not None)
+        names, left_out = select_benchmarks(suites, given, has_judge=judge is not None)
         progress = ConsoleProgress()
         if left_out:
             progress.log(f"left out for want of a --judge: {', '.join(left_out)}")
         options = EvalOptions(
-            names=names, named=given, data=data or [], data_dir=data_dir, limit=limit, seed=seed, batch_size=batch_size,
+            names,
+            required=given,
+            data=data or [],
+            limit=limit,
+            seed=seed,
             judge=endpoint_recipe(judge) if judge else None,
-            task_options={"samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens,
-                          "include_path": include_path, "unsafe_code": unsafe_code},
-            model_options={"dtype": dtype, "device": device, "chat_template": chat_template},
-        )  # fmt: skip
+            task_options=TaskOptions(data_dir, unsafe_code, samples, temperature, max_new_tokens, include_path),
+            load_options=LoadOptions(chat_template, dtype, device, batch_size),
+        )
         results = evaluate_models(models, options, output, progress)
     if as_json:
         echo(json.dumps(results))
@@ -107,13 +115,13 @@ def eval_command(
     echo(f"results: {output / 'results.json'}, {output / 'table.md'}; answers and scores by document beside them")
 
 
-def _table(results: dict[str, Any]) -> Any:
+def _table(results: EvalResults) -> Any:
     """Models and columns for the terminal, each number over its interval."""
     from rich.box import HORIZONTALS
     from rich.table import Table
     from rich.text import Text
 
-    from ultrafuser.evaluate.run import cell_text, columns_of
+    from ultrafuser.evaluate.results import cell_texts, columns_of
 
     columns = columns_of(results)
     title = "nats per response token (lower is better), then benchmarks; 95% intervals"
@@ -122,7 +130,7 @@ def _table(results: dict[str, Any]) -> Any:
     for _, name in columns:
         out.add_column(name, justify="right")
     for name, model in results["models"].items():
-        cells = [cell_text(kind, model.get(kind, {}).get(column)) for kind, column in columns]
+        cells = [cell_texts(model, kind, column) for kind, column in columns]
         out.add_row(name, *(Text(value) + Text(f"\n{interval}", "dim") for value, interval in cells))
     return out
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ultrafuser.compare.recipe import CompareRecipe
 from ultrafuser.compare.systems import SystemRecipe
 from ultrafuser.errors import CheckpointError
-from ultrafuser.evaluate.run import JUDGED
+from ultrafuser.evaluate.options import JUDGED
 from ultrafuser.model.references import PACKAGE, package_path, sha256
 
 Step = Literal["build", "measure"]

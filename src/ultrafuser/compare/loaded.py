@@ -10,7 +10,7 @@ from lm_eval.api.model import LM
 
 from ultrafuser.compare.workspace import Workspace
 from ultrafuser.data.templates import Rendered
-from ultrafuser.evaluate.lm.load import LoadedModel
+from ultrafuser.evaluate.lm.load import LoadedModel, LoadOptions
 from ultrafuser.evaluate.lm.load import load_model as load_checkpoint
 from ultrafuser.evaluate.lm.parameters import count_parameters
 from ultrafuser.evaluate.lm.response_cache import RememberingLM
@@ -57,7 +57,8 @@ class LoadedSystem:
 def load_fused(workspace: Workspace, name: str, folder: Path, features: Path) -> LoadedSystem:
     """A fused folder as a system; `features`: where the specialists' states on the test rows are kept."""
     settings = workspace.settings
-    loaded = load_checkpoint(str(folder), device=settings.device, dtype=settings.training().dtype)
+    options = LoadOptions(device=settings.device, dtype=settings.training().dtype)
+    loaded = load_checkpoint(str(folder), options)
     assert loaded.model is not None and loaded.renderer is not None  # no endpoint
     return load_model(workspace, workspace.load_model(loaded.model, loaded.renderer.tokenizer, name, folder), features)
 

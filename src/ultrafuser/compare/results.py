@@ -6,10 +6,11 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ultrafuser.evaluate.intervals import Stratum, difference, estimate
 from ultrafuser.evaluate.losses import mean_weights
+from ultrafuser.evaluate.scoring import TaskScores
 from ultrafuser.evaluate.tasks import TASKS
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.report.data import (
@@ -24,9 +25,6 @@ from ultrafuser.report.data import (
     Task,
     TaskScore,
 )
-
-if TYPE_CHECKING:  # it imports lm-eval, which a comparison of losses alone does not need
-    from ultrafuser.evaluate.scoring import TaskScores
 
 TASK = "task/"  # before a benchmark's name in a column, since a domain may have the same name
 ORACLE = "oracle"
@@ -77,8 +75,6 @@ class Measurement:
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Measurement:
         """Read what `to_dict` gave."""
-        from ultrafuser.evaluate.scoring import TaskScores
-
         speed = tree.get("tokens_per_s")
         return cls(
             losses={domain: Stratum(**stratum) for domain, stratum in (tree.get("loss") or {}).items()},

@@ -17,7 +17,8 @@ from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.data.writing import write_json
 from ultrafuser.endpoint.client import Endpoint
 from ultrafuser.errors import DataError, MissingExtraError
-from ultrafuser.evaluate.run import LOSSES, check_tasks
+from ultrafuser.evaluate.options import LOSSES
+from ultrafuser.evaluate.run import check_benchmarks
 from ultrafuser.progress import Progress
 from ultrafuser.report.data import MEAN, Comparison
 
@@ -73,7 +74,7 @@ def _check(recipe: CompareRecipe) -> None:
         raise DataError(
             f"tasks: {losses[0]!r} is no benchmark here; list its rows under 'test', and the loss is measured"
         )
-    check_tasks(eval_options(recipe, recipe.tasks))
+    check_benchmarks(eval_options(recipe, recipe.tasks))
 
 
 def _run_systems(recipe: CompareRecipe, folder: Path, progress: Progress) -> dict[str, str]:

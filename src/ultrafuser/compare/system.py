@@ -35,9 +35,10 @@ from ultrafuser.errors import UltraFuserError
 from ultrafuser.evaluate.lm.load import LoadedModel
 from ultrafuser.evaluate.lm.parameters import peak_rss_mb
 from ultrafuser.evaluate.losses import by_domain, by_stratum
-from ultrafuser.evaluate.run import EvalOptions, all_tasks
+from ultrafuser.evaluate.options import EvalOptions
+from ultrafuser.evaluate.run import score_benchmarks
 from ultrafuser.evaluate.scoring import TaskScores
-from ultrafuser.evaluate.tasks import TASKS
+from ultrafuser.evaluate.tasks import TASKS, TaskOptions
 from ultrafuser.progress import ConsoleProgress, Progress, quiet_libraries
 from ultrafuser.report.data import Speed
 from ultrafuser.train.metrics import read_metrics
@@ -143,17 +144,15 @@ def _tasks(
     store = workspace.answers(loaded.fingerprint)
     try:
         model = LoadedModel(system.id, loaded.lm, loaded.fingerprint)
-        return all_tasks(model, eval_options(recipe, names), store, workspace.progress)
+        return score_benchmarks(model, eval_options(recipe, names), store, workspace.progress)
     finally:
         store.close()
 
 
 def eval_options(recipe: CompareRecipe, names: list[str]) -> EvalOptions:
     """A comparison's settings of the benchmarks `names`."""
-    settings = {"max_new_tokens": recipe.max_new_tokens, "unsafe_code": recipe.unsafe_code}
-    return EvalOptions(
-        names, data_dir=recipe.data_dir, limit=recipe.limit, seed=recipe.seed, judge=recipe.judge, task_options=settings
-    )
+    task_options = TaskOptions(recipe.data_dir, recipe.unsafe_code, max_new_tokens=recipe.max_new_tokens)
+    return EvalOptions(names, limit=recipe.limit, seed=recipe.seed, judge=recipe.judge, task_options=task_options)
 
 
 def _speed(recipe: CompareRecipe, lm: LM) -> Speed:

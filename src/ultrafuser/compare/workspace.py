@@ -15,7 +15,7 @@ from ultrafuser.compare.settings import CompareSettings
 from ultrafuser.compare.systems.plain_checkpoints import PlainCheckpoints, write_plain_checkpoints
 from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import DataError, UltraFuserError
-from ultrafuser.evaluate.lm.load import LoadedModel, as_served
+from ultrafuser.evaluate.lm.load import LoadedModel, wrap_model
 from ultrafuser.evaluate.lm.response_cache import Store
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -82,7 +82,7 @@ class Workspace:
 
     def load_model(self, model: Any, tokenizer: Any, name: str, folder: Path | None = None) -> LoadedModel:
         """A model in memory as one that answers; `folder`: its weight files."""
-        return as_served(
+        return wrap_model(
             model,
             self.renderer(model, tokenizer),
             name=name,

@@ -14,7 +14,11 @@ from judged_rows import ALPACA_SCORES, MT_BENCH_SCORES, opinion, request_of, wri
 from training_fixtures import TinyRun
 from ultrafuser.cli import main as cli
 from ultrafuser.evaluate.lm.fused import FusionLM
-from ultrafuser.evaluate.run import EvalOptions, evaluate_models, markdown
+from ultrafuser.evaluate.lm.load import LoadOptions
+from ultrafuser.evaluate.options import EvalOptions
+from ultrafuser.evaluate.results import markdown
+from ultrafuser.evaluate.run import evaluate_models
+from ultrafuser.evaluate.tasks import TaskOptions
 
 TASKS = ["alpaca_eval", "mt_bench"]
 ALPACA_COUNTS = {"ok": 10, "unparsed": 2, "refused": 0, "error": 0, "unscored": 1}
@@ -35,7 +39,10 @@ def data_dir(tmp_path: Path) -> str:
 def measured(tiny_run: TinyRun, server: FakeEndpoint, data_dir: str, output: Path, **judge: Any) -> dict[str, Any]:
     """The tasks of one tiny model, as a run leaves them in results.json."""
     options = EvalOptions(
-        TASKS, data_dir=data_dir, judge=server.recipe(**judge), task_options={"max_new_tokens": 4}, batch_size=4
+        TASKS,
+        judge=server.recipe(**judge),
+        task_options=TaskOptions(data_dir, max_new_tokens=4),
+        load_options=LoadOptions(batch_size=4),
     )
     results = evaluate_models([str(tiny_run.folder / "text")], options, output)
     assert json.loads((output / "results.json").read_text()) == results

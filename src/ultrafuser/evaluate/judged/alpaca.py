@@ -15,6 +15,7 @@ from ultrafuser.evaluate.sampling import draw_rows
 from ultrafuser.progress import Progress
 
 TASK = "alpaca_eval"
+MAX_TOKENS = 1024  # of an answer
 FILE = "alpaca_eval.json"
 # The repository keeps its files behind a loading script, which datasets no longer runs: read the file itself.
 HUB_FILE = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"
@@ -67,7 +68,7 @@ def evaluate(
     *,
     limit: int | None = None,
     seed: int = 0,
-    max_tokens: int = 1024,
+    max_tokens: int = MAX_TOKENS,
     progress: Progress | None = None,
 ) -> JudgedResult:
     """The win rate of an lm-eval model against the references.

@@ -16,6 +16,7 @@ from ultrafuser.evaluate.sampling import draw_rows
 from ultrafuser.progress import Progress
 
 TASK = "mt_bench"
+MAX_TOKENS = 1024  # of an answer
 QUESTIONS, REFERENCES = "mt_bench_questions.jsonl", "mt_bench_references.jsonl"
 HUB = "HuggingFaceH4/mt_bench_prompts"
 WITH_REFERENCE = ("coding", "math", "reasoning")  # categories in which the judge is given reference answers
@@ -97,7 +98,7 @@ def evaluate(
     *,
     limit: int | None = None,
     seed: int = 0,
-    max_tokens: int = 1024,
+    max_tokens: int = MAX_TOKENS,
     progress: Progress | None = None,
 ) -> JudgedResult:
     """The mean rating over all rated turns.

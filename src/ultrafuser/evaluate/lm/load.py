@@ -25,12 +25,28 @@ from ultrafuser.specialists import fuse, is_fused, load, parse_model_reference, 
 ENDPOINT = "openai:"
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded.
+
+    Attributes:
+        chat_template: for a model whose tokenizer has none: a built-in name, a file, or Jinja text.
+        dtype, device: as in a training recipe.
+        batch_size: requests answered together.
+    """
+
+    chat_template: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    batch_size: int = 8
+
+
 @dataclass
 class LoadedModel:
     """A model that answers.
 
     Attributes:
-        lm: what lm-eval asks.
+        lm: the model as lm-eval sees it.
         fingerprint: differs for different weights, templates or endpoints.
         model, renderer: None for an endpoint, which shows no probabilities of given text.
     """
@@ -42,52 +58,44 @@ class LoadedModel:
     renderer: Renderer | None = None
 
     def parameters(self) -> dict[str, int] | None:
-        """Weights held (`total`), and those that work at each token (`active`); None for an endpoint."""
+        """Weights in total (`total`) and weights used for each token (`active`); None for an endpoint."""
         if self.model is None:
             return None
-        alone = len(self.model.config.names) == 1  # then there is no gate to speak of
-        return count_parameters(self.model.groups[0].model if alone else self.model)
+        single = len(self.model.config.names) == 1  # whose gate is not counted
+        return count_parameters(self.model.groups[0].model if single else self.model)
 
 
 def load_model(
-    text: str,
-    *,
-    name: str | None = None,
-    chat_template: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    batch_size: int = 8,
-    seed: int = 0,
+    source: str, options: LoadOptions | None = None, *, name: str | None = None, seed: int = 0
 ) -> LoadedModel:
-    """Load what MODEL names.
+    """Load a model of the command line.
 
     Args:
-        text: a fused folder, a folder or hub id of any causal model, a GGUF file, `BASE+ADAPTER` of any of these, or
+        source: a fused folder, a folder or hub id of any causal model, a GGUF file, `BASE+ADAPTER` of any of these, or
             `openai:NAME@http://host/v1`.
-        chat_template: for a model whose tokenizer has none: a built-in name, a file, or Jinja text.
+        seed: of sampled answers.
 
     Raises:
-        CheckpointError: nothing there, or not loadable.
+        CheckpointError: there is no such model, or it cannot be loaded.
         DataError: a model without a chat template.
         RecipeError: an endpoint or device that cannot be used.
     """
-    name = name or name_of(text)
-    if text.startswith(ENDPOINT):
-        return _endpoint(text, name)
-    if is_fused(text):
-        if chat_template is not None:
-            raise RecipeError(f"{text}: a fused model has a template for each specialist; leave --chat-template out")
-        model, renderer = load(text, dtype=dtype, device_map=pick_device(device))
+    options, name = options or LoadOptions(), name or name_of(source)
+    if source.startswith(ENDPOINT):
+        return _endpoint(source, name)
+    if is_fused(source):
+        if options.chat_template is not None:
+            raise RecipeError(f"{source}: a fused model has a template for each specialist; leave --chat-template out")
+        model, renderer = load(source, dtype=options.dtype, device_map=pick_device(options.device))
     else:
-        spec = {"name": "model", **asdict(parse_model_reference(text)), "chat_template": chat_template}
-        recipe = load_recipe({"specialists": [spec], "dtype": dtype, "device": device, "seed": seed})
-        model, tokenizer = fuse(recipe)
-        templates = model.config.chat_templates
-        renderer = Renderer(tokenizer, templates, model.config.max_position_embeddings)
-    return as_served(model, renderer, name=name, batch_size=batch_size, seed=seed, folder=Path(text))
+        spec = {"name": "model", **asdict(parse_model_reference(source)), "chat_template": options.chat_template}
+        recipe = {"specialists": [spec], "dtype": options.dtype, "device": options.device, "seed": seed}
+        model, tokenizer = fuse(load_recipe(recipe))
+        renderer = Renderer(tokenizer, model.config.chat_templates, model.config.max_position_embeddings)
+    return wrap_model(model, renderer, name=name, batch_size=options.batch_size, seed=seed, folder=Path(source))
 
 
-def as_served(
+def wrap_model(
     model: UltraFuserForCausalLM,
     renderer: Renderer,
     *,
@@ -96,7 +104,11 @@ def as_served(
     seed: int = 0,
     folder: Path | None = None,
 ) -> LoadedModel:
-    """A loaded model, ready to be asked; `folder`: where its own weight files are, if it has any."""
+    """A model in memory as one that answers.
+
+    Args:
+        folder: with the model's weight files, if it has one; they are part of the fingerprint.
+    """
     lm = FusionLM(model, renderer, batch_size=batch_size, seed=seed)
     return LoadedModel(name, lm, _fingerprint(model, renderer, folder), model, renderer)
 

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent
 
 
 class Hub(NamedTuple):
-    """A data set on the hub: its id, its configuration if it has several, and the split that is asked."""
+    """A data set on the hub: its id, its configuration if it has several, and the split with the questions."""
 
     id: str
     config: str | None
@@ -28,12 +28,12 @@ class Hub(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What there is to know about a task before loading it.
+    """What is known about a task before it is loaded.
 
     Attributes:
         file: the name of its local file in a `--data-dir`.
-        metric: the main metric, a number in [0, 1] for every question; higher is better.
-        needs_log_probs: it asks for log-likelihoods, which an endpoint that only chats does not give.
+        metric: the main metric, a number from 0 to 1 for every question. Higher is better.
+        needs_log_probs: it scores given text by its likelihood, which an endpoint cannot do.
         runs_code: it runs answers as programs.
     """
 
@@ -85,80 +85,103 @@ SUITES: dict[str, list[str]] = {
 }
 
 
-def load_tasks(
-    names: Iterable[str],
-    *,
-    data_dir: str | Path | None = None,
-    unsafe_code: bool = False,
-    samples: int = 1,
-    temperature: float | None = None,
-    max_new_tokens: int | None = None,
-    include_path: str | Path | None = None,
-) -> dict[str, Task]:
+@dataclass(frozen=True)
+class TaskOptions:
+    """How tasks are loaded and answered.
+
+    Attributes:
+        data_dir: folder with our benchmarks' files; None: load them from the hub.
+        unsafe_code: run generated programs without the sandbox.
+        samples: answers to each question of the code tasks; several give pass@1 and pass@samples.
+        temperature: of those answers; None: 0 for one answer, 0.8 for several.
+        max_new_tokens: of every generated answer; None: each task's own limit.
+        include_path: folder with the user's own task files.
+    """
+
+    data_dir: str | Path | None = None
+    unsafe_code: bool = False
+    samples: int = 1
+    temperature: float | None = None
+    max_new_tokens: int | None = None
+    include_path: str | Path | None = None
+
+    def metadata(self) -> dict[str, Any]:
+        """What lm-eval hands to the Python code of our task files."""
+        values = {"samples": self.samples, "temperature": self.temperature, "unsafe_code": self.unsafe_code}
+        return values | ({"data_dir": str(self.data_dir)} if self.data_dir is not None else {})
+
+
+def load_tasks(names: Iterable[str], options: TaskOptions | None = None) -> dict[str, Task]:
     """Tasks ready for `lm_eval.evaluator.evaluate(lm, {"tasks": tasks}, apply_chat_template=True)`, by their names.
+
+    With `unsafe_code`, `evaluate` needs `confirm_run_unsafe_code=True` too.
 
     Args:
         names: ours with or without `ultrafuser_`, or those of task files in `include_path`.
-        data_dir: the folder with our tasks' files; None loads them from the hub.
-        unsafe_code: run generated programs without the sandbox; `evaluate` wants `confirm_run_unsafe_code=True` too.
-        samples: answers to each question of the code tasks; several give pass@1 and pass@samples.
-        temperature: of those answers; None is greedy for one and 0.8 for several.
-        max_new_tokens: of every generated answer, instead of each task's own limit.
-        include_path: a folder with task files of one's own.
 
     Raises:
         DataError: an unknown task, a missing file, a malformed row (with file and line), or samples that would all be
             the same.
-        SandboxError: a task runs code, there is no sandbox here, and `unsafe_code` is not set.
+        SandboxError: a task runs code, there is no sandbox on this machine, and `unsafe_code` is not set.
         MissingExtraError: lm-eval or math-verify is not installed.
     """
-    if samples < 1 or (samples > 1 and temperature == 0):
-        raise DataError(f"{samples} samples at temperature {temperature}: expected at least 1, and more only above 0")
+    options = options or TaskOptions()
+    if options.samples < 1 or (options.samples > 1 and options.temperature == 0):
+        raise DataError(
+            f"{options.samples} samples at temperature {options.temperature}: expected at least 1, and several only above 0"
+        )
     require_lm_eval()
     from lm_eval.tasks import TaskManager
 
-    if include_path is not None and not Path(include_path).is_dir():
-        raise DataError(f"--include-path {include_path}: no such folder; expected one with lm-eval task files")
-    options: dict[str, Any] = {"samples": samples, "temperature": temperature, "unsafe_code": unsafe_code}
-    if data_dir is not None:
-        options["data_dir"] = str(data_dir)
-    folders: list[str | Path] = [FOLDER] if include_path is None else [FOLDER, include_path]
-    manager = TaskManager(include_path=folders, include_defaults=False, metadata=options)
-    chosen = {_known(name, manager.all_tasks): None for name in names}
-    _check_needs([TASKS[name] for name in chosen if name in TASKS], unsafe_code)
+    folders: list[str | Path] = [FOLDER]
+    if options.include_path is not None:
+        if not Path(options.include_path).is_dir():
+            raise DataError(
+                f"--include-path {options.include_path}: no such folder; expected one with lm-eval task files"
+            )
+        folders.append(options.include_path)
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata=options.metadata())
+    requested = list(dict.fromkeys(_resolve_name(name, manager.all_tasks) for name in names))
+    _check_requirements([TASKS[name] for name in requested if name in TASKS], options.unsafe_code)
     tasks: dict[str, Task] = {}
-    for name in chosen:
-        own = name in TASKS
-        for full_name, task in manager.load(TASKS[name].lm_eval_name if own else name)["tasks"].items():
-            if max_new_tokens is not None and task.get_config("output_type") == "generate_until":
-                task.config.generation_kwargs["max_gen_toks"] = max_new_tokens
-            tasks[name if own else full_name] = task
+    for name in requested:
+        ours = name in TASKS
+        for full_name, task in manager.load(TASKS[name].lm_eval_name if ours else name)["tasks"].items():
+            if options.max_new_tokens is not None and task.get_config("output_type") == "generate_until":
+                task.config.generation_kwargs["max_gen_toks"] = options.max_new_tokens
+            tasks[name if ours else full_name] = task
     return tasks
 
 
-def _known(name: str, others: Iterable[str]) -> str:
+def _resolve_name(name: str, loadable: Iterable[str]) -> str:
+    """The short name of one of our tasks, or the name of another one that lm-eval can load."""
     short = name.removeprefix(PREFIX)
     if short in TASKS:
         return short
-    known = list(TASKS) + [other for other in others if other.removeprefix(PREFIX) not in TASKS]
+    known = list(TASKS) + [other for other in loadable if other.removeprefix(PREFIX) not in TASKS]
     if name in known:
         return name
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     raise DataError(f"unknown task {name!r}; {f'did you mean {near[0]!r}? ' if near else ''}Known: {', '.join(known)}")
 
 
-def _check_needs(chosen: list[TaskInfo], unsafe_code: bool) -> None:
-    """What would otherwise be found missing only when the answers are scored."""
-    if any(info.metric == "exact_match" for info in chosen):
+def _check_requirements(tasks: list[TaskInfo], unsafe_code: bool) -> None:
+    """Find out before any question is asked that scoring the answers will fail.
+
+    Raises:
+        SandboxError, MissingExtraError: as `load_tasks`.
+    """
+    if any(task.metric == "exact_match" for task in tasks):
         _require("math_verify", "math-verify", "comparing mathematical answers")
-    if not unsafe_code and any(info.runs_code for info in chosen):
+    if not unsafe_code and any(task.runs_code for task in tasks):
         from ultrafuser import sandbox
 
         sandbox.run("pass")
 
 
 def require_lm_eval() -> None:
-    """
+    """Check that evaluation is installed.
+
     Raises:
         MissingExtraError: lm-eval is not installed.
     """

@@ -110,15 +110,11 @@ class LocalClient:
         return options | self.recipe.generation
 
     def _load(self) -> LoadedModel:
-        from ultrafuser.evaluate.lm.load import load_model
+        from ultrafuser.evaluate.lm.load import LoadOptions, load_model
 
         recipe = self.recipe
         return load_model(
-            recipe.model,
-            chat_template=recipe.chat_template,
-            dtype=recipe.dtype,
-            device=recipe.device,
-            batch_size=recipe.batch_size,
+            recipe.model, LoadOptions(recipe.chat_template, recipe.dtype, recipe.device, recipe.batch_size)
         )
 
 
