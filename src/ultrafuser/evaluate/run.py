@@ -14,8 +14,8 @@ from ultrafuser.data.writing import write_json
 from ultrafuser.endpoint.client import Endpoint
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.judged import alpaca, mt_bench
-from ultrafuser.evaluate.judged.result import JudgedResult
 from ultrafuser.evaluate.judged.judge import Judge
+from ultrafuser.evaluate.judged.result import JudgedResult
 from ultrafuser.evaluate.lm.load import ENDPOINT, LoadedModel, load_model, name_of, split_name
 from ultrafuser.evaluate.lm.response_cache import RememberingLM, Store
 from ultrafuser.evaluate.losses import mean_weights
