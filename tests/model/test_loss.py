@@ -338,9 +338,7 @@ def test_cached_features_without_log_probs(mixing):
     model, ids = model_of(mixing), tokens(2, 6)
     with torch.no_grad():
         states = [s[:, :-1] for s in model.specialist_states(ids)]
-        torch.testing.assert_close(
-            model(specialist_hidden_states=states, labels=ids[:, 1:]).loss, model(ids, labels=ids).loss
-        )
+        torch.testing.assert_close(model.loss_from_features(states, ids[:, 1:]).loss, model(ids, labels=ids).loss)
 
 
 def test_specialist_log_probs_are_each_specialists_own():

@@ -183,8 +183,6 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         specialist_input_ids: torch.LongTensor | None = None,
         specialist_attention_mask: torch.Tensor | None = None,
         response_index: torch.LongTensor | None = None,
-        specialist_hidden_states: Sequence[torch.Tensor] | None = None,
-        specialist_log_probs: torch.Tensor | None = None,
         output_gate_weights: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
         return_dict: bool | None = None,
@@ -197,9 +195,6 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             specialist_input_ids, specialist_attention_mask: (B, K, T), each specialist's own rendering instead.
             labels: (B, T) as usual (shifted here), or (B, R) with `response_index`; -100 is ignored.
             response_index: (B, K, R), where each specialist's state predicts the r-th label.
-            specialist_hidden_states: K tensors (B, R, D_k) computed before (the feature cache): no specialist runs.
-            specialist_log_probs: (B, R, K) log-probabilities of the labels computed before; with probability mixing
-                they replace the output layers.
             logits_to_keep: compute logits for so many last tokens only (0: all).
             num_items_in_batch: divide the summed loss by this instead of by the number of labels here.
 
@@ -207,64 +202,88 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             UltraFuserError: neither kind of input ids, or a sequence longer than the smallest context.
         """
         return_dict = return_dict if return_dict is not None else self.config.return_dict
-        cache = self._cache(past_key_values, use_cache)
-        if specialist_hidden_states is not None:
-            states = list(specialist_hidden_states)
+        features = kwargs.get("specialist_hidden_states")
+        if features is not None and labels is not None:
+            # by way of `forward`, because distributed wrappers synchronise the gradients of its calls alone
+            out = self.loss_from_features(features, labels, kwargs.get("specialist_log_probs"), num_items_in_batch)
         else:
             ids = specialist_input_ids if specialist_input_ids is not None else input_ids
             mask = specialist_attention_mask if specialist_input_ids is not None else attention_mask
             if ids is None:
                 raise UltraFuserError("forward needs input_ids (B, T) or specialist_input_ids (B, K, T), got neither")
+            cache = self._cache(past_key_values, use_cache)
             self._check_length(ids, cache)
             states = self.specialist_states(ids, mask, cache)  # K x (B, T, D_k)
-
-        if labels is not None:
-            out = self._loss(states, labels, response_index, specialist_log_probs, num_items_in_batch,
-                             from_cache=specialist_hidden_states is not None)  # fmt: skip
+            if labels is not None:
+                out = self._loss_from_states(states, labels, response_index, num_items_in_batch)
+            else:
+                out = self._logits_from_states(states, logits_to_keep)
             out.past_key_values = cache
-            if not output_gate_weights:
-                out.gate_weights = out.token_loss = None
-        else:
-            if isinstance(logits_to_keep, torch.Tensor):
-                states = [state[:, logits_to_keep] for state in states]
-            elif logits_to_keep:
-                states = [state[:, -logits_to_keep:] for state in states]
-            log_weights = self.gate(states)  # (B, T, K)
-            out = UltraFuserOutput(
-                logits=self.mix(states, log_weights),
-                past_key_values=cache,
-                gate_weights=log_weights.exp() if output_gate_weights else None,
-            )
+        if not output_gate_weights:
+            out.gate_weights = out.token_loss = None
         return out if return_dict else out.to_tuple()
 
-    def _loss(
+    def _logits_from_states(self, states: list[torch.Tensor], logits_to_keep: int | torch.Tensor) -> UltraFuserOutput:
+        if isinstance(logits_to_keep, torch.Tensor):
+            states = [state[:, logits_to_keep] for state in states]
+        elif logits_to_keep:
+            states = [state[:, -logits_to_keep:] for state in states]
+        log_weights = self.gate(states)  # (B, T, K)
+        return UltraFuserOutput(logits=self.mix(states, log_weights), gate_weights=log_weights.exp())
+
+    def _loss_from_states(
         self,
         states: list[torch.Tensor],
         labels: torch.Tensor,
         response_index: torch.Tensor | None,
+        num_items: int | torch.Tensor | None,
+    ) -> UltraFuserOutput:
+        """Loss of the next tokens of one sequence, or of response tokens at each specialist's own positions."""
+        if response_index is None:
+            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            return self.loss_from_features(states, labels, num_items_in_batch=num_items)
+        selected = select_responses(states, response_index, labels != -100)  # K x (N, D_k)
+        return self._cross_entropy(selected, labels, None, num_items)
+
+    def loss_from_features(
+        self,
+        states: Sequence[torch.Tensor],
+        labels: torch.Tensor,
+        log_probs: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+    ) -> UltraFuserOutput:
+        """The loss from states that were computed before (the feature cache); no specialist runs.
+
+        Args:
+            states: K tensors (B, R, D_k), each state at the label that it predicts.
+            labels: (B, R); -100 is ignored.
+            log_probs: (B, R, K) log-probabilities of the labels; with probability mixing they replace the output layers.
+            num_items_in_batch: as for `forward`.
+        """
+        labelled = labels != -100  # (B, R)
+        selected = [state[labelled.to(state.device)] for state in states]  # K x (N, D_k)
+        return self._cross_entropy(selected, labels, log_probs, num_items_in_batch)
+
+    def _cross_entropy(
+        self,
+        selected: list[torch.Tensor],
+        labels: torch.Tensor,
         log_probs: torch.Tensor | None,
         num_items: int | torch.Tensor | None,
-        from_cache: bool,
     ) -> UltraFuserOutput:
-        """Cross entropy of the labels (Eq. 2), on the labelled tokens alone."""
-        if response_index is None and not from_cache:
-            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        """Cross entropy (Eq. 2) of the N labelled tokens alone, from K tensors (N, D_k)."""
         labels = labels.to(next(self.gate.parameters()).device)
-        kept = labels != -100  # (B, R)
-        if response_index is not None and not from_cache:  # each specialist's own positions
-            flat = select_responses(states, response_index, kept)  # K x (N, D_k)
-        else:
-            flat = [state[kept.to(state.device)] for state in states]  # K x (N, D_k)
-        log_weights = self.gate(flat)  # (N, K)
+        labelled = labels != -100  # (B, R)
+        log_weights = self.gate(selected)  # (N, K)
         if log_probs is not None and self.config.mixing == "probabilities":
-            log_p = torch.logsumexp(log_weights + log_probs[kept].to(log_weights), dim=-1)
+            log_p = torch.logsumexp(log_weights + log_probs[labelled].to(log_weights), dim=-1)
         else:
-            log_p = mixed_log_prob(flat, self.heads(), log_weights, labels[kept], self.config.mixing)
-        count = kept.sum().clamp(min=1) if num_items is None else num_items  # no label at all: a loss of 0, not NaN
+            log_p = mixed_log_prob(selected, self.heads(), log_weights, labels[labelled], self.config.mixing)
+        count = labelled.sum().clamp(min=1) if num_items is None else num_items  # no label: a loss of 0, not NaN
         token_loss = log_p.new_zeros(labels.shape)
-        token_loss[kept] = -log_p.detach()
-        gate_weights = log_p.new_zeros(*labels.shape, len(states))
-        gate_weights[kept] = log_weights.detach().exp().to(gate_weights)
+        token_loss[labelled] = -log_p.detach()
+        gate_weights = log_p.new_zeros(*labels.shape, len(selected))
+        gate_weights[labelled] = log_weights.detach().exp().to(gate_weights)
         return UltraFuserOutput(loss=-log_p.sum() / count, gate_weights=gate_weights, token_loss=token_loss)
 
     @torch.no_grad()
