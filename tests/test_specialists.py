@@ -327,6 +327,21 @@ def test_adapters_that_are_not_plain_lora_are_merged_by_peft(tiny_run, tmp_path,
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_an_adapter_with_an_option_that_is_not_known_is_merged_by_peft(tiny_run, tmp_path):
+    pytest.importorskip("peft")
+    adapters = tiny_run.adapter_recipe(tmp_path, save_adapter)
+    plain, _ = fuse(recipe(*adapters))
+    path = Path(adapters[0]["adapter"]) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_invented": True}))
+    with pytest.warns(UserWarning, match="use_invented"):  # PEFT ignores it
+        model, _ = fuse(recipe(*adapters))
+    assert [group.names for group in model.groups] == [["text"], ["code", "math"]]
+    ids = tokens(2, 9, high=len(tiny_run.tokenizer))
+    with torch.no_grad():
+        logits = [force_gate(each, one_hot(0, 3))(ids).logits for each in (model, plain)]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
 def test_the_gate_starts_from_the_seed(tiny_run):
     one = {"name": "a", "model": str(tiny_run.folder / "text")}
     gates = [fuse(recipe(one, seed=seed))[0].gate.hidden.weight for seed in (0, 0, 1)]

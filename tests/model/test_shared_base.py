@@ -267,6 +267,15 @@ def test_any_lora_equals_peft(case, save, tmp_path):
         close(model(ids).logits, peft_model(spec)(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("off", [None, False, 0, "", [], {}])
+def test_an_option_that_peft_does_not_have_yet_is_no_plain_lora_unless_it_is_off(tmp_path, off):
+    adapter = save_adapter(tiny(), tmp_path / "lora")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert is_plain_lora(config | {"use_invented": off})
+    for on in (True, 1, "invented", ["q_proj"], {"rank": 2}):
+        assert not is_plain_lora(config | {"use_invented": on})
+
+
 # ---------------------------------------------------------------- gradients
 
 

@@ -23,10 +23,20 @@ from .saving import GATE_FILE, mark_unchanged
 from .shared_base import AdapterWeights, SpecialistGroup
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-# Settings of PEFT's LoraConfig that make an adapter more than y = W x + scaling * B A x with one rank and scaling.
-_OTHER_LORAS = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
-                "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora",
-                "arrow_config", "kasa_config", "monteclora_config", "velora_config")  # fmt: skip
+# Plain LoRA is y = W x + scaling * B A x with one rank and scaling. These keys of PEFT's adapter_config.json keep it
+# plain at any value: they describe the file, the training, or which layers are adapted, as the weights also show.
+_PLAIN_LORA_KEYS = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+    *("ensure_weight_tying", "eva_config", "lora_dropout", "megatron_core", "qalora_group_size"),
+    *("exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "target_modules"),
+    *("lora_alpha", "r", "use_rslora"),
+}
+# These keep it plain at these values: PiSSA, OLoRA and the like also change the base when they start.
+_PLAIN_LORA_VALUES: dict[str, tuple] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
 _OUTER_LAYERS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte")
 
 
@@ -208,20 +218,24 @@ def read_adapter_config(source: SpecialistSource, folder: Path | None, name: str
 
 
 def is_plain_lora(adapter_config: Mapping[str, Any]) -> bool:
-    """Whether an adapter can run beside others on one base; other kinds are merged into a base of their own."""
+    """Whether an adapter can run beside others on one base; other kinds are merged into a base of their own.
+
+    An option that is not known here and not off, such as one that PEFT adds later, counts as another kind.
+    """
     targets = adapter_config.get("target_modules") or []
     if isinstance(targets, str):  # PEFT reads it as a regular expression over whole names
         outer = any(re.fullmatch(targets, name) for name in _OUTER_LAYERS)
     else:
         outer = any(name.rpartition(".")[2] in _OUTER_LAYERS for name in targets)
-    return (
-        adapter_config.get("peft_type") == "LORA"
-        and adapter_config.get("bias", "none") == "none"
-        # PiSSA, OLoRA and the like also change the base when they start
-        and adapter_config.get("init_lora_weights", True) in (True, False, None, "gaussian", "orthogonal", "eva")
-        and not any(adapter_config.get(key) for key in _OTHER_LORAS)
-        and not outer
-    )
+    is_lora = adapter_config.get("peft_type") == "LORA"
+    return is_lora and not outer and all(_keeps_lora_plain(key, value) for key, value in adapter_config.items())
+
+
+def _keeps_lora_plain(key: str, value: Any) -> bool:
+    """Whether an option of an adapter's configuration leaves it a plain LoRA."""
+    if key in _PLAIN_LORA_VALUES:
+        return value in _PLAIN_LORA_VALUES[key]
+    return key in _PLAIN_LORA_KEYS or not value
 
 
 def read_adapter(spec: SpecialistEntry, folder: Path | None, dtype: torch.dtype) -> AdapterWeights | None:

@@ -216,20 +216,31 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             states = self.specialist_states(ids, mask, cache)  # K x (B, T, D_k)
             if labels is not None:
                 out = self._loss_from_states(states, labels, response_index, num_items_in_batch)
+                out.past_key_values = cache
             else:
-                out = self._logits_from_states(states, logits_to_keep)
-            out.past_key_values = cache
-        if not output_gate_weights:
+                out = self._logits_from_states(states, logits_to_keep, cache, output_gate_weights)
+        if labels is not None and not output_gate_weights:
             out.gate_weights = out.token_loss = None
         return out if return_dict else out.to_tuple()
 
-    def _logits_from_states(self, states: list[torch.Tensor], logits_to_keep: int | torch.Tensor) -> UltraFuserOutput:
+    def _logits_from_states(
+        self,
+        states: list[torch.Tensor],
+        logits_to_keep: int | torch.Tensor,
+        cache: UltraFuserCache | None,
+        output_gate_weights: bool,
+    ) -> UltraFuserOutput:
+        """Mixed logits of all tokens, or of those to keep."""
         if isinstance(logits_to_keep, torch.Tensor):
             states = [state[:, logits_to_keep] for state in states]
         elif logits_to_keep:
             states = [state[:, -logits_to_keep:] for state in states]
         log_weights = self.gate(states)  # (B, T, K)
-        return UltraFuserOutput(logits=self.mix(states, log_weights), gate_weights=log_weights.exp())
+        return UltraFuserOutput(
+            logits=self.mix(states, log_weights),
+            past_key_values=cache,
+            gate_weights=log_weights.exp() if output_gate_weights else None,
+        )
 
     def _loss_from_states(
         self,
