@@ -30,7 +30,7 @@ from ultrafuser.synth.pipeline import STORE, check, derive, join, synthesise, wr
 from ultrafuser.synth.plan import plan
 from ultrafuser.synth.prompts import Prompts
 from ultrafuser.synth.recipe import load_synth_recipe
-from ultrafuser.synth.review.session import ALL, Desk
+from ultrafuser.synth.review.session import ALL_DOMAINS, ReviewSession
 from ultrafuser.synth.status import status
 from ultrafuser.synth.text import checks
 
@@ -88,7 +88,7 @@ def test_a_disk_that_is_full_when_the_data_set_is_written_costs_nothing(recipe, 
     go(recipe, Writer(), until="responses")
     draft = folder / f".{name}.{os.getpid()}.tmp"
     draft.symlink_to("/dev/full")
-    with pytest.raises(DataError, match=f"{name}: could not be written: the disk is full; nothing was changed, free"):
+    with pytest.raises(DataError, match=f"{name}: could not be written: the disk is full. Nothing was changed. Free space"):
         go(recipe)
     assert not draft.is_symlink() and not (name != REPORT and (folder / name).exists())
     idle = Writer()
@@ -145,7 +145,7 @@ def test_a_run_without_a_row_says_why(recipe):
     refusing = Writer(
         lambda request: Response("ok", "I'm sorry, but I can't do that.") if request.stage == "responses" else None
     )
-    with pytest.raises(DataError, match=r"no row is left; the reasons that come first: refusal \(144\)"):
+    with pytest.raises(DataError, match=r"no row is left; the most frequent reasons: refusal \(144\)"):
         go(recipe, refusing)
     assert json.loads((Path(recipe.output) / REPORT).read_text())["rows"] == 0
 
@@ -193,7 +193,7 @@ def test_a_prompt_with_an_undefined_variable_stops_a_run_at_once(tmp_path):
 def test_tests_without_a_sandbox(monkeypatch, recipe):
     monkeypatch.setattr(sandbox, "available", lambda: "bubblewrap is not installed")
     wanted = ["domains.math.check=python", "domains.math.tests=true"]
-    with pytest.raises(SandboxError, match="domains with 'tests' need a sandbox .*unsafe_code=true"):
+    with pytest.raises(SandboxError, match="domains with 'tests' need a sandbox, and there is none: .*unsafe_code=true"):
         check(tiny(*wanted))
     check(tiny(*wanted, "filters.unsafe_code=true"))
     check(recipe)
@@ -290,41 +290,45 @@ def test_joining_what_is_no_store(recipe, tmp_path):
 # ---------------------------------------------------------------- reviews
 
 
-def test_decisions_of_the_desk_are_in_the_next_data_set(recipe):
+def test_decisions_of_a_review_are_in_the_next_data_set(recipe):
     go(recipe)
-    desk = Desk.open(recipe)
-    assert desk.domains == (ALL, *dict.fromkeys(row.domain for row in desk.rows))
-    assert desk.shown() == list(range(144)) and len(desk.shown("math")) == 72
-    a, b, c, d = (desk.rows[place] for place in range(4))
-    desk.accept(0)
-    desk.reject(1, "dull")
-    desk.edit(2, ["A better question?", "A better answer, with more words."])
-    desk.edit(3, [content for _, content in d.messages])  # nothing changed
-    assert desk.shown() == list(range(4, 144))
-    assert (desk.shown(what="rejected"), desk.shown(what="edited"), desk.shown(what="accepted")) == ([1], [2], [0, 3])
-    assert desk.summary() == "4 of 144 rows reviewed: 2 accepted, 1 edited, 1 rejected"
-    assert desk.messages(2)[0] == ("user", "A better question?")
-    assert desk.decision(b) == "reject" and desk.decision(desk.rows[9]) == ""
-    desk.store.close()
+    session = ReviewSession.open(recipe)
+    assert session.domains == (ALL_DOMAINS, *dict.fromkeys(row.domain for row in session.rows))
+    assert session.select() == list(range(144)) and len(session.select("math")) == 72
+    a, b, c, d = (session.rows[place] for place in range(4))
+    session.accept(0)
+    session.reject(1, "dull")
+    session.edit(2, ["A better question?", "A better answer, with more words."])
+    session.edit(3, [content for _, content in d.messages])  # nothing changed
+    assert session.select() == list(range(4, 144))
+    assert (session.select(state="rejected"), session.select(state="edited"), session.select(state="accepted")) == (
+        [1],
+        [2],
+        [0, 3],
+    )
+    assert session.summary() == "4 of 144 rows reviewed: 2 accepted, 1 edited, 1 rejected"
+    assert session.messages(2)[0] == ("user", "A better question?")
+    assert session.decision(b) == "reject" and session.decision(session.rows[9]) == ""
+    session.store.close()
     go(recipe, Writer(failing))
     rows = {row["id"]: row for row in rows_of(recipe)}
     assert len(rows) == 143 and b.id not in rows and a.id in rows
     assert rows[c.id]["messages"][0]["content"] == "A better question?"
-    desk = Desk.open(recipe)  # of rows that hold the edit already
-    [again] = desk.shown(what="edited")
-    desk.accept(again)
-    desk.edit(again, [content for _, content in desk.messages(again)])
-    assert desk.decision(desk.rows[again]) == "edit"
-    desk.store.close()
+    session = ReviewSession.open(recipe)  # of rows that hold the edit already
+    [again] = session.select(state="edited")
+    session.accept(again)
+    session.edit(again, [content for _, content in session.messages(again)])
+    assert session.decision(session.rows[again]) == "edit"
+    session.store.close()
     assert {row["id"]: row for row in [*map(Row.to_dict, write_again(recipe).rows)]} == rows
 
 
 def test_a_decision_holds_for_the_words_that_were_read_not_for_the_place(recipe):
     go(recipe)
-    desk = Desk.open(recipe)
-    for place in range(len(desk.rows)):
-        desk.reject(place)
-    desk.store.close()
+    session = ReviewSession.open(recipe)
+    for place in range(len(session.rows)):
+        session.reject(place)
+    session.store.close()
     other = recipe.model_copy(update={"seed": recipe.seed + 1})  # other instructions are rewritten
     assert 0 < len(go(other).rows) < 144
 
@@ -368,7 +372,7 @@ def test_answers_of_the_same_code_have_the_same_verdict(recipe, monkeypatch):
     done = go(
         recipe, Writer(lambda request: Response("ok", code % request.item) if request.stage == "responses" else None)
     )
-    assert done.ledger.entry("checks", "math").kept == 72 and done.ledger.open() == 0
+    assert done.ledger.entry("checks", "math").kept == 72 and done.ledger.pending() == 0
     assert next(one for one in status(recipe).stages if one.stage == "checks").open == 0
 
 
@@ -389,9 +393,9 @@ def test_a_verdict_that_another_process_kept_first_holds_and_progress_is_shown(r
             return [None] * len(own)
 
         monkeypatch.setattr(checks, "run_tests", run_tests)
-        assert set(pipeline.tested(recipe, store, cases, Seen()).values()) == {"tests: timeout"}
+        assert set(pipeline.run_missing_tests(recipe, store, cases, Seen()).values()) == {"tests: timeout"}
         assert said == [("answers run with their tests", 5), 3, 2]
-        assert set(pipeline.tested(recipe, store, cases, Seen()).values()) == {"tests: timeout"}
+        assert set(pipeline.run_missing_tests(recipe, store, cases, Seen()).values()) == {"tests: timeout"}
         assert len(said) == 3
 
 
@@ -424,16 +428,16 @@ def test_replies_in_another_language_are_left_out(recipe):
     assert {row.domain for row in data.rows} == {"text"}
 
 
-def test_what_the_desk_refuses(recipe, tmp_path):
+def test_edits_that_a_review_refuses(recipe, tmp_path):
     with pytest.raises(DataError, match="run `ultrafuser synth RECIPE` to its end first"):
-        Desk.open(recipe)
+        ReviewSession.open(recipe)
     go(recipe)
-    desk = Desk.open(recipe)
+    session = ReviewSession.open(recipe)
     with pytest.raises(DataError, match="the message of the assistant is empty"):
-        desk.edit(0, ["Fine?", "  "])
+        session.edit(0, ["Fine?", "  "])
     with pytest.raises(DataError, match="got 1 messages, expected 2"):
-        desk.edit(0, ["Fine?"])
-    desk.store.close()
+        session.edit(0, ["Fine?"])
+    session.store.close()
 
 
 def test_the_page_without_gradio(recipe, monkeypatch):
@@ -448,9 +452,9 @@ def test_the_page_without_gradio(recipe, monkeypatch):
 
 def test_an_edit_that_another_hand_spoilt(recipe):
     go(recipe)
-    desk = Desk.open(recipe)
-    desk.store.reviews.set(desk.rows[0].id, "edit", "nonsense")
-    desk.store.close()
+    session = ReviewSession.open(recipe)
+    session.store.reviews.set(session.rows[0].id, "edit", "nonsense")
+    session.store.close()
     with pytest.raises(DataError, match="the edit in the store is not a list"):
         write_again(recipe)
     assert dataset.DECISIONS == ("accept", "edit", "reject")

@@ -179,9 +179,9 @@ def review_command(
 
     typed = load_synth_recipe(recipe, overrides or [])
     from ultrafuser.synth.review.page import review_page
-    from ultrafuser.synth.review.session import Desk
+    from ultrafuser.synth.review.session import ReviewSession
 
-    page = review_page(Desk.open(typed))
+    page = review_page(ReviewSession.open(typed))
     echo(f"review page: http://{host}:{port} (Ctrl-C ends it)")
     page.launch(server_name=host, server_port=port, quiet=True, share=False)
 
@@ -215,7 +215,7 @@ def _say_done(output: str, done: Any, as_json: bool) -> None:
         echo(f"stopped after {done.stopped_after}; " + ", ".join(f"{k}: {Path(output) / v}" for k, v in files.items()))
         return
     echo(f"{len(done.rows)} rows: " + ", ".join(f"{domain} {number}" for domain, number in sorted(rows.items())))
-    if missing := done.ledger.open():
+    if missing := done.ledger.pending():
         echo(f"{missing} items have no reply yet, and what would come of them is not in it; run the recipe to its end")
     echo(
         f"data set: {Path(output) / 'data.jsonl'}, {Path(output) / 'data.parquet'}; card: {Path(output) / 'README.md'}"

@@ -1,14 +1,14 @@
-"""`ultrafuser synth`: stage by stage, derive the items again from what is stored, ask what is missing, write the data set."""
+"""`ultrafuser synth`: derive the items of each stage from stored responses, request what is missing, write the data set."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ultrafuser import sandbox
 from ultrafuser.data.tools.decontaminate import ContaminationIndex
@@ -16,7 +16,7 @@ from ultrafuser.data.tools.near_duplicates import NearDuplicateIndex, NearDuplic
 from ultrafuser.errors import DataError, MissingExtraError, RecipeError, SandboxError
 from ultrafuser.progress import Progress
 from ultrafuser.synth.calls.endpoint_client import PROBE
-from ultrafuser.synth.calls.request import STOPS, Request, Response
+from ultrafuser.synth.calls.request import STOPS, ModelClient, Request, Response
 from ultrafuser.synth.calls.store import CallStore
 from ultrafuser.synth.output.card import write_data_set, write_items
 from ultrafuser.synth.output.dataset import (
@@ -31,78 +31,80 @@ from ultrafuser.synth.output.dataset import (
 from ultrafuser.synth.plan import plan, stages_until
 from ultrafuser.synth.prompts import Prompts
 from ultrafuser.synth.recipe import LocalModel, ServedModel, SynthRecipe
-from ultrafuser.synth.stages import lists as list_stages
-from ultrafuser.synth.stages import texts as stages
-from ultrafuser.synth.stages.run import Look, Run, Test
+from ultrafuser.synth.stages import lists, texts
+from ultrafuser.synth.stages.stage_run import Lookup, StageRun, TestRunner
 from ultrafuser.synth.text import checks, filters
 
 STORE = "calls.sqlite"
-TESTS_AT_ONCE = 16 * (os.cpu_count() or 1)  # between two savings of their verdicts
-_OF_ITEMS = STOPS[: STOPS.index("responses")]  # stages that make topics and instructions
-Shard = tuple[int, int]
+TESTS_AT_ONCE = 16 * (os.cpu_count() or 1)  # answers whose tests run before their verdicts are stored
+_ITEM_STAGES = STOPS[: STOPS.index("responses")]  # stages that make topics and instructions
+Shard = tuple[int, int]  # (number from 1 on, number of shards)
 
 
 def derive(
     recipe: SynthRecipe,
     prompts: Prompts,
-    look: Look,
+    get_responses: Lookup,
     *,
-    test: Test | None = None,
-    tests: ContaminationIndex | None = None,
+    run_tests: TestRunner | None = None,
+    test_index: ContaminationIndex | None = None,
     reviews: Mapping[str, Decision] | None = None,
     shard: Shard | None = None,
     until: str | None = None,
-    show: Callable[[DataSet], None] = lambda _: None,
+    on_items: Callable[[DataSet], None] = lambda _: None,
     progress: Progress | None = None,
 ) -> DataSet:
-    """All stages, from nothing to rows: a pure function of the recipe, the prompts, the replies and the reviews.
+    """Run all stages, up to the rows: a pure function of the recipe, the prompts, the responses and the reviews.
 
     Args:
-        look: questions -> their outcomes by key; a question without one is left open, and what hangs on it missing.
-        test: answers with tests -> their verdicts; None: each is run.
-        tests: the test data that rows must not touch; None: read from the recipe's files.
-        shard: (number from 1 on, how many): the part of the sub-topics to work on; a part has no rows yet.
+        get_responses: requests -> their responses by key. Items whose request has no response are pending.
+        run_tests: answers with tests -> their verdicts. None: every test is run.
+        test_index: the test data that rows must not overlap. None: it is read from the files of the recipe.
+        shard: the shard of the sub-topics to work on. A shard stops before the rows.
         until: the stage to stop after.
-        show: is given topics and instructions after each stage that changes them.
+        on_items: called after each stage that changes topics or instructions.
     """
-    run = Run(recipe, prompts, look, test or partial(_run_tests, recipe))
-    out = DataSet(run.ledger)
-    last = STOPS[-1] if shard is not None else None
-    for stage in _stages(run, out, shard):
-        if stage in _OF_ITEMS:
-            show(out)
-        if stage in (until, last):
-            out.stopped_after = stage
-            return out
-    rows = as_rows(recipe, out.conversations, reviews or {}, run.ledger)
+    run = StageRun(recipe, prompts, get_responses, run_tests or partial(_run_tests, recipe))
+    data = DataSet(run.ledger)
+    last_stage = STOPS[-1] if shard is not None else None
+    for stage in _stages(run, data, shard):
+        if stage in _ITEM_STAGES:
+            on_items(data)
+        if stage in (until, last_stage):
+            data.stopped_after = stage
+            return data
+    rows = as_rows(recipe, data.conversations, reviews or {}, run.ledger)
     rows = without_duplicates(rows, recipe.filters, run.ledger, progress)
-    rows, out.overlaps = without_overlaps(rows, tests or index_of_tests(recipe.filters), run.ledger)
-    out.rows = balanced(rows, recipe, run.ledger)
-    return out
+    rows, data.overlaps = without_overlaps(rows, test_index or index_of_tests(recipe.filters), run.ledger)
+    data.rows = balanced(rows, recipe, run.ledger)
+    return data
 
 
-def _stages(run: Run, out: DataSet, shard: Shard | None) -> Iterator[str]:
-    """Each of `STOPS` once it is through and what came of it is in `out`."""
-    out.topics = list_stages.find_topics(run)
+def _stages(run: StageRun, data: DataSet, shard: Shard | None) -> Iterator[str]:
+    """Run the stages one by one. Yields the name of each of `STOPS` when its result is in `data`."""
+    data.topics = lists.find_topics(run)
     yield "meta_topics"
-    out.sub_topics = list_stages.find_sub_topics(run, out.topics)
+    data.sub_topics = lists.find_sub_topics(run, data.topics)
     yield "sub_topics"
-    wants = list_stages.find_instructions(run, list_stages.of_shard(out.sub_topics, shard))
-    out.instructions = [one for want in wants for one in want.found]
+    list_requests = lists.find_instructions(run, lists.select_shard(data.sub_topics, shard))
+    data.instructions = [instruction for target in list_requests for instruction in target.items]
     yield "instructions"
-    out.instructions = list_stages.expand(run, wants)
+    data.instructions = lists.expand(run, list_requests)
     yield "expand"
-    out.instructions = stages.make_complex(run, out.instructions)
+    data.instructions = texts.rewrite_complex(run, data.instructions)
     yield "complex"
-    out.conversations = stages.respond(run, out.instructions)
+    data.conversations = texts.answer(run, data.instructions)
     yield "responses"
-    checked = stages.check_answers(run, stages.filter_answers(run, out.conversations))
-    out.conversations = stages.compare_samples(run, checked)
+    checked = texts.check_answers(run, texts.filter_answers(run, data.conversations))
+    data.conversations = texts.compare_samples(run, checked)
     yield "checks"
-    out.conversations = stages.judge(run, out.conversations)
+    data.conversations = texts.judge(run, data.conversations)
     yield "judge"
-    out.conversations = stages.go_on(run, out.conversations)
+    data.conversations = texts.add_turns(run, data.conversations)
     yield "turns"
+
+
+# ---------------------------------------------------------------- run, join, write again
 
 
 def synthesise(
@@ -113,46 +115,43 @@ def synthesise(
     shard: Shard | None = None,
     until: str | None = None,
     retry_failed: bool = False,
-    clients: Mapping[str, Any] | None = None,
+    clients: Mapping[str, ModelClient] | None = None,
     progress: Progress | None = None,
 ) -> DataSet:
-    """Ask what is missing, and write the data set when all is there. Stopped at any point, it goes on where it was.
+    """Request what is missing, then write the data set. After an interruption it continues from the stored responses.
 
-    Before the first stage of a new store, each served model that will be asked gets a short question: a missing key or a
-    wrong name is found while nothing is paid for yet.
+    Before the first stage of a new store, each served model of the run gets a short request, so that a missing key or a
+    wrong name is found before anything is paid for.
 
     Args:
-        budget_usd, budget_tokens: for the whole store, in place of the recipe's.
-        retry_failed: ask again what failed for good before, e.g. after raising a model's context.
-        callers: role -> caller, in place of those that the recipe names.
+        budget_usd, budget_tokens: limits for the whole store, in place of the recipe's.
+        retry_failed: repeat requests that failed, for example after raising a model's context.
+        clients: role -> client, in place of the models of the recipe.
 
     Raises:
-        RecipeError, DataError, MissingExtraError, SandboxError: found before anything is asked.
-        BudgetExceeded, EndpointError: on the way; what was answered is kept.
-        DataError: no row is left; the report says why.
+        RecipeError, DataError, MissingExtraError, SandboxError: found before the first request.
+        BudgetExceeded, EndpointError: during the run. Stored responses are kept.
+        DataError: no row is left. The report says why.
     """
     from ultrafuser.synth.calls.clients import make_clients
-    from ultrafuser.synth.calls.local import check_files
     from ultrafuser.synth.calls.scheduler import answer
 
     progress = progress or Progress()
     budgets = {"budget_usd": budget_usd, "budget_tokens": budget_tokens}
     recipe = recipe.model_copy(update={key: value for key, value in budgets.items() if value is not None})
-    prompts, tests = check(recipe, shard=shard, until=until)
-    asked = {one.model: one.stage for one in reversed(plan(recipe, prompts, until))}  # role -> its first stage
+    # 1. Find every problem that would stop the run in the end.
+    prompts, test_index = check(recipe, shard=shard, until=until)
+    first_stages = {planned.model: planned.stage for planned in reversed(plan(recipe, prompts, until))}  # by role
     if clients is None:
-        for role in asked:
-            model = recipe.model(role)
-            if isinstance(model, LocalModel):
-                check_files(model)
+        _check_local_models(recipe, first_stages)
     with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
         if shard is not None:
-            _check_topics_are_there(recipe, prompts, store)
+            _check_topics_are_complete(recipe, prompts, store)
         if retry_failed:
-            progress.log(f"{store.forget_failures()} calls that failed or were cut off are asked again")
+            progress.log(f"{store.forget_failures()} failed or truncated calls are requested again")
         models = clients if clients is not None else make_clients(recipe.used_models())
 
-        def look(requests: Sequence[Request]) -> Mapping[str, Response]:
+        def get_responses(requests: Sequence[Request]) -> Mapping[str, Response]:
             answer(
                 requests,
                 store,
@@ -161,176 +160,189 @@ def synthesise(
                 budget_tokens=recipe.budget_tokens,
                 progress=progress,
             )
-            return outcomes(store, requests)
+            return stored_responses(store, requests)
 
+        # 2. Probe the served models of a new store.
         if clients is None and all(count.stage == PROBE.stage for count in store.counts()):
-            look(_probes(recipe, asked))
-        done = derive(
+            get_responses(_probes(recipe, first_stages))
+        # 3. Run the stages, then write the data set.
+        data = derive(
             recipe,
             prompts,
-            look,
-            test=partial(tested, recipe, store, progress=progress),
-            tests=tests,
+            get_responses,
+            run_tests=partial(run_missing_tests, recipe, store, progress=progress),
+            test_index=test_index,
             reviews=store.reviews.all(),
             shard=shard,
             until=until,
-            show=partial(write_items, recipe),
+            on_items=partial(write_items, recipe),
             progress=progress,
         )
-        return _finish(recipe, prompts, done, store)
+        return _write(recipe, prompts, data, store)
 
 
 def write_again(recipe: SynthRecipe, progress: Progress | None = None) -> DataSet:
-    """The data set of what is stored, without asking anything: after reviews, or from a run that was given up.
+    """Write the data set of the stored responses, without requests: after reviews, or from a run that was stopped.
 
     Raises:
         DataError: nothing is stored, or no row is left.
     """
-    ready = check(recipe)
+    checked = check(recipe)
     with CallStore(Path(recipe.output) / STORE) as store:
-        return _write_stored(recipe, ready, store, progress)
+        return _write_stored(recipe, checked, store, progress)
 
 
-def join(recipe: SynthRecipe, others: Sequence[Path], progress: Progress | None = None) -> DataSet:
-    """Take the stores of other shards over into the recipe's own, then write the data set of all of them.
+def join(recipe: SynthRecipe, stores: Sequence[Path], progress: Progress | None = None) -> DataSet:
+    """Merge the stores of other shards into the recipe's own, then write the data set of all of them.
 
     Raises:
-        DataError: a file that is missing, no store, or of another recipe; or no row is left.
+        DataError: a file is missing, is not a store or belongs to another recipe, or no row is left.
     """
     progress = progress or Progress()
-    ready = check(recipe)
+    checked = check(recipe)
     with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
-        for file in others:
+        for file in stores:
             merged = store.merge(file)
             progress.log(f"{file}: {merged.added} calls added, {merged.duplicates} were there already")
-        return _write_stored(recipe, ready, store, progress)
+        return _write_stored(recipe, checked, store, progress)
 
 
-def _write_stored(recipe: SynthRecipe, ready: Ready, store: CallStore, progress: Progress | None) -> DataSet:
-    prompts, tests = ready
-    test = partial(tested, recipe, store, progress=progress)
-    done = derive(
-        recipe, prompts, stored(store), test=test, tests=tests, reviews=store.reviews.all(), progress=progress
+def _write_stored(recipe: SynthRecipe, checked: CheckedRecipe, store: CallStore, progress: Progress | None) -> DataSet:
+    data = derive(
+        recipe,
+        checked.prompts,
+        partial(stored_responses, store),
+        run_tests=partial(run_missing_tests, recipe, store, progress=progress),
+        test_index=checked.test_index,
+        reviews=store.reviews.all(),
+        progress=progress,
     )
-    return _finish(recipe, prompts, done, store)
+    return _write(recipe, checked.prompts, data, store)
 
 
-class Ready(NamedTuple):
-    """What was read while a run was checked: its prompts, and the test data that rows must not touch."""
+def _write(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStore) -> DataSet:
+    if entries := data.ledger.unbalanced():
+        raise AssertionError(f"the ledger does not add up: {'; '.join(entries)}")
+    write_data_set(recipe, prompts, data, store)
+    if data.stopped_after is None and not data.rows:
+        counts = list(data.ledger.reasons().items())[:5]
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in counts) or "none"
+        raise DataError(
+            f"{recipe.output}: no row is left; the most frequent reasons: {reasons}; see report.json there, which quotes "
+            "examples, then change the filters, the prompts or the models"
+        )
+    return data
+
+
+def stored_responses(store: CallStore, requests: Sequence[Request]) -> dict[str, Response]:
+    """The stored responses, by key. A `Lookup` once the store is bound."""
+    pairs = ((request.key, store.response(request.key)) for request in requests)
+    return {key: response for key, response in pairs if response is not None}
+
+
+def _probes(recipe: SynthRecipe, first_stages: Mapping[str, str]) -> list[Request]:
+    """A short request to each served model, with the settings of its first stage."""
+    probes = []
+    for role, stage in first_stages.items():
+        model, call = recipe.model(role), recipe.call(stage)
+        if isinstance(model, ServedModel):
+            address = f"{model.endpoint.model}@{model.endpoint.base_url}"
+            probes.append(
+                replace(PROBE, role=role, model=address, temperature=call.temperature, max_tokens=call.max_tokens)
+            )
+    return probes
+
+
+# ---------------------------------------------------------------- checks before the first request
+
+
+class CheckedRecipe(NamedTuple):
+    """What was read while a recipe was checked: its prompts, and the test data that rows must not overlap."""
 
     prompts: Prompts
-    tests: ContaminationIndex | None
+    test_index: ContaminationIndex | None
 
 
-def check(recipe: SynthRecipe, *, shard: Shard | None = None, until: str | None = None) -> Ready:
-    """Find out before anything is asked what would stop the run in the end.
+def check(recipe: SynthRecipe, *, shard: Shard | None = None, until: str | None = None) -> CheckedRecipe:
+    """Find every problem that would stop the run in the end, before the first request.
 
     Raises:
-        RecipeError: prompts or a language that cannot be used, no such stage, a shard that is none, a budget in dollars
-            where nothing has a price.
-        DataError: a test file that is missing.
-        MissingExtraError: a library that a filter needs.
-        SandboxError: answers with tests, and nowhere to run them.
+        RecipeError: unusable prompts or language, an unknown stage, a wrong shard, or a budget in dollars without prices.
+        DataError: a test file is missing.
+        MissingExtraError: a filter needs a library that is not installed.
+        SandboxError: answers have tests, and there is no sandbox to run them in.
     """
     stages_until(until)
     if shard is not None and not 1 <= shard[0] <= shard[1]:
         raise RecipeError(f"--shard {shard[0]}/{shard[1]}: expected NUMBER/HOW-MANY such as 1/8, counted from 1")
     if recipe.budget_usd is not None and not any(m.prompt_usd or m.completion_usd for m in recipe.used_models()):
         raise RecipeError(
-            f"a budget of ${recipe.budget_usd:.2f}, but no model has a price, so that nothing would ever count; set prompt_usd "
-            "and completion_usd of the models, give --budget-tokens instead, or leave the budget out"
+            f"a budget of ${recipe.budget_usd:.2f}, but no model has a price, so nothing would count; set prompt_usd "
+            "and completion_usd of the models, use --budget-tokens instead, or leave the budget out"
         )
     prompts = Prompts(recipe.prompts)
     filters.check_language(recipe.filters)
-    tests = index_of_tests(recipe.filters)
-    if recipe.filters.near_duplicates is not None:
+    test_index = index_of_tests(recipe.filters)
+    if recipe.filters.near_duplicates is not None:  # finds a missing library
         NearDuplicateIndex(NearDuplicateRule(threshold=recipe.filters.near_duplicates))
     if any(domain.samples for domain in recipe.domains) and importlib.util.find_spec("math_verify") is None:
         raise MissingExtraError("math-verify", "eval", "comparing samples of mathematical answers (`samples`)")
     if any(domain.tests for domain in recipe.domains) and not recipe.filters.unsafe_code:
         if (reason := sandbox.available()) is not None:
             raise SandboxError(
-                f"domains with 'tests' need a sandbox to run them in, and there is none: {reason}; install bubblewrap 0.8 or "
+                f"domains with 'tests' need a sandbox, and there is none: {reason}; install bubblewrap 0.8 or "
                 "newer, set filters.unsafe_code=true to run the code without one, or leave 'tests' out"
             )
-    return Ready(prompts, tests)
+    return CheckedRecipe(prompts, test_index)
 
 
-def _run_tests(recipe: SynthRecipe, cases: Sequence[checks.Case]) -> dict[checks.Case, str | None]:
-    return dict(zip(cases, checks.run_tests(cases, unsafe=recipe.filters.unsafe_code), strict=True))
+def _check_local_models(recipe: SynthRecipe, roles: Iterable[str]) -> None:
+    from ultrafuser.synth.calls.local import check_files
+
+    for role in roles:
+        model = recipe.model(role)
+        if isinstance(model, LocalModel):
+            check_files(model)
 
 
-def tested(
-    recipe: SynthRecipe, store: CallStore, cases: Sequence[checks.Case], progress: Progress | None = None
-) -> dict[checks.Case, str | None]:
-    """The verdicts on answers with tests; those that are missing are found and kept, so that no run changes them."""
-    known = verdicts(store, cases)
-    missing = [case for case in dict.fromkeys(cases) if case not in known]
-    if not missing:
-        return known
-    progress = progress or Progress()
-    progress.start("answers run with their tests", len(missing))
-    for start in range(0, len(missing), TESTS_AT_ONCE):
-        found = _run_tests(recipe, missing[start : start + TESTS_AT_ONCE])
-        store.verdicts.add({checks.case_key(case): reason or "" for case, reason in found.items()})
-        known |= verdicts(store, list(found))
-        progress.advance(len(found))
-    progress.finish()
-    return known
-
-
-def verdicts(store: CallStore, cases: Sequence[checks.Case]) -> dict[checks.Case, str | None]:
-    """The verdicts that there are."""
-    keys = {case: checks.case_key(case) for case in cases}  # cases of the same code have the same one
-    known = store.verdicts.get(set(keys.values()))
-    return {case: known[key] or None for case, key in keys.items() if key in known}
-
-
-def _probes(recipe: SynthRecipe, asked: Mapping[str, str]) -> list[Request]:
-    """A short question to each served model, asked as its first stage asks."""
-    out = []
-    for role, stage in asked.items():
-        model, call = recipe.model(role), recipe.call(stage)
-        if isinstance(model, ServedModel):
-            address = f"{model.endpoint.model}@{model.endpoint.base_url}"
-            out.append(
-                replace(PROBE, role=role, temperature=call.temperature, max_tokens=call.max_tokens, model=address)
-            )
-    return out
-
-
-def stored(store: CallStore) -> Look:
-    """What is in the store, and nothing else."""
-    return lambda requests: outcomes(store, requests)
-
-
-def outcomes(store: CallStore, requests: Sequence[Request]) -> dict[str, Response]:
-    """The outcomes that there are, by key."""
-    found = ((request.key, store.response(request.key)) for request in requests)
-    return {key: outcome for key, outcome in found if outcome is not None}
-
-
-def _check_topics_are_there(recipe: SynthRecipe, prompts: Prompts, store: CallStore) -> None:
-    """Shards work on parts of the same topics, so these come first and are the same everywhere."""
-    done = derive(recipe, prompts, stored(store), until="sub_topics")
-    if done.ledger.open() or not any(done.sub_topics.values()):
+def _check_topics_are_complete(recipe: SynthRecipe, prompts: Prompts, store: CallStore) -> None:
+    """Shards work on parts of the same topics, so these must be there before."""
+    data = derive(recipe, prompts, partial(stored_responses, store), until="sub_topics")
+    if data.ledger.pending() or not any(data.sub_topics.values()):
         raise DataError(
             f"{store.file}: the topics are not complete, and every shard needs the same ones; run `ultrafuser synth RECIPE "
             f"--until sub_topics` once, then copy {STORE} to every shard's output folder"
         )
 
 
-def _finish(recipe: SynthRecipe, prompts: Prompts, done: DataSet, store: CallStore) -> DataSet:
-    wrong = done.ledger.unbalanced()
-    if wrong:
-        raise AssertionError(f"the accounts do not add up: {'; '.join(wrong)}")
-    write_data_set(recipe, prompts, done, store)
-    if done.stopped_after is None and not done.rows:
-        reasons = (
-            ", ".join(f"{reason} ({number})" for reason, number in list(done.ledger.reasons().items())[:5]) or "none"
-        )
-        raise DataError(
-            f"{recipe.output}: no row is left; the reasons that come first: {reasons}; see report.json there, which quotes "
-            "examples, then change the filters, the prompts or the models"
-        )
-    return done
+# ---------------------------------------------------------------- tests of generated code
+
+
+def _run_tests(recipe: SynthRecipe, cases: Sequence[checks.Case]) -> dict[checks.Case, str | None]:
+    return dict(zip(cases, checks.run_tests(cases, unsafe=recipe.filters.unsafe_code), strict=True))
+
+
+def run_missing_tests(
+    recipe: SynthRecipe, store: CallStore, cases: Sequence[checks.Case], progress: Progress | None = None
+) -> dict[checks.Case, str | None]:
+    """The verdicts on answers with tests. Missing ones are computed and stored, so that no later run changes them."""
+    verdicts = stored_verdicts(store, cases)
+    missing = [case for case in dict.fromkeys(cases) if case not in verdicts]
+    if not missing:
+        return verdicts
+    progress = progress or Progress()
+    progress.start("answers run with their tests", len(missing))
+    for start in range(0, len(missing), TESTS_AT_ONCE):
+        batch = _run_tests(recipe, missing[start : start + TESTS_AT_ONCE])
+        store.verdicts.add({checks.case_key(case): reason or "" for case, reason in batch.items()})
+        verdicts |= stored_verdicts(store, list(batch))  # cases with the same code share the first verdict
+        progress.advance(len(batch))
+    progress.finish()
+    return verdicts
+
+
+def stored_verdicts(store: CallStore, cases: Sequence[checks.Case]) -> dict[checks.Case, str | None]:
+    """The verdicts that are stored. Cases with the same code have the same key."""
+    keys = {case: checks.case_key(case) for case in cases}
+    reasons = store.verdicts.get(set(keys.values()))
+    return {case: reasons[key] or None for case, key in keys.items() if key in reasons}

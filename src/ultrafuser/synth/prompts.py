@@ -1,4 +1,4 @@
-"""The questions: our Jinja files, or a folder of the user's own in their place; whatever a model wrote is quoted as data."""
+"""Prompts: our Jinja files, or those of a user's folder. Text that a model wrote is quoted as data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ultrafuser.errors import RecipeError
 from ultrafuser.synth.recipe import DomainRecipe
 
-# What each file may use, with values that every file is tried out on before anything is asked.
+# Variables of each file, with example values. Every file is rendered with them before the first request.
 _DOMAIN = DomainRecipe(
     name="domain", description="What the domain is.", instruction_style="How they look.", answer_style="How they look."
 )
@@ -44,7 +44,7 @@ NAMES = tuple(EXAMPLES)
 
 @dataclass(frozen=True)
 class _Prompt:
-    where: str
+    location: str
     template: Template
     sha256: str
 
@@ -53,8 +53,8 @@ class Prompts:
     """The templates of all stages, checked.
 
     Raises:
-        RecipeError: no such folder, a file in it that no stage reads, a file that is no Jinja, or that uses a variable
-            which its stage does not have; the message names the file and the variable.
+        RecipeError: the folder is missing, a file in it belongs to no stage, is not a Jinja template, or uses a variable
+            that its stage does not have.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -73,39 +73,39 @@ class Prompts:
     def _check_folder(self, folder: Path) -> None:
         if not folder.is_dir():
             raise RecipeError(f"prompts: no folder {folder}, expected one with files such as responses.jinja")
-        odd = sorted(file.name for file in folder.iterdir() if file.stem not in NAMES or file.suffix != ".jinja")
-        if odd := [name for name in odd if not name.startswith((".", "README"))]:
+        unknown = sorted(file.name for file in folder.iterdir() if file.stem not in NAMES or file.suffix != ".jinja")
+        if unknown := [name for name in unknown if not name.startswith((".", "README"))]:
             expected = ", ".join(f"{name}.jinja" for name in NAMES)
-            raise RecipeError(f"prompts: {folder / odd[0]} belongs to no stage; expected {expected}")
+            raise RecipeError(f"prompts: {folder / unknown[0]} belongs to no stage; expected {expected}")
 
     def _load(self, name: str) -> _Prompt:
-        own = Path(self.folder) / f"{name}.jinja" if self.folder is not None else None
-        if own is not None and own.is_file():
-            where = str(own)
+        custom = Path(self.folder) / f"{name}.jinja" if self.folder is not None else None
+        if custom is not None and custom.is_file():
+            location = str(custom)
             try:
-                text = own.read_text(encoding="utf-8")
+                text = custom.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise RecipeError(f"{own}: byte {error.start} is not UTF-8 text") from None
+                raise RecipeError(f"{custom}: byte {error.start} is not UTF-8 text") from None
         else:
-            where = f"prompts/{name}.jinja"
+            location = f"prompts/{name}.jinja"
             text = (resources.files("ultrafuser.synth") / "prompts" / f"{name}.jinja").read_text(encoding="utf-8")
         try:
             unknown = meta.find_undeclared_variables(self._environment.parse(text)) - {*EXAMPLES[name], *ALWAYS}
             template = self._environment.from_string(text)
         except TemplateSyntaxError as error:
-            raise RecipeError(f"{where}: line {error.lineno}: not a Jinja template: {error.message}") from None
+            raise RecipeError(f"{location}: line {error.lineno}: not a Jinja template: {error.message}") from None
         if unknown:
-            known = ", ".join(sorted([*EXAMPLES[name], *ALWAYS]))
-            raise RecipeError(f"{where}: undefined variable {sorted(unknown)[0]!r}; this file may use: {known}")
-        return _Prompt(where, template, hashlib.sha256(text.encode()).hexdigest())
+            allowed = ", ".join(sorted([*EXAMPLES[name], *ALWAYS]))
+            raise RecipeError(f"{location}: undefined variable {sorted(unknown)[0]!r}; this file may use: {allowed}")
+        return _Prompt(location, template, hashlib.sha256(text.encode()).hexdigest())
 
     def render(self, name: str, **values: Any) -> str:
-        """A question. `quote(text)` puts what a model wrote between two lines with a mark that the text cannot hold.
+        """A prompt as one text. `quote(text)` puts text between two lines with a mark that the text cannot contain.
 
-        What follows `reply` is the beginning of the reply, below another line with that mark.
+        Text after `reply` is the start of the reply, below another line with that mark.
 
         Raises:
-            RecipeError: the template uses something that is not there.
+            RecipeError: the template cannot be rendered.
         """
         return self._render(name, _mark(values), values)
 
@@ -114,18 +114,18 @@ class Prompts:
         try:
             return prompt.template.render(mark=mark, quote=_Quote(mark), reply=_reply_line(mark), **values).strip()
         except UndefinedError as error:
-            raise RecipeError(f"{prompt.where}: undefined variable: {error.message}") from None
+            raise RecipeError(f"{prompt.location}: undefined variable: {error.message}") from None
         except (TypeError, ValueError, SecurityError) as error:
-            raise RecipeError(f"{prompt.where}: the template cannot be rendered: {error}") from None
+            raise RecipeError(f"{prompt.location}: the template cannot be rendered: {error}") from None
 
     def messages(self, name: str, **values: Any) -> tuple[tuple[str, str], ...]:
-        """The question as one message of the user, and the beginning of the reply, where the template gives one.
+        """The prompt as one user message, and the start of the reply if the template has one.
 
-        Nothing that a model wrote ever becomes a system message.
+        Text that a model wrote never becomes a system message.
         """
         mark = _mark(values)
-        asked, _, begun = self._render(name, mark, values).partition(_reply_line(mark).strip())
-        return (("user", asked.strip()), *([("assistant", begun.strip())] if begun.strip() else []))
+        prompt, _, reply_start = self._render(name, mark, values).partition(_reply_line(mark).strip())
+        return (("user", prompt.strip()), *([("assistant", reply_start.strip())] if reply_start.strip() else []))
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each template's text, by stage."""
@@ -136,7 +136,7 @@ class Prompts:
 class _Quote:
     mark: str
 
-    def __call__(self, text: str, what: str = "text") -> str:
+    def __call__(self, text: str, what: str = "text") -> str:  # templates may pass `what` by name
         return f"=== {what} {self.mark}\n{text}\n=== end of {what} {self.mark}"
 
 
@@ -145,7 +145,7 @@ def _reply_line(mark: str) -> str:
 
 
 def _mark(values: Mapping[str, Any]) -> str:
-    """A hash of all that is quoted: no text can hold the hash of a whole that it is part of."""
+    """A hash of all quoted text: no text can contain the hash of something that includes it."""
     plain = {key: value for key, value in values.items() if key != "domain"}
     return hashlib.sha256(
         json.dumps(plain, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")

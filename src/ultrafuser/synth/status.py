@@ -1,4 +1,4 @@
-"""How far a synthesis is: items and yield of every stage, calls, money, time left. Reads the store and asks nothing."""
+"""Status of a synthesis: items and yield of every stage, calls, cost, time left. It reads the store and makes no requests."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.synth.calls.store import CallStore
+from ultrafuser.synth.calls.store import CallStore, Count
 from ultrafuser.synth.output.dataset import DataSet
-from ultrafuser.synth.pipeline import STORE, derive, stored, verdicts
+from ultrafuser.synth.pipeline import STORE, derive, stored_responses, stored_verdicts
 from ultrafuser.synth.plan import PlannedStage, plan
 from ultrafuser.synth.prompts import Prompts
 from ultrafuser.synth.recipe import SynthRecipe
 
-PACE_WINDOW_S = 600.0  # of the calls that the time left is reckoned from
+PACE_WINDOW_S = 600.0  # the time left is estimated from the calls of these seconds
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class StageStatus:
     """A stage over all domains.
 
     Attributes:
-        planned: calls that the recipe was to make if every reply could be used.
+        planned: calls that the recipe makes if every reply is usable.
         answered, failed: calls so far.
-        asked, kept, open, rejected: items so far; yield: kept of those decided.
+        asked, kept, open, rejected: items so far. `open`: without a response.
     """
 
     stage: str
@@ -42,7 +42,7 @@ class StageStatus:
 
     @property
     def share_kept(self) -> float | None:
-        """Kept of those that are decided; None: none is."""
+        """Kept items as a share of kept and rejected ones. None: there are none."""
         decided = self.kept + self.rejected
         return self.kept / decided if decided else None
 
@@ -52,9 +52,9 @@ class Status:
     """A synthesis so far.
 
     Attributes:
-        rows: of each domain, if it ended now; near duplicates are not looked for.
-        left_usd: what the planned calls that are missing may cost, estimated.
-        left_s: until these are answered, at the pace of the last minutes; None where nothing was answered then.
+        rows: rows of each domain if the run ended now, near duplicates included.
+        left_usd: estimated cost of the planned calls that are missing.
+        left_s: estimated time for them, at the pace of the last minutes. None: nothing was answered then.
     """
 
     stages: list[StageStatus]
@@ -73,7 +73,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Calls:
-    """What the store alone says of a synthesis, at once however large it is; `a_second`: over the last minutes."""
+    """Totals of the store, which are fast to read at any size. `a_second`: over the last minutes."""
 
     answered: int
     under_way: int
@@ -85,7 +85,7 @@ def calls(recipe: SynthRecipe) -> Calls:
     """The calls in the recipe's store.
 
     Raises:
-        DataError: as of `status`.
+        DataError: as for `status`.
     """
     with CallStore(Path(recipe.output) / STORE, shared=True) as store:
         return _calls(store)
@@ -97,39 +97,38 @@ def _calls(store: CallStore) -> Calls:
 
 
 def status(recipe: SynthRecipe) -> Status:
-    """What is in the recipe's store; every item is derived from it, which takes minutes for hundreds of thousands of answers.
+    """Items and calls so far. Every item is derived again, which takes minutes for hundreds of thousands of responses.
 
     Raises:
         DataError: there is no store yet, or it cannot be read.
     """
     prompts = Prompts(recipe.prompts)
-    quick = recipe.filters.model_copy(update={"near_duplicates": None})  # sketches of all rows would take too long
-    recipe = recipe.model_copy(update={"filters": quick})
+    filters = recipe.filters.model_copy(update={"near_duplicates": None})  # sketches of all rows take too long
+    recipe = recipe.model_copy(update={"filters": filters})
     with CallStore(Path(recipe.output) / STORE, shared=True) as store:
-        data = derive(recipe, prompts, stored(store), test=partial(verdicts, store), reviews=store.reviews.all())
+        data = derive(
+            recipe,
+            prompts,
+            partial(stored_responses, store),
+            run_tests=partial(stored_verdicts, store),
+            reviews=store.reviews.all(),
+        )
         return _summary(plan(recipe, prompts), data, store)
 
 
 def _summary(planned: Sequence[PlannedStage], data: DataSet, store: CallStore) -> Status:
     counts = store.counts()
-    names = list(dict.fromkeys([one["stage"] for one in data.ledger.rows()] + [one.stage for one in planned]))
+    names = dict.fromkeys([row["stage"] for row in data.ledger.rows()] + [stage.stage for stage in planned])
     stages = []
     left_calls, left_usd = 0, 0.0
     for name in names:
-        own = [count for count in counts if count.stage == name]
-        wanted = [one for one in planned if one.stage == name]
-        entries = [entry for (stage, _), entry in data.ledger.entries.items() if stage == name]
-        answered = sum(count.calls for count in own)
-        calls = sum(one.calls for one in wanted)
-        missing = max(0, calls - answered) if _is_open(name, data) else 0
+        stage_plan = [stage for stage in planned if stage.stage == name]
+        stage = _stage_status(name, stage_plan, data, [count for count in counts if count.stage == name])
+        missing = max(0, stage.planned - stage.answered) if _may_have_calls_left(name, data) else 0
         left_calls += missing
-        left_usd += missing * sum(one.usd for one in wanted) / calls if calls else 0.0
-        reasons = data.ledger.reasons(name)
-        stages.append(StageStatus(
-            name, calls, answered, sum(count.calls for count in own if count.status == "failed"),
-            sum(one.asked for one in entries), sum(one.kept for one in entries), sum(one.open for one in entries),
-            reasons.total(), dict(reasons.most_common()), sum(count.usd for count in own),
-        ))  # fmt: skip
+        if stage.planned:
+            left_usd += missing * sum(domain.usd for domain in stage_plan) / stage.planned
+        stages.append(stage)
     so_far = _calls(store)
     return Status(
         stages=stages,
@@ -143,11 +142,28 @@ def _summary(planned: Sequence[PlannedStage], data: DataSet, store: CallStore) -
     )
 
 
-def _is_open(stage: str, data: DataSet) -> bool:
-    """Whether a stage may have calls left to make: it has open items, or a stage before it has."""
-    seen_open = False
-    for entry in data.ledger.rows():
-        seen_open = seen_open or entry["open"] > 0
-        if entry["stage"] == stage:
-            return seen_open or entry["open"] > 0
-    return data.ledger.open() > 0  # not reached yet
+def _stage_status(name: str, planned: Sequence[PlannedStage], data: DataSet, counts: Sequence[Count]) -> StageStatus:
+    entries = [entry for (stage, _), entry in data.ledger.entries.items() if stage == name]
+    reasons = data.ledger.reasons(name)
+    return StageStatus(
+        stage=name,
+        planned=sum(domain.calls for domain in planned),
+        answered=sum(count.calls for count in counts),
+        failed=sum(count.calls for count in counts if count.status == "failed"),
+        asked=sum(entry.asked for entry in entries),
+        kept=sum(entry.kept for entry in entries),
+        open=sum(entry.pending for entry in entries),
+        rejected=reasons.total(),
+        reasons=dict(reasons.most_common()),
+        usd=sum(count.usd for count in counts),
+    )
+
+
+def _may_have_calls_left(stage: str, data: DataSet) -> bool:
+    """Whether the stage, or an earlier one, has pending items."""
+    has_pending = False
+    for row in data.ledger.rows():
+        has_pending = has_pending or row["open"] > 0
+        if row["stage"] == stage:
+            return has_pending
+    return data.ledger.pending() > 0  # the stage was not reached yet

@@ -65,20 +65,20 @@ def test_a_reply_that_is_begun_goes_on_from_there(tmp_path: Path, model: str):
     )
     client = LocalClient(recipe(model))
     first, second = outcomes(tmp_path, client, [plain, begun])
-    assert client._served is not None and client._served.renderer is not None
-    [text] = client._served.renderer.prompt_texts(begun.chat())
-    assert text == client._served.renderer.prompt_texts(plain.chat())[0] + "1. Write"
-    added = len(client._served.renderer._encode(text)) - first.prompt_tokens
+    assert client._model is not None and client._model.renderer is not None
+    [text] = client._model.renderer.prompt_texts(begun.chat())
+    assert text == client._model.renderer.prompt_texts(plain.chat())[0] + "1. Write"
+    added = len(client._model.renderer._encode(text)) - first.prompt_tokens
     assert second.prompt_tokens == first.prompt_tokens + added > first.prompt_tokens
-    assert not second.text.startswith("1. Write") and begun.whole(second.text) == "1. Write" + second.text
+    assert not second.text.startswith("1. Write") and begun.full_reply(second.text) == "1. Write" + second.text
 
 
 def test_the_weights_are_loaded_once_and_kept(tmp_path: Path, model: str):
     client = LocalClient(recipe(model))
     outcomes(tmp_path, client, requests(1))
-    served = client._served
+    served = client._model
     outcomes(tmp_path, client, requests(3))
-    assert client._served is served is not None
+    assert client._model is served is not None
 
 
 def test_what_does_not_fit_is_a_failure_of_its_own(tmp_path: Path, model: str):

@@ -161,8 +161,8 @@ def test_a_ledger_that_does_not_add_up_says_so():
     ledger.request("responses", "text", 3)
     ledger.keep("responses", "text")
     ledger.reject("responses", "text", "cut off", "x" * 1000)
-    assert ledger.unbalanced() == ["responses of text: asked 3, kept 1, open 0, rejected 1"]
-    ledger.leave_open("responses", "text")
+    assert ledger.unbalanced() == ["responses of text: asked 3, kept 1, pending 0, rejected 1"]
+    ledger.mark_pending("responses", "text")
     assert not ledger.unbalanced()
     assert len(ledger.entry("responses", "text").examples["cut off"][0]) < 400
 

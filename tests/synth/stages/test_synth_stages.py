@@ -104,16 +104,16 @@ def test_asks_carry_the_stages_settings():
 def test_a_list_that_the_prompt_begins_counts_its_first_item(tmp_path):
     (tmp_path / "instructions.jinja").write_text("Write {{ number }} tasks.\n{{ reply }}1. Explain how")
 
-    def go_on(request):
+    def continue_list(request):
         if request.stage != "instructions":
             return None
-        assert request.begun == "1. Explain how"
+        assert request.reply_start == "1. Explain how"
         there = ["is made", "is sold", "is drunk", "is kept"]
         items = [f"Explain how the tea number {request.key[:6]} {what} in the far north." for what in there]
         first, *rest = (f"{place}. {item}" for place, item in enumerate(items, 1))
-        return Response("ok", "\n".join([first.removeprefix(request.begun), *rest]))
+        return Response("ok", "\n".join([first.removeprefix(request.reply_start), *rest]))
 
-    data = derive(tiny(), Prompts(str(tmp_path)), Memory(Writer(go_on)))
+    data = derive(tiny(), Prompts(str(tmp_path)), Memory(Writer(continue_list)))
     first = [one for one in data.conversations if one.instruction.origin == "first"]
     assert {one.instruction.text.split()[-5] for one in first} >= {"made", "sold", "drunk", "kept"}
     assert data.ledger.unbalanced() == []
@@ -232,7 +232,7 @@ def test_whatever_comes_back_everything_is_accounted_for(share):
     data, look = run(tiny(turns=2, filters={"language": None, "near_duplicates": None, "min_score": 5}), writer)
     assert data.ledger.unbalanced() == []
     assert set(writer.asked.values()) == {1}
-    assert data.ledger.open() == 0
+    assert data.ledger.pending() == 0
     for row in data.rows:
         json.dumps(row.to_dict(), ensure_ascii=False).encode("utf-8")  # no half characters
         for _, text in row.messages:
@@ -355,10 +355,10 @@ def test_what_is_not_answered_is_open():
         lambda requests: {request.key: outcomes[request.key] for request in requests if request.key in outcomes},
     )
     assert data.ledger.unbalanced() == []
-    assert data.ledger.open() == 10
+    assert data.ledger.pending() == 10
     assert len(data.rows) == 134
     nothing = derive(recipe, PROMPTS, lambda requests: {})
-    assert nothing.ledger.unbalanced() == [] and nothing.rows == [] and nothing.ledger.open() > 0
+    assert nothing.ledger.unbalanced() == [] and nothing.rows == [] and nothing.ledger.pending() > 0
 
 
 def test_shards_together_are_the_whole():

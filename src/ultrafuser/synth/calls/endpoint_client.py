@@ -115,7 +115,7 @@ class EndpointClient:
             Failure: the request was refused, or a retry may help.
             EndpointError: no request would be answered.
         """
-        structured = self._structured and request.schema is not None and not request.begun
+        structured = self._structured and request.schema is not None and not request.reply_start
         estimated_tokens = likely_prompt_tokens(request) + request.max_tokens
         outgoing = _endpoint_request(request, structured)
         async with self._limiter.slot(estimated_tokens, lambda: run.stopping):
@@ -205,7 +205,7 @@ def _endpoint_request(request: Request, structured: bool) -> EndpointRequest:
     fields: dict[str, Any] = {"max_tokens": request.max_tokens}
     if request.temperature is not None:
         fields["temperature"] = request.temperature
-    if request.begun:
+    if request.reply_start:
         fields |= {"add_generation_prompt": False, "continue_final_message": True}
     if structured:
         schema = {"name": request.stage, "schema": request.schema, "strict": True}

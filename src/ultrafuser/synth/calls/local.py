@@ -1,4 +1,4 @@
-"""A model run in this process, asked in batches."""
+"""A model that runs in this process and answers in batches."""
 
 from __future__ import annotations
 
@@ -16,92 +16,93 @@ from ultrafuser.synth.recipe import LocalModel
 if TYPE_CHECKING:
     from ultrafuser.evaluate.lm.load import LoadedModel
 
-# Models take turns: torch has one random state for the process, from which two that sample at once would draw in no
-# order, and transformers loads one model at a time, or finds weights missing.
-_TURN = threading.Lock()
+# Local models run one at a time: torch has one random state per process, so samples of two models would depend on their
+# order. And transformers cannot load two models at once.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def check_files(model: LocalModel) -> None:
-    """See that a model in this process is there, before anything is asked; what may be a hub id is left to the loading.
+    """Check that the files of a local model exist, before the first request. A hub id is only checked when it is loaded.
 
     Raises:
         RecipeError: no such file or folder.
     """
     text = model.model
-    for part in [text] if Path(text).exists() else text.split("+"):
+    for reference in [text] if Path(text).exists() else text.split("+"):
         try:
-            resolve(part, None, model.name)
+            resolve(reference, None, model.name)
         except CheckpointError as error:
-            problem = str(error) if part.startswith(PACKAGE) else f"no file or folder {part}, and no hub id"
+            problem = str(error) if reference.startswith(PACKAGE) else f"no file or folder {reference}, and no hub id"
             raise RecipeError(
                 f"model {model.name!r}: {problem}; set models.{model.name}.model to a folder, a hub id, BASE+ADAPTER or a "
-                "fused folder; `ultrafuser synth join RECIPE` writes what was answered before without a model"
+                "fused folder; `ultrafuser synth join RECIPE` writes the stored answers without a model"
             ) from error
 
 
 class LocalClient:
-    """Any model that `ultrafuser eval` takes; it is loaded when it is first asked, and costs nothing."""
+    """Any model that `ultrafuser eval` takes. It is loaded at the first request, and costs nothing."""
 
     concurrency = 1
 
     def __init__(self, model: LocalModel) -> None:
         self.recipe, self.batch_size = model, model.batch_size
-        self._served: LoadedModel | None = None
+        self._model: LoadedModel | None = None
 
     def ceiling_usd(self, request: Request) -> float:
         return 0.0
 
     async def open(self) -> None:
-        """Nothing: the weights stay from one run to the next."""
+        """Nothing: the weights stay in memory from one stage to the next."""
 
     async def close(self) -> None:
         """Nothing."""
 
     async def answer(self, requests: Sequence[Request], run: CallContext) -> list[Response | None]:
-        return list(await asyncio.to_thread(self._in_turn, requests))  # progress and Ctrl-C work meanwhile
+        return list(await asyncio.to_thread(self._answer_alone, requests))  # progress and Ctrl-C work meanwhile
 
-    def _in_turn(self, requests: Sequence[Request]) -> list[Response]:
-        with _TURN:
+    def _answer_alone(self, requests: Sequence[Request]) -> list[Response]:
+        with _ONE_AT_A_TIME:
             return self._answer(requests)
 
     def _answer(self, requests: Sequence[Request]) -> list[Response]:
-        served = self._served = self._served or self._load()
-        outcomes: dict[int, Response] = {}
-        prompt_tokens, room = [0] * len(requests), [0] * len(requests)
+        model = self._model = self._model or self._load()
+        responses: dict[int, Response] = {}
+        prompt_tokens, max_tokens = [0] * len(requests), [0] * len(requests)
+        # 1. Requests that do not fit fail without the model.
         for i, request in enumerate(requests):
             try:
-                prompt_tokens[i], room[i] = _sizes(served, request)
-            except DataError as error:  # the template takes no such messages
-                outcomes[i] = Response("failed", reason=f"refused: {error}")
+                prompt_tokens[i], max_tokens[i] = _token_limits(model, request)
+            except DataError as error:  # the template refuses the messages
+                responses[i] = Response("failed", reason=f"refused: {error}")
                 continue
-            if room[i] < 1:
+            if max_tokens[i] < 1:
                 reason = f"context overflow: a prompt of {prompt_tokens[i]} tokens leaves no room for a reply"
-                outcomes[i] = Response("failed", reason=reason)
-        asked = [i for i in range(len(requests)) if i not in outcomes]
-        texts = self._generate(served, [requests[i] for i in asked], [room[i] for i in asked])
-        for i, text in zip(asked, texts, strict=True):
-            written = min(len(served.lm.tokenizer.encode(text, add_special_tokens=False)), room[i])
+                responses[i] = Response("failed", reason=reason)
+        # 2. All others are one batch.
+        batch = [i for i in range(len(requests)) if i not in responses]
+        texts = self._generate(model, [requests[i] for i in batch], [max_tokens[i] for i in batch])
+        for i, text in zip(batch, texts, strict=True):
+            reply_tokens = min(len(model.lm.tokenizer.encode(text, add_special_tokens=False)), max_tokens[i])
             if not text.strip():
-                outcomes[i] = Response("failed", "", "empty: the model wrote nothing", prompt_tokens[i], written)
+                reason = "empty: the model wrote nothing"
+                responses[i] = Response("failed", "", reason, prompt_tokens[i], reply_tokens)
             else:
-                reason = CUT_OFF if written >= room[i] else ""
-                outcomes[i] = Response("ok", text, reason, prompt_tokens[i], written)
-        return [outcomes[i] for i in range(len(requests))]
+                reason = CUT_OFF if reply_tokens >= max_tokens[i] else ""
+                responses[i] = Response("ok", text, reason, prompt_tokens[i], reply_tokens)
+        return [responses[i] for i in range(len(requests))]
 
-    def _generate(self, served: LoadedModel, requests: Sequence[Request], room: Sequence[int]) -> list[str]:
+    def _generate(self, model: LoadedModel, requests: Sequence[Request], max_tokens: Sequence[int]) -> list[str]:
         from lm_eval.api.instance import Instance
 
         if not requests:
             return []
-        # Sampled batches differ in their number alone: taken from the questions, it is no other one after a restart.
-        served.lm.draws = int(requests[0].key[:12], 16)
-        instances = [
-            Instance(
-                "generate_until", {}, (served.lm.apply_chat_template(request.chat()), self._options(request, tokens)), i
-            )
-            for i, (request, tokens) in enumerate(zip(requests, room, strict=True))
-        ]
-        return served.lm.generate_until(instances)
+        # The seed of a sampled batch depends on its requests, so a restart draws the same.
+        model.lm.draws = int(requests[0].key[:12], 16)
+        instances = []
+        for i, (request, tokens) in enumerate(zip(requests, max_tokens, strict=True)):
+            prompt = model.lm.apply_chat_template(request.chat())
+            instances.append(Instance("generate_until", {}, (prompt, self._options(request, tokens)), i))
+        return model.lm.generate_until(instances)
 
     def _options(self, request: Request, max_tokens: int) -> dict[str, Any]:
         options: dict[str, Any] = {"until": [], "do_sample": bool(request.temperature), "max_gen_toks": max_tokens}
@@ -118,12 +119,12 @@ class LocalClient:
         )
 
 
-def _sizes(served: LoadedModel, request: Request) -> tuple[int, int]:
-    """Tokens of the longest prompt, and of the longest reply that its limit and the model's context allow.
+def _token_limits(model: LoadedModel, request: Request) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of the longest reply that the request and the model's context allow.
 
     Raises:
         DataError: the template refuses the messages.
     """
-    assert served.renderer is not None and served.model is not None
-    prompt = max(map(len, served.renderer.prompt(request.chat())))
-    return prompt, min(request.max_tokens, served.model.config.max_position_embeddings - prompt)
+    assert model.renderer is not None and model.model is not None
+    prompt_tokens = max(map(len, model.renderer.prompt(request.chat())))
+    return prompt_tokens, min(request.max_tokens, model.model.config.max_position_embeddings - prompt_tokens)

@@ -1,4 +1,4 @@
-"""What is asked of a model in synthesis, and what came of it."""
+"""Requests to the models of a synthesis, their responses, and the protocol of the clients that send them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from functools import cached_property
 from typing import Any, Literal, Protocol
 
 STAGES = ("meta_topics", "sub_topics", "instructions", "expand", "complex", "responses", "samples", "judge", "turns")
-# Where a run may stop to be looked at: each after the stage of the same place; checks are over with the samples.
+# Stages that a run may stop after, in the order of STAGES. `checks` includes the samples.
 STOPS = ("meta_topics", "sub_topics", "instructions", "expand", "complex", "responses", "checks", "judge", "turns")
-CUT_OFF = "length"  # the reason of an `ok` outcome whose text ends at the limit of tokens
+CUT_OFF = "length"  # reason of an `ok` response whose text ends at the token limit
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a model.
+    """One request to a model.
 
     Attributes:
-        stage: what it is for, one of `STAGES`, or `probe`: whether the model can be asked at all.
-        item: id of the item that it is asked for.
-        role: name in the recipe of the model that answers.
-        model: what that name stood for when the question was asked: the model served, or the folder; empty: the role.
-        messages: (role, content) pairs, the last one a user's, or the assistant's: the beginning of the reply.
-        sample: the n-th draw of the same question.
-        schema: a JSON schema of the reply, for endpoints that keep to one.
-        temperature: of the sampling; None: the endpoint's; a local model then takes the likeliest token.
-        max_tokens: of the reply at most.
+        stage: one of `STAGES`, or `probe`: a test whether the model can be reached.
+        item: id of the item that the request is for.
+        role: name of the model in the recipe.
+        model: name of the served model, or the folder. Empty: the role.
+        messages: (role, content) pairs. The last one is the user's, or the assistant's: the start of the reply.
+        sample: index of repeated samples of the same prompt.
+        schema: JSON schema of the reply, for endpoints with structured output.
+        temperature: sampling temperature. None: the endpoint's default, or greedy decoding for a local model.
+        max_tokens: limit of the reply.
     """
 
     stage: str
@@ -44,33 +44,33 @@ class Request:
 
     @cached_property
     def key(self) -> str:
-        """The name of the question: equal questions to one model have equal keys, however it is set to answer."""
+        """Hash of stage, model, messages and sample. Sampling settings are not part of it."""
         facts = json.dumps([self.stage, self.model or self.role, self.messages, self.sample])
         return hashlib.sha256(facts.encode()).hexdigest()
 
     @property
-    def begun(self) -> str:
-        """The beginning of the reply, where the question gives one; an outcome holds what the model wrote after it."""
+    def reply_start(self) -> str:
+        """The start of the reply that the prompt gives, or empty. A response holds only what the model wrote after it."""
         role, content = self.messages[-1]
         return content if role == "assistant" else ""
 
-    def whole(self, text: str) -> str:
-        """The reply with its beginning, which some endpoints repeat."""
-        return text if text.startswith(self.begun) else self.begun + text
+    def full_reply(self, text: str) -> str:
+        """The text of a response with the start of the reply, which some endpoints repeat."""
+        return text if text.startswith(self.reply_start) else self.reply_start + text
 
     def chat(self) -> list[dict[str, str]]:
-        """The messages as endpoints and chat templates take them."""
+        """The messages in the form that endpoints and chat templates take."""
         return [{"role": role, "content": content} for role, content in self.messages]
 
 
 @dataclass(frozen=True)
 class Response:
-    """What came of a question: a reply, or a failure that is final.
+    """A reply, or a final failure.
 
     Attributes:
-        reason: of a failure, `KIND: DETAIL`, such as `context overflow: ...`; of a reply that reached the limit of
-            tokens, `length`; otherwise empty.
-        cost_usd: of all tries, those that broke off included.
+        reason: for a failure `KIND: DETAIL`, such as `context overflow: ...`. For a reply that reached the token limit
+            `length`. Otherwise empty.
+        cost_usd: cost of all tries, including those that broke off.
     """
 
     status: Literal["ok", "failed"]
@@ -87,11 +87,11 @@ class Response:
 
 
 class CallContext(Protocol):
-    """What a caller may use of the run that it works for.
+    """The run that a client works for.
 
     Attributes:
-        sent: keys of the asks that were sent and may be billed, whatever comes back.
-        stopping: whether the run ends, so that nothing more should be sent.
+        sent: keys of the requests that were sent and may be billed.
+        stopping: whether the run stops, so that nothing more should be sent.
     """
 
     sent: set[str]
@@ -100,38 +100,38 @@ class CallContext(Protocol):
     def stopping(self) -> bool: ...
 
     async def wait(self, seconds: float) -> bool:
-        """Sleep; False: the run ends, so nothing should be tried again."""
+        """Sleep. False: the run stops, so nothing should be retried."""
 
     def log(self, text: str) -> None:
-        """One line of news for whoever watches."""
+        """Print one line beside the progress bar."""
 
     def reserve_retry(self, request: Request) -> bool:
-        """Count what was sent as spent, and set as much aside for another try; False: the budget may not last."""
+        """Count the last try as spent, and set as much aside for another one. False: the budget may not last."""
 
 
 class ModelClient(Protocol):
-    """One model, asked from within one event loop at a time.
+    """One model, used from one event loop at a time.
 
     Attributes:
-        concurrency: how many calls of `answer` may be under way at once.
-        batch_size: asks that one such call takes.
+        concurrency: number of calls of `answer` that may be under way at once.
+        batch_size: number of requests per call.
     """
 
     concurrency: int
     batch_size: int
 
     def ceiling_usd(self, request: Request) -> float:
-        """Dollars that one try of an ask may cost at most."""
+        """Dollars that one try of a request may cost at most."""
 
     async def open(self) -> None:
-        """Get ready, inside the event loop."""
+        """Open connections, inside the event loop."""
 
     async def close(self) -> None:
-        """Let go of what `open` took."""
+        """Close what `open` opened."""
 
     async def answer(self, requests: Sequence[Request], run: CallContext) -> Sequence[Response | None]:
-        """What came of each; None where it has to be asked again later.
+        """The response to each request. None: it has to be sent again later.
 
         Raises:
-            EndpointError: no ask would be answered.
+            EndpointError: the model cannot answer any request.
         """

@@ -1,4 +1,4 @@
-"""Write the data set into its folder: rows, topics, the report of what became of everything, and a data card."""
+"""Writes the data set into its folder: rows, topics, report and data card."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ ROWS, PARQUET, REPORT, TOPICS, INSTRUCTIONS, CARD, RECIPE = (
     "data.jsonl", "data.parquet", "report.json", "topics.json", "instructions.jsonl", "README.md", "recipe.yaml",
 )  # fmt: skip
 _REASONS_SHOWN = 4
-_SHARED = {"whole text": "a whole short text", "whole message": "a user's whole message"}  # of other kinds of hit
+_SHARED = {
+    "whole text": "a whole short text",
+    "whole message": "a user's whole message",
+}  # kinds of overlap besides n-grams
 
 
 def write_data_set(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStore) -> None:
-    """Everything there is; rows and card only when the run went through to its end.
+    """Write every file. Rows and card are written only if the run reached its end.
 
     Raises:
         DataError: the folder cannot be written to.
@@ -47,7 +50,7 @@ def write_data_set(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: 
 
 
 def write_items(recipe: SynthRecipe, data: DataSet) -> None:
-    """Topics and instructions as far as they have come, to be looked at before the answers are asked for.
+    """Write topics and instructions so far, so that they can be read before the answers are requested.
 
     Raises:
         DataError: the folder cannot be written to.
@@ -56,17 +59,17 @@ def write_items(recipe: SynthRecipe, data: DataSet) -> None:
     write_json(folder / TOPICS, _topics(data))
     if data.instructions is not None:
         with atomic_file(folder / INSTRUCTIONS, force=True) as draft, draft.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in data.instructions)
+            stream.writelines(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in data.instructions)
 
 
 def report(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStore) -> dict[str, Any]:
-    """What became of everything, as JSON."""
+    """The report as JSON."""
     return {
         "title": recipe.title,
         "version": __version__,
         "rows": len(data.rows),
         "rows_by_domain": dict(sorted(Counter(row.domain for row in data.rows).items())),
-        "open": data.ledger.open(),
+        "open": data.ledger.pending(),
         "stopped_after": data.stopped_after,
         "stages": data.ledger.rows(),
         "calls": [asdict(count) for count in store.counts()],
@@ -82,15 +85,14 @@ def _model_facts(model: ModelRecipe) -> dict[str, Any]:
     return {"name": model.name, "model": model.served, "where": model.location, "licence": model.licence}
 
 
-def _topics(data: DataSet) -> dict[str, Any]:
+def _topics(data: DataSet) -> dict[str, dict[str, dict[str, list[str]]]]:
     """Domain -> topic -> sub-topic -> concepts."""
-    out: dict[str, Any] = {}
+    tree: dict[str, dict[str, dict[str, list[str]]]] = {}
     for domain, topics in data.topics.items():
-        own: dict[str, dict[str, list[str]]] = {topic.name: {} for topic in topics}
-        out[domain] = own
-        for one in data.sub_topics.get(domain, []):
-            own[one.topic][one.name] = list(one.concepts)
-    return out
+        tree[domain] = {topic.name: {} for topic in topics}
+        for sub_topic in data.sub_topics.get(domain, []):
+            tree[domain][sub_topic.topic][sub_topic.name] = list(sub_topic.concepts)
+    return tree
 
 
 def _write_text(text: str, target: Path) -> None:
@@ -102,7 +104,7 @@ def _write_text(text: str, target: Path) -> None:
 
 
 def card(recipe: SynthRecipe, facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """The data card, which the hub and `datasets` read too."""
+    """The data card. Its head is also read by the hub and by `datasets`."""
     lines = [
         "---",
         f"pretty_name: {json.dumps(recipe.title)}",
@@ -198,35 +200,33 @@ def _model_line(recipe: SynthRecipe, model: Mapping[str, Any]) -> str:
 
 def _licences(rows: Sequence[Row]) -> str:
     counts = Counter(row.licence or "not stated" for row in rows)
-    return (
-        "Rows by licence: " + (", ".join(f"{name} {number}" for name, number in counts.most_common()) or "none") + "."
-    )
+    return "Rows by licence: " + (", ".join(f"{name} {count}" for name, count in counts.most_common()) or "none") + "."
 
 
 def _stage_line(entry: Mapping[str, Any], with_open: bool) -> str:
     reasons = list(entry["rejected"].items())
-    shown = ", ".join(f"{_cell(reason)} {number}" for reason, number in reasons[:_REASONS_SHOWN])
-    rest = sum(number for _, number in reasons[_REASONS_SHOWN:])
-    shown += f", others {rest}" if rest else ""
-    line = f"| {entry['stage']} | {entry['domain']} | {entry['asked']} | {entry['kept']} | {shown} |"
+    rejected = ", ".join(f"{_cell(reason)} {count}" for reason, count in reasons[:_REASONS_SHOWN])
+    rest = sum(count for _, count in reasons[_REASONS_SHOWN:])
+    rejected += f", others {rest}" if rest else ""
+    line = f"| {entry['stage']} | {entry['domain']} | {entry['asked']} | {entry['kept']} | {rejected} |"
     return line + (f" {entry['open']} |" if with_open else "")
 
 
 def _filter_lines(recipe: SynthRecipe, facts: Mapping[str, Any]) -> list[str]:
     filters = recipe.filters
-    near = (
+    similarity = (
         "equal"
         if filters.near_duplicates is None
         else f"at least {filters.near_duplicates:g} alike (Jaccard, runs of three words)"
     )
     tests = ", ".join(f"`{Path(path).name}`" for path in filters.decontaminate)
-    lines = [f"- Duplicates: instructions or answers that are {near}."]
+    lines = [f"- Duplicates: instructions or answers that are {similarity}."]
     if tests:
         kinds = Counter(overlap["touches"][0]["kind"] for overlap in facts["overlaps_with_test_data"])
         rows = f"{kinds.total()} {'row' if kinds.total() == 1 else 'rows'}"
-        shared = {f"{filters.ngram}-gram": f"{filters.ngram} words in a row"} | _SHARED
-        what = ", ".join(f"{words} {kinds[kind]}" for kind, words in shared.items() if kinds[kind])
-        lines.append(f"- Test data: {rows} left out for sharing words with {tests}{what and ': '}{what}.")
+        names = {f"{filters.ngram}-gram": f"{filters.ngram} words in a row"} | _SHARED
+        overlaps = ", ".join(f"{name} {kinds[kind]}" for kind, name in names.items() if kinds[kind])
+        lines.append(f"- Test data: {rows} left out for sharing words with {tests}{overlaps and ': '}{overlaps}.")
     else:
         lines.append("- Test data: **none was named, so the rows may hold test items.**")
     return [*lines, ""]

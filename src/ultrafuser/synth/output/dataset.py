@@ -1,4 +1,4 @@
-"""From conversations to the data set: decisions of readers, duplicates, test data, balance. Nothing here asks a model."""
+"""From conversations to the data set: reviews, duplicates, test data, balance. Nothing here makes a request."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ultrafuser.synth.stages.items import Conversation, Instruction, SubTopic, T
 
 DECISIONS = ("accept", "edit", "reject")
 MIN_ANSWER_WORDS = 12  # many questions have the same short answer
-_TOUCHES = 3  # test texts that the report names for a row
+_TOUCHES = 3  # overlapping test texts per row in the report
 T = TypeVar("T")
 
 
 class Decision(Protocol):
-    """What a reader decided on a row; `reviews.Review` is one."""
+    """A reader's decision on a row. `reviews.Review` is one."""
 
     @property
     def decision(self) -> str: ...
@@ -36,12 +36,12 @@ class Decision(Protocol):
 
 @dataclass
 class DataSet:
-    """What came of a recipe so far.
+    """The result of a recipe so far.
 
     Attributes:
-        instructions: as far as they have come; None: not reached.
-        overlaps: rows that were left out for sharing words with test data, and what they share.
-        stopped_after: the last stage, where the run was to go no further; there are no rows then.
+        instructions: None: that stage was not reached.
+        overlaps: rows that were left out because they share words with test data, and these words.
+        stopped_after: the stage that the run was told to stop after. There are no rows then.
     """
 
     ledger: Ledger
@@ -57,25 +57,24 @@ class DataSet:
 def as_rows(
     recipe: SynthRecipe, conversations: Iterable[Conversation], reviews: Mapping[str, Decision], ledger: Ledger
 ) -> list[Row]:
-    """The rows, in the order of their ids, as readers left them."""
+    """The rows after review, in the order of their ids."""
     rows = []
-    for one in conversations:
-        model = recipe.model(recipe.role("responses", recipe.domain(one.domain)))
-        row = one.row(f"synthetic: {model.served}", model.licence or recipe.licence)
-        decided = reviews.get(row.id)
-        if decided is not None:
-            if not ledger.decide(
-                "review", row.domain, "rejected by a reader" if decided.decision == "reject" else None, one.answer
-            ):
+    for conversation in conversations:
+        model = recipe.model(recipe.role("responses", recipe.domain(conversation.domain)))
+        row = conversation.row(f"synthetic: {model.served}", model.licence or recipe.licence)
+        review = reviews.get(row.id)
+        if review is not None:
+            reason = "rejected by a reader" if review.decision == "reject" else None
+            if not ledger.decide("review", row.domain, reason, conversation.answer):
                 continue
-            if decided.decision == "edit":
-                row = edited(row, decided.note)
+            if review.decision == "edit":
+                row = edited(row, review.note)
         rows.append(row)
     return sorted(rows, key=lambda row: row.id)
 
 
 def edited(row: Row, note: str) -> Row:
-    """A row with the messages that a reader wrote; its tests were for another answer, so they go where that changed."""
+    """The row with the messages that a reader wrote. Tests of a changed row are dropped: they were for another answer."""
     try:
         messages = tuple((str(role), str(content)) for role, content in json.loads(note))
     except (ValueError, TypeError) as error:
@@ -88,18 +87,18 @@ def edited(row: Row, note: str) -> Row:
 def without_duplicates(
     rows: Sequence[Row], filters: FiltersRecipe, ledger: Ledger, progress: Progress | None = None
 ) -> list[Row]:
-    """One row of each set of those with the same, or almost the same, instructions or answers: the first by id."""
+    """The first row by id of each set with the same, or nearly the same, instructions or answers."""
     reasons: dict[str, str] = {}
-    kept = list(rows)
+    unique = list(rows)
     for on in ("instructions", "answers"):
-        own = [row for row in kept if on == "instructions" or _answer_words(row) >= MIN_ANSWER_WORDS]
-        for one in find_clusters(own, NearDuplicateRule(threshold=filters.near_duplicates, on=on), progress):
-            reasons |= {own[number].id: f"same {on}" for number in one.exact}
-            reasons |= {own[number].id: f"near-duplicate {on}" for number, _ in one.near}
-        kept = [row for row in kept if row.id not in reasons]
+        compared = [row for row in unique if on == "instructions" or _answer_words(row) >= MIN_ANSWER_WORDS]
+        for cluster in find_clusters(compared, NearDuplicateRule(threshold=filters.near_duplicates, on=on), progress):
+            reasons |= {compared[index].id: f"same {on}" for index in cluster.exact}
+            reasons |= {compared[index].id: f"near-duplicate {on}" for index, _ in cluster.near}
+        unique = [row for row in unique if row.id not in reasons]
     for row in rows:
         ledger.decide("duplicates", row.domain, reasons.get(row.id), row.messages[0][1])
-    return kept
+    return unique
 
 
 def _answer_words(row: Row) -> int:
@@ -107,10 +106,10 @@ def _answer_words(row: Row) -> int:
 
 
 def index_of_tests(filters: FiltersRecipe) -> ContaminationIndex | None:
-    """The test texts, read before anything is asked; None where none are named.
+    """An index of the test texts. None: the recipe names none.
 
     Raises:
-        DataError: a test file that is missing, cannot be read, or holds nothing to look for.
+        DataError: a test file is missing, cannot be read, or holds nothing to look for.
     """
     if not filters.decontaminate:
         return None
@@ -121,41 +120,42 @@ def index_of_tests(filters: FiltersRecipe) -> ContaminationIndex | None:
 def without_overlaps(
     rows: Sequence[Row], index: ContaminationIndex | None, ledger: Ledger
 ) -> tuple[list[Row], list[dict[str, Any]]]:
-    """The rows that share no n-gram with test data, and a report of the others."""
+    """The rows that share no n-gram with test data, and a report of the other rows."""
     if index is None:
         return list(rows), []
-    kept, overlaps = [], []
+    clean, overlaps = [], []
     for row, touches in index.find_matches(rows):
         reason = f"{touches[0].kind} of test data" if touches else None
         if ledger.decide("decontamination", row.domain, reason, touches[0].words if touches else ""):
-            kept.append(row)
+            clean.append(row)
         else:
-            shown = [asdict(touch) for touch in touches[:_TOUCHES]]
-            overlaps.append({"id": row.id, "domain": row.domain, "test_texts": len(touches), "touches": shown})
-    return kept, overlaps
+            first_touches = [asdict(touch) for touch in touches[:_TOUCHES]]
+            overlaps.append({"id": row.id, "domain": row.domain, "test_texts": len(touches), "touches": first_touches})
+    return clean, overlaps
 
 
 def balanced(rows: Sequence[Row], recipe: SynthRecipe, ledger: Ledger) -> list[Row]:
-    """At most `counts.rows` of each domain: in turn from every topic, within a topic in turn from every sub-topic."""
-    chosen: set[str] = set()
+    """At most `counts.rows` of each domain, taken in turn from each topic, and within a topic from each sub-topic."""
+    selected: set[str] = set()
     for domain in recipe.domains:
-        own = [row for row in rows if row.domain == domain.name]
-        most = len(own) if domain.counts.rows is None else domain.counts.rows
-        chosen |= {row.id for row in list(_in_turn(own))[:most]}
+        domain_rows = [row for row in rows if row.domain == domain.name]
+        limit = len(domain_rows) if domain.counts.rows is None else domain.counts.rows
+        selected |= {row.id for row in list(_by_topic(domain_rows))[:limit]}
     for row in rows:
         if recipe.domain(row.domain).counts.rows is not None:
-            ledger.decide("balance", row.domain, None if row.id in chosen else "more than wanted of its topic")
-    return [row for row in rows if row.id in chosen]
+            ledger.decide("balance", row.domain, None if row.id in selected else "more than wanted of its topic")
+    return [row for row in rows if row.id in selected]
 
 
-def _in_turn(rows: Sequence[Row]) -> Iterator[Row]:
+def _by_topic(rows: Sequence[Row]) -> Iterator[Row]:
     topics = [
-        list(_round_robin(_groups(own, lambda row: row.subtopic))) for own in _groups(rows, lambda row: row.topic)
+        list(_round_robin(_group(topic_rows, lambda row: row.subtopic)))
+        for topic_rows in _group(rows, lambda row: row.topic)
     ]
     return _round_robin(topics)
 
 
-def _groups(rows: Iterable[Row], key: Callable[[Row], str]) -> list[list[Row]]:
+def _group(rows: Iterable[Row], key: Callable[[Row], str]) -> list[list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (key(row), row.id)):
         groups.setdefault(key(row), []).append(row)
@@ -163,6 +163,6 @@ def _groups(rows: Iterable[Row], key: Callable[[Row], str]) -> list[list[Row]]:
 
 
 def _round_robin(groups: Sequence[Sequence[T]]) -> Iterator[T]:
-    nothing = object()
-    for turn in zip_longest(*groups, fillvalue=nothing):
-        yield from (one for one in turn if one is not nothing)  # type: ignore[misc]
+    missing = object()
+    for turn in zip_longest(*groups, fillvalue=missing):
+        yield from (item for item in turn if item is not missing)  # type: ignore[misc]

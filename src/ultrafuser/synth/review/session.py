@@ -1,4 +1,4 @@
-"""What a reader decides on rows: a desk that shows them in order and writes each decision back to the store at once."""
+"""A review of the rows of a data set: it shows rows in order and writes each decision to the store at once."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ultrafuser.synth.output.dataset import DECISIONS, edited
 from ultrafuser.synth.pipeline import STORE
 from ultrafuser.synth.recipe import SynthRecipe
 
-SHOWN = ("not reviewed", "all", *(f"{decision}ed" for decision in DECISIONS))
-ALL = "all domains"
+STATES = ("not reviewed", "all", *(f"{decision}ed" for decision in DECISIONS))
+ALL_DOMAINS = "all domains"
 
 
-class Desk:
-    """The rows of a data set, and what was decided on them.
+class ReviewSession:
+    """The rows of a data set, and the decisions on them.
 
     Attributes:
-        rows: as the data set has them, in its order; an edited row is shown as it was edited.
+        rows: in the order of the data set. An edited row is shown as it was edited.
     """
 
     def __init__(self, rows: Sequence[Row], store: CallStore) -> None:
         self.rows, self.store = list(rows), store
-        self.domains = (ALL, *dict.fromkeys(row.domain for row in rows))
+        self.domains = (ALL_DOMAINS, *dict.fromkeys(row.domain for row in rows))
 
     @classmethod
-    def open(cls, recipe: SynthRecipe) -> Desk:
-        """The desk of a recipe's data set.
+    def open(cls, recipe: SynthRecipe) -> ReviewSession:
+        """The session of a recipe's data set. Close `store` at the end.
 
         Raises:
             DataError: there is no data set, or no store, yet.
@@ -45,60 +45,60 @@ class Desk:
 
     def decision(self, row: Row) -> str:
         """`accept`, `edit`, `reject`, or empty: not reviewed yet."""
-        found = self.store.reviews.get(row.id)
-        return found.decision if found is not None else ""
+        review = self.store.reviews.get(row.id)
+        return review.decision if review is not None else ""
 
-    def why(self, row: Row) -> str:
-        """Why a row was rejected, where the reader said so."""
-        found = self.store.reviews.get(row.id)
-        return found.note if found is not None and found.decision == "reject" else ""
+    def reject_note(self, row: Row) -> str:
+        """The reader's reason for a rejection, if there is one."""
+        review = self.store.reviews.get(row.id)
+        return review.note if review is not None and review.decision == "reject" else ""
 
-    def shown(self, domain: str = ALL, what: str = SHOWN[0]) -> list[int]:
-        """The places of the rows of a domain and state."""
-        decided = {id: f"{review.decision}ed" for id, review in self.store.reviews.all().items()}
+    def select(self, domain: str = ALL_DOMAINS, state: str = STATES[0]) -> list[int]:
+        """Indices of the rows of a domain and review state."""
+        states = {row_id: f"{review.decision}ed" for row_id, review in self.store.reviews.all().items()}
         return [
-            place
-            for place, row in enumerate(self.rows)
-            if domain in (ALL, row.domain) and (what == SHOWN[1] or decided.get(row.id, SHOWN[0]) == what)
+            index
+            for index, row in enumerate(self.rows)
+            if domain in (ALL_DOMAINS, row.domain) and (state == STATES[1] or states.get(row.id, STATES[0]) == state)
         ]
 
-    def messages(self, place: int) -> list[tuple[str, str]]:
-        """The messages of a row, as a reader left them."""
-        row = self.rows[place]
-        found = self.store.reviews.get(row.id)
-        if found is not None and found.decision == "edit":
-            row = edited(row, found.note)
+    def messages(self, index: int) -> list[tuple[str, str]]:
+        """The messages of a row, with the edits of a reader."""
+        row = self.rows[index]
+        review = self.store.reviews.get(row.id)
+        if review is not None and review.decision == "edit":
+            row = edited(row, review.note)
         return list(row.messages)
 
-    def accept(self, place: int) -> None:
-        """Keep a row as it is shown, an edit of before included."""
-        if self.decision(self.rows[place]) != "edit":
-            self.store.reviews.set(self.rows[place].id, "accept")
+    def accept(self, index: int) -> None:
+        """Keep a row as it is shown, with an earlier edit."""
+        if self.decision(self.rows[index]) != "edit":
+            self.store.reviews.set(self.rows[index].id, "accept")
 
-    def reject(self, place: int, why: str = "") -> None:
+    def reject(self, index: int, note: str = "") -> None:
         """Leave a row out."""
-        self.store.reviews.set(self.rows[place].id, "reject", why)
+        self.store.reviews.set(self.rows[index].id, "reject", note)
 
-    def edit(self, place: int, contents: Sequence[str]) -> None:
-        """Keep a row with other words; where nothing was changed, it is accepted.
+    def edit(self, index: int, contents: Sequence[str]) -> None:
+        """Keep a row with other words. A row without changes is accepted.
 
         Raises:
-            DataError: a message without words, or another number of messages.
+            DataError: a message is empty, or there are too few or too many.
         """
-        row = self.rows[place]
+        row = self.rows[index]
         if len(contents) != len(row.messages):
             raise DataError(f"row {row.id}: got {len(contents)} messages, expected {len(row.messages)}")
         if empty := [role for (role, _), content in zip(row.messages, contents, strict=True) if not content.strip()]:
             raise DataError(f"row {row.id}: the message of the {empty[0]} is empty; write something, or reject the row")
         messages = [[role, content.strip()] for (role, _), content in zip(row.messages, contents, strict=True)]
-        if messages == [list(pair) for pair in self.messages(place)]:
-            self.accept(place)
+        if messages == [list(pair) for pair in self.messages(index)]:
+            self.accept(index)
         else:
             self.store.reviews.set(row.id, "edit", json.dumps(messages, ensure_ascii=False))
 
     def summary(self) -> str:
-        """How far the reader is."""
+        """Counts of the decisions so far."""
         ids = {row.id for row in self.rows}
-        counts = Counter(review.decision for id, review in self.store.reviews.all().items() if id in ids)
-        decided = ", ".join(f"{counts[decision]} {decision}ed" for decision in DECISIONS)
-        return f"{counts.total()} of {len(self.rows)} rows reviewed: {decided}"
+        counts = Counter(review.decision for row_id, review in self.store.reviews.all().items() if row_id in ids)
+        decisions = ", ".join(f"{counts[decision]} {decision}ed" for decision in DECISIONS)
+        return f"{counts.total()} of {len(self.rows)} rows reviewed: {decisions}"

@@ -1,4 +1,7 @@
-"""What goes from stage to stage: topics, instructions, conversations. Ids come from the parent and the place, those of rows also from their words."""
+"""The items that go from stage to stage: topics, instructions, conversations.
+
+The id of an item is a hash of its parent and its index there. The id of a row also depends on its words.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,23 @@ from ultrafuser.data.schema import Row
 from ultrafuser.data.tools.ngrams import word_and_sign_tokens
 
 
-def item_id(*parts: object) -> str:
-    """The name of an item: a hash of its parent's id and its place."""
-    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:16]
+def item_id(*keys: object) -> str:
+    """The id of an item: a hash of its parent's id and its index there."""
+    return hashlib.sha256("\x1f".join(map(str, keys)).encode()).hexdigest()[:16]
 
 
-def draw(seed: int, *parts: object) -> float:
-    """A number in [0, 1) that depends on the seed and the item alone, not on what else there is."""
-    return int(item_id(seed, *parts)[:13], 16) / 16**13
+def draw(seed: int, *keys: object) -> float:
+    """A number in [0, 1) that depends on the seed and the item alone, not on the other items."""
+    return int(item_id(seed, *keys)[:13], 16) / 16**13
 
 
-def shares(total: int, number: int) -> list[int]:
-    """`total` in `number` parts that differ by one at most."""
-    return [total // number + (place < total % number) for place in range(number)]
+def shares(total: int, count: int) -> list[int]:
+    """Split `total` into `count` shares that differ by at most one."""
+    return [total // count + (index < total % count) for index in range(count)]
 
 
 def portions(total: int, at_most: int) -> list[int]:
-    """`total` in as few parts as `at_most` allows, of about equal size."""
+    """Split `total` into as few portions of about equal size as `at_most` allows."""
     return shares(total, -(-total // at_most)) if total > 0 else []
 
 
@@ -41,7 +44,7 @@ class Topic:
 
 @dataclass(frozen=True)
 class SubTopic:
-    """A narrow topic, with what tasks about it could turn on."""
+    """A narrow topic, with concepts that tasks about it can be built on."""
 
     id: str
     domain: str
@@ -52,10 +55,10 @@ class SubTopic:
 
 @dataclass(frozen=True)
 class Instruction:
-    """What a person asks.
+    """A request of a user to an assistant.
 
     Attributes:
-        origin: `first`, `strong` or `weak` (related to first ones), with ` complex` after it where it was rewritten.
+        origin: `first`, `strong` or `weak` (related to first ones), followed by ` complex` if it was rewritten.
     """
 
     id: str
@@ -68,11 +71,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Conversation:
-    """An instruction with its answer, perhaps with further turns.
+    """An instruction with its answer, and further turns if there are any.
 
     Attributes:
         turns: (user, assistant) pairs.
-        tests: Python statements that the last answer's code must pass, if its reply brought any.
+        tests: Python statements that the code of the last answer must pass. None: the reply had no tests.
     """
 
     id: str
@@ -90,17 +93,17 @@ class Conversation:
         return self.turns[0][1]
 
     def row(self, source: str, licence: str) -> Row:
-        """The row of the data set."""
+        """The conversation as a row of the data set."""
         messages = tuple(pair for user, assistant in self.turns for pair in (("user", user), ("assistant", assistant)))
-        return Row(self.id, self.domain, messages, source, licence, self.instruction.topic, self.instruction.subtopic,
-                   tests=self.tests)  # fmt: skip
+        topic, subtopic = self.instruction.topic, self.instruction.subtopic
+        return Row(self.id, self.domain, messages, source, licence, topic, subtopic, tests=self.tests)
 
 
 def history(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    """Turns as prompts take them."""
+    """Turns in the form that prompts take."""
     return [{"user": user, "assistant": assistant} for user, assistant in turns]
 
 
 def plain(text: str) -> str:
-    """What two texts that say the same have in common."""
+    """The words of a text in a normal form, by which equal texts are found."""
     return " ".join(word_and_sign_tokens(text)) or text

@@ -1,33 +1,33 @@
-"""The stages that ask for lists: topics, sub-topics, instructions and those that grow out of them (see stages.py)."""
+"""The stages that request lists: topics, sub-topics, instructions, and instructions related to those."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ultrafuser.synth.calls.request import Request, Response
 from ultrafuser.synth.recipe import DomainRecipe, ListCallRecipe
 from ultrafuser.synth.stages.items import Instruction, SubTopic, Topic, draw, item_id, plain, portions, shares
-from ultrafuser.synth.stages.run import Run
+from ultrafuser.synth.stages.stage_run import StageRun
 from ultrafuser.synth.text import filters, parsing
 from ultrafuser.synth.text.parsing import Unreadable
 
 T = TypeVar("T")
-KNOWN_TOPICS = 80  # shown, so that a reply does not repeat them; the last ones
+KNOWN_TOPICS = 80  # the last ones are shown in the prompt, so that a reply does not repeat them
 KNOWN_INSTRUCTIONS = 6
-CONCEPTS = 3  # of a sub-topic that one question is built on
+CONCEPTS = 3  # of a sub-topic, in one prompt
 
 
-def _list_of(item: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a list; some endpoints want an object at the top, and reading a reply does not mind it."""
-    whole = {"type": "array", "items": item}
-    return {"type": "object", "properties": {"items": whole}, "required": ["items"], "additionalProperties": False}
+def _list_schema(item: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a list. It is wrapped in an object, as some endpoints require one at the top."""
+    items = {"type": "array", "items": item}
+    return {"type": "object", "properties": {"items": items}, "required": ["items"], "additionalProperties": False}
 
 
-_LIST = _list_of({"type": "string"})
-_OBJECTS = _list_of(
+_STRINGS = _list_schema({"type": "string"})
+_NAMED_CONCEPTS = _list_schema(
     {
         "type": "object",
         "properties": {"name": {"type": "string"}, "concepts": {"type": "array", "items": {"type": "string"}}},
@@ -38,98 +38,115 @@ _OBJECTS = _list_of(
 
 
 @dataclass
-class Want(Generic[T]):
-    """So many items of one parent, and how to ask for them.
+class ListRequest(Generic[T]):
+    """A number of items wanted for one parent, and how to request and read them.
 
     Attributes:
-        values: what the prompt gets, given the number of the question.
-        read: an item of a reply, and its place -> (text that tells it from others, item).
-        seen: texts that are there already; the items of several parents may share one set.
+        count: items wanted.
+        prompt_values: index of the request -> values of the prompt.
+        read: (item of a reply, its id) -> (text that tells it from others, item).
+        seen: texts of existing items. Several parents may share one set.
+        num_requests: requests made so far.
     """
 
     domain: DomainRecipe
     parent: str
-    wanted: int
-    values: Callable[[int], dict[str, Any]]
+    count: int
+    prompt_values: Callable[[int], dict[str, Any]]
     read: Callable[[Any, str], tuple[str, T] | Unreadable]
     seen: set[str]
-    found: list[T] = field(default_factory=list)
-    asked: int = 0
+    items: list[T] = field(default_factory=list)
+    num_requests: int = 0
 
 
-def _gather(
-    run: Run, stage: str, wants: Sequence[Want[T]], known: Callable[[T], str], shown: int, schema: Mapping[str, Any]
+def request_lists(
+    run: StageRun,
+    stage: str,
+    list_requests: Sequence[ListRequest[T]],
+    text_of: Callable[[T], str],
+    num_known: int,
+    schema: Mapping[str, Any],
 ) -> None:
-    """Ask for lists until every parent has what it wants, or the rounds are over."""
+    """Request lists until every parent has enough items, or the rounds of the recipe are over.
+
+    Args:
+        text_of: text of an item in the prompt.
+        num_known: existing items that the prompt shows.
+    """
     call = run.recipe.call(stage)
     assert isinstance(call, ListCallRecipe)
     for _ in range(call.rounds):
-        requests: list[tuple[Want[T], int, Request]] = []
-        for want in wants:
-            have = [known(item) for item in want.found[-shown:]]
-            for number in portions(want.wanted - len(want.found), call.per_call):
-                values = want.values(want.asked) | {"number": number, "known": have}
+        # 1. One request per portion of the items that are missing.
+        requests: list[tuple[ListRequest[T], int, Request]] = []
+        for target in list_requests:
+            known = [text_of(item) for item in target.items[-num_known:]]
+            for count in portions(target.count - len(target.items), call.per_call):
+                values = target.prompt_values(target.num_requests) | {"number": count, "known": known}
                 request = run.request(
-                    stage, want.domain, want.parent, stage, values, sample=want.asked, schema=dict(schema)
+                    stage, target.domain, target.parent, stage, values, sample=target.num_requests, schema=dict(schema)
                 )
-                requests.append((want, number, request))
-                want.asked += 1
+                requests.append((target, count, request))
+                target.num_requests += 1
         if not requests:
             return
-        outcomes = run.look([request for _, _, request in requests])
-        for want, number, request in requests:
-            want.found += _read_items(run, request, outcomes.get(request.key), number, want.read, want.seen)
-        if any(request.key not in outcomes for _, _, request in requests):
-            return  # a further round would ask other questions once these are answered
+        # 2. Read the items of all responses.
+        responses = run.get_responses([request for _, _, request in requests])
+        for target, count, request in requests:
+            response = responses.get(request.key)
+            target.items += _read_items(run, request, response, count, target.read, target.seen)
+        # 3. A further round depends on all items of this one.
+        if any(request.key not in responses for _, _, request in requests):
+            return
 
 
 def _read_items(
-    run: Run,
+    run: StageRun,
     request: Request,
-    outcome: Response | None,
-    wanted: int,
+    response: Response | None,
+    count: int,
     read: Callable[[Any, str], tuple[str, T] | Unreadable],
     seen: set[str],
 ) -> list[T]:
-    """The items of one reply that may stay; all that were wanted are accounted for."""
+    """The valid new items of one response. The ledger accounts for all `count` items that were wanted."""
     ledger, stage, domain = run.ledger, request.stage, request.domain
-    reply = run.read(request, outcome, wanted)
+    reply = run.read(request, response, count)
     if reply is None:
         return []
-    items = parsing.read_list(reply)
-    if isinstance(items, Unreadable):
-        ledger.reject(stage, domain, items.reason, reply, wanted)
+    raw_items = parsing.read_list(reply)
+    if isinstance(raw_items, Unreadable):
+        ledger.reject(stage, domain, raw_items.reason, reply, count)
         return []
-    ledger.entry(stage, domain).surplus += max(0, len(items) - wanted)
-    ledger.reject(stage, domain, "fewer than asked for", number=wanted - min(wanted, len(items)))
-    kept = []
-    for place, raw in enumerate(items[:wanted]):
-        item = read(raw, item_id(request.item, stage, request.sample, place))
+    ledger.entry(stage, domain).surplus += max(0, len(raw_items) - count)
+    ledger.reject(stage, domain, "fewer than asked for", count=count - min(count, len(raw_items)))
+    items = []
+    for index, raw in enumerate(raw_items[:count]):
+        item = read(raw, item_id(request.item, stage, request.sample, index))
         if isinstance(item, Unreadable):
             ledger.reject(stage, domain, item.reason, str(raw))
         elif (text := plain(item[0])) in seen:
             ledger.reject(stage, domain, "duplicate", item[0])
         else:
             seen.add(text)
-            kept.append(item[1])
+            items.append(item[1])
             ledger.keep(stage, domain)
-    return kept
+    return items
 
 
-def find_topics(run: Run) -> dict[str, list[Topic]]:
-    """The topics of each domain, its seed topics first."""
-    wants = []
+# ---------------------------------------------------------------- topics and sub-topics
+
+
+def find_topics(run: StageRun) -> dict[str, list[Topic]]:
+    """The topics of each domain, seed topics first."""
+    list_requests = []
     for domain in run.recipe.domains:
-        want: Want[Topic] = Want(
-            domain, item_id(domain.name), domain.counts.meta_topics, lambda _: {}, _topic_reader(domain),
-            {plain(name) for name in domain.topics},
-        )  # fmt: skip
-        want.found += [
-            Topic(item_id(domain.name, "seed", n), domain.name, name) for n, name in enumerate(domain.topics)
-        ]
-        wants.append(want)
-    _gather(run, "meta_topics", wants, lambda topic: topic.name, KNOWN_TOPICS, _LIST)
-    return {want.domain.name: want.found for want in wants}
+        seeds = [Topic(item_id(domain.name, "seed", n), domain.name, name) for n, name in enumerate(domain.topics)]
+        seen = {plain(name) for name in domain.topics}
+        target = ListRequest(
+            domain, item_id(domain.name), domain.counts.meta_topics, lambda _: {}, _topic_reader(domain), seen, seeds
+        )
+        list_requests.append(target)
+    request_lists(run, "meta_topics", list_requests, lambda topic: topic.name, KNOWN_TOPICS, _STRINGS)
+    return {target.domain.name: target.items for target in list_requests}
 
 
 def _topic_reader(domain: DomainRecipe) -> Callable[[Any, str], tuple[str, Topic] | Unreadable]:
@@ -143,24 +160,25 @@ def _topic_reader(domain: DomainRecipe) -> Callable[[Any, str], tuple[str, Topic
     return read
 
 
-def _same(values: Mapping[str, Any], _: int) -> dict[str, Any]:
-    """The same values for every question."""
+def _same_values(values: Mapping[str, Any], _: int) -> dict[str, Any]:
+    """The same values for every request."""
     return dict(values)
 
 
-def find_sub_topics(run: Run, topics: Mapping[str, Sequence[Topic]]) -> dict[str, list[SubTopic]]:
-    """The sub-topics of each domain; none occurs twice in a domain."""
-    wants: list[Want[SubTopic]] = []
+def find_sub_topics(run: StageRun, topics: Mapping[str, Sequence[Topic]]) -> dict[str, list[SubTopic]]:
+    """The sub-topics of each domain, unique within the domain."""
+    list_requests: list[ListRequest[SubTopic]] = []
     for domain in run.recipe.domains:
-        own, seen = topics[domain.name], set[str]()
-        for topic, share in zip(own, shares(domain.counts.sub_topics, len(own)) if own else [], strict=True):
-            values = {"topic": topic.name, "num_concepts": domain.counts.concepts}
-            wants.append(Want(domain, topic.id, share, partial(_same, values), _sub_topic_reader(domain, topic), seen))
-    _gather(run, "sub_topics", wants, lambda sub_topic: sub_topic.name, KNOWN_TOPICS, _OBJECTS)
-    found: dict[str, list[SubTopic]] = {domain.name: [] for domain in run.recipe.domains}
-    for want in wants:
-        found[want.domain.name] += want.found
-    return found
+        domain_topics, seen = topics[domain.name], set[str]()
+        counts = shares(domain.counts.sub_topics, len(domain_topics)) if domain_topics else []
+        for topic, count in zip(domain_topics, counts, strict=True):
+            values = partial(_same_values, {"topic": topic.name, "num_concepts": domain.counts.concepts})
+            list_requests.append(ListRequest(domain, topic.id, count, values, _sub_topic_reader(domain, topic), seen))
+    request_lists(run, "sub_topics", list_requests, lambda sub_topic: sub_topic.name, KNOWN_TOPICS, _NAMED_CONCEPTS)
+    sub_topics: dict[str, list[SubTopic]] = {domain.name: [] for domain in run.recipe.domains}
+    for target in list_requests:
+        sub_topics[target.domain.name] += target.items
+    return sub_topics
 
 
 def _sub_topic_reader(domain: DomainRecipe, topic: Topic) -> Callable[[Any, str], tuple[str, SubTopic] | Unreadable]:
@@ -176,43 +194,58 @@ def _sub_topic_reader(domain: DomainRecipe, topic: Topic) -> Callable[[Any, str]
     return read
 
 
-def of_shard(
+class NumberedSubTopic(NamedTuple):
+    """A sub-topic with its position among the `total` sub-topics of its domain."""
+
+    sub_topic: SubTopic
+    position: int
+    total: int
+
+
+def select_shard(
     sub_topics: Mapping[str, Sequence[SubTopic]], shard: tuple[int, int] | None
-) -> dict[str, list[tuple[SubTopic, int, int]]]:
-    """(sub-topic, its place, how many there are) of the sub-topics that a shard works on; all without one."""
-    out = {}
-    for domain, own in sub_topics.items():
-        placed = [(one, place, len(own)) for place, one in enumerate(own)]
-        out[domain] = [one for one in placed if shard is None or int(one[0].id, 16) % shard[1] == shard[0] - 1]
-    return out
+) -> dict[str, list[NumberedSubTopic]]:
+    """The sub-topics that a shard works on, by domain. All of them without a shard."""
+    selected = {}
+    for domain, domain_sub_topics in sub_topics.items():
+        numbered = [NumberedSubTopic(item, i, len(domain_sub_topics)) for i, item in enumerate(domain_sub_topics)]
+        if shard is not None:
+            numbered = [item for item in numbered if int(item.sub_topic.id, 16) % shard[1] == shard[0] - 1]
+        selected[domain] = numbered
+    return selected
+
+
+# ---------------------------------------------------------------- instructions
 
 
 def find_instructions(
-    run: Run, sub_topics: Mapping[str, Sequence[tuple[SubTopic, int, int]]]
-) -> list[Want[Instruction]]:
-    """First instructions of each sub-topic; none occurs twice in it."""
-    wants: list[Want[Instruction]] = []
+    run: StageRun, sub_topics: Mapping[str, Sequence[NumberedSubTopic]]
+) -> list[ListRequest[Instruction]]:
+    """The first instructions of each sub-topic, unique within it."""
+    list_requests: list[ListRequest[Instruction]] = []
     for domain in run.recipe.domains:
-        for sub_topic, place, number in sub_topics[domain.name]:
-            share = shares(domain.counts.instructions, number)[place]
+        for sub_topic, position, total in sub_topics[domain.name]:
+            count = shares(domain.counts.instructions, total)[position]
             read = _instruction_reader(run, sub_topic, "first")
-            wants.append(Want(domain, sub_topic.id, share, _instruction_values(run, sub_topic), read, set()))
-    _gather(run, "instructions", wants, lambda one: one.text, KNOWN_INSTRUCTIONS, _LIST)
-    return wants
+            list_requests.append(
+                ListRequest(domain, sub_topic.id, count, _instruction_values(run, sub_topic), read, set())
+            )
+    request_lists(run, "instructions", list_requests, lambda item: item.text, KNOWN_INSTRUCTIONS, _STRINGS)
+    return list_requests
 
 
-def _instruction_values(run: Run, sub_topic: SubTopic) -> Callable[[int], dict[str, Any]]:
-    """Every question about a sub-topic turns on other concepts, drawn by its number."""
+def _instruction_values(run: StageRun, sub_topic: SubTopic) -> Callable[[int], dict[str, Any]]:
+    """Values of the prompt. Every request about a sub-topic names other concepts, drawn by its index."""
 
-    def values(number: int) -> dict[str, Any]:
-        order = sorted(sub_topic.concepts, key=lambda one: draw(run.recipe.seed, sub_topic.id, number, one))
+    def values(index: int) -> dict[str, Any]:
+        order = sorted(sub_topic.concepts, key=lambda concept: draw(run.recipe.seed, sub_topic.id, index, concept))
         return {"topic": sub_topic.topic, "subtopic": sub_topic.name, "concepts": order[:CONCEPTS]}
 
     return values
 
 
 def _instruction_reader(
-    run: Run, sub_topic: SubTopic, origin: str
+    run: StageRun, sub_topic: SubTopic, origin: str
 ) -> Callable[[Any, str], tuple[str, Instruction] | Unreadable]:
     def read(raw: Any, id: str) -> tuple[str, Instruction] | Unreadable:
         text = parsing.as_instruction(raw)
@@ -226,33 +259,41 @@ def _instruction_reader(
     return read
 
 
-def expand(run: Run, wants: Sequence[Want[Instruction]]) -> list[Instruction]:
-    """In-context expansion: a few instructions are shown, strongly and weakly related ones come back; both, by sub-topic."""
+def expand(run: StageRun, list_requests: Sequence[ListRequest[Instruction]]) -> list[Instruction]:
+    """Expansion in context: a few instructions are shown, strongly and weakly related ones come back.
+
+    Returns:
+        The first instructions and the related ones, by sub-topic.
+    """
+    requests = [
+        (target, relation, count, request)
+        for target in list_requests
+        for relation, count, request in _expansions(run, target)
+    ]
+    responses = run.get_responses([request for *_, request in requests]) if requests else {}
+    related: dict[str, list[Instruction]] = {target.parent: [] for target in list_requests}
+    for target, relation, count, request in requests:
+        first = target.items[0]
+        sub_topic = SubTopic(target.parent, first.domain, first.topic, first.subtopic, ())
+        read = _instruction_reader(run, sub_topic, relation)
+        related[target.parent] += _read_items(run, request, responses.get(request.key), count, read, target.seen)
+    return [item for target in list_requests for item in [*target.items, *related[target.parent]]]
+
+
+def _expansions(run: StageRun, target: ListRequest[Instruction]) -> list[tuple[str, int, Request]]:
+    """(relation, instructions wanted, request) for each group of examples of a sub-topic."""
     size = run.recipe.calls.expand.examples
-    requests: list[tuple[Want[Instruction], int, str, Request]] = []
-    for want in wants:
-        groups = [want.found[start : start + size] for start in range(0, len(want.found), size)]
-        for relation, ratio in (("strong", want.domain.counts.strong), ("weak", want.domain.counts.weak)):
-            numbers = shares(round(len(want.found) * ratio), len(groups)) if groups else []
-            for group, number in zip(groups, numbers, strict=True):
-                if number:
-                    first = group[0]
-                    values = {"topic": first.topic, "subtopic": first.subtopic, "relation": relation, "number": number,
-                              "examples": [one.text for one in group]}  # fmt: skip
-                    item = item_id(first.id, relation)
-                    requests.append(
-                        (
-                            want,
-                            number,
-                            relation,
-                            run.request("expand", want.domain, item, "expand", values, schema=dict(_LIST)),
-                        )
-                    )
-    outcomes = run.look([request for *_, request in requests]) if requests else {}
-    grown: dict[str, list[Instruction]] = {want.parent: [] for want in wants}
-    for want, number, relation, request in requests:
-        first = want.found[0]
-        parent = SubTopic(want.parent, first.domain, first.topic, first.subtopic, ())
-        read = _instruction_reader(run, parent, relation)
-        grown[want.parent] += _read_items(run, request, outcomes.get(request.key), number, read, want.seen)
-    return [one for want in wants for one in [*want.found, *grown[want.parent]]]
+    groups = [target.items[start : start + size] for start in range(0, len(target.items), size)]
+    requests = []
+    for relation, ratio in (("strong", target.domain.counts.strong), ("weak", target.domain.counts.weak)):
+        counts = shares(round(len(target.items) * ratio), len(groups)) if groups else []
+        for group, count in zip(groups, counts, strict=True):
+            if not count:
+                continue
+            first, examples = group[0], [item.text for item in group]
+            values = {"topic": first.topic, "subtopic": first.subtopic, "relation": relation, "number": count,
+                      "examples": examples}  # fmt: skip
+            item = item_id(first.id, relation)
+            request = run.request("expand", target.domain, item, "expand", values, schema=dict(_STRINGS))
+            requests.append((relation, count, request))
+    return requests

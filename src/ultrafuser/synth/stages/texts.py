@@ -1,8 +1,8 @@
-"""The stages: from items to questions, from replies to items. Nothing is kept between two runs but the replies themselves.
+"""The stages with one text per request: complex instructions, answers, samples, scores, further turns.
 
-Every function asks for what it needs through `Run.look` and decides from the outcomes alone, in an order that does not
-depend on when they came; so the same recipe and replies give the same items, however often a run was interrupted.
-The stages that ask for lists come first and are in list_stages.py; those here ask for one text an item.
+A run stores responses only. Each stage gets them through `StageRun.get_responses` and decides from them alone, in an
+order that does not depend on when they came. So the same recipe and responses give the same items after any interruption.
+The stages that request lists come first, in `lists`.
 """
 
 from __future__ import annotations
@@ -12,188 +12,212 @@ from dataclasses import replace
 
 from ultrafuser.synth.calls.request import Request
 from ultrafuser.synth.stages.items import Conversation, Instruction, draw, history, item_id, plain
-from ultrafuser.synth.stages.run import Run
+from ultrafuser.synth.stages.stage_run import StageRun
 from ultrafuser.synth.text import checks, filters, parsing
 from ultrafuser.synth.text.parsing import Unreadable
 
 
-def make_complex(run: Run, instructions: Sequence[Instruction]) -> list[Instruction]:
-    """A share of the instructions rewritten; one whose rewriting cannot be used stays as it was."""
+def rewrite_complex(run: StageRun, instructions: Sequence[Instruction]) -> list[Instruction]:
+    """Rewrite a share of the instructions to be more complex. The original stays if the new text is unusable."""
     recipe = run.recipe
-    drawn = [one for one in instructions if draw(recipe.seed, one.id, "complex") < recipe.complex_share]
+    drawn = [item for item in instructions if draw(recipe.seed, item.id, "complex") < recipe.complex_share]
     requests = [
-        run.request("complex", recipe.domain(one.domain), one.id, "complex", {"instruction": one.text}) for one in drawn
+        run.request("complex", recipe.domain(item.domain), item.id, "complex", {"instruction": item.text})
+        for item in drawn
     ]
     rewritten: dict[str, Instruction] = {}
-    for one, text in zip(drawn, run.texts(requests, parsing.read_instruction), strict=True):
+    for instruction, text in zip(drawn, run.texts(requests, parsing.read_instruction), strict=True):
         if text is None:
             continue
         reason = filters.check_instruction(text, recipe.filters)
-        if reason is None and plain(text) == plain(one.text):
+        if reason is None and plain(text) == plain(instruction.text):
             reason = "unchanged"
         if reason is not None:
-            run.ledger.reject("complex", one.domain, reason, text)
+            run.ledger.reject("complex", instruction.domain, reason, text)
             continue
-        run.ledger.keep("complex", one.domain)
-        rewritten[one.id] = replace(one, text=text, origin=f"{one.origin} complex")
-    return [rewritten.get(one.id, one) for one in instructions]
+        run.ledger.keep("complex", instruction.domain)
+        rewritten[instruction.id] = replace(instruction, text=text, origin=f"{instruction.origin} complex")
+    return [rewritten.get(item.id, item) for item in instructions]
 
 
-def respond(run: Run, instructions: Sequence[Instruction]) -> list[Conversation]:
+def answer(run: StageRun, instructions: Sequence[Instruction]) -> list[Conversation]:
     """An answer to each instruction."""
-    requests = [
-        run.request(
-            "responses", run.recipe.domain(one.domain), one.id, "responses", {"instruction": one.text, "history": []}
-        )
-        for one in instructions
-    ]
-    out = []
-    for one, text in zip(instructions, run.texts(requests, parsing.read_text), strict=True):
+    requests = [_answer_request(run, "responses", instruction) for instruction in instructions]
+    conversations = []
+    for instruction, text in zip(instructions, run.texts(requests, parsing.read_text), strict=True):
         if text is None:
             continue
-        run.ledger.keep("responses", one.domain)
-        answer, tests = parsing.split_tests(text) if run.recipe.domain(one.domain).tests else (text, None)
-        # by its words, too: what a reader decided on a row says nothing of another one in its place
-        out.append(Conversation(item_id(one.id, "row", one.text, answer), one, ((one.text, answer),), tests))
-    return out
+        run.ledger.keep("responses", instruction.domain)
+        has_tests = run.recipe.domain(instruction.domain).tests
+        reply, tests = parsing.split_tests(text) if has_tests else (text, None)
+        # The id depends on the words: a review of a row says nothing about another row with the same parent.
+        row_id = item_id(instruction.id, "row", instruction.text, reply)
+        conversations.append(Conversation(row_id, instruction, ((instruction.text, reply),), tests))
+    return conversations
 
 
-def filter_answers(run: Run, conversations: Sequence[Conversation]) -> list[Conversation]:
-    """Those whose answer is long enough, in the language, no refusal and no loop."""
-    out = []
-    for one in conversations:
-        reason = filters.check_answer(one.answer, run.recipe.filters)
-        if run.ledger.decide("filters", one.domain, reason, one.answer):
-            out.append(one)
-    return out
+def _answer_request(run: StageRun, stage: str, instruction: Instruction, sample: int = 0) -> Request:
+    values = {"instruction": instruction.text, "history": []}
+    domain = run.recipe.domain(instruction.domain)
+    return run.request(stage, domain, instruction.id, "responses", values, sample=sample)
 
 
-def check_answers(run: Run, conversations: Sequence[Conversation]) -> list[Conversation]:
-    """Those whose code or arithmetic holds; domains without a check pass."""
-    with_tests = [one for one in conversations if one.tests is not None]
-    cases = [(one.answer, one.tests or "") for one in with_tests if checks.check_code(one.answer) is None]
-    tested = run.test(cases) if cases else {}
-    out = []
-    for one in conversations:
-        kind = run.recipe.domain(one.domain).check
-        reason = checks.check_answer(kind, one.answer)
-        if reason is None and one.tests is not None:
-            if (one.answer, one.tests) not in tested:
-                run.ledger.request("checks", one.domain)
-                run.ledger.leave_open("checks", one.domain)
+def filter_answers(run: StageRun, conversations: Sequence[Conversation]) -> list[Conversation]:
+    """The conversations whose first answer passes the filters."""
+    return [
+        conversation
+        for conversation in conversations
+        if run.ledger.decide(
+            "filters",
+            conversation.domain,
+            filters.check_answer(conversation.answer, run.recipe.filters),
+            conversation.answer,
+        )
+    ]
+
+
+def check_answers(run: StageRun, conversations: Sequence[Conversation]) -> list[Conversation]:
+    """The conversations whose code or arithmetic is right. Domains without a check pass."""
+    # 1. Run the tests of all answers whose code parses.
+    cases = [
+        (conversation.answer, conversation.tests)
+        for conversation in conversations
+        if conversation.tests is not None and checks.check_code(conversation.answer) is None
+    ]
+    verdicts = run.run_tests(cases) if cases else {}
+    passed = []
+    for conversation in conversations:
+        answer = conversation.answer
+        kind = run.recipe.domain(conversation.domain).check
+        # 2. Code must parse, equations must hold.
+        reason = checks.check_answer(kind, answer)
+        # 3. Tests must pass. Without a verdict so far the item is pending.
+        if reason is None and conversation.tests is not None:
+            if (answer, conversation.tests) not in verdicts:
+                run.ledger.request("checks", conversation.domain)
+                run.ledger.mark_pending("checks", conversation.domain)
                 continue
-            reason = tested[one.answer, one.tests]
-        if reason is None and kind == "math" and checks.final_result(one.answer) is None:
+            reason = verdicts[answer, conversation.tests]
+        # 4. A mathematical answer must have a result.
+        if reason is None and kind == "math" and checks.final_result(answer) is None:
             reason = "no final result"
-        if kind == "none" or run.ledger.decide("checks", one.domain, reason, one.answer):
-            out.append(one)
-    return out
+        if kind == "none" or run.ledger.decide("checks", conversation.domain, reason, answer):
+            passed.append(conversation)
+    return passed
 
 
-def compare_samples(run: Run, conversations: Sequence[Conversation]) -> list[Conversation]:
-    """Mathematical answers that enough further samples agree with."""
+def compare_samples(run: StageRun, conversations: Sequence[Conversation]) -> list[Conversation]:
+    """The conversations whose result enough further samples agree with. Domains without samples pass."""
     requests: dict[str, list[Request]] = {}
-    for one in conversations:
-        domain = run.recipe.domain(one.domain)
-        values = {"instruction": one.instruction.text, "history": []}
-        requests[one.id] = [
-            run.request("samples", domain, one.instruction.id, "responses", values, sample=number)
-            for number in range(1, domain.samples + 1)
+    for conversation in conversations:
+        num_samples = run.recipe.domain(conversation.domain).samples
+        requests[conversation.id] = [
+            _answer_request(run, "samples", conversation.instruction, sample) for sample in range(1, num_samples + 1)
         ]
-    outcomes = run.look([request for own in requests.values() for request in own]) if any(requests.values()) else {}
-    out = []
-    for one in conversations:
-        if not requests[one.id]:
-            out.append(one)
+    all_requests = [request for group in requests.values() for request in group]
+    responses = run.get_responses(all_requests) if all_requests else {}
+    agreed = []
+    for conversation in conversations:
+        group = requests[conversation.id]
+        if not group:
+            agreed.append(conversation)
             continue
-        given = [(request, outcomes.get(request.key)) for request in requests[one.id]]
-        run.ledger.request("samples", one.domain)
-        if any(outcome is None for _, outcome in given):
-            run.ledger.leave_open("samples", one.domain)
+        run.ledger.request("samples", conversation.domain)
+        if any(request.key not in responses for request in group):
+            run.ledger.mark_pending("samples", conversation.domain)
             continue
-        samples = [request.whole(outcome.text) for request, outcome in given if outcome and outcome.status == "ok"]
-        share = checks.agreement(one.answer, samples) * len(samples) / len(given)  # a failed call agrees with nothing
-        if share >= run.recipe.domain(one.domain).agreement:
-            run.ledger.keep("samples", one.domain)
-            out.append(one)
+        pairs = [(request, responses[request.key]) for request in group]
+        samples = [request.full_reply(response.text) for request, response in pairs if response.status == "ok"]
+        # A failed call agrees with nothing.
+        share = checks.agreement(conversation.answer, samples) * len(samples) / len(group)
+        if share >= run.recipe.domain(conversation.domain).agreement:
+            run.ledger.keep("samples", conversation.domain)
+            agreed.append(conversation)
         else:
-            run.ledger.reject("samples", one.domain, "samples disagree", one.answer)
-    return out
+            run.ledger.reject("samples", conversation.domain, "samples disagree", conversation.answer)
+    return agreed
 
 
-def judge(run: Run, conversations: Sequence[Conversation]) -> list[Conversation]:
-    """Those that a judge scores high enough; all where nothing is judged."""
-    least = run.recipe.filters.min_score
-    if least is None:
+def judge(run: StageRun, conversations: Sequence[Conversation]) -> list[Conversation]:
+    """The conversations that a judge scores high enough. All of them if the recipe has no `min_score`."""
+    min_score = run.recipe.filters.min_score
+    if min_score is None:
         return list(conversations)
     requests = [
         run.request(
             "judge",
-            run.recipe.domain(one.domain),
-            one.id,
+            run.recipe.domain(item.domain),
+            item.id,
             "judge",
-            {"instruction": one.instruction.text, "answer": one.answer},
+            {"instruction": item.instruction.text, "answer": item.answer},
         )
-        for one in conversations
+        for item in conversations
     ]
-    outcomes, out = run.look(requests), []
-    for one, request in zip(conversations, requests, strict=True):
-        reply = run.read(request, outcomes.get(request.key))
+    responses, accepted = run.get_responses(requests), []
+    for conversation, request in zip(conversations, requests, strict=True):
+        reply = run.read(request, responses.get(request.key))
         if reply is None:
             continue
         rating = parsing.read_rating(reply)
         if isinstance(rating, Unreadable):
-            run.ledger.reject("judge", one.domain, rating.reason, reply)
-        elif rating < least:
-            run.ledger.reject("judge", one.domain, f"score below {least}", one.answer)
+            run.ledger.reject("judge", conversation.domain, rating.reason, reply)
+        elif rating < min_score:
+            run.ledger.reject("judge", conversation.domain, f"score below {min_score}", conversation.answer)
         else:
-            run.ledger.keep("judge", one.domain)
-            out.append(one)
-    return out
+            run.ledger.keep("judge", conversation.domain)
+            accepted.append(conversation)
+    return accepted
 
 
-def go_on(run: Run, conversations: Sequence[Conversation]) -> list[Conversation]:
-    """Further turns with a simulated user; a conversation whose next turn cannot be used ends before it."""
+def add_turns(run: StageRun, conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Add turns with a simulated user. A conversation ends before the first turn that is unusable."""
     recipe = run.recipe
-    talks = {one.id: one for one in conversations}
-    active = [one for one in conversations if draw(recipe.seed, one.id, "turns") < recipe.multi_turn_share]
+    current = {item.id: item for item in conversations}
+    active = [item for item in conversations if draw(recipe.seed, item.id, "turns") < recipe.multi_turn_share]
     for _ in range(1, recipe.turns):
-        asked = _next_questions(run, active)
-        answers = [
-            run.request("turns", recipe.domain(one.domain), one.id, "responses",
-                    {"instruction": text, "history": history(one.turns)})
-            for one, text in asked
-        ]  # fmt: skip
+        questions = _next_questions(run, active)
+        requests = [
+            run.request(
+                "turns",
+                recipe.domain(item.domain),
+                item.id,
+                "responses",
+                {"instruction": question, "history": history(item.turns)},
+            )
+            for item, question in questions
+        ]
         active = []
-        for (one, question), text in zip(asked, run.texts(answers, parsing.read_text), strict=True):
+        for (conversation, question), text in zip(questions, run.texts(requests, parsing.read_text), strict=True):
             if text is None:
                 continue
-            kind = recipe.domain(one.domain).check
+            kind = recipe.domain(conversation.domain).check
             if reason := filters.check_answer(text, recipe.filters) or checks.check_answer(kind, text):
-                run.ledger.reject("turns", one.domain, reason, text)
+                run.ledger.reject("turns", conversation.domain, reason, text)
                 continue
-            run.ledger.keep("turns", one.domain)
-            # a row's tests are those of its last answer, and these were for the one before
-            talks[one.id] = replace(one, turns=(*one.turns, (question, text)), tests=None)
-            active.append(talks[one.id])
-    return [talks[one.id] for one in conversations]
+            run.ledger.keep("turns", conversation.domain)
+            # The tests of a row are those of its last answer. These belong to the first one.
+            longer = replace(conversation, turns=(*conversation.turns, (question, text)), tests=None)
+            current[conversation.id] = longer
+            active.append(longer)
+    return [current[item.id] for item in conversations]
 
 
-def _next_questions(run: Run, talks: Sequence[Conversation]) -> list[tuple[Conversation, str]]:
+def _next_questions(run: StageRun, conversations: Sequence[Conversation]) -> list[tuple[Conversation, str]]:
+    """What the simulated user says next, where that is usable."""
     requests = [
-        run.request("turns", run.recipe.domain(one.domain), one.id, "turns", {"history": history(one.turns)})
-        for one in talks
+        run.request("turns", run.recipe.domain(item.domain), item.id, "turns", {"history": history(item.turns)})
+        for item in conversations
     ]
-    out = []
-    for one, text in zip(talks, run.texts(requests, parsing.read_text), strict=True):
+    questions = []
+    for conversation, text in zip(conversations, run.texts(requests, parsing.read_text), strict=True):
         if text is None:
             continue
         reason = filters.check_instruction(text, run.recipe.filters)
-        if reason is None and any(plain(text) == plain(user) for user, _ in one.turns):
+        if reason is None and any(plain(text) == plain(user) for user, _ in conversation.turns):
             reason = "unchanged"
         if reason is None:
-            run.ledger.keep("turns", one.domain)
-            out.append((one, text))
+            run.ledger.keep("turns", conversation.domain)
+            questions.append((conversation, text))
         else:
-            run.ledger.reject("turns", one.domain, reason, text)
-    return out
+            run.ledger.reject("turns", conversation.domain, reason, text)
+    return questions
