@@ -88,7 +88,9 @@ def test_a_disk_that_is_full_when_the_data_set_is_written_costs_nothing(recipe, 
     go(recipe, Writer(), until="responses")
     draft = folder / f".{name}.{os.getpid()}.tmp"
     draft.symlink_to("/dev/full")
-    with pytest.raises(DataError, match=f"{name}: could not be written: the disk is full. Nothing was changed. Free space"):
+    with pytest.raises(
+        DataError, match=f"{name}: could not be written: the disk is full. Nothing was changed. Free space"
+    ):
         go(recipe)
     assert not draft.is_symlink() and not (name != REPORT and (folder / name).exists())
     idle = Writer()
@@ -193,7 +195,9 @@ def test_a_prompt_with_an_undefined_variable_stops_a_run_at_once(tmp_path):
 def test_tests_without_a_sandbox(monkeypatch, recipe):
     monkeypatch.setattr(sandbox, "available", lambda: "bubblewrap is not installed")
     wanted = ["domains.math.check=python", "domains.math.tests=true"]
-    with pytest.raises(SandboxError, match="domains with 'tests' need a sandbox, and there is none: .*unsafe_code=true"):
+    with pytest.raises(
+        SandboxError, match="domains with 'tests' need a sandbox, and there is none: .*unsafe_code=true"
+    ):
         check(tiny(*wanted))
     check(tiny(*wanted, "filters.unsafe_code=true"))
     check(recipe)
