@@ -22,7 +22,7 @@ from ultrafuser.data.schema import PAIR_LAYOUTS
 from ultrafuser.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
-PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.is_file()]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # Models on the hub that pages name, and the tiny models that replace them in tests.
 STAND_INS = {
     "Qwen/Qwen2.5-1.5B-Instruct": "models/text",
@@ -192,9 +192,9 @@ def _files_of(path: Path) -> Iterator[Path]:
         yield from path.parent.glob(path.name)
 
 
-def test_the_architecture_page_names_what_exists():
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    references = re.findall(r"`([\w/]+\.py)::(\w+)`", page)
+@pytest.mark.parametrize("name", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_the_classes_and_functions_of_a_page_exist(name):
+    references = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / name).read_text(encoding="utf-8"))
     assert len(references) > 10
     for path, name in references:
         source = (ROOT / "src" / "ultrafuser" / path).read_text(encoding="utf-8")
