@@ -43,6 +43,7 @@ class StageRun:
         rows, validation: rendered rows.
         folder: of this stage; checkpoints in it are resumed, and the metrics are beside it.
         features: folder of the feature cache; by default beside the stage's.
+        trainer: a subclass may add a term to the loss.
     """
 
     model: UltraFuserForCausalLM
@@ -53,6 +54,7 @@ class StageRun:
     folder: Path
     features: Path | None = None
     progress: Progress = field(default_factory=Progress)
+    trainer: type[FusionTrainer] = FusionTrainer
 
     @property
     def metrics_file(self) -> Path:
@@ -103,7 +105,7 @@ def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valid
         callbacks.append(SaveEvery(recipe.save_every))
     if recipe.early_stop_patience and run.validation:
         callbacks.append(EarlyStoppingCallback(recipe.early_stop_patience))
-    trainer = FusionTrainer(
+    trainer = run.trainer(
         run.model,
         args,
         train_rows,

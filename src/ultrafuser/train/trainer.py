@@ -104,7 +104,18 @@ class FusionTrainer(Trainer):
         loss = out.loss
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # ranks average their gradients; the sum is what counts
+        extra = self.extra_loss(inputs)
+        if extra is not None:  # its gradient alone, so that the logged loss stays nats per response token
+            loss = loss + (extra - extra.detach()) / self.args.gradient_accumulation_steps
         return (loss, out) if return_outputs else loss
+
+    def extra_loss(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """A further term of the training loss, for subclasses: the mean over the micro-batches of a step counts.
+
+        Args:
+            inputs: the micro-batch that the model has just read, as `collate_rows` made it.
+        """
+        return None
 
     def _not_finite(self, loss: float, inputs: dict[str, Any], row_ids: Sequence[str]) -> TrainingError:
         file = Path(self.args.output_dir) / f"not-finite-step{self.state.global_step}.safetensors"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,25 @@ import torch
 from torch import nn
 
 from tiny_models import tiny, tokens
-from ultrafuser.compare.systems.btx_model import RoutedMlp, balance_loss, build_btx, load_btx, save_btx, train_btx
+from training_fixtures import Interruption, StopAt, metrics
+from ultrafuser.compare.systems.btx_model import (
+    BALANCE_WEIGHT,
+    BtxTrainer,
+    RoutedMlp,
+    as_fused,
+    balance_loss,
+    build_btx,
+    load_btx,
+    save_btx,
+    train_btx,
+)
+from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import CheckpointError, UltraFuserError
 from ultrafuser.evaluate.lm.parameters import count_parameters
 from ultrafuser.evaluate.losses import group_losses
 from ultrafuser.model.shared_base import SpecialistGroup
+from ultrafuser.recipe import Recipe, load_recipe
 
 IDS = tokens(2, 9)
 
@@ -163,34 +176,119 @@ def test_balance_leaves_padding_out():
     torch.testing.assert_close(balance_loss(model, mask), alone)
 
 
+def recipe(steps: int = 5, **stage: Any) -> Recipe:
+    """The joint stage on all weights of one model."""
+    fields = {"name": "joint", "steps": steps, "samples_per_domain": 2, "lr": 0.01, **stage}
+    return load_recipe({"specialists": [{"name": "btx", "model": "none"}], "stages": [fields], "device": "cpu"})
+
+
+def train(mixture: Any, folder: Path, recipe: Recipe, progress: Any = None, weight: float = BALANCE_WEIGHT) -> Any:
+    """Train a mixture in place."""
+    trainer = type("Trainer", (BtxTrainer,), {"balance_weight": weight})
+    train_btx(as_fused(mixture), recipe, rows(), folder, progress, trainer)
+    return mixture
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
 def test_training_moves_everything_and_lowers_the_loss(tmp_path):
     model = build_btx(three())
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    before = weights(model)
     start = group_losses(SpecialistGroup(model, ["btx"]), rows(), 72)
-    train_btx(model, rows(), tmp_path, steps=15, rows_per_domain=2, lr=0.01)
+    train(model, tmp_path, recipe(steps=15))
     end = group_losses(SpecialistGroup(model, ["btx"]), rows(), 72)
     assert sum(r.nats for r in end) < 0.5 * sum(r.nats for r in start)
     assert not [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 16)) and {line["stage"] for line in lines} == {"btx"}
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 16)) and {line["stage"] for line in lines} == {"joint"}
     assert lines[-1]["loss"] < lines[0]["loss"]
-    assert all(layer.scores is None for layer in routed(train_free(model)))
-
-
-def train_free(model: Any) -> Any:
-    """After a forward pass outside training nothing is kept."""
+    model.eval()
     with torch.no_grad():
         model(IDS)
-    return model
+    assert all(layer.scores is None for layer in routed(model))  # outside training nothing is kept
+
+
+@pytest.mark.parametrize("rows_per_device", [8, 1])
+def test_training_equals_a_plain_loop(tmp_path, rows_per_device):
+    """Logits of transformers, cross entropy row by row, all rows of a batch at once, the balance loss of the batches."""
+    mixture, oracle, data = build_btx(three()), build_btx(three()).train(), rows()
+    train(mixture, tmp_path, recipe(rows_per_device=rows_per_device), weight=0.5)
+    lengths = [row.num_tokens for row in data]
+    sampler = BalancedBatchSampler([row.domain for row in data], 2, 5, rows_per_device=rows_per_device, lengths=lengths)
+    batches = iter(sampler)
+    optimizer = torch.optim.AdamW(oracle.parameters(), weight_decay=0.0)
+    for step in range(5):
+        optimizer.param_groups[0]["lr"] = 0.01 * 0.5 * (1 + math.cos(math.pi * step / 5))
+        nats: dict[str, list[torch.Tensor]] = {"text": [], "code": []}
+        balance = []
+        for indices in (next(batches) for _ in range(sampler.num_accumulation)):
+            micro = [data[i] for i in indices]
+            longest = max(row.num_tokens for row in micro)
+            ids = torch.tensor([[*row.input_ids[0], *[0] * (longest - row.num_tokens)] for row in micro])
+            logits = oracle(ids).logits
+            for row, row_logits in zip(micro, logits, strict=True):
+                predicted = row_logits[list(row.response_index[0])]
+                nats[row.domain].append(
+                    nn.functional.cross_entropy(predicted, torch.tensor(row.labels), reduction="none")
+                )
+            mask = torch.tensor([[t < row.num_tokens for t in range(longest)] for row in micro])
+            balance.append(balance_loss(oracle, mask))
+        loss = torch.cat([each for domain in nats.values() for each in domain]).mean()
+        optimizer.zero_grad()
+        (loss + 0.5 * torch.stack(balance).mean()).backward()
+        nn.utils.clip_grad_norm_(oracle.parameters(), 1.0)
+        optimizer.step()
+        line = metrics(tmp_path)[step]
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        for domain, each in nats.items():
+            assert line[f"loss/{domain}"] == pytest.approx(torch.cat(each).mean().item(), rel=1e-4)
+    for name, parameter in mixture.named_parameters():
+        torch.testing.assert_close(parameter, dict(oracle.named_parameters())[name], atol=2e-3, rtol=1e-2, msg=name)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop):
+    """Dropout draws random numbers, which a resumed run must draw alike."""
+
+    def fresh() -> Any:
+        return build_btx(three(attention_dropout=0.3))
+
+    saving = recipe().model_copy(update={"save_every": 2})
+    uninterrupted = train(fresh(), tmp_path / "uninterrupted", saving)
+    with pytest.raises(Interruption):
+        train(fresh(), tmp_path / "resumed", saving, progress=StopAt("joint", stop))
+    resumed = train(fresh(), tmp_path / "resumed", saving)
+    ours, reference = weights(resumed), weights(uninterrupted)
+    assert [name for name in ours if not torch.equal(ours[name], reference[name])] == []
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "uninterrupted")
+
+
+def test_a_finished_run_is_loaded(tmp_path):
+    first = train(build_btx(three()), tmp_path, recipe())
+    lines = metrics(tmp_path)
+    again = train(build_btx(three()), tmp_path, recipe(), progress=StopAt("joint", 1))
+    ours, reference = weights(again), weights(first)
+    assert [name for name in ours if not torch.equal(ours[name], reference[name])] == []
+    assert metrics(tmp_path) == lines
 
 
 def test_the_balance_loss_can_be_left_out(tmp_path):
-    weights = {}
+    routers = {}
     for weight in (0.0, 0.01):
-        model = build_btx(three())
-        train_btx(model, rows(), tmp_path / str(weight), steps=2, rows_per_domain=1, lr=0.01, balance_weight=weight)
-        weights[weight] = routed(model)[0].router.weight
-    assert not torch.equal(weights[0.0], weights[0.01])
+        model = train(build_btx(three()), tmp_path / str(weight), recipe(steps=2), weight=weight)
+        routers[weight] = routed(model)[0].router.weight
+    assert not torch.equal(routers[0.0], routers[0.01])
+
+
+def test_the_weights_keep_their_type(tmp_path):
+    """They are trained in float32, since AdamW's small steps vanish in bfloat16."""
+    model = build_btx(three()).to(torch.bfloat16)
+    before = weights(model)
+    train(model, tmp_path, recipe(steps=1))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 # ---------------------------------------------------------------- files

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -34,43 +34,40 @@ class Btx(TrainedSystem):
         return ["joint"]
 
     def build(self, workspace: Workspace) -> int:
-        from ultrafuser.compare.systems.btx_model import build_btx, save_btx, train_btx
+        from ultrafuser.compare.systems.btx_model import as_fused, build_btx, save_btx, train_btx
         from ultrafuser.compare.workspace import only_model
         from ultrafuser.data.templates import Renderer
 
         folder, recipe = workspace.system_folder(self.id), self.run_recipe(workspace)
-        stage: Any = recipe.stages[0]
         specialists = [workspace.load_specialist(specialist) for specialist in recipe.specialists]
-        renderer: Any = specialists[0].renderer
-        first = Renderer(renderer.tokenizer, renderer.chat_templates[:1], recipe.data.max_length)
-        model = build_btx([only_model(loaded) for loaded in specialists], seed=workspace.settings.seed)
+        renderer = specialists[0].renderer
+        assert renderer is not None  # no endpoint
+        tokenizer = renderer.tokenizer
+        tokenizer.chat_template = renderer.chat_templates[0]  # it is trained in the first specialist's template
+        mixture = build_btx([only_model(loaded) for loaded in specialists], seed=workspace.settings.seed)
         del specialists
-        dtype = model.dtype
-        model.float()  # AdamW's small steps vanish in bfloat16
-        train_btx(
-            model, workspace.rows("train", first), folder / "run",
-            steps=stage.steps, rows_per_domain=stage.samples_per_domain, lr=stage.specialist_lr or stage.lr,
-            rows_per_pass=stage.rows_per_device or 8, seed=workspace.settings.seed, vocab_size=len(renderer.tokenizer),
-            weight_decay=stage.weight_decay, max_grad_norm=stage.max_grad_norm or float("inf"),
-            save_every=recipe.save_every, progress=workspace.progress,
-        )  # fmt: skip
-        save_btx(model.to(dtype), folder / "model")
-        renderer.tokenizer.chat_template = renderer.chat_templates[0]  # the one that it was trained in
-        renderer.tokenizer.save_pretrained(folder / "model")
-        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+        model = as_fused(mixture, self.id, vocab_size=len(tokenizer))
+        rows = workspace.rows("train", Renderer(tokenizer, [tokenizer.chat_template], recipe.data.max_length))
+        train_btx(model, recipe, rows, folder / "run", workspace.progress)
+        save_btx(mixture, folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        return sum(parameter.numel() for parameter in mixture.parameters())
 
     def load(self, workspace: Workspace) -> LoadedSystem:
         from transformers import AutoTokenizer
 
         from ultrafuser.compare.loaded import load_model
-        from ultrafuser.compare.systems.btx_model import load_btx, wrap_btx
+        from ultrafuser.compare.systems.btx_model import as_fused, load_btx
         from ultrafuser.evaluate.lm.parameters import count_parameters
         from ultrafuser.specialists import pick_device
 
         folder = workspace.system_folder(self.id) / "model"
-        model, tokenizer = load_btx(folder), AutoTokenizer.from_pretrained(folder)
-        model.to(pick_device(workspace.settings.device))
-        fused = wrap_btx(model, tokenizer, self.id, folder)
-        loaded = load_model(workspace, workspace.load_model(fused, tokenizer, self.id, folder), folder / "features")
-        loaded.parameters, loaded.traces = count_parameters(model), None
+        mixture, tokenizer = load_btx(folder), AutoTokenizer.from_pretrained(folder)
+        mixture.to(pick_device(workspace.settings.device))
+        template = tokenizer.chat_template
+        model = as_fused(mixture, self.id, vocab_size=len(tokenizer), chat_template=template, folder=str(folder))
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        loaded = load_model(workspace, workspace.load_model(model, tokenizer, self.id, folder), folder / "features")
+        loaded.parameters = count_parameters(mixture)
         return loaded

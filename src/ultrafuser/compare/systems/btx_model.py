@@ -21,10 +21,8 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
-from ultrafuser.compare.systems.tuning import tune
 from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import CheckpointError, UltraFuserError
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
@@ -32,6 +30,10 @@ from ultrafuser.model.manifest import SpecialistEntry
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.saving import atomic_directory
 from ultrafuser.model.shared_base import SpecialistGroup
+from ultrafuser.progress import Progress
+from ultrafuser.recipe import Recipe
+from ultrafuser.train.stages import StageRun, run_stage
+from ultrafuser.train.trainer import FusionTrainer
 
 WEIGHTS_FILE, FACTS_FILE = "btx.safetensors", "btx.json"
 BALANCE_WEIGHT = 0.01  # of the load-balancing loss, as in the paper
@@ -98,17 +100,37 @@ def build_btx(models: Sequence[PreTrainedModel], *, top_k: int = 2, seed: int = 
     return merged.eval()
 
 
-def train_btx(model: PreTrainedModel, rows: Sequence[Rendered], folder: Path, **options: Any) -> PreTrainedModel:
-    """Train all of it on response tokens, with the paper's load-balancing loss; see `tuning.tune` for the options.
+class BtxTrainer(FusionTrainer):
+    """Adds the load-balancing loss of the paper."""
+
+    balance_weight = BALANCE_WEIGHT
+
+    def extra_loss(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        ids, index = inputs["specialist_input_ids"][:, 0], inputs["response_index"][:, 0]
+        lengths = index.amax(1, keepdim=True) + 1  # a row ends with the token that predicts the last response token
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths  # (B, T)
+        return self.balance_weight * balance_loss(self.model, mask)
+
+
+def train_btx(
+    model: UltraFuserForCausalLM,
+    recipe: Recipe,
+    rows: Sequence[Rendered],
+    folder: Path,
+    progress: Progress | None = None,
+    trainer: type[BtxTrainer] = BtxTrainer,
+) -> None:
+    """Train all weights in place by the recipe's joint stage, on balanced batches; an interrupted run is resumed.
 
     Args:
-        folder: of checkpoints and metrics; a run that was interrupted goes on from there, a finished one is loaded.
-        balance_weight: of the load-balancing loss (default 0.01; 0: none).
+        model: of `as_fused`.
+        folder: of checkpoints and metrics.
     """
-    weight = options.pop("balance_weight", BALANCE_WEIGHT)
-    options.setdefault("stage", "btx")
-    extra = None if weight == 0 else lambda mask: weight * balance_loss(model, mask)
-    return tune(model, rows, folder, extra_loss=extra, **options)
+    stage = next(stage for stage in recipe.stages if stage.name == "joint").model_copy(update={"specialists": "full"})
+    recipe = recipe.model_copy(update={"balanced": True})
+    run_stage(
+        StageRun(model, stage, recipe, rows, [], folder / "1-joint", progress=progress or Progress(), trainer=trainer)
+    )
 
 
 def balance_loss(model: nn.Module, mask: torch.Tensor) -> torch.Tensor:
@@ -172,22 +194,29 @@ def load_btx(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def wrap_btx(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, folder: Path
+def as_fused(
+    model: PreTrainedModel,
+    name: str = "btx",
+    *,
+    vocab_size: int | None = None,
+    chat_template: str = "",
+    folder: str = "",
 ) -> UltraFuserForCausalLM:
-    """The mixture as a fused model of one specialist, which `evaluate` measures."""
+    """The mixture as a fused model of one specialist, which is how it is trained and measured.
+
+    Args:
+        vocab_size: rows of the output layer that count; by default all.
+        folder: its checkpoint.
+    """
     entry: SpecialistEntry = {
         "name": name,
         "domain": name,
-        "source": {"model": str(folder)},
+        "source": {"model": folder},
         "config": model.config.to_dict(),
-        "chat_template": tokenizer.chat_template,
+        "chat_template": chat_template,
     }
-    config = UltraFuserConfig([entry], vocab_size=len(tokenizer))
-    fused = UltraFuserForCausalLM(config, [SpecialistGroup(model, [name])]).eval()
-    fused.generation_config.eos_token_id = tokenizer.eos_token_id
-    fused.generation_config.pad_token_id = tokenizer.pad_token_id
-    return fused
+    config = UltraFuserConfig([entry], vocab_size=vocab_size or model.config.vocab_size)
+    return UltraFuserForCausalLM(config, [SpecialistGroup(model, [name])]).eval()
 
 
 def _layers(model: PreTrainedModel) -> Any:
