@@ -39,6 +39,7 @@ TASKS = {
     "math": {"metric": "exact_match", "higher_is_better": True, "description": "Competition maths."},
     "humaneval": {"metric": "pass@1", "higher_is_better": True, "description": "Python functions, run with tests."},
 }
+KIND_LABELS = {"merge": "merged", "best_of": "best of n"}
 # Measured on all rows of the zoo. Name -> kind and label.
 MEASURED = {
     "base": ("base", "base"),
@@ -624,7 +625,7 @@ def many(results: dict[str, Any]) -> dict[str, Any]:
                 "<h2>Ablations</h2>",
                 "<h2>Failures</h2>",
                 "failed:",
-                "a classifier",
+                "A classifier",
             ],
             ["<h2>Quality</h2>", "Against the best specialist"],
         ),

@@ -288,7 +288,11 @@ def _system(system: SystemResult, numbers: _Numbers, rivals: Mapping[str, Mappin
         peak_memory_mb=found.peak_memory_mb,
         parameters=Parameters(**found.parameters, trained=trained) if found.parameters else None,
         chosen=found.chosen,
-        seconds={"build": system.build_seconds, "measure": found.seconds},
+        seconds={
+            phase: seconds
+            for phase, seconds in (("build", system.build_seconds), ("measure", found.seconds))
+            if seconds
+        },
     )
 
 

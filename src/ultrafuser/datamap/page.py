@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ultrafuser.datamap.layout import NAMES, Point
-from ultrafuser.display.drawing import TEXT, draw_legend, finished, inset, legend_shape, new_figure
+from ultrafuser.display.drawing import TEXT, draw_legend, finished, legend_shape, new_figure
 from ultrafuser.display.page import Cell, Html, Note, Row, Table, page, render, text_file
 from ultrafuser.display.palette import domain_colours
 from ultrafuser.inspect.trace import printable
@@ -31,7 +31,7 @@ def map_figure(points: Sequence[Point]) -> Figure:
     shades = domain_colours(domains, [])
     columns, legend_height = legend_shape(domains, 7.0)
     figure = new_figure(7.5, 6.6 + legend_height)
-    axes = figure.add_axes(inset(figure, left=0.15, right=0.15, bottom=0.15, top=0.3 + legend_height))
+    axes = figure.subplots()
     from matplotlib.lines import Line2D
 
     size = float(np.clip(9000 / max(len(points), 1), 3, 30))  # square points
@@ -51,7 +51,7 @@ def map_figure(points: Sequence[Point]) -> Figure:
         Line2D([], [], marker="o", linestyle="", markersize=TEXT * 0.7, color=shade, label=domain)
         for domain, shade in shades.items()
     ]
-    draw_legend(figure, handles, columns, 0.2, figure.get_figheight() - 0.1)
+    draw_legend(figure, handles, columns=columns)
     return finished(figure)
 
 

@@ -23,6 +23,15 @@ _CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--pape
 
 WIDTH = 9.0  # inches: one point is close to 1.5 pixels in the report's column
 TEXT, SMALL = 9.5, 8.5  # points
+LEGEND_STYLE: dict[str, Any] = {
+    "fontsize": TEXT,
+    "labelcolor": INK,
+    "frameon": False,
+    "handlelength": 1.0,
+    "handleheight": 0.9,
+    "handletextpad": 0.5,
+    "columnspacing": 1.6,
+}
 
 
 def matplotlib_module() -> Any:
@@ -34,12 +43,18 @@ def matplotlib_module() -> Any:
     return matplotlib
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
+def new_figure(width: float, height: float, *, fixed: bool = False) -> Figure:
+    """An empty figure, in inches.
+
+    Args:
+        fixed: leave all axes where they are put. Otherwise axes of `subplots` make room for labels and legends.
+    """
     matplotlib_module()
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=(width, height))
+    layout = None if fixed else ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.02, hspace=0.03)
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def finished(figure: Figure) -> Figure:
@@ -49,12 +64,6 @@ def finished(figure: Figure) -> Figure:
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     return figure
-
-
-def inset(figure: Figure, *, left: float, right: float, bottom: float, top: float) -> tuple[float, float, float, float]:
-    """A rectangle for `add_axes`, from its four margins in inches."""
-    width, height = figure.get_size_inches()
-    return left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height
 
 
 def plain_axes(axes: Axes, *, spines: Sequence[str] = ()) -> None:
@@ -86,30 +95,15 @@ def name_width(names: Sequence[str]) -> float:
     return 0.085 * max((len(name) for name in names), default=0)
 
 
-def legend_shape(names: Sequence[str], width: float) -> tuple[int, float]:
+def legend_shape(names: Sequence[str], width: float = WIDTH - 1) -> tuple[int, float]:
     """How many columns of a legend fit into a width, and how high the legend gets; in inches."""
     columns = max(1, min(len(names), int(width / (name_width(names) + 0.4))))
     return columns, 0.21 * -(-len(names) // columns)
 
 
-def draw_legend(figure: Figure, handles: Sequence[Any], columns: int, x: float, y: float) -> None:
-    """A legend with its upper left corner at (x, y), in inches from the figure's lower left corner."""
-    width, height = figure.get_size_inches()
-    figure.legend(
-        handles=list(handles),
-        loc="upper left",
-        bbox_to_anchor=(x / width, y / height),
-        ncols=columns,
-        fontsize=TEXT,
-        labelcolor=INK,
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.0,
-        handleheight=0.9,
-        handletextpad=0.5,
-        columnspacing=1.6,
-    )
+def draw_legend(figure: Figure, handles: Sequence[Any], *, columns: int, loc: Any = "outside upper left") -> None:
+    """A legend beside the axes, above them by default."""
+    figure.legend(handles=list(handles), loc=loc, ncols=columns, **LEGEND_STYLE)
 
 
 def svg(figure: Figure, *, themed: bool = True) -> str:

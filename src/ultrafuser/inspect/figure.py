@@ -9,14 +9,14 @@ from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ultrafuser.display.drawing import (
     INK,
+    LEGEND_STYLE,
     MUTED,
     SMALL,
     TEXT,
-    draw_legend,
     finished,
     legend_shape,
     matplotlib_module,
@@ -56,15 +56,23 @@ def trace_figure(trace: TokenTrace) -> Figure:
     width = _LEFT + text_width + _RIGHT
     head = 0.1 + num_headings * _HEADING + legend_height + _GAP / 2
     height = head + text_height + _GAP + _STRIP + _FOOT
-    figure = new_figure(width, height)
-    legend_top = _headings(figure, trace, height)
-    patches = [Patch(color=colour(k), label=label) for k, label in enumerate(labels)]
-    draw_legend(figure, patches, columns, _LEFT, legend_top)
+    figure = new_figure(width, height, fixed=True)
+    _headings(figure, trace, height)
 
     def axes_at(bottom: float, tall: float) -> Axes:
         return figure.add_axes((_LEFT / width, bottom / height, text_width / width, tall / height))
 
-    _response(axes_at(_FOOT + _STRIP + _GAP, text_height), trace, lines)
+    response = axes_at(_FOOT + _STRIP + _GAP, text_height)
+    _response(response, trace, lines)
+    patches = [Patch(color=colour(k), label=label) for k, label in enumerate(labels)]
+    legend_bottom = 1 + _GAP / 2 / text_height
+    anchor: dict[str, Any] = {
+        "loc": "lower left",
+        "bbox_to_anchor": (0, legend_bottom),
+        "borderpad": 0,
+        "borderaxespad": 0,
+    }
+    response.legend(handles=patches, ncols=columns, **LEGEND_STYLE, **anchor)
     _weights_strip(axes_at(_FOOT, _STRIP), trace)
     return finished(figure)
 
@@ -118,17 +126,15 @@ def _legend_labels(trace: TokenTrace) -> list[str]:
     return [printable(name) + (f"  {means[name]:.2f}" if means else "") for name in trace.specialists]
 
 
-def _headings(figure: Figure, trace: TokenTrace, height: float) -> float:
-    """Title and prompt; returns the height in inches at which they end."""
-    left, y = _LEFT / figure.get_figwidth(), height - 0.1
+def _headings(figure: Figure, trace: TokenTrace, height: float) -> None:
+    """Title and prompt, at the top."""
+    x, y = _LEFT / figure.get_figwidth(), height - 0.1
     if trace.title:
-        figure.text(left, y / height, printable(trace.title), size=11, weight="bold", color=INK, va="top")
+        figure.text(x, y / height, printable(trace.title), size=11, weight="bold", color=INK, va="top")
         y -= _HEADING
     if trace.prompt:
         prompt = shorten(printable(trace.prompt), 105, placeholder=" …")
-        figure.text(left, y / height, prompt, size=TEXT, style="italic", color=MUTED, va="top")
-        y -= _HEADING
-    return y
+        figure.text(x, y / height, prompt, size=TEXT, style="italic", color=MUTED, va="top")
 
 
 def _response(axes: Axes, trace: TokenTrace, lines: list[list[tuple[int, int, str, int]]]) -> None:

@@ -13,10 +13,8 @@ from ultrafuser.display.drawing import (
     WIDTH,
     draw_legend,
     finished,
-    inset,
     legend_shape,
     name_rows,
-    name_width,
     new_figure,
     plain_axes,
 )
@@ -36,25 +34,23 @@ def weights_by_domain(gate_weights: Mapping[str, Mapping[str, float]]) -> Figure
         DataError: no domains, or domains that name different specialists.
     """
     domains, specialists = _domains_and_specialists(gate_weights, "weights_by_domain")
-    margin = _left_margin(domains)
-    columns, legend_height = legend_shape(specialists, WIDTH - margin)
+    columns, legend_height = legend_shape(specialists)
     figure = new_figure(WIDTH, 0.6 + legend_height + 0.42 * len(domains))
-    axes = figure.add_axes(inset(figure, left=margin, right=0.15, bottom=0.42, top=0.18 + legend_height))
-    left = [0.0] * len(domains)
+    axes = figure.subplots()
+    starts = [0.0] * len(domains)
     for name, shade in colours(specialists).items():
         widths = [gate_weights[domain][name] for domain in domains]
-        axes.barh(range(len(domains)), widths, left=left, height=0.72, color=shade, label=name)
-        for row, (start, size) in enumerate(zip(left, widths, strict=True)):
-            if size >= 0.045:  # narrower than its number
-                middle = start + size / 2
-                axes.text(middle, row, f"{size:.2f}", ha="center", va="center", size=TEXT, color=ink_on(shade))
-        left = [start + size for start, size in zip(left, widths, strict=True)]
+        bars = axes.barh(range(len(domains)), widths, left=starts, height=0.72, color=shade, label=name)
+        numbers = [
+            f"{width:.2f}" if width >= 0.045 else "" for width in widths
+        ]  # below, the bar is narrower than its number
+        axes.bar_label(bars, numbers, label_type="center", size=TEXT, color=ink_on(shade))
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
     axes.set(xlim=(0, 1), ylim=(len(domains) - 0.5, -0.5))
     axes.set_xlabel("mean gate weight on the data of each domain", size=SMALL, color=MUTED)
     plain_axes(axes)
     name_rows(axes, domains)
-    handles, _ = axes.get_legend_handles_labels()
-    draw_legend(figure, handles, columns, margin, figure.get_figheight() - 0.08)
+    draw_legend(figure, axes.get_legend_handles_labels()[0], columns=columns)
     return finished(figure)
 
 
@@ -72,14 +68,11 @@ def weights_heatmap(sample_weights: Mapping[str, Sequence[Mapping[str, float]]])
     every = {f"{d} {n}": sample for d, samples in sample_weights.items() for n, sample in enumerate(samples)}
     _, specialists = _domains_and_specialists(every, "weights_heatmap")
 
-    figure = new_figure(WIDTH, 0.85 + 0.36 * len(specialists))
-    left, bottom, width, height = inset(figure, left=_left_margin(specialists), right=0.95, bottom=0.32, top=0.3)
     # A domain of few samples is widened until its name fits above it.
-    sizes = [max(len(samples), 0.12 * len(every)) for samples in sample_weights.values()]
-    gap = 0.01 * width
-    unit = (width - gap * (len(sizes) - 1)) / sum(sizes)
-    for (domain, samples), size in zip(sample_weights.items(), sizes, strict=True):
-        axes = figure.add_axes((left, bottom, unit * size, height))
+    widths = [max(len(samples), 0.12 * len(every)) for samples in sample_weights.values()]
+    figure = new_figure(WIDTH, 0.85 + 0.36 * len(specialists))
+    panels = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    for axes, (domain, samples) in zip(panels, sample_weights.items(), strict=True):
         image = axes.imshow(
             [[sample[name] for sample in samples] for name in specialists],
             aspect="auto",
@@ -92,28 +85,21 @@ def weights_heatmap(sample_weights: Mapping[str, Sequence[Mapping[str, float]]])
         axes.set_xlabel(f"{len(samples)} sample{'s' * (len(samples) > 1)}", size=SMALL, color=MUTED)
         axes.set_xticks([])
         plain_axes(axes)
-        name_rows(axes, specialists if axes is figure.axes[0] else [""] * len(specialists))
-        left += unit * size + gap
-    bar_axes = figure.add_axes((1 - 0.78 / WIDTH, bottom, 0.14 / WIDTH, height))
-    bar = figure.colorbar(image, cax=bar_axes, ticks=[0, 0.5, 1])
+        name_rows(axes, specialists if axes is panels[0] else [""] * len(specialists))
+    bar = figure.colorbar(image, ax=panels, ticks=[0, 0.5, 1], pad=0.01, aspect=12)
     bar.set_label("gate weight", size=SMALL, color=MUTED)
-    plain_axes(bar_axes)
+    plain_axes(bar.ax)
     return finished(figure)
 
 
-def _domains_and_specialists(table: Mapping[str, Mapping[str, float]], what: str) -> tuple[list[str], list[str]]:
+def _domains_and_specialists(table: Mapping[str, Mapping[str, float]], caller: str) -> tuple[list[str], list[str]]:
     if not table:
-        raise DataError(f"{what}: no domains; expected at least one")
+        raise DataError(f"{caller}: no domains; expected at least one")
     first, *rest = table
     for name in rest:
         if set(table[name]) != set(table[first]):
             raise DataError(
-                f"{what}: {name!r} has weights of {sorted(table[name])}, expected {sorted(table[first])} "
+                f"{caller}: {name!r} has weights of {sorted(table[name])}, expected {sorted(table[first])} "
                 f"as in {first!r}"
             )
     return list(table), list(table[first])
-
-
-def _left_margin(names: Sequence[str]) -> float:
-    """Inches left of a y axis that names its rows."""
-    return max(1.15, 0.15 + name_width(names))

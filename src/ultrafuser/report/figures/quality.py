@@ -18,7 +18,6 @@ from ultrafuser.display.drawing import (
     TEXT,
     WIDTH,
     finished,
-    inset,
     interval_point,
     name_rows,
     name_width,
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NAME = 32  # characters of a system's name in a figure; tables have all of it
-_KIND = 0.8  # inches of the column that names the kinds
+_KIND_WIDTH = 0.8  # inches of the column that names the kinds
 ROW = 0.235  # inches of a system's row
 _OFF_SCALE = 2.0  # losses above so many medians are marked at the edge, so that the others keep their room
 
@@ -68,23 +67,18 @@ def off_scale(comparison: Comparison, column: Column) -> float:
 def quality(comparison: Comparison, columns: Sequence[Column]) -> Figure:
     """A panel a column, a row a system, grouped by kind; points with 95% intervals."""
     rows = system_rows(comparison, columns)
-    labels = [short(comparison.label(name)) for name in rows]
-    left = row_margin(labels)
-    across = max(1, min(len(columns), 6, int((WIDTH - left) / 1.15)))
+    across = max(1, min(len(columns), 6, int((WIDTH - _margin(comparison, rows)) / 1.15)))
     down = -(-len(columns) // across)
     across = -(-len(columns) // down)
-    tall = ROW * (max(rows.values()) + 1.2)
-    figure = new_figure(WIDTH, down * (tall + 0.62) + 0.3)
-    high = figure.get_figheight()
+    figure = new_figure(WIDTH, down * (ROW * (max(rows.values()) + 1.2) + 0.55) + 0.3)
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
-    figure.subplots_adjust(left / WIDTH, 0.5 / high, 1 - 0.1 / WIDTH, 1 - 0.28 / high, wspace=0.2, hspace=0.62 / tall)
     for axes in grid.flat[len(columns) :]:
         axes.set_visible(False)
     for axes, column in zip(grid.flat, columns, strict=False):
         _points(axes, comparison, column, rows)
     for axes in grid[:, 0]:
-        name_systems(axes, comparison, rows, left)
-    figure.supxlabel(_direction(columns), size=SMALL, color=MUTED, y=0.06 / high, va="bottom")
+        name_systems(axes, comparison, rows)
+    figure.supxlabel(_direction(columns), size=SMALL, color=MUTED)
     return finished(figure)
 
 
@@ -113,11 +107,9 @@ def quality_and_cost(comparison: Comparison) -> Figure | None:
     inside = [loss[name] for name in names if loss[name] <= limit]
     edge = max(inside) + 0.12 * (max(inside) - min(inside))
     labels = {n: short(comparison.label(n)) + (f" ({loss[n]:.3g})" if loss[n] > limit else "") for n in names}
-    right = 0.45 + name_width(list(labels.values()))
-    figure = new_figure(WIDTH, max(3.6, 0.8 + 0.2 * len(names)))
-    high = figure.get_figheight()
+    height = max(3.6, 0.8 + 0.2 * len(names))
+    figure = new_figure(WIDTH, height)
     grid = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
-    figure.subplots_adjust(0.75 / WIDTH, 0.55 / high, 1 - right / WIDTH, 1 - 0.15 / high, wspace=0.1)
     shades = system_colours(comparison, names)
     for axes, (label, found) in zip(grid, points.items(), strict=True):
         _front(axes, [point for point in found.values() if point[1] <= limit], more="more" in label)
@@ -133,7 +125,7 @@ def quality_and_cost(comparison: Comparison) -> Figure | None:
         axes.grid(color=RULE, linewidth=0.5)
         axes.set_axisbelow(True)
     grid[0].set_ylabel("mean loss, nats per token (less is better)", size=SMALL, color=MUTED)
-    _name_points(grid[-1], [(labels[n], shades[n], min(loss[n], edge)) for n in names], high - 0.7)
+    _name_points(grid[-1], [(labels[n], shades[n], min(loss[n], edge)) for n in names], height - 0.7)
     return finished(figure)
 
 
@@ -148,10 +140,8 @@ def loss_matrix(comparison: Comparison) -> Figure | None:
     least = [min((line[k] for line in table if math.isfinite(line[k])), default=math.nan) for k in range(len(domains))]
     excess = [[value - low for value, low in zip(line, least, strict=True)] for line in table]
     labels = [short(comparison.label(name)) for name in names]
-    left = max(1.15, 0.2 + name_width(labels))
-    width = min(WIDTH - left - 1.0, 1.25 * len(domains))
     figure = new_figure(WIDTH, 0.7 + 0.4 * len(names))
-    axes = figure.add_axes(inset(figure, left=left, right=WIDTH - left - width, bottom=0.1, top=0.6))
+    axes = figure.subplots()
     image = axes.imshow(excess, aspect="auto", cmap="viridis_r", vmin=0, interpolation="none")
     for row, line in enumerate(table):
         for k, value in enumerate(line):
@@ -164,12 +154,9 @@ def loss_matrix(comparison: Comparison) -> Figure | None:
     axes.tick_params(axis="x", labelsize=TEXT, labelcolor=INK)
     axes.set_title("loss on the data of", size=SMALL, color=MUTED, pad=5)
     name_rows(axes, labels)
-    bar_axes = figure.add_axes(
-        inset(figure, left=left + width + 0.15, right=WIDTH - left - width - 0.29, bottom=0.1, top=0.6)
-    )
-    bar = figure.colorbar(image, cax=bar_axes, ticks=few_ticks())
+    bar = figure.colorbar(image, ax=axes, ticks=few_ticks(), pad=0.015, aspect=10)
     bar.set_label("above the best", size=SMALL, color=MUTED)
-    plain_axes(bar_axes)
+    plain_axes(bar.ax)
     return finished(figure)
 
 
@@ -221,20 +208,25 @@ def panel(axes: Axes, rows: Mapping[str, float], main: str | None) -> None:
     plain_axes(axes, spines=("bottom",))
 
 
-def row_margin(labels: Sequence[str]) -> float:
-    """Inches for the names of kinds and systems."""
-    return _KIND + 0.15 + name_width(labels) * SMALL / TEXT * 0.9
-
-
-def name_systems(axes: Axes, comparison: Comparison, rows: Mapping[str, float], left: float) -> None:
-    """Name the rows, and each kind beside its first row; `left` are the inches of the margin."""
-    axes.set_yticks(list(rows.values()), [short(comparison.label(name)) for name in rows])
+def name_systems(axes: Axes, comparison: Comparison, rows: Mapping[str, float]) -> None:
+    """Name the rows, and each kind left of the names at its first row."""
+    names = [short(comparison.label(name)) for name in rows]
+    kinds = groupby(rows, key=lambda name: comparison.systems[name].kind_label)
+    first_rows = {rows[next(group)]: shorten(kind_label, 12, placeholder="…") for kind_label, group in kinds}
+    axes.yaxis.remove_overlapping_locs = False  # a kind and a system share a row
+    axes.set_yticks(list(rows.values()), names)
+    axes.set_yticks(list(first_rows), list(first_rows.values()), minor=True)
     axes.tick_params(axis="y", labelsize=SMALL, labelcolor=INK)
-    width = axes.get_position().width * WIDTH
-    for kind_label, group in groupby(rows, key=lambda name: comparison.systems[name].kind_label):
-        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "ha": "left", "va": "center", "size": SMALL}
-        name = shorten(kind_label, 12, placeholder="…")
-        axes.annotate(name, ((0.08 - left) / width, rows[next(group)]), color=MUTED, annotation_clip=False, **place)
+    axes.tick_params(
+        axis="y", which="minor", length=0, pad=72 * _margin(comparison, rows), labelsize=SMALL, labelcolor=MUTED
+    )
+    for label in axes.get_yticklabels(minor=True):
+        label.set_horizontalalignment("left")
+
+
+def _margin(comparison: Comparison, rows: Mapping[str, float]) -> float:
+    """Inches for the names of kinds and systems."""
+    return _KIND_WIDTH + 0.9 * SMALL / TEXT * name_width([short(comparison.label(name)) for name in rows])
 
 
 def _direction(columns: Sequence[Column]) -> str:
@@ -261,8 +253,8 @@ def _front(axes: Axes, points: Any, *, more: bool) -> None:
 def _name_points(axes: Axes, points: Sequence[tuple[str, str, float]], height: float) -> None:
     """Names right of the axes, moved apart where they would overlap; points: name, colour and rising loss."""
     low, high = axes.get_ylim()
-    wanted = [(loss - low) / (high - low) for _, _, loss in points]
-    for (name, shade, _), place, at in zip(points, spread(wanted, 0.19 / height), wanted, strict=True):
+    heights = [(loss - low) / (high - low) for _, _, loss in points]
+    for (name, shade, _), position, point_height in zip(points, spread(heights, 0.19 / height), heights, strict=True):
         arrow: dict[str, Any] = {
             "arrowstyle": "-",
             "color": shade,
@@ -273,8 +265,8 @@ def _name_points(axes: Axes, points: Sequence[tuple[str, str, float]], height: f
         }
         axes.annotate(
             name,
-            (1.0, at),
-            xytext=(1.0 + 0.3 / (axes.get_position().width * WIDTH), place),
+            (1.0, point_height),
+            xytext=(1.1, position),
             xycoords="axes fraction",
             textcoords="axes fraction",
             va="center",

@@ -17,13 +17,12 @@ from ultrafuser.display.drawing import (
     WIDTH,
     draw_legend,
     finished,
-    inset,
     legend_shape,
     new_figure,
 )
 from ultrafuser.display.palette import domain_colours
 from ultrafuser.report.data import MEAN, Column, Comparison
-from ultrafuser.report.figures.quality import ROW, name_systems, panel, row_margin, short, system_colours, system_rows
+from ultrafuser.report.figures.quality import ROW, name_systems, panel, short, system_colours, system_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,9 +44,7 @@ def radar(comparison: Comparison) -> Figure | None:
     scores = {name: [_relative(comparison, name, column) for column in columns] for name in names}
     low = max(0.0, math.floor(min(map(min, scores.values())) * 10 - 0.5) / 10)
     figure = new_figure(WIDTH, 4.7)
-    axes: PolarAxes = figure.add_axes(  # type: ignore[assignment]
-        inset(figure, left=1.35, right=WIDTH - 4.95, bottom=0.55, top=0.55), projection="polar"
-    )
+    axes: Any = figure.subplots(subplot_kw={"projection": "polar"})
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
     angles = [2 * math.pi * k / len(columns) for k in range(len(columns))]
@@ -61,7 +58,7 @@ def radar(comparison: Comparison) -> Figure | None:
     axes.set_ylim(low, max(1.02, max(map(max, scores.values())) * 1.02))
     _spokes(axes, comparison, columns, angles)
     handles, _ = axes.get_legend_handles_labels()
-    draw_legend(figure, handles[::-1], 1, 6.4, 0.5 * (4.7 + 0.23 * len(names)))
+    draw_legend(figure, handles[::-1], columns=1, loc="outside right center")
     return finished(figure)
 
 
@@ -75,11 +72,9 @@ def relative_bars(comparison: Comparison) -> Figure | None:
     }
     if not columns or not any(scores.values()):
         return None
-    labels = [short(comparison.label(name)) for name in rows]
-    left = row_margin(labels)
-    marks, key_height = legend_shape([column.heading for column in columns], WIDTH - left)
-    figure = new_figure(WIDTH, 0.75 + key_height + ROW * (max(rows.values()) + 1.2))
-    axes = figure.add_axes(inset(figure, left=left, right=0.15, bottom=0.5, top=0.2 + key_height))
+    legend_columns, legend_height = legend_shape([column.heading for column in columns])
+    figure = new_figure(WIDTH, 0.75 + legend_height + ROW * (max(rows.values()) + 1.2))
+    axes = figure.subplots()
     shades = _column_colours(comparison, columns)
     bars = system_colours(
         comparison, [name for name in rows if name in (*comparison.specialist_systems, comparison.main)]
@@ -105,8 +100,8 @@ def relative_bars(comparison: Comparison) -> Figure | None:
     panel(axes, rows, comparison.main)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel(f"relative to {_reference(comparison)} (100%); further right is better", size=SMALL, color=MUTED)
-    name_systems(axes, comparison, rows, left)
-    draw_legend(figure, _keys(columns, shades), marks, left, figure.get_figheight() - 0.06)
+    name_systems(axes, comparison, rows)
+    draw_legend(figure, _keys(columns, shades), columns=legend_columns)
     return finished(figure)
 
 

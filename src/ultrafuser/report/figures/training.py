@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ultrafuser.display.drawing import (
     INK,
+    LEGEND_STYLE,
     MUTED,
     RULE,
     SMALL,
@@ -16,9 +17,7 @@ from ultrafuser.display.drawing import (
     WIDTH,
     draw_legend,
     finished,
-    inset,
     legend_shape,
-    name_width,
     new_figure,
     plain_axes,
 )
@@ -36,16 +35,16 @@ Rows = Sequence[Mapping[str, Any]]
 
 def training_losses(comparison: Comparison) -> Figure | None:
     """Training loss over the steps of each stage, a panel a stage, a curve a system."""
-    runs = {name: found for name, rows in comparison.training.items() if (found := steps_by_stage(rows))}
+    runs = {name: steps for name, rows in comparison.training.items() if (steps := steps_by_stage(rows))}
     if not runs:
         return None
-    stages = list(dict.fromkeys(stage for found in runs.values() for stage in found))
-    panels = _axes_for(comparison, list(runs), len(stages))
+    stages = list(dict.fromkeys(stage for steps in runs.values() for stage in steps))
+    panels = _panels(comparison, list(runs), len(stages))
     shades = system_colours(comparison, list(runs))
     for stage, axes in zip(stages, panels, strict=True):
-        for name, found in runs.items():
-            if stage in found:
-                curve(axes, found[stage], "loss", shades[name], short(comparison.label(name)))
+        for name, steps in runs.items():
+            if stage in steps:
+                curve(axes, steps[stage], "loss", shades[name], short(comparison.label(name)))
         axes.set_xlabel(f"step of the {stage} stage", size=SMALL, color=MUTED)
     panels[0].set_ylabel("training loss, nats per token", size=SMALL, color=MUTED)
     return _with_legend(panels)
@@ -56,7 +55,7 @@ def stability_curves(comparison: Comparison) -> Figure | None:
     runs = {name: points for name, points in comparison.stability.items() if len(points) > 1}
     if not runs:
         return None
-    [axes] = _axes_for(comparison, list(runs))
+    [axes] = _panels(comparison, list(runs))
     for name, shade in system_colours(comparison, list(runs)).items():
         points = sorted((point.step, fmean(point.loss.values())) for point in runs[name])
         label = short(comparison.label(name))
@@ -84,33 +83,32 @@ def training_curves(metrics: Rows) -> Figure:
         raise DataError("training_curves: no row has both 'stage' and 'step'; pass the rows of metrics.jsonl")
     specialists = _suffixes(metrics, "gate_weight/")
     domains = _suffixes(metrics, "loss/") or _suffixes(metrics, "eval_loss/")
-    tall = {"loss": 2.2}  # inches of each panel
+    heights = {"loss": 2.2}  # inches of each panel
     if specialists:
-        tall["weight"] = 1.5
+        heights["weight"] = 1.5
     if any("gate_entropy" in row for row in metrics):
-        tall["entropy"] = 0.85
+        heights["entropy"] = 0.85
 
-    grid = _stage_grid(steps_of, tall, right=0.6 + name_width([*domains, *specialists, "mixed"]))
+    grid = _stage_grid(steps_of, heights)
     for axes, rows in zip(grid[0], steps_of.values(), strict=True):
         for domain, shade in (domain_colours(domains, specialists) or {"": INK}).items():
             suffix = f"/{domain}" if domain else ""
             curve(axes, rows, f"loss{suffix}", shade, domain or "all domains")
             _diamonds(axes, rows, f"eval_loss{suffix}", shade)
     _name_curves(grid[0], "loss, nats per token")
-    if "weight" in tall:
+    if "weight" in heights:
         for axes, rows in zip(grid[1], steps_of.values(), strict=True):
             for name, shade in colours(specialists).items():
                 curve(axes, rows, f"gate_weight/{name}", shade, name)
             axes.set_ylim(0, 1)
         _name_curves(grid[1], "mean gate weight")
-    if "entropy" in tall:
+    if "entropy" in heights:
         for axes, rows in zip(grid[-1], steps_of.values(), strict=True):
             curve(axes, rows, "gate_entropy", INK, "gate entropy")
             axes.set_ylim(bottom=0)
         _name_curves(grid[-1], "entropy, nats")
-    figure = grid[0, 0].figure
-    figure.align_ylabels(grid[:, 0])
-    return finished(figure)
+    grid[0, 0].figure.align_ylabels(grid[:, 0])
+    return finished(grid[0, 0].figure)
 
 
 def steps_by_stage(rows: Rows) -> dict[str, list[dict[str, float]]]:
@@ -131,7 +129,9 @@ def over_checkpoints(points: Sequence[Checkpoint], domains: Sequence[str]) -> di
     """Mean and sample standard deviation of each domain's loss, and of their mean, over the checkpoints."""
     series = {domain: [point.loss[domain] for point in points if domain in point.loss] for domain in domains}
     series[MEAN] = [fmean(point.loss.values()) for point in points]
-    return {name: (fmean(found), stdev(found) if len(found) > 1 else None) for name, found in series.items() if found}
+    return {
+        name: (fmean(losses), stdev(losses) if len(losses) > 1 else None) for name, losses in series.items() if losses
+    }
 
 
 def _loss(row: Mapping[str, Any]) -> float | None:
@@ -141,48 +141,41 @@ def _loss(row: Mapping[str, Any]) -> float | None:
     return fmean(losses) if losses and all(map(math.isfinite, losses)) else None
 
 
-def _axes_for(comparison: Comparison, names: Sequence[str], panels: int = 1) -> list[Axes]:
-    """Axes side by side under room for a legend of the systems."""
-    _, height = legend_shape([short(comparison.label(name)) for name in names], WIDTH - 1)
-    figure = new_figure(WIDTH, 3.3 + height)
-    left, bottom, width, tall = inset(figure, left=0.75, right=0.15, bottom=0.5, top=0.25 + height)
-    gap = 0.04 if panels > 1 else 0.0
-    each = (width - gap * (panels - 1)) / panels
-    out: list[Axes] = []
-    for number in range(panels):
-        axes = figure.add_axes((left + number * (each + gap), bottom, each, tall), sharey=out[0] if out else None)
+def _panels(comparison: Comparison, names: Sequence[str], count: int = 1) -> list[Axes]:
+    """Axes side by side, with room above for a legend of the systems."""
+    _, legend_height = legend_shape([short(comparison.label(name)) for name in names])
+    figure = new_figure(WIDTH, 3.3 + legend_height)
+    panels = list(figure.subplots(1, count, squeeze=False, sharey=True)[0])
+    for axes in panels:
         plain_axes(axes, spines=("bottom", "left"))
-        axes.tick_params(labelleft=not out)
         axes.grid(axis="y", color=RULE, linewidth=0.6)
         axes.locator_params(axis="x", integer=True)
-        out.append(axes)
-    return out
+    return panels
 
 
 def _with_legend(panels: Sequence[Axes]) -> Figure:
-    found = dict(pair for axes in panels for pair in zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    columns, _ = legend_shape(list(found), WIDTH - 1)
+    """The panels' figure with one legend of all curves."""
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure: Figure = panels[0].figure  # type: ignore[assignment]
-    handles = [found[label] for label in found]
-    draw_legend(figure, handles, columns, 0.75, figure.get_figheight() - 0.08)
+    draw_legend(figure, list(handles.values()), columns=legend_shape(list(handles))[0])
     return finished(figure)
 
 
-def _stage_grid(steps_of: Mapping[str, Rows], tall: Mapping[str, float], *, right: float) -> Any:
+def _stage_grid(steps_of: Mapping[str, Rows], heights: Mapping[str, float]) -> Any:
     """Axes, a row per panel and a column per stage, wide as the stage is long, within reason."""
     lengths = [len({row["step"] for row in rows}) for rows in steps_of.values()]
-    figure = new_figure(WIDTH, sum(tall.values()) + 0.28 * (len(tall) - 1) + 0.8)
-    high = figure.get_figheight()
+    figure = new_figure(WIDTH, sum(heights.values()) + 0.28 * (len(heights) - 1) + 0.8)
     grid = figure.subplots(
-        len(tall),
+        len(heights),
         len(steps_of),
         squeeze=False,
         sharex="col",
         sharey="row",
-        height_ratios=list(tall.values()),
+        height_ratios=list(heights.values()),
         width_ratios=[max(length, 0.45 * max(lengths)) for length in lengths],
     )
-    figure.subplots_adjust(0.75 / WIDTH, 0.45 / high, 1 - right / WIDTH, 1 - 0.32 / high, wspace=0.05)
     for number, (stage, axes) in enumerate(zip(steps_of, grid[0], strict=True), start=1):
         axes.set_title(f"stage {number}: {stage}", size=TEXT, weight="bold", color=INK, pad=6)
     for axes in grid[-1]:
@@ -198,14 +191,7 @@ def _name_curves(line: Sequence[Axes], label: str) -> None:
         plain_axes(axes, spines=("bottom", "left"))
         axes.grid(axis="y", color=RULE, linewidth=0.6)
     if len(line[-1].get_legend_handles_labels()[1]) > 1:
-        line[-1].legend(
-            loc="center left",
-            bbox_to_anchor=(1.02, 0.5),
-            frameon=False,
-            fontsize=TEXT,
-            handlelength=1.2,
-            labelcolor=INK,
-        )
+        line[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), **LEGEND_STYLE)
 
 
 def _suffixes(metrics: Rows, prefix: str) -> list[str]:
