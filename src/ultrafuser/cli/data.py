@@ -1,4 +1,4 @@
-"""`ultrafuser data ...`: look at data sets, clean them, split them, convert them."""
+"""`ultrafuser data`: count, map, clean, split, convert and validate data sets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ultrafuser.errors import DataError, RecipeError
 
 data_app = typer.Typer(
     name="data",
-    help="Data sets: count, map, decontaminate, deduplicate, split, convert and validate rows.",
+    help="Count, map, decontaminate, deduplicate, split, convert and validate the rows of data sets.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -27,19 +27,19 @@ Sources = Annotated[
         help="Rows: files (JSONL, JSON, CSV, Parquet), folders, globs, package:MODULE/FILE, hub ids.", metavar="DATA..."
     ),
 ]
-Domain = Annotated[str | None, typer.Option(help="The domain of all rows; default: each row's own.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace files that are there already.")]
-Report = Annotated[Path | None, typer.Option(help="Write the whole report as JSON, too.")]
+Domain = Annotated[str | None, typer.Option(help="Domain of all rows. Default: the domain that each row names.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+Report = Annotated[Path | None, typer.Option(help="Also write the full report to this JSON file.")]
 Cleaned = Annotated[
     Path | None,
     typer.Option(
-        "--output", "-o", help="The rows that are kept (.jsonl, .json, .csv, .parquet); default: only report."
+        "--output", "-o", help="Write the kept rows to this file (.jsonl, .json, .csv, .parquet). Default: only report."
     ),
 ]
-On = Annotated[str, typer.Option(help="What is compared: conversation, instructions or answers.")]
-Threshold = Annotated[float, typer.Option(help="Jaccard similarity from which on rows are near duplicates.")]
-Shingle = Annotated[int, typer.Option(min=1, help="Words in a row that make a shingle.")]
-ExactOnly = Annotated[bool, typer.Option("--exact-only", help="Leave near duplicates alone; needs no datasketch.")]
+On = Annotated[str, typer.Option(help="Messages to compare: conversation, instructions or answers.")]
+Threshold = Annotated[float, typer.Option(help="Lowest Jaccard similarity of near duplicates.")]
+Shingle = Annotated[int, typer.Option(min=1, help="Consecutive words in a shingle.")]
+ExactOnly = Annotated[bool, typer.Option("--exact-only", help="Find exact duplicates only. This needs no datasketch.")]
 
 
 @data_app.command(name="stats")
@@ -61,32 +61,32 @@ def stats_command(
         with quiet():
             counter = load_tokenizer(tokenizer)
     rows = stream_rows(sources, domain=domain, progress=ConsoleProgress(), label="rows counted")
-    found = data_statistics(rows, counter)
+    statistics = data_statistics(rows, counter)
     if as_json:
-        echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(statistics, ensure_ascii=False))
         return
-    every = {**found["domains"], "all": found["all"]}
+    by_domain = {**statistics["domains"], "all": statistics["all"]}
     heads = ["conversations", "topics", "sub-topics", "turns"]
     heads += ["tokens, mean", "median", "longest"] if counter is not None else []
-    _print_table("rows by domain", ["domain", *heads], (_counts(name, own) for name, own in every.items()))
-    for what in ("sources", "licences"):
+    _print_table("rows by domain", ["domain", *heads], (_cells(name, counts) for name, counts in by_domain.items()))
+    for key, head in (("sources", "source"), ("licences", "licence")):
         lines = [
             [name, value or "(none given)", f"{count:,}"]
-            for name, own in found["domains"].items()
-            for value, count in own[what].items()
+            for name, counts in statistics["domains"].items()
+            for value, count in counts[key].items()
         ]
-        _print_table(f"rows by domain and {what[:-1]}", ["domain", what[:-1], "rows"], lines, text_columns=2)
+        _print_table(f"rows by domain and {head}", ["domain", head, "rows"], lines, text_columns=2)
 
 
-def _counts(name: str, own: dict[str, Any]) -> list[str]:
+def _cells(name: str, counts: dict[str, Any]) -> list[str]:
     cells = [
         name,
-        f"{own['conversations']:,}",
-        f"{own['topics']:,}",
-        f"{own['subtopics']:,}",
-        f"{own['mean_turns']:.2f}",
+        f"{counts['conversations']:,}",
+        f"{counts['topics']:,}",
+        f"{counts['subtopics']:,}",
+        f"{counts['mean_turns']:.2f}",
     ]
-    if tokens := own.get("tokens"):
+    if tokens := counts.get("tokens"):
         cells += [f"{tokens['mean']:,.2f}", f"{tokens['median']:,.0f}", f"{tokens['longest']:,}"]
     return cells
 
@@ -99,16 +99,18 @@ def map_command(
         typer.Option(
             "--model",
             "-m",
-            help="What reads the rows: a causal or sentence embedding model, BASE+ADAPTER, GGUF, fused.",
+            help="Model that embeds the rows: a causal or sentence embedding model, BASE+ADAPTER, GGUF or fused.",
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("map.html"),
-    png: Annotated[Path | None, typer.Option(help="Write the map as a picture, too.")] = None,
-    part: Annotated[str, typer.Option(help="What is read: instructions, answers or conversation.")] = "instructions",
-    per_domain: Annotated[int, typer.Option(min=1, help="Rows of each domain at most, drawn by --seed.")] = 5000,
-    method: Annotated[str, typer.Option(help="tsne, or umap where umap-learn is installed.")] = "tsne",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens read of each row.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows read at once.")] = 16,
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML page to write.")] = Path("map.html"),
+    png: Annotated[Path | None, typer.Option(help="Also write the map as a picture.")] = None,
+    part: Annotated[
+        str, typer.Option(help="Messages to embed: instructions, answers or conversation.")
+    ] = "instructions",
+    per_domain: Annotated[int, typer.Option(min=1, help="Draw at most N rows of each domain, by --seed.")] = 5000,
+    method: Annotated[str, typer.Option(help="Layout: tsne, or umap if umap-learn is installed.")] = "tsne",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Read at most N tokens of each row.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of rows per batch.")] = 16,
     domain: Domain = None,
     force: Force = False,
     seed: Seed = 0,
@@ -116,7 +118,7 @@ def map_command(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw every row as a point, near those that a model reads alike, coloured by domain: a page to zoom and search."""
+    """Draw a map of the rows: a page to zoom and search, where a point is near the rows that a model embeds similarly."""
     from ultrafuser.data.tools.near_duplicates import COMPARED_ROLES
     from ultrafuser.data.tools.streaming import stream_rows
     from ultrafuser.data.writing import atomic_file, check_target
@@ -153,12 +155,12 @@ def map_command(
         picture = png_bytes(map_figure(points))
         with atomic_file(png, force=force) as draft:
             draft.write_bytes(picture)
-    counts = {own: sum(row.domain == own for row in rows) for own in agreement}
+    counts = {name: sum(row.domain == name for row in rows) for name in agreement}
     if as_json:
         facts = {"html": str(output), "png": str(png) if png else None, "method": method, "model": model, "part": part}
         echo(json.dumps(facts | {"rows": counts, "neighbour_agreement": agreement}, ensure_ascii=False))
         return
-    lines = [[own, f"{counts[own]:,}", f"{agreement[own]:.3f}"] for own in counts]
+    lines = [[name, f"{count:,}", f"{agreement[name]:.3f}"] for name, count in counts.items()]
     _print_table("rows on the map", ["domain", "rows", "neighbours of the same domain"], lines)
     echo(f"map: {output}" + (f", {png}" if png else ""))
 
@@ -169,45 +171,58 @@ def decontaminate_command(
     against: Annotated[
         list[str],
         typer.Option(
-            "--against", "-a", help="Test data: JSONL, JSON, CSV, Parquet or text, a folder, a glob; repeat it."
+            "--against",
+            "-a",
+            help="Test data: JSONL, JSON, CSV, Parquet or text files, a folder or a glob. Repeat it for several.",
         ),
     ],
     output: Cleaned = None,
     report: Report = None,
     field: Annotated[
-        list[str] | None, typer.Option(help="A top-level field of the test items to look at; repeat it; default: all.")
+        list[str] | None,
+        typer.Option(help="Top-level field of the test items to read. Repeat it for several. Default: all."),
     ] = None,
-    ngram: Annotated[int, typer.Option(min=3, help="Words in a row that a row and a test text must not share.")] = 13,
+    ngram: Annotated[int, typer.Option(min=3, help="A row may not share N consecutive words with a test text.")] = 13,
     min_words: Annotated[
         int,
-        typer.Option(min=3, help="Test texts from this many words up to --ngram match as a whole; see the guide."),
+        typer.Option(min=3, help="Test texts of at least N words and fewer than --ngram match as a whole."),
     ] = 8,
     domain: Domain = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Drop rows that share 13 words in a row with test data, and report which test item each one touched."""
+    """Drop rows that share 13 consecutive words with test data, and report the test items that they match."""
     from ultrafuser.data.tools.decontaminate import Rule, decontaminate
     from ultrafuser.progress import ConsoleProgress
 
-    done = decontaminate(
-        sources, against, output, fields=field or [], rule=Rule(ngram, min_words), domain=domain, report=report,
-        force=force, progress=ConsoleProgress(),
-    )  # fmt: skip
-    if as_json:
-        echo(json.dumps(done.to_dict(), ensure_ascii=False))
-        return
-    if done.dropped_by_test:
-        lines = [[test, f"{count:,}"] for test, count in done.dropped_by_test.items()]
-        _print_table("rows that touch each test file", ["test file", "rows"], lines)
-    by_domain = ", ".join(f"{name} {count:,}" for name, count in done.dropped_by_domain.items())
-    echo(f"{done.rows:,} rows: {done.kept:,} kept, {done.dropped:,} dropped" + (f" ({by_domain})" if by_domain else ""))
-    looked = done.test_texts
-    echo(
-        f"test texts: {looked['ngram']:,} by {ngram}-grams, {looked['whole']:,} whole, {looked['message']:,} as a whole "
-        f"message, {looked['ignored']:,} too short"
+    result = decontaminate(
+        sources,
+        against,
+        output,
+        fields=field or [],
+        rule=Rule(ngram, min_words),
+        domain=domain,
+        report=report,
+        force=force,
+        progress=ConsoleProgress(),
     )
-    _say_files(output, report)
+    if as_json:
+        echo(json.dumps(result.to_dict(), ensure_ascii=False))
+        return
+    if result.dropped_by_test:
+        lines = [[test, f"{count:,}"] for test, count in result.dropped_by_test.items()]
+        _print_table("rows that match each test file", ["test file", "rows"], lines)
+    by_domain = ", ".join(f"{name} {count:,}" for name, count in result.dropped_by_domain.items())
+    echo(
+        f"{result.rows:,} rows: {result.kept:,} kept, {result.dropped:,} dropped"
+        + (f" ({by_domain})" if by_domain else "")
+    )
+    texts = result.test_texts
+    echo(
+        f"test texts: {texts['ngram']:,} by {ngram}-grams, {texts['whole']:,} whole, {texts['message']:,} as a whole "
+        f"message, {texts['ignored']:,} too short"
+    )
+    _echo_files(output, report)
 
 
 @data_app.command(name="dedup")
@@ -223,42 +238,45 @@ def dedup_command(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Drop exact and near duplicates; of each cluster the first row by id stays."""
+    """Drop exact and near duplicates. The first row by id of each cluster is kept."""
     from ultrafuser.data.tools.near_duplicates import NearDuplicateRule, deduplicate
     from ultrafuser.progress import ConsoleProgress
 
     rule = NearDuplicateRule(None if exact_only else threshold, on, shingle)
-    found = deduplicate(
+    summary = deduplicate(
         sources, output, rule=rule, domain=domain, report=report, force=force, progress=ConsoleProgress()
     )
     if as_json:
-        echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(summary, ensure_ascii=False))
         return
-    largest = sorted(found["clusters"], key=lambda one: -len(one["exact"]) - len(one["near"]))[:10]
+    largest = sorted(summary["clusters"], key=lambda cluster: -len(cluster["exact"]) - len(cluster["near"]))[:10]
     if largest:
-        lines = [[one["kept"], one["domain"], f"{len(one['exact']):,}", f"{len(one['near']):,}"] for one in largest]
+        lines = [
+            [cluster["kept"], cluster["domain"], f"{len(cluster['exact']):,}", f"{len(cluster['near']):,}"]
+            for cluster in largest
+        ]
         _print_table("largest clusters", ["kept", "domain", "exact", "near"], lines, text_columns=2)
     echo(
-        f"{found['rows']:,} rows: {found['kept']:,} kept, {found['exact_duplicates']:,} exact and "
-        f"{found['near_duplicates']:,} near duplicates dropped"
+        f"{summary['rows']:,} rows: {summary['kept']:,} kept, {summary['exact_duplicates']:,} exact and "
+        f"{summary['near_duplicates']:,} near duplicates dropped"
     )
-    _say_files(output, report)
+    _echo_files(output, report)
 
 
 @data_app.command(name="split")
 def split_command(
     sources: Sources,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the parts and split.json.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the parts and split.json.")],
     part: Annotated[
         list[str] | None,
         typer.Option(
             "--part",
             "-p",
-            help="NAME=SHARE; repeat it; default: train=0.9, validation=0.05, test=0.05.",
+            help="NAME=SHARE of a part. Repeat it for each part. Default: train=0.9, validation=0.05, test=0.05.",
             metavar="PART",
         ),
     ] = None,
-    kind: Annotated[str, typer.Option(help="Kind of the files: jsonl, json, csv or parquet.")] = "jsonl",
+    kind: Annotated[str, typer.Option(help="File type: jsonl, json, csv or parquet.")] = "jsonl",
     threshold: Threshold = 0.7,
     on: On = "conversation",
     shingle: Shingle = 3,
@@ -268,31 +286,38 @@ def split_command(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Split rows into parts, each with its share of every domain; duplicates never come into different parts."""
+    """Split rows into parts, each with its share of every domain. Duplicates stay in one part."""
     from ultrafuser.data.tools.near_duplicates import NearDuplicateRule
     from ultrafuser.data.tools.split import split
     from ultrafuser.progress import ConsoleProgress
 
     rule = NearDuplicateRule(None if exact_only else threshold, on, shingle)
     report = split(
-        sources, output, _shares(part or ["train=0.9", "validation=0.05", "test=0.05"]), seed=seed, rule=rule,
-        kind=kind, domain=domain, force=force, progress=ConsoleProgress(),
-    )  # fmt: skip
+        sources,
+        output,
+        _shares(part or ["train=0.9", "validation=0.05", "test=0.05"]),
+        seed=seed,
+        rule=rule,
+        kind=kind,
+        domain=domain,
+        force=force,
+        progress=ConsoleProgress(),
+    )
     if as_json:
         echo(json.dumps(report, ensure_ascii=False))
         return
-    domains = sorted({name for own in report["parts"].values() for name in own["domains"]})
+    domains = sorted({name for counts in report["parts"].values() for name in counts["domains"]})
     lines = [
-        [name, f"{own['rows']:,}", *(f"{own['domains'].get(one, 0):,}" for one in domains)]
-        for name, own in report["parts"].items()
+        [name, f"{counts['rows']:,}", *(f"{counts['domains'].get(domain, 0):,}" for domain in domains)]
+        for name, counts in report["parts"].items()
     ]
     _print_table("rows of each part", ["part", "all", *domains], lines)
     echo(f"parts: {output}")
 
 
-def _shares(given: Iterable[str]) -> dict[str, float]:
+def _shares(options: Iterable[str]) -> dict[str, float]:
     shares: dict[str, float] = {}
-    for text in given:
+    for text in options:
         name, separator, value = text.partition("=")
         try:
             share = float(value)
@@ -301,7 +326,7 @@ def _shares(given: Iterable[str]) -> dict[str, float]:
         if not separator or not name or share <= 0 or "/" in name:
             raise DataError(f"--part {text!r}: expected NAME=SHARE, such as train=0.9")
         if name in shares:
-            raise DataError(f"--part {text!r}: there is another part named {name!r}; names must differ")
+            raise DataError(f"--part {text!r}: another part is named {name!r}, expected unique names")
         shares[name] = share
     return shares
 
@@ -309,48 +334,52 @@ def _shares(given: Iterable[str]) -> dict[str, float]:
 @data_app.command(name="convert")
 def convert_command(
     sources: Sources,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write: .jsonl, .json, .csv, .parquet.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .jsonl, .json, .csv, .parquet.")],
     layout: Annotated[
         str | None,
         typer.Option(
-            help="messages, conversations (ShareGPT), or columns such as instruction/input/output or prompt/completion; "
-            "default: messages, in CSV instruction/input/output."
+            help="messages, conversations (ShareGPT), or columns such as instruction/input/output or prompt/completion. "
+            "Default: messages, or instruction/input/output for CSV."
         ),
     ] = None,
     domain: Domain = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read at most N rows.")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write rows of any known layout and kind of file in another."""
+    """Convert rows from any known layout and file type to another."""
     from ultrafuser.data.tools.convert import convert
     from ultrafuser.progress import ConsoleProgress
 
-    number = convert(sources, output, layout, domain=domain, limit=limit, force=force, progress=ConsoleProgress())
+    count = convert(sources, output, layout, domain=domain, limit=limit, force=force, progress=ConsoleProgress())
     if as_json:
-        echo(json.dumps({"rows": number, "output": str(output), "layout": layout}))
+        echo(json.dumps({"rows": count, "output": str(output), "layout": layout}))
     else:
-        echo(f"{number:,} rows: {output}")
+        echo(f"{count:,} rows: {output}")
 
 
 @data_app.command(name="validate")
 def validate_command(sources: Sources, domain: Domain = None, as_json: Json = False) -> None:
-    """Look at every row and list every problem with its line; exit code 2 when there is one."""
+    """Check every row and list all problems with file and line. The exit code is 2 if there is a problem."""
     from ultrafuser.data.tools.validate import validate
     from ultrafuser.progress import ConsoleProgress
 
-    found = validate(sources, domain=domain, progress=ConsoleProgress())
+    findings = validate(sources, domain=domain, progress=ConsoleProgress())
     if as_json:
-        echo(json.dumps(found.to_dict(), ensure_ascii=False))
+        echo(json.dumps(findings.to_dict(), ensure_ascii=False))
     else:
-        for one in found.problems:
-            echo(f"{one['where']}: {one['problem']}")
-        for note in found.notes:
+        for problem in findings.problems:
+            echo(f"{problem['where']}: {problem['problem']}")
+        for note in findings.notes:
             echo(f"note: {note}")
-        domains = ", ".join(f"{name} {count:,}" for name, count in found.domains.items())
-        echo(f"{found.rows:,} rows" + (f" ({domains})" if domains else "") + f", {len(found.problems):,} problems")
-    if found.problems:
-        raise DataError(f"{len(found.problems)} problems in {found.bad_rows} of {found.rows} rows; see the list")
+        domains = ", ".join(f"{name} {count:,}" for name, count in findings.domains.items())
+        echo(
+            f"{findings.rows:,} rows" + (f" ({domains})" if domains else "") + f", {len(findings.problems):,} problems"
+        )
+    if findings.problems:
+        raise DataError(
+            f"{len(findings.problems)} problems in {findings.bad_rows} of {findings.rows} rows, listed above"
+        )
 
 
 # ---------------------------------------------------------------- shared by the commands
@@ -361,14 +390,14 @@ def _print_table(title: str, heads: list[str], lines: Iterable[list[str]], text_
     from rich.text import Text
 
     table = Table(title=title, title_justify="left")
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number < text_columns else "right", overflow="fold")
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="left" if index < text_columns else "right", overflow="fold")
     for line in lines:
-        table.add_row(*(Text(cell) for cell in line))  # a source may hold brackets
+        table.add_row(*(Text(cell) for cell in line))  # plain text, since a source may hold brackets
     Console().print(table)
 
 
-def _say_files(*files: Path | None) -> None:
+def _echo_files(*files: Path | None) -> None:
     for file in files:
         if file is not None:
             echo(f"written: {file}")

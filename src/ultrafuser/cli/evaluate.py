@@ -20,54 +20,63 @@ def eval_command(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="A fused folder, a folder or hub id of any causal model, BASE+ADAPTER, a GGUF file, or "
-            "openai:NAME@http://host/v1; NAME=MODEL gives it a name.",
+            help="Fused folder, folder or hub id of any causal model, BASE+ADAPTER, GGUF file, or "
+            "openai:NAME@http://host/v1. Write NAME=MODEL to name the model.",
             metavar="MODEL...",
         ),
     ],
     suite: Annotated[
         list[str] | None,
-        typer.Option("--suite", "-s", help="quick (loss), paper, paper-cot, code, mt-bench; repeat it."),
+        typer.Option(
+            "--suite",
+            "-s",
+            help="Suite of tasks: quick (loss), paper, paper-cot, code or mt-bench. Repeat it for several.",
+        ),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option("--tasks", "-t", help="Tasks instead, or besides: gsm8k,humaneval,loss,mixed,...")
+        str | None,
+        typer.Option("--tasks", "-t", help="Tasks, instead of a suite or in addition: gsm8k,humaneval,loss,mixed,..."),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results; the same one resumes.")] = Path(
-        "runs/eval"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the results. Rerunning with the same folder resumes.")
+    ] = Path("runs/eval"),
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Rows for `loss` and `mixed` (JSONL, JSON, CSV, Parquet); default: the zoo's test rows."),
+        typer.Option(
+            help="Rows for `loss` and `mixed` (JSONL, JSON, CSV, Parquet). Default: the test rows of the zoo."
+        ),
     ] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Folder with the benchmarks' files; default: the hub.")] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="Folder with the files of the benchmarks. Default: the hub.")
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Documents of each task, drawn by --seed; rows of each domain.")
+        int | None,
+        typer.Option(min=1, help="Use at most N documents of each task, and N rows of each domain, drawn by --seed."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Answers to each code task: several give pass@k.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Number of answers to each code task. Several give pass@k.")] = 1,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="Of those answers; default: 0 for one, 0.8 for several.")
+        float | None,
+        typer.Option(min=0.0, help="Sampling temperature for --samples. Default: 0 for one answer, 0.8 for several."),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of an answer at most; default: each task's own.")
+        int | None, typer.Option(min=1, help="Generate at most N tokens per answer. Default: the limit of each task.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests answered at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of requests per batch.")] = 8,
     chat_template: Annotated[
         str | None,
-        typer.Option(help="For a model without one: chatml, plain, inst, alpaca, a Jinja file or Jinja text."),
+        typer.Option(
+            help="Chat template for a model without one: chatml, plain, inst, alpaca, a Jinja file or Jinja text."
+        ),
     ] = None,
     judge: Annotated[
         str | None,
         typer.Option(
-            help="What judges alpaca_eval and mt_bench: NAME@http://host/v1, or a YAML file with the fields of an "
-            "endpoint (docs/judged.md)."
-        ),  # fmt: skip
+            help="Judge of alpaca_eval and mt_bench: NAME@http://host/v1, or a YAML file with the fields of an endpoint "
+            "(docs/judged.md)."
+        ),
     ] = None,
-    include_path: Annotated[
-        str | None, typer.Option(help="A folder with lm-eval task files of your own, for --tasks.")
-    ] = None,
-    unsafe_code: Annotated[
-        bool, typer.Option("--unsafe-code", help="Run generated code although there is no sandbox.")
-    ] = False,
+    include_path: Annotated[str | None, typer.Option(help="Folder with your lm-eval task files, for --tasks.")] = None,
+    unsafe_code: Annotated[bool, typer.Option("--unsafe-code", help="Run generated code without a sandbox.")] = False,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -75,8 +84,8 @@ def eval_command(
 ) -> None:
     """Measure models: loss by domain, the paper's benchmarks, judged benchmarks, with 95% intervals.
 
-    Every answer is kept in --output at once: run the same command again after an interruption, and it asks only for
-    what is missing.
+    Every answer is saved in --output at once. Rerun the same command after an interruption: it requests only the missing
+    answers.
     """
     from ultrafuser.progress import ConsoleProgress
 
@@ -91,15 +100,15 @@ def eval_command(
         from ultrafuser.evaluate.run import evaluate_models
         from ultrafuser.evaluate.tasks import TaskOptions
 
-        given = [task.strip() for task in (tasks or "").split(",") if task.strip()]
-        suites = suite or ([] if given else ["quick"])
-        names, left_out = select_benchmarks(suites, given, has_judge=judge is not None)
+        task_names = [task.strip() for task in (tasks or "").split(",") if task.strip()]
+        suites = suite or ([] if task_names else ["quick"])
+        names, skipped = select_benchmarks(suites, task_names, has_judge=judge is not None)
         progress = ConsoleProgress()
-        if left_out:
-            progress.log(f"left out for want of a --judge: {', '.join(left_out)}")
+        if skipped:
+            progress.log(f"skipped without --judge: {', '.join(skipped)}")
         options = EvalOptions(
             names,
-            required=given,
+            required=task_names,
             data=data or [],
             limit=limit,
             seed=seed,
@@ -112,7 +121,9 @@ def eval_command(
         echo(json.dumps(results))
         return
     Console().print(_table(results))
-    echo(f"results: {output / 'results.json'}, {output / 'table.md'}; answers and scores by document beside them")
+    echo(
+        f"results: {output / 'results.json'}, {output / 'table.md'}, and answers and scores by document in the same folder"
+    )
 
 
 def _table(results: EvalResults) -> Any:
@@ -124,28 +135,28 @@ def _table(results: EvalResults) -> Any:
     from ultrafuser.evaluate.results import cell_texts, columns_of
 
     columns = columns_of(results)
-    title = "nats per response token (lower is better), then benchmarks; 95% intervals"
-    out = Table(title=title, title_justify="left", box=HORIZONTALS)
-    out.add_column("model", overflow="fold")
+    title = "nats per response token (lower is better), then benchmarks, with 95% intervals"
+    table = Table(title=title, title_justify="left", box=HORIZONTALS)
+    table.add_column("model", overflow="fold")
     for _, name in columns:
-        out.add_column(name, justify="right")
+        table.add_column(name, justify="right")
     for name, model in results["models"].items():
         cells = [cell_texts(model, kind, column) for kind, column in columns]
-        out.add_row(name, *(Text(value) + Text(f"\n{interval}", "dim") for value, interval in cells))
-    return out
+        table.add_row(name, *(Text(value) + Text(f"\n{interval}", "dim") for value, interval in cells))
+    return table
 
 
 def compare_command(
-    recipe: Annotated[Path, typer.Argument(help="A comparison recipe (YAML); `docs/comparing.md` lists its fields.")],
+    recipe: Annotated[Path, typer.Argument(help="Comparison recipe (YAML). `docs/comparing.md` lists the fields.")],
     overrides: Annotated[list[str] | None, overrides_like("limit=20 or systems.btx.label=BTX")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the systems and what is done of each, and run nothing.")
+        bool, typer.Option("--dry-run", help="List the systems and their state, and run nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Fuse, merge, route or fine-tune: build and measure every system of a recipe, and write one report.
 
-    Run it again with the same output: what is done stays, what is missing or was changed is made.
+    Rerunning with the same output skips finished systems and rebuilds those whose entry changed.
     """
     from ultrafuser.compare.recipe import load_compare_recipe
     from ultrafuser.progress import ConsoleProgress
@@ -168,4 +179,6 @@ def compare_command(
         Console().print(*tables(comparison), sep="\n\n")
         echo(f"report: {Path(typed.output) / 'report.html'}")
     if failed := comparison.failed:
-        raise RecipeError(f"{', '.join(failed)} failed, see the report; mend the recipe and run again for those alone")
+        raise RecipeError(
+            f"{', '.join(failed)} failed, see the report. Fix the recipe and run again, which repeats only the failed systems"
+        )

