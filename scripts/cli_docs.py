@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 KINDS = {str: "text", int: "whole number", float: "number", Path: "path", bool: "flag"}
 HEAD = """# Command line
 
-<!-- written by scripts/cli_docs.py; edit src/ultrafuser/cli*.py instead -->
+<!-- written by scripts/cli_docs.py; edit src/ultrafuser/cli/*.py instead -->
 
 | Command | What it does |
 |---|---|

@@ -148,7 +148,7 @@ BAD = {
     "fuse with an idle template": ("fuse {recipe} --template text=plain", "not both"),
     "specialist without model": ("fuse --specialist text", "--specialist 'text': expected NAME=MODEL or NAME=BASE+ADAPTER"),
     "specialist with empty model": ("fuse --specialist text=", "expected NAME=MODEL or NAME=BASE+ADAPTER"),
-    "specialist twice": ("fuse -s a={text} -s a={text}", "there is another one named 'a'"),
+    "specialist twice": ("fuse -s a={text} -s a={text}", "another specialist is named 'a'"),
     "template of nobody": ("fuse -s a={text} -t b=plain", "expected NAME=TEMPLATE with a NAME from --specialist"),
     "template without text": ("fuse -s a={text} -t a", "expected NAME=TEMPLATE"),
     "template unknown": ("fuse -s a={text} -t a=poem", "chat template 'poem' is neither built in"),
@@ -167,14 +167,14 @@ BAD = {
     "empty stdin": ("generate {folder}", "standard input: holds no prompt"),
     "empty file": ("generate {folder} --file {empty}", "empty.txt: holds no prompt"),
     "file that is no text": ("generate {folder} --file {binary}", "binary.txt: not UTF-8 at byte 3"),
-    "file missing": ("generate {folder} --file {nowhere}", "no such file; expected a text file with one prompt a line"),
+    "file missing": ("generate {folder} --file {nowhere}", "no such file, expected a text file with one prompt per line"),
     "rows missing": ("generate {folder} --file {nowhere}.jsonl", "no such file"),
     "unknown dtype": ("generate {folder} -p hi --dtype int3", "--dtype 'int3': expected one of auto, float32"),
     "unknown device": ("generate {folder} -p hi --device warp", "device 'warp' cannot be used here"),
     "prompt too long": ("generate {folder} -p " + "fox" * 400, "do not fit into its context of 192"),
     "chat with nothing": ("chat {nowhere}", "no such folder"),
-    "inspect nothing": ("inspect {folder}", "inspect needs --prompt or --file, one of them"),
-    "inspect both": ("inspect {folder} -p hi --file {good_rows}", "inspect needs --prompt or --file, one of them"),
+    "inspect nothing": ("inspect {folder}", "inspect needs either --prompt or --file"),
+    "inspect both": ("inspect {folder} -p hi --file {good_rows}", "inspect needs either --prompt or --file"),
     "response of several": ("inspect {folder} -p a -p b --response c", "--response needs exactly one --prompt"),
     "response of a file": ("inspect {folder} --file {good_rows} --response c", "--response needs exactly one --prompt"),
     "empty response": ("inspect {folder} -p a --response ''", "there is no answer to inspect"),
@@ -220,7 +220,7 @@ def test_fuse_from_options_then_info(run, tiny_run, tmp_path):
     assert info == made.json() | {"verified": True}
     assert [one["name"] for one in info["specialists"]] == list(NAMES)
     shown = run("info", output, "--verify")
-    assert all(name in shown.out for name in NAMES) and "every checksum holds" in shown.out
+    assert all(name in shown.out for name in NAMES) and "all checksums match" in shown.out
     again = tmp_path / "again"
     assert run("fuse", output / "recipe.yaml", "-o", again, "--copy").code == 0
     assert (again / "specialists" / "text" / "model.safetensors").is_file()
@@ -241,7 +241,7 @@ def test_fuse_adapters_on_one_base(run, tiny_run, tmp_path):
     words = [f"--specialist={one['name']}={one['model']}+{one['adapter']}" for one in adapters]
     found = run("fuse", *words, "-o", tmp_path / "fused", "--json").json()
     assert found["specialists"][0]["shares_base_with"] == ["code", "math"]
-    assert "one base, loaded once: code, math, text\n" in run("info", tmp_path / "fused").out
+    assert "shared base, loaded once: code, math, text\n" in run("info", tmp_path / "fused").out
 
 
 def test_a_folder_with_a_plus_in_its_name_is_a_folder(run, tiny_run, tmp_path):
@@ -295,7 +295,7 @@ def test_no_prompt_on_a_terminal_is_an_error(run, folder, monkeypatch):
 
     monkeypatch.setattr(sys, "stdin", Terminal())
     found = run("generate", folder)
-    assert found.code == 2 and "no prompt; give --prompt TEXT, --file FILE, or text on standard input" in found.err
+    assert found.code == 2 and "no prompt. Give --prompt TEXT, --file FILE, or text on standard input" in found.err
 
 
 def test_sampling_is_seeded_and_beams_run(run, folder):

@@ -127,7 +127,7 @@ def test_split(run, rows, tmp_path):
     for part, problem in (("train", "expected NAME=SHARE"), ("a/b=1", "expected NAME"), ("x=y", "expected NAME")):
         with pytest.raises(DataError, match=problem):
             run("split", rows, "-o", tmp_path / "other", "-p", part)
-    with pytest.raises(DataError, match="there is another part named 'a'"):
+    with pytest.raises(DataError, match="another part is named 'a'"):
         run("split", rows, "-o", tmp_path / "other", "-p", "a=0.5", "-p", "a=0.5")
 
 
@@ -141,7 +141,7 @@ def test_convert(run, rows, tmp_path):
 def test_validate(run, rows, capsys, tmp_path):
     assert "22 rows (code 10, text 12), 0 problems" in run("validate", rows)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Q"}\n')
-    with pytest.raises(DataError, match="2 problems in 1 of 1 rows; see the list"):
+    with pytest.raises(DataError, match="2 problems in 1 of 1 rows, listed above"):
         run("validate", tmp_path / "bad.jsonl")
     assert f"{tmp_path}/bad.jsonl:1: no domain" in capsys.readouterr().out
     with pytest.raises(DataError):

@@ -88,7 +88,7 @@ def test_status_says_what_the_store_knows_before_it_derives_the_rest(recipe, mon
     monkeypatch.setattr(status, "derive", lambda *_, **__: 1 / 0)
     shown = invoke("status", recipe)
     assert isinstance(shown.exception, ZeroDivisionError)
-    assert re.match(r"calls: \d+ answered, 0 under way \(\d+\.\d a minute\); cost: \$0\.0000\n", shown.stdout)
+    assert re.match(r"calls: \d+ answered, 0 under way \(\d+\.\d per minute\), cost: \$0\.0000\n", shown.stdout)
     assert not invoke("status", recipe, "--json").stdout
 
 
@@ -96,7 +96,7 @@ def test_status_and_join(recipe):
     assert invoke(recipe).exit_code == 0
     shown = invoke("status", recipe)
     assert shown.exit_code == 0, shown.output
-    assert "near duplicates included: math 72, text 72" in shown.stdout and "left: about 0 calls" in shown.stdout
+    assert "near duplicates included: math 72, text 72" in shown.stdout and "remaining: about 0 calls" in shown.stdout
     assert json.loads(invoke("status", recipe, "--json").stdout)["rows"] == {"math": 72, "text": 72}
     fewer = invoke("join", recipe, "filters.min_answer_chars=82")
     assert fewer.exit_code == 0 and "144 rows" not in fewer.stdout
@@ -105,14 +105,18 @@ def test_status_and_join(recipe):
 @pytest.mark.parametrize(
     ("words", "kind", "problem"),
     [
-        (["--shard", "2"], RecipeError, "--shard 2: expected NUMBER/HOW-MANY such as 1/8"),
+        (["--shard", "2"], RecipeError, "--shard 2: expected I/N such as 1/8"),
         (["--shard", "9/8"], RecipeError, "--shard 9/8"),
         (["--until", "dinner"], RecipeError, "--until dinner: no such stage"),
         (["--dry-run", "--until", "dinner"], RecipeError, "--until dinner: no such stage"),
-        (["--dry-run", "--shard", "1/2"], RecipeError, "--shard has no part in --dry-run, which estimates a whole run"),
-        (["--dry-run", "--budget-usd", "2"], RecipeError, "--budget-usd has no part in --dry-run"),
-        (["--dry-run", "--budget-tokens", "2"], RecipeError, "--budget-tokens has no part in --dry-run"),
-        (["--dry-run", "--retry-failed"], RecipeError, "--retry-failed has no part in --dry-run"),
+        (
+            ["--dry-run", "--shard", "1/2"],
+            RecipeError,
+            "--shard does not apply to --dry-run, which estimates a whole run",
+        ),
+        (["--dry-run", "--budget-usd", "2"], RecipeError, "--budget-usd does not apply to --dry-run"),
+        (["--dry-run", "--budget-tokens", "2"], RecipeError, "--budget-tokens does not apply to --dry-run"),
+        (["--dry-run", "--retry-failed"], RecipeError, "--retry-failed does not apply to --dry-run"),
         (["domains.law.name=x"], RecipeError, "no item named 'law'"),
         (["colour=red"], RecipeError, "unknown key"),
     ],
