@@ -65,7 +65,7 @@ def test_a_reference_that_is_gone_is_shown_and_refused_when_verified(adapters, t
     shutil.rmtree(tmp_path / "base")
     facts = describe(adapters)
     for one in facts["specialists"]:
-        assert one["model"]["status"] == "gone" and "is gone; put it back" in one["model"]["problem"]
+        assert one["model"]["status"] == "gone" and "is gone. Put it back" in one["model"]["problem"]
         assert one["adapter"]["status"] == "here"
     with pytest.raises(CheckpointError, match="specialist 'text': its source .*base is gone"):
         describe(adapters, verify=True)

@@ -163,7 +163,7 @@ def test_a_specialist_without_a_template_is_named(tmp_path, tokenizer):
 
 def test_an_adapter_folder_without_an_adapter_is_named(tiny_run):
     folder = tiny_run.folder / "text"
-    with pytest.raises(CheckpointError, match="specialist 'a': .* has no adapter_config.json; expected a PEFT adapter"):
+    with pytest.raises(CheckpointError, match="specialist 'a': .* has no adapter_config.json. Expected a PEFT adapter"):
         fuse(recipe({"name": "a", "model": str(folder), "adapter": str(tiny_run.folder / "code")}))
 
 

@@ -504,7 +504,7 @@ def refuses(folder, pattern, **options):
 
 def test_missing_gate(fused):
     (fused / "model.safetensors").unlink()
-    refuses(fused, r"fused/model.safetensors: missing; the folder is half written")
+    refuses(fused, r"fused/model.safetensors: missing. The folder is half written")
 
 
 def test_missing_manifest(fused):
@@ -519,11 +519,11 @@ def test_broken_manifest(fused):
 
 
 def test_another_kind_of_checkpoint(save):
-    refuses(save("plain"), r"plain: model_type is 'llama', expected 'ultrafuser'; fuse it")
+    refuses(save("plain"), r"plain: model_type is 'llama', expected 'ultrafuser'. Fuse it")
 
 
 def test_no_such_folder(tmp_path):
-    refuses(tmp_path / "nothing", r"nothing: no such folder; expected a fused checkpoint or a hub id")
+    refuses(tmp_path / "nothing", r"nothing: no such folder. Expected a fused checkpoint or a hub id")
     refuses("nobody/nothing", r"nobody/nothing: no such folder, and the hub did not give it")
 
 
@@ -535,7 +535,7 @@ def test_truncated_gate(fused):
 
 def test_a_flipped_byte_in_the_gate(fused):
     flip_a_byte(fused / "model.safetensors")
-    refuses(fused, r"the gate: the SHA-256 of .*fused/model.safetensors is not the recorded one: it is corrupted")
+    refuses(fused, r"the gate: the SHA-256 of .*fused/model.safetensors is not the recorded one. It is corrupted")
 
 
 def test_a_gate_of_another_fusion(fused, save, tmp_path):
@@ -591,7 +591,7 @@ def test_a_missing_file_of_a_specialist(fused, tmp_path):
 
 def test_a_reference_that_is_gone(fused, tmp_path):
     shutil.rmtree(tmp_path / "text")
-    refuses(fused, r"specialist 'text': its source .*/text is gone; put it back, or fuse again")
+    refuses(fused, r"specialist 'text': its source .*/text is gone. Put it back, or fuse again")
 
 
 def test_an_adapter_that_is_gone(fused_shared, tmp_path):
@@ -610,7 +610,7 @@ def test_a_package_that_is_gone(save, tmp_path):
     spec = entry("a", save("a"))
     model = fuse_entries([spec])
     for reference, words in (
-        ("package:no_such_package/x.gguf", "the Python package 'no_such_package' is not installed; install it"),
+        ("package:no_such_package/x.gguf", "the Python package 'no_such_package' is not installed. Install it"),
         ("package:transformers/no_such.gguf", "the Python package 'transformers' has no 'no_such.gguf'"),
     ):
         model.config.specialists[0]["source"]["model"] = reference
@@ -640,7 +640,7 @@ def test_a_pickled_adapter_is_refused(save, tmp_path):
 def test_a_specialist_without_weights(save):
     folder = save("a")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="specialist 'a': .* has no weights; expected"):
+    with pytest.raises(CheckpointError, match="specialist 'a': .* has no weights. Expected"):
         fuse_entries([entry("a", folder)])
 
 
@@ -660,7 +660,7 @@ def test_an_adapter_without_its_configuration(save, tmp_path):
     adapter = save_adapter(tiny(), tmp_path / "lora")
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(
-        CheckpointError, match=r"specialist 'a': .*lora has no adapter_config.json; expected a PEFT adapter"
+        CheckpointError, match=r"specialist 'a': .*lora has no adapter_config.json. Expected a PEFT adapter"
     ):
         fuse_entries([entry("a", save("base"), adapter)])
 
@@ -691,7 +691,7 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(fused, tmp_path, monkeypatc
     listing = sorted(p.name for p in tmp_path.iterdir())
     for target in (fused, tmp_path / "fresh"):
         with pytest.raises(
-            CheckpointError, match=rf"{target.name}: could not be written: the disk is full; nothing was changed"
+            CheckpointError, match=rf"{target.name}: could not be written: the disk is full. Nothing was changed"
         ):
             model.save_pretrained(target)
     assert snapshot(fused) == before

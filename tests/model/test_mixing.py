@@ -281,7 +281,7 @@ def test_neither_kind_of_input():
 
 
 def test_unknown_specialist():
-    with pytest.raises(UltraFuserError, match=r"no specialist 'x'; there are: a, b"):
+    with pytest.raises(UltraFuserError, match=r"no specialist 'x'. Known: a, b"):
         fuse([tiny(), tiny()], names=["a", "b"]).specialist("x")
 
 

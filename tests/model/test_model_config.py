@@ -63,7 +63,7 @@ def test_no_specialist():
 
 
 def test_repeated_names():
-    with pytest.raises(CheckpointError, match="names of their own; repeated: a, b"):
+    with pytest.raises(CheckpointError, match="different names. Repeated: a, b"):
         UltraFuserConfig([spec("a"), spec("b"), spec("a"), spec("b"), spec("c")])
 
 

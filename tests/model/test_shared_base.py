@@ -392,7 +392,7 @@ def test_the_wrong_base_for_an_adapter(save, tmp_path):
     )
     with pytest.raises(CheckpointError, match=words + r" has a layer of \(16, 32\)"):
         fuse_entries([entry("text", save("thin", hidden_size=16), adapter)])
-    with pytest.raises(CheckpointError, match=r"specialist 'text'.* no such linear layer; is it the right base\?"):
+    with pytest.raises(CheckpointError, match=r"specialist 'text'.* no such linear layer. Is it the right base\?"):
         fuse_entries([entry("text", save("gpt2", "gpt2"), adapter)])
 
 

@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 
 
 class UltraFuserCache(Cache):
-    """The caches of all groups; what `generate` does to one cache happens to every layer of all of them.
+    """The caches of all groups. Whatever `generate` does to a cache happens to every layer of all of them.
 
     A group of k specialists keeps k * B rows, specialist by specialist, so row `i` of the batch is the rows
     `i, B + i, 2B + i, ...` of its layers.
@@ -27,19 +27,19 @@ class UltraFuserCache(Cache):
 
     @property
     def layers(self) -> list:
-        """Layers of every group; groups may have added some lazily."""
+        """The layers of every group. Groups may have added some lazily."""
         return [layer for group in self.groups for layer in group.layers]
 
     @layers.setter
     def layers(self, value: list) -> None:
-        """The base class assigns its list once; the groups own the layers here."""
+        """Ignore the list that the base class assigns once, because the groups own the layers."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens held, the same in every group."""
+        """The number of cached tokens, the same in every group."""
         return self.groups[0].get_seq_length(layer_idx)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Follow the beams: the same choice of rows for every specialist."""
+        """Reorder the rows alike for every specialist."""
         for group, size in zip(self.groups, self.sizes, strict=True):
             group.reorder_cache(_rows(beam_idx, size, len(beam_idx)))
 

@@ -1,4 +1,4 @@
-"""Read fused checkpoints: the manifest, every specialist from where it is, the gate. See saving.py for what is written."""
+"""Read fused checkpoints: the manifest, every specialist from its source, the gate. saving.py writes them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _OUTER_LAYERS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte")
 
 
 def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-    """`UltraFuserForCausalLM.from_pretrained`; see there."""
+    """See `UltraFuserForCausalLM.from_pretrained`."""
     folder = fused_folder(name_or_path, kwargs)
     config = kwargs.pop("config", None)
     if not isinstance(config, UltraFuserConfig):
@@ -51,7 +51,7 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
         for key, value in overrides.items():
             setattr(config, key, value)
         config.check()
-    kwargs.pop("adapter_kwargs", None)  # of the Auto class, about this folder; the specialists have their own adapters
+    kwargs.pop("adapter_kwargs", None)  # the Auto class means this folder; the specialists have their own adapters
     info = kwargs.pop("output_loading_info", False)
     groups = load_groups(config, folder, **kwargs)
     model = cls(config, groups)
@@ -61,7 +61,7 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
         model.gate.load_state_dict({k.removeprefix("gate."): v for k, v in state.items()})
     except RuntimeError as error:  # names or shapes
         raise CheckpointError(
-            f"{folder / GATE_FILE}: does not fit the manifest: {' '.join(str(error).split())}; was it written by another "
+            f"{folder / GATE_FILE}: does not fit the manifest: {' '.join(str(error).split())}. Was it written by another "
             "fusion?"
         ) from error
     model.gate.to(model.device)
@@ -79,13 +79,13 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
 
 
 def fused_folder(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Path:
-    """The local folder of a fused checkpoint, downloaded from the hub where it is an id; takes the hub arguments out."""
+    """The local folder of a fused checkpoint. A hub id is downloaded with the hub arguments, which leave `kwargs`."""
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     subfolder = kwargs.pop("subfolder", None) or ""
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
         if not _looks_like_hub_id(str(name_or_path)):
-            raise CheckpointError(f"{name_or_path}: no such folder; expected a fused checkpoint or a hub id")
+            raise CheckpointError(f"{name_or_path}: no such folder. Expected a fused checkpoint or a hub id")
         hub = {key: value for key, value in hub.items() if value is not None}
         try:
             folder = Path(snapshot_download(str(name_or_path), **hub))
@@ -102,7 +102,7 @@ def read_manifest(folder: Path) -> UltraFuserConfig:
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder}: no config.json, so it is not a fused checkpoint or was only half written; write it again with "
+            f"{folder}: no config.json, so it is not a fused checkpoint or was only half written. Write it again with "
             "`ultrafuser fuse` or save_pretrained"
         )
     try:
@@ -111,7 +111,7 @@ def read_manifest(folder: Path) -> UltraFuserConfig:
         raise CheckpointError(f"{folder}/config.json: not JSON: {error}") from error
     if kind != UltraFuserConfig.model_type:
         raise CheckpointError(
-            f"{folder}: model_type is {kind!r}, expected 'ultrafuser'; fuse it with `ultrafuser fuse`"
+            f"{folder}: model_type is {kind!r}, expected 'ultrafuser'. Fuse it with `ultrafuser fuse`"
         )
     return UltraFuserConfig.from_pretrained(folder)
 
@@ -119,7 +119,7 @@ def read_manifest(folder: Path) -> UltraFuserConfig:
 def load_groups(
     config: UltraFuserConfig, folder: Path | None, verify: bool = True, **kwargs: Any
 ) -> list[SpecialistGroup]:
-    """Load every specialist from where the manifest says it is; adapters on one base load that base once.
+    """Load every specialist from its source. Adapters on one base load that base once.
 
     Args:
         folder: the checkpoint, against which relative sources resolve.
@@ -154,47 +154,52 @@ def load_groups(
 def load_base(spec: SpecialistEntry, folder: Path | None, **kwargs: Any) -> PreTrainedModel:
     """The causal model of one specialist, without its adapter."""
     source, name = spec["source"], spec["name"]
-    where = resolve(source["model"], folder, name)
-    options = dict(kwargs)
-    options.setdefault("dtype", options.pop("torch_dtype", None) or "auto")
-    own_options = {key: spec.get(key) for key in ("dtype", "device_map")}
-    own_options["quantization_config"] = spec.get("quantization")
-    options |= {key: value for key, value in own_options.items() if value is not None}
-    if isinstance(options.get("quantization_config"), dict):
-        from transformers.quantizers.auto import AutoQuantizationConfig
-
-        options["quantization_config"] = AutoQuantizationConfig.from_dict(options["quantization_config"])
-    if source.get("revision"):
-        options["revision"] = source["revision"]
-    fields = dict(spec["config"])
-    options["config"] = AutoConfig.for_model(fields.pop("model_type"), **fields)  # parsing a GGUF file for it is slow
+    path = resolve(source["model"], folder, name)
+    options = _loading_options(spec, kwargs)
     gguf = source.get("gguf_file")
-    if isinstance(where, Path):
-        if where.suffix == ".gguf":
-            where, gguf = where.parent, where.name
+    if isinstance(path, Path):
+        if path.suffix == ".gguf":
+            path, gguf = path.parent, path.name
         if not gguf:
-            _refuse_pickles(where, name)
+            _refuse_pickles(path, name)
     if gguf:
         options["gguf_file"] = gguf
         if options["dtype"] == "auto":
-            options["dtype"] = torch.float32  # a GGUF file is decompressed; it has no data type of its own
+            options["dtype"] = torch.float32  # a GGUF file is decompressed and has no data type
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            where, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"specialist {name!r}: its weights could not be loaded from {source['model']}: {error}"
         ) from error
-    # transformers fills what it does not find with random numbers and a warning
-    if lost := sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"]):
+    # transformers fills missing weights with random numbers and a warning
+    if missing := sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"]):
         raise CheckpointError(
-            f"specialist {name!r}: {source['model']} lacks {len(lost)} weights of a {type(model).__name__}, or has them in "
-            f"another shape: {', '.join(lost[:3])}; it is half written, or belongs to another configuration"
+            f"specialist {name!r}: {source['model']} lacks {len(missing)} weights of a {type(model).__name__}, or has them in "
+            f"another shape: {', '.join(missing[:3])}. It is half written, or belongs to another configuration"
         )
     if gguf and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # decompressed: saving must not claim otherwise
     return model
+
+
+def _loading_options(spec: SpecialistEntry, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `AutoModelForCausalLM.from_pretrained`: the caller's, replaced by those of the manifest entry."""
+    options = dict(kwargs)
+    options.setdefault("dtype", options.pop("torch_dtype", None) or "auto")
+    specific = {key: spec.get(key) for key in ("dtype", "device_map")}
+    specific["quantization_config"] = spec.get("quantization")
+    specific["revision"] = spec["source"].get("revision") or None
+    options |= {key: value for key, value in specific.items() if value is not None}
+    if isinstance(options.get("quantization_config"), dict):
+        from transformers.quantizers.auto import AutoQuantizationConfig
+
+        options["quantization_config"] = AutoQuantizationConfig.from_dict(options["quantization_config"])
+    fields = dict(spec["config"])
+    options["config"] = AutoConfig.for_model(fields.pop("model_type"), **fields)  # parsing a GGUF file for it is slow
+    return options
 
 
 def read_adapter_config(source: SpecialistSource, folder: Path | None, name: str) -> tuple[Path, dict[str, Any]] | None:
@@ -212,13 +217,13 @@ def read_adapter_config(source: SpecialistSource, folder: Path | None, name: str
                 f"specialist {name!r}: no folder {reference!r}, and the hub did not give it: {error}"
             ) from error
     if not (path / "adapter_config.json").is_file():
-        raise CheckpointError(f"specialist {name!r}: {path} has no adapter_config.json; expected a PEFT adapter")
+        raise CheckpointError(f"specialist {name!r}: {path} has no adapter_config.json. Expected a PEFT adapter")
     _refuse_pickles(path, name)
     return path, json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
 
 
 def is_plain_lora(adapter_config: Mapping[str, Any]) -> bool:
-    """Whether an adapter can run beside others on one base; other kinds are merged into a base of their own.
+    """Whether an adapter can run beside others on one base. Other kinds are merged into a separate base.
 
     An option that is not known here and not off, such as one that PEFT adds later, counts as another kind.
     """
@@ -239,21 +244,21 @@ def _keeps_lora_plain(key: str, value: Any) -> bool:
 
 
 def read_adapter(spec: SpecialistEntry, folder: Path | None, dtype: torch.dtype) -> AdapterWeights | None:
-    """A specialist's LoRA weights, by the names that the layers have in the base.
+    """A specialist's LoRA weights, by the names of the base's layers.
 
     Raises:
-        CheckpointError: weights with names that are not LoRA's.
+        CheckpointError: weights whose names are not LoRA's.
     """
-    found = read_adapter_config(spec["source"], folder, spec["name"])
-    if found is None:
+    adapter = read_adapter_config(spec["source"], folder, spec["name"])
+    if adapter is None:
         return None
-    where, config = found
-    tensors = _read_safetensors(where / "adapter_model.safetensors")
+    path, config = adapter
+    tensors = _read_safetensors(path / "adapter_model.safetensors")
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
         if half not in ("lora_A", "lora_B"):
-            raise CheckpointError(f"specialist {spec['name']!r}: {where} holds {key!r}, which is no plain LoRA weight")
+            raise CheckpointError(f"specialist {spec['name']!r}: {path} holds {key!r}, which is no plain LoRA weight")
         halves.setdefault(name, {})[half] = tensor.to(dtype)
     r, alpha = config["r"], config["lora_alpha"]
     scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
@@ -261,40 +266,40 @@ def read_adapter(spec: SpecialistEntry, folder: Path | None, dtype: torch.dtype)
 
 
 def _merge_with_peft(model: PreTrainedModel, spec: SpecialistEntry, folder: Path | None) -> PreTrainedModel:
-    """Adapters of other kinds than plain LoRA: PEFT merges them into a base of their own."""
+    """Merge an adapter that is no plain LoRA into its own copy of the base, by PEFT."""
     from peft import PeftModel
 
-    found = read_adapter_config(spec["source"], folder, spec["name"])
-    if found is None:
+    adapter = read_adapter_config(spec["source"], folder, spec["name"])
+    if adapter is None:
         return model
     try:
-        return PeftModel.from_pretrained(model, found[0]).merge_and_unload()
+        return PeftModel.from_pretrained(model, adapter[0]).merge_and_unload()
     except (
         RuntimeError,
         ValueError,
         NotImplementedError,
-    ) as error:  # PEFT's own words for what cannot be merged
+    ) as error:  # PEFT raises each of them for an adapter that cannot be merged
         raise CheckpointError(
-            f"specialist {spec['name']!r}: PEFT cannot merge its adapter {found[0]} into its base: {error}"
+            f"specialist {spec['name']!r}: PEFT cannot merge its adapter {adapter[0]} into its base: {error}"
         ) from error
 
 
-def _refuse_pickles(where: Path, name: str) -> None:
-    if not where.is_dir():
-        raise CheckpointError(f"specialist {name!r}: {where} is not a folder; expected a checkpoint or an adapter")
-    if any(True for pattern in WEIGHTS for _ in where.glob(pattern)):
+def _refuse_pickles(path: Path, name: str) -> None:
+    if not path.is_dir():
+        raise CheckpointError(f"specialist {name!r}: {path} is not a folder. Expected a checkpoint or an adapter")
+    if any(True for pattern in WEIGHTS for _ in path.glob(pattern)):
         return
-    pickled = sorted(file.name for file in where.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    found = f"only pickled weights ({', '.join(pickled)}), which can run code" if pickled else "no weights"
+    pickled = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    contents = f"only pickled weights ({', '.join(pickled)}), which can run code" if pickled else "no weights"
     raise CheckpointError(
-        f"specialist {name!r}: {where} has {found}; expected *.safetensors (load it once with transformers from a source "
+        f"specialist {name!r}: {path} has {contents}. Expected *.safetensors (load it once with transformers from a source "
         "you trust, then save_pretrained)"
     )
 
 
 def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
-        raise CheckpointError(f"{file}: missing; the folder is half written or is no checkpoint")
+        raise CheckpointError(f"{file}: missing. The folder is half written or is no checkpoint")
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What a fused checkpoint is: its specialists, where their weights are, the gate, and how outputs are mixed."""
+"""The manifest of a fused checkpoint: its specialists and their sources, the gate, and how outputs are mixed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ class UltraFuserConfig(PreTrainedConfig):
 
     Args:
         specialists: one plain dictionary each, with the keys of `SpecialistEntry`.
-        gate_type: `mlp`, the paper's, or `static`: the same weights at every token.
-        gate_hidden_size: width of the gate's hidden layer; the paper's is 512.
+        gate_type: `mlp`, the paper's gate, or `static`, the same weights at every token.
+        gate_hidden_size: width of the gate's hidden layer (512 in the paper).
         mixing: `logits` (Eq. 1 of the paper) or `probabilities`.
         share_base: whether adapters on one base share its weights.
-        vocab_size: tokens of the common tokenizer; rows of embedding tables beyond them are padding.
+        vocab_size: tokens of the common tokenizer. Further rows of embedding tables are padding.
 
     Raises:
-        CheckpointError: no specialist, a repeated name, an unknown mixing, or a temperature that is no number above 0.
+        CheckpointError: a repeated or unfit name, an unknown mixing or gate, a temperature that is not a positive number, or a
+            vocab_size that an embedding table does not reach.
 
     Source: section 3.1 and appendix B of arXiv 2403.08281.
     """
@@ -59,7 +60,7 @@ class UltraFuserConfig(PreTrainedConfig):
             raise CheckpointError(
                 f"vocab_size is {self.vocab_size}, but an embedding table has {min(tables)} rows only"
             )
-        kwargs.setdefault("tie_word_embeddings", False)  # whatever the specialists do stays within them
+        kwargs.setdefault("tie_word_embeddings", False)  # the specialists tie their own
         super().__init__(**kwargs)
 
     def check(self) -> None:
@@ -69,13 +70,13 @@ class UltraFuserConfig(PreTrainedConfig):
         if self.gate_type not in GATES:
             raise CheckpointError(f"gate_type is {self.gate_type!r}, expected one of {', '.join(GATES)}")
         names = self.names
-        if odd := [name for name in names if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]:
+        if invalid := [name for name in names if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]:
             raise CheckpointError(
-                f"specialist name {odd[0]!r}: expected letters, digits, '_' or '-', as it becomes a folder of the checkpoint"
+                f"specialist name {invalid[0]!r}: expected letters, digits, '_' or '-', because it names a folder of the checkpoint"
             )
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
-            raise CheckpointError(f"specialists must have names of their own; repeated: {', '.join(sorted(repeated))}")
+            raise CheckpointError(f"specialists must have different names. Repeated: {', '.join(sorted(repeated))}")
         for name, temperature in zip(names, self.temperatures, strict=True):
             if not (type(temperature) in (int, float) and 0 < temperature < float("inf")):
                 raise CheckpointError(f"specialist {name}: temperature is {temperature!r}, expected a number above 0")
@@ -101,14 +102,14 @@ class UltraFuserConfig(PreTrainedConfig):
         return [specialist.get("temperature", 1.0) for specialist in self.specialists]
 
     def set_temperatures(self, temperatures: Sequence[float]) -> None:
-        """Raises CheckpointError: one that is no number above 0."""
+        """Raises CheckpointError: a temperature that is not a positive number."""
         for specialist, temperature in zip(self.specialists, temperatures, strict=True):
             specialist["temperature"] = temperature
         self.check()
 
     @property
     def max_position_embeddings(self) -> int:
-        """Tokens that every specialist can read: the smallest of their contexts."""
+        """The smallest context of the specialists, in tokens."""
         contexts = [
             getattr(config.get_text_config(), "max_position_embeddings", None) for config in self.specialist_configs()
         ]
@@ -123,7 +124,7 @@ class UltraFuserConfig(PreTrainedConfig):
         return out
 
     def groups(self) -> list[list[int]]:
-        """Which specialists run as rows of one batch: adapters on the same base, loaded in the same way."""
+        """The indices of specialists that run as rows of one batch: adapters on the same base, loaded in the same way."""
         groups: dict[str, list[int]] = {}
         for k, specialist in enumerate(self.specialists):
             source = specialist["source"]

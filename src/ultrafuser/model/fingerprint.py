@@ -1,4 +1,4 @@
-"""Fingerprints of weights from a sample of each tensor: hashes to keep on disk, and marks that show what was written."""
+"""Fingerprints of weights from a sample of each tensor: hashes to keep on disk, and marks that show which weights were written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-_HASHED_VALUES = 64  # of each tensor; caches on disk hold hashes of these
+_HASHED_VALUES = 64  # of each tensor. Caches on disk hold hashes of these
 _MARKED_VALUES = 1024
 
 
@@ -21,10 +21,10 @@ def hash_weights(weights: Iterable[tuple[str, torch.Tensor]], start: bytes = b""
 
 
 class WeightMarks:
-    """What weights were at one moment, to see later which of them were written.
+    """Weights at one moment, to see later which of them were written.
 
-    A mark is the tensor's version counter and a sample of its values; moving devices or casting changes neither. The
-    counter alone misses writes through `.data` and by fused optimizers, transformers' default; the sample sees them.
+    A mark is the tensor's version counter and a sample of its values. Moving devices or casting changes neither. The
+    counter alone misses writes through `.data` and by fused optimizers, transformers' default. The sample sees them.
     """
 
     def __init__(self, weights: Iterable[torch.Tensor] = ()) -> None:

@@ -1,4 +1,4 @@
-"""The gate: hidden states of K specialists -> token weights (Eq. 1); or constant weights, what a gate must beat."""
+"""The gate: hidden states of K specialists -> token weights (Eq. 1). Or constant weights, the baseline of a gate."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Gate(nn.Module):
     """A two-layer perceptron shared by all specialists: `w = softmax([g(h_1), ..., g(h_K)])`.
 
     `g` is Linear(D, hidden_size), ReLU, Linear(hidden_size, 1). Where the specialists' widths differ, each state
-    first goes through a linear projection of its own to the largest of them.
+    first goes through its own linear projection to the largest width.
 
-    Source: section 3.1 and appendix B. Appendix E writes `g: R^D -> R^3`; Eq. 1 needs one number for each
-    specialist, and Eq. 1 is what stands here.
+    Source: section 3.1 and appendix B. Appendix E writes `g: R^D -> R^3`, but Eq. 1 needs one number per
+    specialist, and this code follows Eq. 1.
     """
 
     def __init__(self, widths: Sequence[int], hidden_size: int = 512) -> None:
@@ -34,10 +34,10 @@ class Gate(nn.Module):
             states: K last hidden states, each (..., D_k).
 
         Returns:
-            (..., K), in the gate's own precision; `exp` of it sums to one over K.
+            (..., K), in the gate's own precision. `exp` of it sums to one over K.
         """
-        home = self.hidden.weight
-        moved = [state.to(home.device, home.dtype) for state in states]
+        weight = self.hidden.weight
+        moved = [state.to(weight.device, weight.dtype) for state in states]
         if self.projections is not None:
             moved = [project(state) for project, state in zip(self.projections, moved, strict=True)]
         scores = [self.score(torch.relu(self.hidden(state))) for state in moved]  # K x (..., 1)
@@ -45,9 +45,9 @@ class Gate(nn.Module):
 
 
 class StaticGate(nn.Module):
-    """The same weights at every token: equal ones until they are trained, the static mixture that fits best after.
+    """The same weights at every token: equal before training, the best static mixture after it.
 
-    What is trained are K scores; the weights are their softmax.
+    The weights are the softmax of K trained scores.
     """
 
     def __init__(self, size: int) -> None:

@@ -1,11 +1,11 @@
-"""Log-probability of the labels under the mixed model, without ever holding (tokens, V) for all tokens.
+"""The log-probability of the labels under the mixed model, without the logits (tokens, V) of all tokens at once.
 
-Logit mixing needs the fused logits z = sum_k w_k z_k; their gradients are closed-form:
-    d log p(y) / d w_k = z_k[y] - E_p[z_k]                     (one number a token and specialist)
+Logit mixing needs the fused logits z = sum_k w_k z_k. Their gradients are closed-form:
+    d log p(y) / d w_k = z_k[y] - E_p[z_k]                     (one number per token and specialist)
     d log p(y) / d h_k = w_k (W_k[y] - sum_v p_v W_k[v])
-so the gate's gradient is computed in the forward pass, chunk by chunk, and while only the gate is trained nothing is
-kept and nothing is back-propagated through the heads. When specialists are trained as well, the backward pass computes
-each chunk's logits again.
+The forward pass computes the gate's gradient chunk by chunk. While the gate is trained alone, nothing is kept and nothing
+is back-propagated through the heads. When specialists are trained as well, the backward pass computes each chunk's logits
+again.
 
 Probability mixing splits further: log p(y) = logsumexp_k(log w_k + log p_k(y)). A token is K numbers log p_k(y), and
 the gate's training needs no vocabulary-sized work at all.
@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-# Values of one array of chunk logits. On a CPU 28 MiB: the C library hands such arrays out again, while it maps larger
-# ones anew each time, which doubled the time of a chunk (0.85 s against 1.5 s for 1,024 tokens at V = 49,152).
+# Values of one array of chunk logits. On a CPU 28 MiB: the C library reuses such arrays, but maps larger ones anew each
+# time. That doubled the time of a chunk (0.85 s against 1.5 s for 1,024 tokens at V = 49,152).
 _CHUNK_VALUES = {"cpu": 7 * 2**20}
 _CHUNK_VALUES_ACCELERATOR = 2**26
 
 
 class Head(NamedTuple):
-    """A specialist's output layer: z = softcap(scale * (W h + bias)) / temperature; W is (V, D), padding rows cut off."""
+    """A specialist's output layer: z = softcap(scale * (W h + bias)) / temperature. W is (V, D), without padding rows."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -35,7 +35,7 @@ class Head(NamedTuple):
     temperature: float = 1.0
 
     def logits(self, state: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """(..., D) -> (..., V), in float32 at least; into `out` (rows, V), where one is given."""
+        """(..., D) -> (..., V), in float32 at least. The result goes into `out` (rows, V) if one is given."""
         state = state.to(self.weight.device, self.weight.dtype)
         if out is None:
             z = torch.nn.functional.linear(state, self.weight, self.bias)
@@ -59,7 +59,7 @@ class Head(NamedTuple):
         return z if self.temperature == 1.0 else z.div_(self.temperature)
 
     def buffer(self, rows: int) -> torch.Tensor:
-        """Room for the logits of so many tokens."""
+        """An empty buffer for the logits of `rows` tokens."""
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         return torch.empty(rows, self.weight.shape[0], dtype=dtype, device=self.weight.device)
 
@@ -80,16 +80,18 @@ def mixed_log_prob(
         log_weights: (N, K), from the gate.
         targets: (N,) token ids.
         mixing: `logits` (Eq. 1) or `probabilities`.
-        chunk_tokens: tokens whose logits are held at once; by default what fits a fixed memory.
+        chunk_tokens: tokens whose logits are held at once. The default fits a fixed memory.
 
     Returns:
-        (N,), in nats; differentiable in the log weights, the states and the heads.
+        (N,), in nats, differentiable in the log weights, the states and the heads.
 
     Source: Eq. 1 and Eq. 2 of the paper.
     """
     if mixing == "probabilities":
-        each = [label_log_prob(h, head, targets, chunk_tokens) for h, head in zip(states, heads, strict=True)]
-        return torch.logsumexp(log_weights + torch.stack([ell.to(log_weights.device) for ell in each], -1), dim=-1)
+        log_probs = [label_log_prob(h, head, targets, chunk_tokens) for h, head in zip(states, heads, strict=True)]
+        return torch.logsumexp(
+            log_weights + torch.stack([log_p.to(log_weights.device) for log_p in log_probs], -1), dim=-1
+        )
     shapes = [_shape(head) for head in heads]
     tensors = [*states, *(head.weight for head in heads), *(head.bias for head in heads)]
     return _FusedLogitsLogProb.apply(log_weights.exp(), targets, shapes, chunk_tokens, *tensors)
@@ -103,7 +105,7 @@ def label_log_prob(
 
 
 def _shape(head: Head) -> tuple[float, float | None, float]:
-    """What a head is beside its tensors."""
+    """The settings of a head beside its tensors."""
     return head.scale, head.softcap, head.temperature
 
 
@@ -135,12 +137,12 @@ def token_chunks(tokens: int, weight: torch.Tensor, chunk_tokens: int | None = N
     return [slice(start, start + chunk_tokens) for start in range(0, tokens, chunk_tokens)]
 
 
-def _rows(parts: Sequence[slice], tokens: int) -> int:
-    return min(tokens, parts[0].stop) if parts else 0
+def _rows(chunks: Sequence[slice], tokens: int) -> int:
+    return min(tokens, chunks[0].stop) if chunks else 0
 
 
 def _normalise(z: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax(z)[y], (n,), and the sums (n, 1) that make softmax(z) of what z is overwritten with."""
+    """log softmax(z)[y], (n,), and the sums (n, 1) of exp(z - max), which overwrites z."""
     top = z.amax(-1, keepdim=True)
     log_p = z.gather(1, y) - top
     total = z.sub_(top).exp_().sum(-1, keepdim=True)
@@ -159,27 +161,29 @@ def _accumulate(
     head: Head,
     state: torch.Tensor,
     gradient: torch.Tensor,
-    own: torch.Tensor | None,
+    logits: torch.Tensor | None,
     weight: torch.Tensor | None,
-    part: slice,
+    chunk: slice,
 ) -> None:
     """Add one chunk's gradient for the mixed logits, (n, V), to those of one specialist's state, table and bias.
 
     Args:
-        own: its logits z, written over; needed where they are capped:
+        logits: its logits z, which are overwritten. They are needed where they are capped:
             dz / d(W h + bias) = scale / temperature * (1 - (temperature * z / cap)^2).
         weight: its weights in the mixture, (n,), or None for a specialist alone.
     """
-    if head.softcap is not None and own is not None:
-        gradient = own.mul_(head.temperature / head.softcap).square_().neg_().add_(1).mul_(gradient.to(own.device))
+    if head.softcap is not None and logits is not None:
+        gradient = (
+            logits.mul_(head.temperature / head.softcap).square_().neg_().add_(1).mul_(gradient.to(logits.device))
+        )
     gradient = gradient.to(head.weight.device, head.weight.dtype)
     factor = gradient.new_full((len(gradient), 1), head.scale / head.temperature)
     if weight is not None:
         factor *= weight[:, None].to(factor)
     if grads["state"] is not None:
-        grads["state"][part] = (gradient @ head.weight * factor).to(grads["state"])
+        grads["state"][chunk] = (gradient @ head.weight * factor).to(grads["state"])
     if grads["weight"] is not None:
-        grads["weight"].addmm_(gradient.T, state[part].to(head.weight.device, head.weight.dtype) * factor)
+        grads["weight"].addmm_(gradient.T, state[chunk].to(head.weight.device, head.weight.dtype) * factor)
     if grads["bias"] is not None:
         grads["bias"] += gradient.T @ factor[:, 0]
 
@@ -187,8 +191,8 @@ def _accumulate(
 def _mix(zs: Sequence[torch.Tensor], weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Eq. 1 for one chunk: K x (n, V), (n, K) -> (n, V)."""
     z = torch.mul(zs[0].to(out.device), weights[:, :1].to(out), out=out[: len(weights)])
-    for k, own in enumerate(zs[1:], 1):
-        z.addcmul_(own.to(out.device), weights[:, k, None].to(out))
+    for k, logits in enumerate(zs[1:], 1):
+        z.addcmul_(logits.to(out.device), weights[:, k, None].to(out))
     return z
 
 
@@ -201,7 +205,7 @@ def _empty_grads(needs: Sequence[bool], state: torch.Tensor, head: Head) -> dict
 
 
 class _LabelLogProb(torch.autograd.Function):
-    """log softmax(head(h))[y], chunk by chunk; the backward pass computes each chunk's logits again."""
+    """log softmax(head(h))[y], chunk by chunk. The backward pass computes each chunk's logits again."""
 
     @staticmethod
     def forward(ctx, state, weight, bias, targets, shape, chunk_tokens):
@@ -209,11 +213,11 @@ class _LabelLogProb(torch.autograd.Function):
         ctx.save_for_backward(state, weight, bias, targets)
         ctx.shape, ctx.chunk_tokens = shape, chunk_tokens
         targets = targets.to(weight.device)
-        parts = token_chunks(len(state), weight, chunk_tokens)
-        room = head.buffer(_rows(parts, len(state)))
-        out = room.new_empty(len(state))
-        for part in parts:
-            out[part] = _normalise(head.logits(state[part], room), targets[part, None])[0]
+        chunks = token_chunks(len(state), weight, chunk_tokens)
+        buffer = head.buffer(_rows(chunks, len(state)))
+        out = buffer.new_empty(len(state))
+        for chunk in chunks:
+            out[chunk] = _normalise(head.logits(state[chunk], buffer), targets[chunk, None])[0]
         return out
 
     @staticmethod
@@ -225,13 +229,13 @@ class _LabelLogProb(torch.autograd.Function):
         if any(value is not None for value in grads.values()):
             targets = targets.to(weight.device)
             capped = head.softcap is not None
-            parts = token_chunks(len(state), weight, ctx.chunk_tokens)
-            room = head.buffer(_rows(parts, len(state)))
-            spare = torch.empty_like(room) if capped else None
-            for part in parts:
-                z = head.logits(state[part], room)
-                own = None if spare is None else spare[: len(z)].copy_(z)
-                _accumulate(grads, head, state, _gradient(z, targets[part, None], grad[part]), own, None, part)
+            chunks = token_chunks(len(state), weight, ctx.chunk_tokens)
+            buffer = head.buffer(_rows(chunks, len(state)))
+            spare = torch.empty_like(buffer) if capped else None
+            for chunk in chunks:
+                z = head.logits(state[chunk], buffer)
+                logits = None if spare is None else spare[: len(z)].copy_(z)
+                _accumulate(grads, head, state, _gradient(z, targets[chunk, None], grad[chunk]), logits, None, chunk)
         return grads["state"], grads["weight"], grads["bias"], None, None, None
 
 
@@ -243,21 +247,22 @@ class _FusedLogitsLogProb(torch.autograd.Function):
         size = len(shapes)
         states, tables, biases = tensors[:size], tensors[size : 2 * size], tensors[2 * size :]
         heads = [Head(t, b, *shape) for t, b, shape in zip(tables, biases, shapes, strict=True)]
-        parts = token_chunks(len(targets), tables[0], chunk_tokens)
-        rooms = [head.buffer(_rows(parts, len(targets))) for head in heads]
-        mixed = torch.empty_like(rooms[0], device=weights.device)
+        chunks = token_chunks(len(targets), tables[0], chunk_tokens)
+        buffers = [head.buffer(_rows(chunks, len(targets))) for head in heads]
+        mixed = torch.empty_like(buffers[0], device=weights.device)
         out, closed_form = mixed.new_empty(len(targets)), torch.zeros_like(weights)
-        for part in parts:
-            y = targets[part, None]
+        for chunk in chunks:
+            y = targets[chunk, None]
             zs = [
-                head.logits(h[part], room).to(mixed.device) for head, h, room in zip(heads, states, rooms, strict=True)
+                head.logits(h[chunk], buffer).to(mixed.device)
+                for head, h, buffer in zip(heads, states, buffers, strict=True)
             ]
-            z = _mix(zs, weights[part], mixed)
-            out[part], total = _normalise(z, y)
+            z = _mix(zs, weights[chunk], mixed)
+            out[chunk], total = _normalise(z, y)
             if ctx.needs_input_grad[0]:
-                for k, own in enumerate(zs):  # z_k[y] - E_p[z_k]
-                    mean = torch.bmm(z[:, None], own[:, :, None])[:, 0] / total
-                    closed_form[part, k] = (own.gather(1, y) - mean).squeeze(1).to(closed_form)
+                for k, logits in enumerate(zs):  # z_k[y] - E_p[z_k]
+                    mean = torch.bmm(z[:, None], logits[:, :, None])[:, 0] / total
+                    closed_form[chunk, k] = (logits.gather(1, y) - mean).squeeze(1).to(closed_form)
         ctx.save_for_backward(weights, targets, closed_form, *tensors)
         ctx.shapes, ctx.chunk_tokens = shapes, chunk_tokens
         return out
@@ -271,14 +276,14 @@ class _FusedLogitsLogProb(torch.autograd.Function):
         heads = [Head(t, b, *shape) for t, b, shape in zip(tables, biases, ctx.shapes, strict=True)]
         needs = ctx.needs_input_grad[4:]
         grads = [_empty_grads(needs[k::size], states[k], heads[k]) for k in range(size)]
-        if any(value is not None for own in grads for value in own.values()):
-            parts = token_chunks(len(targets), tables[0], ctx.chunk_tokens)
-            rooms = [head.buffer(_rows(parts, len(targets))) for head in heads]
-            mixed = torch.empty_like(rooms[0], device=weights.device)
-            for part in parts:
-                zs = [head.logits(h[part], room) for head, h, room in zip(heads, states, rooms, strict=True)]
-                gradient = _gradient(_mix(zs, weights[part], mixed), targets[part, None], grad[part])
-                for k, own in enumerate(zs):
-                    _accumulate(grads[k], heads[k], states[k], gradient, own, weights[part, k], part)
-        flat = [own[name] for name in ("state", "weight", "bias") for own in grads]
+        if any(value is not None for specialist in grads for value in specialist.values()):
+            chunks = token_chunks(len(targets), tables[0], ctx.chunk_tokens)
+            buffers = [head.buffer(_rows(chunks, len(targets))) for head in heads]
+            mixed = torch.empty_like(buffers[0], device=weights.device)
+            for chunk in chunks:
+                zs = [head.logits(h[chunk], buffer) for head, h, buffer in zip(heads, states, buffers, strict=True)]
+                gradient = _gradient(_mix(zs, weights[chunk], mixed), targets[chunk, None], grad[chunk])
+                for k, logits in enumerate(zs):
+                    _accumulate(grads[k], heads[k], states[k], gradient, logits, weights[chunk, k], chunk)
+        flat = [specialist[name] for name in ("state", "weight", "bias") for specialist in grads]
         return closed_form * grad[:, None], None, None, None, *flat

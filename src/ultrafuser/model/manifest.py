@@ -1,4 +1,4 @@
-"""What a fused checkpoint's config.json says about each specialist."""
+"""The types of a fused checkpoint's config.json: the entry of each specialist."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SourceKey = Literal["model", "adapter"]
 
 
 class FileRecord(TypedDict):
-    """What one weight file was when it was recorded."""
+    """Size and checksum of one weight file when it was recorded."""
 
     size_bytes: int
     sha256: str
@@ -30,7 +30,7 @@ class _SourceModel(TypedDict):
 
 
 class SpecialistSource(_SourceModel, total=False):
-    """Where the weights are; folders inside the checkpoint are relative to it.
+    """Where the weights are. Folders inside the checkpoint are relative to it.
 
     Attributes:
         model: hub id, folder, or `package:MODULE/FILE`.
@@ -54,12 +54,12 @@ class SpecialistEntry(_SpecialistIdentity, total=False):
 
     Attributes:
         config: the specialist's own model configuration.
-        domain: the domain of the rows that it was trained on; its name where it is not given.
+        domain: the domain of the rows that it was trained on. Default: its name.
         files: size and SHA-256 of each local weight file.
         chat_template: the Jinja text it was trained with.
-        dtype, device_map, quantization: how to load it, where that differs from the others.
-        separate: whether its adapter is no plain LoRA, so that PEFT merges it into a base of its own.
-        temperature: its logits are divided by it before they are mixed; 1 where it is not given.
+        dtype, device_map, quantization: how to load it, if that differs from the others.
+        separate: whether its adapter is no plain LoRA, so that PEFT merges it into a separate base.
+        temperature: its logits are divided by it before they are mixed. Default: 1.
     """
 
     domain: str

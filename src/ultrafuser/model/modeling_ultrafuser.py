@@ -1,4 +1,4 @@
-"""UltraFuserForCausalLM: run the specialists, weigh them token by token, mix what they predict.
+"""UltraFuserForCausalLM: run the specialists, weigh them token by token, mix their predictions.
 
 Shapes are written as: K specialists, B batch, T tokens, R response tokens, N labelled tokens, V vocabulary,
 D hidden (D_k where specialists differ).
@@ -29,15 +29,15 @@ from .shared_base import SpecialistGroup
 
 @dataclass
 class UltraFuserOutput(ModelOutput):
-    """What a forward pass gives.
+    """The output of a forward pass.
 
     Attributes:
         loss: mean cross entropy of the labels in nats, when labels are given.
-        logits: (B, T, V); with probability mixing these are log-probabilities. None when labels are given, since the
-            loss never holds them; ask for the logits without labels.
+        logits: (B, T, V). With probability mixing these are log-probabilities. None when labels are given, because
+            the loss never holds them. Call the model without labels to get them.
         past_key_values: the cache of all specialists.
-        gate_weights: (B, T, K), or (B, R, K) at the labels; with `output_gate_weights=True`.
-        token_loss: (B, R) nats at the labels, zero where there is none; with `output_gate_weights=True`.
+        gate_weights: (B, T, K), or (B, R, K) at the labels, with `output_gate_weights=True`.
+        token_loss: (B, R) nats at the labels, zero at other positions, with `output_gate_weights=True`.
     """
 
     loss: torch.Tensor | None = None
@@ -50,8 +50,8 @@ class UltraFuserOutput(ModelOutput):
 class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
     """K causal language models fused at the token level by a gate.
 
-    A `PreTrainedModel` with everything users expect of one: `from_pretrained`, `save_pretrained`, `generate`. Each
-    specialist may read a prompt of its own (`specialist_input_ids`), and stays an ordinary model: see `specialist`.
+    A `PreTrainedModel` with `from_pretrained`, `save_pretrained` and `generate`. Each specialist may read its own prompt
+    (`specialist_input_ids`) and stays an ordinary model (see `specialist`).
 
     Source: section 3.1 of arXiv 2403.08281.
     """
@@ -72,14 +72,14 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: UltraFuserConfig, groups: Sequence[SpecialistGroup] | None = None) -> None:
         """
         Args:
-            groups: the loaded specialists; by default they start from random weights, as the configuration says.
+            groups: the loaded specialists. By default they are built from the configuration with random weights.
 
         Raises:
             CheckpointError: no specialist (K = 0).
         """
         if not config.specialists:
             raise CheckpointError(
-                "a fused model needs at least one specialist, got none (K = 0); add some to the recipe"
+                "a fused model needs at least one specialist, got none (K = 0). Add some to the recipe"
             )
         super().__init__(config)
         self.checkpoint_folder: Path | None = None  # against which relative sources resolve
@@ -88,14 +88,14 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             groups
             if groups is not None
             else [
-                SpecialistGroup(AutoModelForCausalLM.from_config(own), [name])
-                for own, name in zip(configs, config.names, strict=True)
+                SpecialistGroup(AutoModelForCausalLM.from_config(specialist_config), [name])
+                for specialist_config, name in zip(configs, config.names, strict=True)
             ]
         )
-        # where each specialist is: (group, row in the group)
-        self._places = {name: (g, i) for g, group in enumerate(self.groups) for i, name in enumerate(group.names)}
-        self._order = [self._places[name] for name in config.names]
-        contexts = [getattr(own.get_text_config(), "max_position_embeddings", None) for own in configs]
+        # the location of each specialist: (group, row in the group)
+        self._locations = {name: (g, i) for g, group in enumerate(self.groups) for i, name in enumerate(group.names)}
+        self._order = [self._locations[name] for name in config.names]
+        contexts = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
         self._contexts = {name: n for name, n in zip(config.names, contexts, strict=True) if n}
         widths = [self.groups[g].width for g, _ in self._order]
         self.gate = StaticGate(len(widths)) if config.gate_type == "static" else Gate(widths, config.gate_hidden_size)
@@ -103,18 +103,18 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def init_weights(self) -> None:
-        """Every part has initialised or loaded itself; starting over here would destroy the specialists."""
+        """Do nothing: every part has initialised or loaded itself, and starting over would destroy the specialists."""
 
     def get_input_embeddings(self) -> nn.Module:
-        """The first specialist's; each has its own."""
+        """The first specialist's embeddings. Each specialist has its own."""
         return self.groups[0].model.get_input_embeddings()
 
     def get_output_embeddings(self) -> None:
-        """None: there are K output layers, see `heads`."""
+        """None, because there are K output layers. See `heads`."""
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go in."""
+        """The device of the first specialist's embeddings."""
         return self.groups[0].device
 
     def heads(self) -> list:
@@ -136,19 +136,19 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, T) for all alike, or (B, K, T).
-            attention_mask: the same shape, with the cached tokens before; None where nothing is padded on the left.
+            attention_mask: the same shape, preceded by the cached tokens. None if nothing is padded on the left.
 
         Returns:
             K tensors (B, T, D_k).
         """
         states: dict[tuple[int, int], torch.Tensor] = {}
         for g, group in enumerate(self.groups):
-            mine = [self.config.names.index(name) for name in group.names]
-            ids = _per_specialist(input_ids, mine)  # (k, B, T)
-            mask = None if attention_mask is None else _per_specialist(attention_mask, mine)
+            indices = [self.config.names.index(name) for name in group.names]
+            ids = _per_specialist(input_ids, indices)  # (k, B, T)
+            mask = None if attention_mask is None else _per_specialist(attention_mask, indices)
             out = group(ids, mask, None if cache is None else cache.groups[g])
             states |= {(g, i): out[i] for i in range(group.size)}
-        return [states[place] for place in self._order]
+        return [states[location] for location in self._order]
 
     def mix(self, states: Sequence[torch.Tensor], log_weights: torch.Tensor) -> torch.Tensor:
         """Mixed logits: Eq. 1, or the log of the mixed probabilities.
@@ -163,13 +163,16 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         mixed: Any = None
         for k, (state, head) in enumerate(zip(states, self.heads(), strict=True)):
             log_w = log_weights[..., k, None]
-            own = head.logits(state).to(log_w.device)  # (..., V)
+            logits = head.logits(state).to(log_w.device)  # (..., V)
             if self.config.mixing == "logits":
-                own = log_w.exp() * own
-                mixed = own if mixed is None else mixed.add_(own) if not own.requires_grad else mixed + own
+                weighted = log_w.exp() * logits
+                if mixed is None:
+                    mixed = weighted
+                else:
+                    mixed = mixed + weighted if weighted.requires_grad else mixed.add_(weighted)
             else:
-                own = log_w + own.log_softmax(-1)
-                mixed = own if mixed is None else torch.logaddexp(mixed, own)
+                weighted = log_w + logits.log_softmax(-1)
+                mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted)
         return mixed
 
     def forward(
@@ -192,10 +195,10 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask: (B, T), the same tokens for every specialist.
-            specialist_input_ids, specialist_attention_mask: (B, K, T), each specialist's own rendering instead.
-            labels: (B, T) as usual (shifted here), or (B, R) with `response_index`; -100 is ignored.
+            specialist_input_ids, specialist_attention_mask: (B, K, T), each specialist's own prompt instead.
+            labels: (B, T) as usual (shifted here), or (B, R) with `response_index`. -100 is ignored.
             response_index: (B, K, R), where each specialist's state predicts the r-th label.
-            logits_to_keep: compute logits for so many last tokens only (0: all).
+            logits_to_keep: compute the logits of the last tokens only (0: of all).
             num_items_in_batch: divide the summed loss by this instead of by the number of labels here.
 
         Raises:
@@ -263,12 +266,12 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         log_probs: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
     ) -> UltraFuserOutput:
-        """The loss from states that were computed before (the feature cache); no specialist runs.
+        """The loss from states that were computed before (the feature cache), without running a specialist.
 
         Args:
             states: K tensors (B, R, D_k), each state at the label that it predicts.
-            labels: (B, R); -100 is ignored.
-            log_probs: (B, R, K) log-probabilities of the labels; with probability mixing they replace the output layers.
+            labels: (B, R). -100 is ignored.
+            log_probs: (B, R, K) log-probabilities of the labels. With probability mixing they replace the output layers.
             num_items_in_batch: as for `forward`.
         """
         labelled = labels != -100  # (B, R)
@@ -300,26 +303,26 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def specialist_log_probs(self, states: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """Log-probability of each label under every specialist alone: K x (N, D_k), (N,) -> (N, K), in nats."""
-        each = [label_log_prob(state, head, labels) for state, head in zip(states, self.heads(), strict=True)]
-        return torch.stack([ell.to(labels.device) for ell in each], dim=-1)
+        columns = [label_log_prob(state, head, labels) for state, head in zip(states, self.heads(), strict=True)]
+        return torch.stack([column.to(labels.device) for column in columns], dim=-1)
 
     def _check_length(self, ids: torch.Tensor, cache: UltraFuserCache | None) -> None:
         length = ids.shape[-1] + (cache.get_seq_length() if cache is not None else 0)
         for name, context in self._contexts.items():
             if length > context:
                 raise UltraFuserError(
-                    f"specialist {name!r}: {length} tokens do not fit into its context of {context}; shorten the prompt "
+                    f"specialist {name!r}: {length} tokens do not fit into its context of {context}. Shorten the prompt "
                     "or lower max_length / max_new_tokens"
                 )
 
     # ---------------------------------------------------------------- generation
 
-    def _cache(self, given: Cache | None, use_cache: bool | None) -> UltraFuserCache | None:
-        if isinstance(given, UltraFuserCache):
-            return given
-        if given is not None and given.get_seq_length():
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> UltraFuserCache | None:
+        if isinstance(cache, UltraFuserCache):
+            return cache
+        if cache is not None and cache.get_seq_length():
             raise UltraFuserError(
-                f"past_key_values is a {type(given).__name__}; pass the UltraFuserCache that forward gave"
+                f"past_key_values is a {type(cache).__name__}. Pass the UltraFuserCache that forward returned"
             )
         return self.new_cache() if use_cache else None
 
@@ -339,7 +342,7 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
             raise UltraFuserError(
-                f"cache_implementation={kind!r} is not available for fused models; use 'dynamic' or 'offloaded'"
+                f"cache_implementation={kind!r} is not available for fused models. Use 'dynamic' or 'offloaded'"
             )
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             return
@@ -355,14 +358,14 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         specialist_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Continue each specialist's own prompt with the tokens generated so far, the same ones for all."""
+        """Continue each specialist's own prompt with the tokens generated so far, which are the same for all."""
         inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
         if specialist_input_ids is None:
             return inputs
         prompt = specialist_input_ids.shape[-1]
         if input_ids.shape[1] < prompt:
             raise UltraFuserError(
-                f"specialist_input_ids holds prompts of {prompt} tokens, but input_ids has {input_ids.shape[1]}; pass input_ids "
+                f"specialist_input_ids holds prompts of {prompt} tokens, but input_ids has {input_ids.shape[1]}. Pass input_ids "
                 "of the same length, e.g. one specialist's prompts"
             )
         new = input_ids[:, None, prompt:].expand(-1, specialist_input_ids.shape[1], -1)  # (B, K, new)
@@ -375,9 +378,9 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         return inputs
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict, **kwargs: Any) -> Any:
-        """A drafting model is an ordinary one: it reads `input_ids`, whatever the specialists read."""
-        own = ("specialist_input_ids", "specialist_attention_mask", "output_gate_weights")
-        plain = {key: value for key, value in model_kwargs.items() if key not in own}
+        """A drafting model is an ordinary model: it reads `input_ids`, not the specialists' prompts."""
+        fused_only = ("specialist_input_ids", "specialist_attention_mask", "output_gate_weights")
+        plain = {key: value for key, value in model_kwargs.items() if key not in fused_only}
         return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)
 
     def _set_generation_defaults(self) -> None:
@@ -391,14 +394,14 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
     def specialist(self, name: str) -> PreTrainedModel:
         """One specialist as an ordinary transformers model, e.g. to draft for the fused one.
 
-        A specialist that shares its base with others is a merged copy; any other is the very model that runs here.
+        A specialist that shares its base with others is returned as a merged copy, any other as the model that runs here.
 
         Raises:
-            UltraFuserError: there is none of that name.
+            UltraFuserError: no specialist has that name.
         """
-        if name not in self._places:
-            raise UltraFuserError(f"no specialist {name!r}; there are: {', '.join(self.config.names)}")
-        g, i = self._places[name]
+        if name not in self._locations:
+            raise UltraFuserError(f"no specialist {name!r}. Known: {', '.join(self.config.names)}")
+        g, i = self._locations[name]
         group = self.groups[g]
         return group.model if not group.loras else plain_model(group, {i: 1.0})
 
@@ -411,8 +414,8 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             pretrained_model_name_or_path: a folder, or a hub id (then `revision`, `token`, `cache_dir`,
                 `local_files_only`, `subfolder` apply).
-            dtype, device_map, quantization_config, attn_implementation, trust_remote_code: go to every specialist
-                that says nothing else in the manifest. Weights are read from safetensors or GGUF only, and a
+            dtype, device_map, quantization_config, attn_implementation, trust_remote_code: apply to every specialist
+                whose manifest entry does not set them. Weights are read from safetensors or GGUF only, and a
                 specialist's own code never runs unless `trust_remote_code=True`.
 
         Raises:
@@ -421,10 +424,10 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         return load_fused(cls, pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write the manifest, the gate, and the specialists that changed; the others stay references.
+        """Write the manifest, the gate, and the specialists that changed. The others stay references.
 
         Args:
-            save_directory: created if needed; either the whole checkpoint is there afterwards, or what was before.
+            save_directory: created if needed. A save that fails leaves the folder as it was.
             copy: also copy the specialists that did not change.
 
         Raises:
@@ -433,11 +436,11 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         save_fused(self, save_directory, **kwargs)
 
 
-def _per_specialist(tensor: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
+def _per_specialist(tensor: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
     """(B, T) or (B, K, T) -> (k, B, T)."""
     if tensor.dim() == 2:
-        return tensor.expand(len(which), *tensor.shape)
-    return tensor[:, list(which)].transpose(0, 1)
+        return tensor.expand(len(indices), *tensor.shape)
+    return tensor[:, list(indices)].transpose(0, 1)
 
 
 AutoConfig.register(UltraFuserConfig.model_type, UltraFuserConfig, exist_ok=True)

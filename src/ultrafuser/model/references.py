@@ -1,4 +1,4 @@
-"""Where a specialist's files are, and whether they are still the same."""
+"""Find a specialist's files, and check that they are unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .manifest import FileRecord, FileRecords
 
 PACKAGE = "package:"
 WEIGHTS = ("*.safetensors", "*.gguf")
-# Larger files are compared by size alone when loading, as hashing would double the time; `info --verify` hashes all.
+# Loading compares larger files by size alone, because hashing would double the time. `info --verify` hashes all.
 HASH_LIMIT_BYTES = 1 << 30
 
 
@@ -36,13 +36,13 @@ def resolve(reference: str, folder: Path | None, specialist: str) -> Path | str:
     if reference.count("/") <= 1 and not reference.startswith((".", "/", "~", "specialists/")):
         return reference
     raise CheckpointError(
-        f"specialist {specialist!r}: its source {reference} is gone; put it back, or fuse again (with --copy the "
+        f"specialist {specialist!r}: its source {reference} is gone. Put it back, or fuse again (with --copy the "
         "checkpoint holds its own copies)"
     )
 
 
 def package_path(reference: str) -> Path:
-    """The file behind `package:MODULE/FILE`, data that an installed Python package carries; nothing is imported.
+    """The file behind `package:MODULE/FILE`, data of an installed Python package. The package is not imported.
 
     Raises:
         CheckpointError: the package is not installed, or has no such file.
@@ -50,11 +50,11 @@ def package_path(reference: str) -> Path:
     module, _, inner = reference.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise CheckpointError(f"{reference}: the Python package {module!r} is not installed; install it with pip")
-    found = Path(next(iter(spec.submodule_search_locations))) / inner
-    if not found.exists():
+        raise CheckpointError(f"{reference}: the Python package {module!r} is not installed. Install it with pip")
+    path = Path(next(iter(spec.submodule_search_locations))) / inner
+    if not path.exists():
         raise CheckpointError(f"{reference}: the Python package {module!r} has no {inner!r}")
-    return found
+    return path
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -62,36 +62,37 @@ def is_inside(path: Path, folder: Path) -> bool:
     return path.absolute().is_relative_to(folder.absolute())
 
 
-def record_files(where: Path) -> FileRecords:
+def record_files(path: Path) -> FileRecords:
     """Size and SHA-256 of the weight files of a folder, or of one file, by name."""
-    files = [where] if where.is_file() else sorted(file for pattern in WEIGHTS for file in where.glob(pattern))
+    files = [path] if path.is_file() else sorted(file for pattern in WEIGHTS for file in path.glob(pattern))
     return {file.name: {"size_bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
 
 
-def check_files(where: Path, recorded: Mapping[str, FileRecord], owner: str, every: bool = False) -> None:
-    """Compare weight files with what was recorded.
+def check_files(path: Path, recorded: Mapping[str, FileRecord], owner: str, every: bool = False) -> None:
+    """Compare weight files with their records.
 
     Args:
-        where: the folder that holds them, or the file itself.
+        path: the folder that holds them, or the file itself.
+        owner: who needs the files, for the errors.
         every: also hash files above HASH_LIMIT_BYTES.
 
     Raises:
         CheckpointError: a file is missing, or differs in size or checksum.
     """
-    for name, facts in recorded.items():
-        file = where if where.is_file() else where / name
+    for name, record in recorded.items():
+        file = path if path.is_file() else path / name
         if not file.is_file():
-            raise CheckpointError(f"{owner}: {file} is missing; the checkpoint is half written or its source is gone")
+            raise CheckpointError(f"{owner}: {file} is missing. The checkpoint is half written or its source is gone")
         size = file.stat().st_size
-        if size != facts["size_bytes"]:
+        if size != record["size_bytes"]:
             raise CheckpointError(
-                f"{owner}: {file} has {size} bytes, expected {facts['size_bytes']}: it is corrupted, or was replaced "
-                "since it was fused; restore it or fuse again"
+                f"{owner}: {file} has {size} bytes, expected {record['size_bytes']}: it is corrupted, or was replaced "
+                "since it was fused. Restore it or fuse again"
             )
-        if (every or size <= HASH_LIMIT_BYTES) and sha256(file) != facts["sha256"]:
+        if (every or size <= HASH_LIMIT_BYTES) and sha256(file) != record["sha256"]:
             raise CheckpointError(
-                f"{owner}: the SHA-256 of {file} is not the recorded one: it is corrupted, or was replaced since it was "
-                "fused; restore it or fuse again"
+                f"{owner}: the SHA-256 of {file} is not the recorded one. It is corrupted, or was replaced since it was "
+                "fused. Restore it or fuse again"
             )
 
 

@@ -1,9 +1,9 @@
-"""Write fused checkpoints: a manifest, the gate, and the specialists that changed; the others stay references.
+"""Write fused checkpoints: a manifest, the gate, and the specialists that changed. The others stay references.
 
 my-fused/
-  config.json          the manifest; written last, so that a folder without it is half written
+  config.json          the manifest, written last: a folder without it is half written
   model.safetensors    the gate
-  specialists/<name>/  ordinary HF checkpoints or PEFT adapters: what training changed, or `copy` asked for
+  specialists/<name>/  ordinary HF checkpoints or PEFT adapters: those that training changed, or all with `copy`
   bases/<name>/        the base of copied adapters
   *.py                 this package, so that trust_remote_code works where ultrafuser is not installed
 """
@@ -37,23 +37,23 @@ CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "saving
         "cache", "loss", "manifest", "fingerprint", "errors")  # fmt: skip
 
 
-# ---------------------------------------------------------------- what changed
+# ---------------------------------------------------------------- changes
 
 
 def mark_unchanged(model: Any, folder: Path | None) -> None:
-    """Remember that the specialists' weights are now what their sources say; `folder`: the checkpoint, if there is one."""
+    """Remember that the specialists' weights now equal their sources. `folder`: the checkpoint, if there is one."""
     model.checkpoint_folder = folder
     for group in model.groups:
         group.marks = WeightMarks(group.parameters())
 
 
 def is_changed(group: SpecialistGroup) -> bool:
-    """Whether a group's weights may differ from their sources; a group that was never loaded counts as changed."""
+    """Whether a group's weights may differ from their sources. A group that was never loaded counts as changed."""
     return group.marks.differ(group.parameters())
 
 
 def plain_model(group: SpecialistGroup, coefficients: Mapping[int, float]) -> PreTrainedModel:
-    """An ordinary transformers model with adapters merged in by `coefficients`; a copy of the base."""
+    """A copy of the base as an ordinary transformers model, with adapters merged by `coefficients`."""
     state = {name: tensor.clone() for name, tensor in group.base_state(coefficients).items()}
     model = AutoModelForCausalLM.from_config(group.model.config, dtype=group.model.dtype)
     model.load_state_dict(state)
@@ -74,7 +74,7 @@ def save_fused(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> None:
-    """`UltraFuserForCausalLM.save_pretrained`; see there."""
+    """See `UltraFuserForCausalLM.save_pretrained`."""
     if not is_main_process:
         return
     if push_to_hub:
@@ -86,8 +86,8 @@ def save_fused(
         for g, group in enumerate(model.groups):
             specs = [config.specialists[config.names.index(name)] for name in group.names]
             if is_changed(group):
-                own = None if state is None else _sub_state(state, f"groups.{g}.model.")
-                _write_group(group, specs, folder, own, model.checkpoint_folder)
+                group_state = None if state is None else _sub_state(state, f"groups.{g}.model.")
+                _write_group(group, specs, folder, group_state, model.checkpoint_folder)
             else:
                 for spec in specs:
                     _keep(spec, folder, model.checkpoint_folder, copy, copied)
@@ -121,36 +121,36 @@ def _write_group(
     """Write the specialists of a group that training changed."""
     if group.loras and not _base_changed(group):
         for i, spec in enumerate(specs):
-            home = folder / "specialists" / spec["name"]
-            _absolute_base(spec, folder, old)
-            write_adapter(group, i, spec["source"]["model"], home, state)
+            specialist_folder = folder / "specialists" / spec["name"]
+            _copy_inner_base(spec, folder, old)
+            write_adapter(group, i, spec["source"]["model"], specialist_folder, state)
             spec["source"] |= {"adapter": f"specialists/{spec['name']}", "adapter_revision": None}
-            spec["files"] = (spec.get("files") or {}) | {"adapter": record_files(home)}
+            spec["files"] = (spec.get("files") or {}) | {"adapter": record_files(specialist_folder)}
         return
     if group.size > 1:
         raise CheckpointError(
-            f"the base that {', '.join(group.names)} share was changed, so its weights belong to none of them; train "
-            "their adapters only, or fuse with share_base: false"
+            f"the base that {', '.join(group.names)} share was changed, so its weights belong to none of them. Train "
+            "their adapters alone, or fuse with share_base: false"
         )
-    spec, home = specs[0], folder / "specialists" / specs[0]["name"]
+    spec, specialist_folder = specs[0], folder / "specialists" / specs[0]["name"]
     if group.loras:
-        plain_model(group, {0: 1.0}).save_pretrained(home)
+        plain_model(group, {0: 1.0}).save_pretrained(specialist_folder)
     else:
-        group.model.save_pretrained(home, state_dict=None if state is None else dict(state))
+        group.model.save_pretrained(specialist_folder, state_dict=None if state is None else dict(state))
     spec["source"] = {"model": f"specialists/{spec['name']}"}
-    spec["files"] = {"model": record_files(home)}
+    spec["files"] = {"model": record_files(specialist_folder)}
     spec["config"] = group.model.config.to_dict()
     spec.pop("separate", None)
 
 
 def _base_changed(group: SpecialistGroup) -> bool:
-    """Whether more than adapters changed; adapters that are new since loading do not count."""
+    """Whether weights of the base changed. Adapters that are new since loading do not count."""
     adapters = {id(parameter) for parameter in group.adapter_parameters()}
     return any(group.marks.is_written(p) for p in group.parameters() if id(p) not in adapters)
 
 
 def write_adapter(
-    group: SpecialistGroup, i: int, base: str, home: Path, state: Mapping[str, torch.Tensor] | None = None
+    group: SpecialistGroup, i: int, base: str, specialist_folder: Path, state: Mapping[str, torch.Tensor] | None = None
 ) -> None:
     """Write one specialist's adapter as an ordinary PEFT folder."""
     adapter = group.adapter(i)
@@ -158,12 +158,12 @@ def write_adapter(
     for name, pair in adapter.layers.items():
         for half, tensor in zip(("lora_A", "lora_B"), pair, strict=True):
             if state is not None:  # gathered from all ranks
-                whole, rank = state[f"{name}.{half}"][i], group.loras[name].ranks[i]
-                tensor = whole[:rank] if half == "lora_A" else whole[:, :rank]
+                padded, rank = state[f"{name}.{half}"][i], group.loras[name].ranks[i]
+                tensor = padded[:rank] if half == "lora_A" else padded[:, :rank]
             tensors[f"base_model.model.{name}.{half}.weight"] = tensor.detach().cpu().contiguous()
     rank = max(a.shape[0] for a, _ in adapter.layers.values())
-    home.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, home / "adapter_model.safetensors", metadata={"format": "pt"})
+    specialist_folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, specialist_folder / "adapter_model.safetensors", metadata={"format": "pt"})
     adapter_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -176,14 +176,16 @@ def write_adapter(
         "inference_mode": True,
         "target_modules": sorted({name.rpartition(".")[2] for name in adapter.layers}),
     }
-    (home / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n", encoding="utf-8")
+    (specialist_folder / "adapter_config.json").write_text(
+        json.dumps(adapter_config, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _keep(spec: SpecialistEntry, folder: Path, old: Path | None, copy: bool, copied: dict[Path, str]) -> None:
-    """An unchanged specialist stays a reference; what lies inside the old checkpoint moves along.
+    """Keep an unchanged specialist as a reference, or copy it: always if it lies inside the old checkpoint.
 
     Args:
-        copied: what was copied to where so far, since several specialists may share a base.
+        copied: paths copied so far and their new places, because several specialists may share a base.
     """
     source = spec["source"]
     for key, reference in weight_sources(source):
@@ -204,32 +206,32 @@ def _keep(spec: SpecialistEntry, folder: Path, old: Path | None, copy: bool, cop
         source[key] = copied[path]
 
 
-def _copy(where: Path, home: Path) -> None:
-    home.parent.mkdir(parents=True, exist_ok=True)
-    if where.is_dir():
-        shutil.copytree(where, home, dirs_exist_ok=True)
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
     else:
-        shutil.copy(where, home)
+        shutil.copy(source, target)
 
 
-def _absolute_base(spec: SpecialistEntry, folder: Path, old: Path | None) -> None:
-    """A base that lies inside the old checkpoint moves along with the new adapters."""
-    where = resolve(spec["source"]["model"], old, spec["name"])
-    if old is not None and isinstance(where, Path) and is_inside(where, old):
-        home = folder / where.relative_to(old)
-        if not home.exists():
-            _copy(where, home)
+def _copy_inner_base(spec: SpecialistEntry, folder: Path, old: Path | None) -> None:
+    """Copy a base that lies inside the old checkpoint into the new one."""
+    path = resolve(spec["source"]["model"], old, spec["name"])
+    if old is not None and isinstance(path, Path) and is_inside(path, old):
+        target = folder / path.relative_to(old)
+        if not target.exists():
+            _copy(path, target)
 
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary folder beside `target` that replaces it when the block succeeds and is removed when it fails.
 
-    A folder that exists keeps its other files; its config.json goes first and comes back last, so that it is never
-    taken for a whole checkpoint in between.
+    A target that exists keeps its other files. Its config.json is removed first and written last, so that a folder
+    that is half replaced is never read as a checkpoint.
 
     Raises:
-        CheckpointError: the disk is full or not writable; `target` is as it was.
+        CheckpointError: the disk is full or not writable. `target` is unchanged.
     """
     target = target.expanduser().absolute()
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -250,7 +252,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         full = "No space left" in str(error) or getattr(error, "errno", None) == 28
         why = "the disk is full" if full else str(error)
-        raise CheckpointError(f"{target}: could not be written: {why}; nothing was changed, free some space or choose "
-                              "another folder") from error  # fmt: skip
+        raise CheckpointError(
+            f"{target}: could not be written: {why}. Nothing was changed. Free some space or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

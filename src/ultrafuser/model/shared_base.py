@@ -1,4 +1,4 @@
-"""A group of specialists on one set of weights: k adapters as rows of one batch (k = 1 without adapters: a plain model)."""
+"""A group of specialists on one set of weights: k adapters as rows of one batch. A plain model is a group of one without adapters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .loss import Head
 
 @dataclass
 class AdapterWeights:
-    """One LoRA adapter: for each adapted layer A (r, in) and B (out, r); its output is scaling * B A x."""
+    """One LoRA adapter: A (r, in) and B (out, r) of each adapted layer. Its output is scaling * B A x."""
 
     layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     scaling: float = 1.0
@@ -29,7 +29,7 @@ class GroupedLora(nn.Module):
     """k LoRA adapters on one linear layer: row block i of the input goes through adapter i.
 
     y_i = base(x_i) + scaling_i * B_i A_i x_i, with x (k * B, T, in), A (k, r, in), B (k, out, r): two batched products
-    for all adapters together, with gradients for each. Adapters of smaller rank are padded with zeros, which stay zero.
+    for all adapters together, with gradients for each. Adapters of smaller rank are padded with zeros that stay zero.
 
     Source: LoRA, arXiv 2106.09685, equation 3.
     """
@@ -44,14 +44,14 @@ class GroupedLora(nn.Module):
     ) -> None:
         """
         Args:
-            pairs: (A, B) of each adapter, None where it leaves this layer alone.
+            pairs: (A, B) of each adapter, None if it does not change this layer.
             rows: which adapters the coming rows belong to, shared by all layers of a group.
         """
         super().__init__()
         self.base = base
-        given = [pair for pair in pairs if pair is not None]
-        rank = max(a.shape[0] for a, _ in given)
-        a0, b0 = given[0]
+        present = [pair for pair in pairs if pair is not None]
+        rank = max(a.shape[0] for a, _ in present)
+        a0, b0 = present[0]
         lora_a = a0.new_zeros(len(pairs), rank, a0.shape[1])
         lora_b = b0.new_zeros(len(pairs), b0.shape[0], rank)
         for i, pair in enumerate(pairs):
@@ -89,7 +89,7 @@ class GroupedLora(nn.Module):
 
 @dataclass
 class _Rows:
-    """Which adapters the rows of the next batch belong to; empty: none, the bare base."""
+    """The adapters that the rows of the next batch belong to. Empty: the bare base."""
 
     active: list[int]
 
@@ -98,9 +98,9 @@ class SpecialistGroup(nn.Module):
     """One causal language model that serves k specialists in one pass.
 
     Attributes:
-        model: the transformers model; ordinary, and usable by itself.
+        model: the transformers model, usable by itself.
         names: the k specialists.
-        marks: the weights as they were loaded; none, if they were not.
+        marks: of the weights as they were loaded. Empty if they were not loaded.
     """
 
     def __init__(
@@ -117,14 +117,14 @@ class SpecialistGroup(nn.Module):
         if "past_key_values" not in parameters:
             raise CheckpointError(
                 f"specialist {self.names[0]!r}: {type(model).__name__} keeps no key-value cache (no past_key_values in "
-                "its forward); ultrafuser runs causal models with attention caches"
+                "its forward). ultrafuser runs causal models with attention caches"
             )
         if any(adapter is not None for adapter in adapters):
             self.add_adapters(adapters)
 
     @property
     def size(self) -> int:
-        """Specialists served, k."""
+        """The number of specialists, k."""
         return len(self.names)
 
     @property
@@ -134,7 +134,7 @@ class SpecialistGroup(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the tokens go in."""
+        """The device of the input embeddings."""
         return self.model.get_input_embeddings().weight.device
 
     def forward(
@@ -147,7 +147,7 @@ class SpecialistGroup(nn.Module):
 
         Args:
             input_ids: (k, B, T).
-            attention_mask: (k, B, T with the cached tokens), or None where nothing is padded on the left.
+            attention_mask: (k, B, T with the cached tokens), or None if nothing is padded on the left.
 
         Returns:
             (k, B, T, D).
@@ -178,15 +178,15 @@ class SpecialistGroup(nn.Module):
 
     @contextmanager
     def only(self, active: Sequence[int]) -> Iterator[None]:
-        """Run the adapters `active` alone (none: the bare base) within the context."""
-        before, self._rows.active = self._rows.active, list(active)
+        """Run the adapters `active` alone within the context. Empty: the bare base."""
+        previous, self._rows.active = self._rows.active, list(active)
         try:
             yield
         finally:
-            self._rows.active = before
+            self._rows.active = previous
 
     def add_adapters(self, adapters: Sequence[AdapterWeights | None], dropout: float = 0.0) -> None:
-        """Put k adapters beside the linear layers of the base; None leaves a specialist as the bare base.
+        """Put k adapters beside the linear layers of the base. None leaves a specialist as the bare base.
 
         Raises:
             CheckpointError: an adapter names a layer that the base does not have, or has in another shape.
@@ -198,7 +198,7 @@ class SpecialistGroup(nn.Module):
             if layer is not None and layer is self.model.get_output_embeddings():
                 raise CheckpointError(
                     f"specialist {self.names[0]!r}: an adapter changes {name!r}, the output layer, which the mixture reads "
-                    "directly; merge that adapter into its base with PEFT (merge_and_unload) and fuse the result"
+                    "directly. Merge that adapter into its base with PEFT (merge_and_unload) and fuse the result"
                 )
             shape = linear_shape(layer) if layer is not None else None
             pairs = [adapter.layers.get(name) if adapter else None for adapter in adapters]
@@ -207,11 +207,11 @@ class SpecialistGroup(nn.Module):
                     got = "no such linear layer" if shape is None else f"a layer of {shape}"
                     raise CheckpointError(
                         f"specialist {owner!r}: its adapter changes {name!r} from {pair[0].shape[1]} to "
-                        f"{pair[1].shape[0]} features, but its base has {got}; is it the right base?"
+                        f"{pair[1].shape[0]} features, but its base has {got}. Is it the right base?"
                     )
             parent, _, leaf = name.rpartition(".")
             scalings = [adapter.scaling if adapter else 0.0 for adapter in adapters]
-            assert layer is not None  # some adapter names it, and it was compared with that adapter above
+            assert layer is not None  # the loop above compared it with an adapter that names it
             device = next(layer.parameters()).device
             pairs = [pair and (pair[0].to(device), pair[1].to(device)) for pair in pairs]
             self.loras[name] = GroupedLora(layer, pairs, scalings, dropout, self._rows)
@@ -228,8 +228,8 @@ class SpecialistGroup(nn.Module):
         layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, module in backbone.named_modules():
             shape = linear_shape(module)
-            chosen = target_modules == "all-linear" or name.rpartition(".")[2] in target_modules
-            if shape is None or not chosen:
+            is_target = target_modules == "all-linear" or name.rpartition(".")[2] in target_modules
+            if shape is None or not is_target:
                 continue
             weight = next(module.parameters())
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
@@ -260,7 +260,9 @@ class SpecialistGroup(nn.Module):
         """
         adapter_weights = {id(p) for p in self.adapter_parameters()}
         out = {
-            name.replace(".base.", ".") if any(name.startswith(f"{own}.base.") for own in self.loras) else name: tensor
+            name.replace(".base.", ".")
+            if any(name.startswith(f"{layer}.base.") for layer in self.loras)
+            else name: tensor
             for name, tensor in self.model.state_dict(keep_vars=True).items()
             if id(tensor) not in adapter_weights
         }
@@ -274,7 +276,7 @@ class SpecialistGroup(nn.Module):
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a linear layer of any kind, plain, quantised or GPT-2's transposed one; None for other modules."""
+    """(in, out) of a linear layer: plain, quantised or GPT-2's transposed one. None for other modules."""
     if isinstance(layer, Conv1D):
         return tuple(layer.weight.shape)
     features = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
