@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 
 from ultrafuser import sandbox
 from ultrafuser.errors import SandboxError, UltraFuserError
-from ultrafuser.sandbox import Limits, Outcome
+from ultrafuser.sandbox import Limits, Outcome, execute, isolation
 
 HUMANEVAL = Path(__file__).parents[2] / "../shared/data/eval/instruct_humaneval.jsonl"
 ANSWER = "def double(x):\n    return 2 * x\n"
@@ -358,7 +359,7 @@ def test_threads_left_running_do_not_hold_a_verdict_back(limits):
 
 
 def test_without_a_sandbox_code_is_refused(monkeypatch):
-    monkeypatch.setattr(sandbox, "available", lambda: "bubblewrap (the command bwrap) is not installed")
+    monkeypatch.setattr(execute, "available", lambda: "bubblewrap (the command bwrap) is not installed")
     for judge in (lambda: sandbox.run("pass"), lambda: sandbox.check(ANSWER, TESTS)):
         with pytest.raises(SandboxError, match="bwrap.* is not installed; install bubblewrap .* or pass --unsafe-code"):
             judge()
@@ -370,20 +371,20 @@ def test_why_there_is_no_sandbox(monkeypatch, tmp_path):
     broken = tmp_path / "bwrap"
     broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
     broken.chmod(0o755)
-    sandbox._find_way.cache_clear()
+    execute.find_isolation.cache_clear()
     try:
-        monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+        monkeypatch.setattr(shutil, "which", lambda name: None)
         assert sandbox.available() == "bubblewrap (the command bwrap) is not installed"
-        sandbox._find_way.cache_clear()
-        monkeypatch.setattr(sandbox.shutil, "which", lambda name: str(broken))
+        execute.find_isolation.cache_clear()
+        monkeypatch.setattr(shutil, "which", lambda name: str(broken))
         assert "makes no sandbox here: bwrap: No permissions to create new namespace" in str(sandbox.available())
     finally:
-        sandbox._find_way.cache_clear()
+        execute.find_isolation.cache_clear()
 
 
 def test_a_sandbox_that_fails_is_an_error_and_no_verdict(limits, monkeypatch):
     assert sandbox.available() is None
-    monkeypatch.setattr(sandbox, "DRIVER", Path("/nonexistent/driver.py"))
+    monkeypatch.setattr(isolation, "DRIVER", Path("/nonexistent/driver.py"))
     outcome = sandbox.check(ANSWER, TESTS, limits=limits)
     assert outcome.status == "error" and "/nonexistent/driver.py" in outcome.detail
 

@@ -302,7 +302,7 @@ def test_an_unknown_task_is_named_with_its_nearest(folder):
 
 
 def test_without_a_sandbox_nothing_is_asked(folder, monkeypatch):
-    monkeypatch.setattr(sandbox, "available", lambda: "bubblewrap is gone")
+    monkeypatch.setattr(sandbox.execute, "available", lambda: "bubblewrap is gone")
     with pytest.raises(SandboxError, match="bubblewrap is gone.*--unsafe-code"):
         tasks.load_tasks(["gsm8k", "mbpp"], TaskOptions(folder))
     tasks.load_tasks(["gsm8k"], TaskOptions(folder))

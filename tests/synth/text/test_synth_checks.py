@@ -71,7 +71,7 @@ def test_as_many_are_run_at_once_as_there_are_processors(monkeypatch):
 
 
 def test_without_a_sandbox_nothing_is_run(monkeypatch):
-    monkeypatch.setattr(sandbox, "available", lambda: "bubblewrap is not installed")
+    monkeypatch.setattr(sandbox.execute, "available", lambda: "bubblewrap is not installed")
     with pytest.raises(SandboxError, match="generated code runs only in a sandbox"):
         checks.run_tests([(SQUARE, "assert True")])
 
