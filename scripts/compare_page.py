@@ -1,6 +1,6 @@
-"""Write the tables of docs/results/compare-zoo.md from the kept run: python scripts/compare_page.py [--check]
+"""Write the tables of docs/results/compare-zoo.md. With --check, fail when they are out of date.
 
-docs/results/compare-zoo/results.json is what `ultrafuser compare recipes/compare/zoo.yaml` wrote.
+`ultrafuser compare recipes/compare/zoo.yaml` wrote docs/results/compare-zoo/results.json.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ AGAINST = {"best_specialist": "the best specialist there", "router": "the router
 
 def tables(results: dict) -> str:
     """Losses and costs of every system, benchmarks, paired differences, the gate's weights."""
-    parts = [losses(results), paired(results), to_others(results), gate(results)]
+    blocks = [losses(results), paired(results), to_others(results), gate(results)]
     if any(system["tasks"] for system in results["systems"].values()):
-        parts.insert(1, tasks(results))
-    return "\n\n".join(parts)
+        blocks.insert(1, tasks(results))
+    return "\n\n".join(blocks)
 
 
 def losses(results: dict) -> str:
     columns = [*results["domains"], "mean"]
-    systems = {name: own for name, own in results["systems"].items() if own["loss"]}
-    fair = {name: own for name, own in systems.items() if own["kind"] != "oracle"}
-    best = {c: min(own["loss"][c]["nll"] for own in fair.values()) for c in columns}
+    systems = {name: system for name, system in results["systems"].items() if system["loss"]}
+    fair = {name: system for name, system in systems.items() if system["kind"] != "oracle"}
+    best = {c: min(system["loss"][c]["nll"] for system in fair.values()) for c in columns}
     lines = [
-        f"| nats a response token | {' | '.join(columns)} | tokens/s | peak MB | active, M | trained |",
+        f"| nats per response token | {' | '.join(columns)} | tokens/s | peak MB | active, M | trained |",
         "|---|" + "---:|" * (len(columns) + 4),
     ]
-    for name, own in systems.items():
-        values = [own["loss"][c]["nll"] for c in columns]
+    for name, system in systems.items():
+        values = [system["loss"][c]["nll"] for c in columns]
         cells = [
             f"**{v:.4f}**" if v == best[c] and name in fair else f"{v:.4f}"
             for c, v in zip(columns, values, strict=True)
         ]
-        speed = f"{own['tokens_per_s']['median']:.1f}" if own["tokens_per_s"] else ""
-        memory = f"{own['peak_memory_mb']:,}" if own["peak_memory_mb"] else ""
-        active = f"{own['parameters']['active'] / 1e6:.0f}" if own["parameters"] else ""
-        trained = f"{own['parameters']['trained']:,}" if own["parameters"] else ""
-        label = f"**{own['label']}**" if name == results["main"] else own["label"]
-        note = " (not a system)" if own["kind"] == "oracle" else ""
+        speed = f"{system['tokens_per_s']['median']:.1f}" if system["tokens_per_s"] else ""
+        memory = f"{system['peak_memory_mb']:,}" if system["peak_memory_mb"] else ""
+        active = f"{system['parameters']['active'] / 1e6:.0f}" if system["parameters"] else ""
+        trained = f"{system['parameters']['trained']:,}" if system["parameters"] else ""
+        label = f"**{system['label']}**" if name == results["main"] else system["label"]
+        note = " (not a system)" if system["kind"] == "oracle" else ""
         lines.append(f"| {label}{note} | {' | '.join(cells)} | {speed} | {memory} | {active} | {trained} |")
     counts = ", ".join(f"{systems[next(iter(systems))]['loss'][d]['samples']} {d}" for d in results["domains"])
     tokens = sum(systems[next(iter(systems))]["loss"][d]["tokens"] for d in results["domains"])
@@ -55,46 +55,48 @@ def losses(results: dict) -> str:
 def tasks(results: dict) -> str:
     names = list(results["tasks"])
     lines = [f"| score, % | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
-    for own in results["systems"].values():
-        if not own["tasks"]:
+    for system in results["systems"].values():
+        if not system["tasks"]:
             continue
         cells = []
         for task in names:
-            found = own["tasks"].get(task)
-            low, high = found["ci95"] if found else (0, 0)
-            cells.append(f"{100 * found['value']:.1f} ({100 * low:.1f} to {100 * high:.1f})" if found else "–")
-        lines.append(f"| {own['label']} | {' | '.join(cells)} |")
-    first = next(own["tasks"] for own in results["systems"].values() if own["tasks"])
-    counts = ", ".join(f"{found['samples']} of {task}" for task, found in first.items())
-    return "\n".join([*lines, "", f"Documents: {counts}, the same for every system; 95% intervals."])
+            score = system["tasks"].get(task)
+            low, high = score["ci95"] if score else (0, 0)
+            cells.append(f"{100 * score['value']:.1f} ({100 * low:.1f} to {100 * high:.1f})" if score else "–")
+        lines.append(f"| {system['label']} | {' | '.join(cells)} |")
+    first = next(system["tasks"] for system in results["systems"].values() if system["tasks"])
+    counts = ", ".join(f"{score['samples']} of {task}" for task, score in first.items())
+    return "\n".join([*lines, "", f"Documents: {counts}, the same for every system. Parentheses hold 95% intervals."])
 
 
 def paired(results: dict) -> str:
     columns = [*results["domains"], "mean"]
     lines = [f"| system | minus | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
     for name in dict.fromkeys(["router", *results["table2"], results["main"]]):
-        own = results["systems"].get(name)
-        if own is None or not own["loss"]:
+        system = results["systems"].get(name)
+        if system is None or not system["loss"]:
             continue
-        for rival, words in AGAINST.items():
-            pairs = own["paired"].get(rival, {})
+        for baseline, label in AGAINST.items():
+            pairs = system["paired"].get(baseline, {})
             cells = [_difference(pairs[c]) if c in pairs else "" for c in columns]
             if any(cells):
-                lines.append(f"| {own['label']} | {words} | {' | '.join(cells)} |")
-    note = "Paired differences on the same rows with 95% intervals; below zero the system is better. Off zero in bold."
+                lines.append(f"| {system['label']} | {label} | {' | '.join(cells)} |")
+    note = "Paired differences on the same rows, with 95% intervals. Below zero the system is better. Intervals that exclude zero are bold."
     return "\n".join([*lines, "", note])
 
 
 def to_others(results: dict) -> str:
-    """Every system minus the main one, and those lines of the recipe that name a system to compare with."""
+    """Every system minus the main one, and minus the system that its recipe entry names in `versus`."""
     columns, systems = [*results["domains"], "mean"], results["systems"]
     lines = [f"| system | minus | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
-    for rival in ("versus", "main"):
-        for own in systems.values():
-            if pairs := own["paired"].get(rival) if own["loss"] else None:
+    for baseline in ("versus", "main"):
+        for system in systems.values():
+            if pairs := system["paired"].get(baseline) if system["loss"] else None:
                 cells = [_difference(pairs[c]) if c in pairs else "" for c in columns]
-                lines.append(f"| {own['label']} | {systems[pairs['mean']['versus']]['label']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "The same for single comparisons, and for every system against the main one."])
+                lines.append(
+                    f"| {system['label']} | {systems[pairs['mean']['versus']]['label']} | {' | '.join(cells)} |"
+                )
+    return "\n".join([*lines, "", "The same for single comparisons, and for every system minus the main one."])
 
 
 def _difference(pair: dict) -> str:
@@ -107,7 +109,9 @@ def gate(results: dict) -> str:
     weights = results["gate_weights"][results["main"]]
     names = list(next(iter(weights.values())))
     lines = [f"| mean gate weight | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
-    lines += [f"| {domain} data | {' | '.join(f'{own[n]:.3f}' for n in names)} |" for domain, own in weights.items()]
+    lines += [
+        f"| {domain} data | {' | '.join(f'{shares[n]:.3f}' for n in names)} |" for domain, shares in weights.items()
+    ]
     return "\n".join(lines)
 
 

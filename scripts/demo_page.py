@@ -1,7 +1,7 @@
-"""Write the README's table and figures from a run of the demo: python scripts/demo_page.py [runs/demo | --check]
+"""Write the README's table and figures from a run of the demo, given as its folder (runs/demo).
 
-The run's results.json becomes docs/results/demo.json, two of its figures go to docs/assets. With --check, end with an error
-where the table or a figure is not that of docs/results/demo.json.
+The run's results.json becomes docs/results/demo.json, and two of its figures go to docs/assets. With --check, fail when
+the table or a figure is not that of docs/results/demo.json.
 """
 
 from __future__ import annotations

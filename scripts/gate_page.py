@@ -1,6 +1,6 @@
-"""Write the table of docs/results/gate-ablation.md from its results: python scripts/gate_page.py [--check]
+"""Write the tables of docs/results/gate-ablation.md. With --check, fail when they are out of date.
 
-docs/results/gate-ablation.json is what benchmarks/gate_ablation.py wrote.
+benchmarks/gate_ablation.py wrote docs/results/gate-ablation.json.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ def tables(results: dict) -> str:
     variants = results["variants"]
     columns = list(next(iter(variants.values()))["nll"])
     lines = [f"| gate | {' | '.join(columns)} | mean, minus the paper's gate |", "|---|" + "---:|" * (len(columns) + 1)]
-    for name, own in variants.items():
-        low, high = own["minus_paper"]["mean"]["ci95"]
-        pair = f"{own['minus_paper']['mean']['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
+    for name, variant in variants.items():
+        low, high = variant["minus_paper"]["mean"]["ci95"]
+        pair = f"{variant['minus_paper']['mean']['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
         pair = "" if low == high == 0 else f"**{pair}**" if low > 0 or high < 0 else pair
-        temperatures = f" ({', '.join(f'{t:.2f}' for t in own['temperatures'])})" if own["temperatures"] else ""
-        values = " | ".join(f"{own['nll'][column]['value']:.4f}" for column in columns)
+        temperatures = f" ({', '.join(f'{t:.2f}' for t in variant['temperatures'])})" if variant["temperatures"] else ""
+        values = " | ".join(f"{variant['nll'][column]['value']:.4f}" for column in columns)
         lines.append(f"| {name}{temperatures} | {values} | {pair} |")
     lines += ["", f"| one specialist alone | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    for name, own in results["specialists"].items():
-        for how in ("as it is", "at its temperature"):
-            label = f"{name}, {how}" + (f" ({own['temperature']:.2f})" if how != "as it is" else "")
-            values = " | ".join(f"{own[how][column]['value']:.4f}" for column in columns)
+    for name, specialist in results["specialists"].items():
+        for state in ("as it is", "at its temperature"):
+            label = f"{name}, {state}" + (f" ({specialist['temperature']:.2f})" if state != "as it is" else "")
+            values = " | ".join(f"{specialist[state][column]['value']:.4f}" for column in columns)
             lines.append(f"| {label} | {values} |")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The generated part of a page, between two comments."""
+"""Replace the generated block of a page, between two comments."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import sys
 from pathlib import Path
 
 
-def between(page: str, start: str, end: str, fresh: str, where: Path) -> str:
-    """The page with another text between its markers; without them the script ends."""
-    head, found, rest = page.partition(start)
-    _, closed, tail = rest.partition(end)
-    if not found or not closed:
-        sys.exit(f"{where}: expected the markers {start} and {end}")
-    return f"{head}{start}\n{fresh}\n{end}{tail}"
+def between(text: str, start: str, end: str, block: str, page: Path) -> str:
+    """The text of a page with another block between its markers. Without markers, exit with an error."""
+    head, opening, rest = text.partition(start)
+    _, closing, tail = rest.partition(end)
+    if not opening or not closing:
+        sys.exit(f"{page}: expected the markers {start} and {end}")
+    return f"{head}{start}\n{block}\n{end}{tail}"
 
 
-def refresh(where: Path, start: str, end: str, fresh: str, script: str) -> None:
-    """Write the page anew; with --check on the command line, end with an error where it is out of date."""
-    page = where.read_text(encoding="utf-8")
-    new = between(page, start, end, fresh, where)
+def refresh(page: Path, start: str, end: str, block: str, script: str) -> None:
+    """Write the block into the page. With --check on the command line, exit with an error if the page is out of date."""
+    text = page.read_text(encoding="utf-8")
+    new = between(text, start, end, block, page)
     if "--check" not in sys.argv:
-        where.write_text(new, encoding="utf-8")
-    elif new != page:
-        sys.exit(f"{where}: out of date; run: python scripts/{script}.py")
+        page.write_text(new, encoding="utf-8")
+    elif new != text:
+        sys.exit(f"{page}: out of date. Run: python scripts/{script}.py")

@@ -1,4 +1,4 @@
-"""Write the tables of recipe fields into the documentation; with --check, fail when one is out of date."""
+"""Write the tables of recipe fields into the documentation. With --check, fail when one is out of date."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def table(root: type[typed_yaml.Node]) -> str:
     return "\n".join(rows)
 
 
-def render(page: str, root: type[typed_yaml.Node], where: Path) -> str:
-    return between(page, START, END, table(root), where)
+def render(text: str, root: type[typed_yaml.Node], page: Path) -> str:
+    return between(text, START, END, table(root), page)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 when out of date")
     check = parser.parse_args().check
-    for where, root in PAGES.items():
-        page = where.read_text(encoding="utf-8")
-        fresh = render(page, root, where)
-        if check and fresh != page:
-            sys.exit(f"{where}: out of date; run: python scripts/recipe_docs.py")
+    for page, root in PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        new = render(text, root, page)
+        if check and new != text:
+            sys.exit(f"{page}: out of date. Run: python scripts/recipe_docs.py")
         if not check:
-            where.write_text(fresh, encoding="utf-8")
+            page.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":
