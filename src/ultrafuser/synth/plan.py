@@ -68,7 +68,7 @@ def plan(recipe: SynthRecipe, prompts: Prompts, until: str | None = None) -> lis
         for calls in _calls(recipe, domain):
             if not calls.num_calls or calls.stage not in stages:
                 continue
-            settings_stage = recipe.asked_as(calls.stage, calls.prompt)
+            settings_stage = recipe.settings_stage(calls.stage, calls.prompt)
             call, role = recipe.call(settings_stage), recipe.role(settings_stage, domain)
             messages = prompts.messages(calls.prompt, domain=domain, **calls.values)
             request = Request(calls.stage, domain.name, "", role, messages)

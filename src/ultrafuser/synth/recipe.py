@@ -1,4 +1,4 @@
-"""What a synthesis does: domains, models, how each stage asks, what is kept; imports no torch."""
+"""The recipe of a synthesis: models, domains, settings of each stage, filters. It imports no torch."""
 
 from __future__ import annotations
 
@@ -122,34 +122,34 @@ ModelRecipe = LocalModel | ServedModel
 
 
 class CallRecipe(Node):
-    """How one stage asks; a bare string is its model."""
+    """Settings of the requests of one stage. A bare string is its model."""
 
     shorthand: ClassVar[str | None] = "model"
 
-    model: str | None = Field(default=None, description="Name of the model; null: the first one of the recipe.")
+    model: str | None = Field(default=None, description="Name of the model. null: the first model of the recipe.")
     temperature: NonNegativeFloat | None = Field(
         default=None,
-        description="Temperature; null: `endpoint.temperature`; a local model then takes the likeliest token.",
+        description="Sampling temperature. null: `endpoint.temperature`, or greedy decoding for a local model.",
     )
-    max_tokens: PositiveInt = Field(default=1024, description="Tokens of a reply at most.")
+    max_tokens: PositiveInt = Field(default=1024, description="Token limit of a reply.")
 
 
 class ListCallRecipe(CallRecipe):
-    """How a stage asks that wants several items in one reply; a bare string is its model."""
+    """Settings of a stage with several items per reply. A bare string is its model."""
 
-    per_call: PositiveInt = Field(default=10, description="Items wanted in one reply.")
+    per_call: PositiveInt = Field(default=10, description="Items per reply.")
     rounds: PositiveInt = Field(
-        default=3, description="How often it asks again for what replies left out, until it has enough."
+        default=3, description="Maximum number of rounds of requests, until there are enough items."
     )
 
 
 class ExpandCallRecipe(CallRecipe):
-    """How the expansion asks; a bare string is its model."""
+    """Settings of the expansion. A bare string is its model."""
 
-    examples: PositiveInt = Field(default=4, description="Instructions shown in one question, as examples to expand.")
+    examples: PositiveInt = Field(default=4, description="Example instructions per prompt.")
 
 
-# A model that writes topics should vary, a judge should not; what else differs is how long replies are.
+# Topics should vary, ratings should not. The other differences are lengths of replies.
 CALL_DEFAULTS: dict[str, dict[str, Any]] = {
     "meta_topics": {"temperature": 1.0, "max_tokens": 1024, "per_call": 20},
     "sub_topics": {"temperature": 1.0, "max_tokens": 2048, "per_call": 20},
@@ -168,137 +168,147 @@ def _call(kind: type[CallRecipe], stage: str, description: str) -> Any:
 
 
 class CallsRecipe(Node):
-    """How each stage asks; what a stage does not say is that stage's usual value."""
+    """Settings of each stage. Missing fields have the defaults of that stage."""
 
     meta_topics: ListCallRecipe = _call(ListCallRecipe, "meta_topics", "Broad topics of a domain.")
     sub_topics: ListCallRecipe = _call(ListCallRecipe, "sub_topics", "Sub-topics of a topic, with concepts.")
     instructions: ListCallRecipe = _call(ListCallRecipe, "instructions", "Instructions on a sub-topic.")
     expand: ExpandCallRecipe = _call(
-        ExpandCallRecipe, "expand", "New instructions, strongly or weakly related to those shown."
+        ExpandCallRecipe, "expand", "New instructions that are strongly or weakly related to examples."
     )
-    complex: CallRecipe = _call(CallRecipe, "complex", "An instruction made more complex.")
-    responses: CallRecipe = _call(CallRecipe, "responses", "The answers.")
-    turns: CallRecipe = _call(CallRecipe, "turns", "What the simulated user says next.")
-    samples: CallRecipe = _call(CallRecipe, "samples", "Further answers, to see whether they agree.")
-    judge: CallRecipe = _call(CallRecipe, "judge", "A score of 1 to 10.")
+    complex: CallRecipe = _call(CallRecipe, "complex", "Rewriting of an instruction to be more complex.")
+    responses: CallRecipe = _call(CallRecipe, "responses", "Answers.")
+    turns: CallRecipe = _call(CallRecipe, "turns", "Next message of the simulated user.")
+    samples: CallRecipe = _call(CallRecipe, "samples", "Further answers, whose agreement is checked.")
+    judge: CallRecipe = _call(CallRecipe, "judge", "Scores from 1 to 10.")
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        out = dict(value)
-        for stage, usual in CALL_DEFAULTS.items():
-            if isinstance(given := out.get(stage), str):
-                out[stage] = {**usual, "model": given}
-            elif isinstance(given, Mapping):
-                out[stage] = {**usual, **given}
-        return out
+        calls = dict(value)
+        for stage, defaults in CALL_DEFAULTS.items():
+            if isinstance(call := calls.get(stage), str):
+                calls[stage] = {**defaults, "model": call}
+            elif isinstance(call, Mapping):
+                calls[stage] = {**defaults, **call}
+        return calls
 
 
 class CountsRecipe(Node):
-    """How many of everything a domain gets."""
+    """Number of items of each kind in a domain."""
 
-    meta_topics: PositiveInt = Field(default=10, description="Topics, seed topics included.")
-    sub_topics: PositiveInt = Field(default=50, description="Sub-topics of all topics together.")
-    concepts: PositiveInt = Field(default=8, description="Concepts asked for with each sub-topic.")
-    instructions: PositiveInt = Field(default=500, description="First instructions of all sub-topics together.")
-    strong: NonNegativeFloat = Field(default=1.0, description="Strongly related ones for each first instruction.")
-    weak: NonNegativeFloat = Field(default=1.0, description="Weakly related ones for each first instruction.")
+    meta_topics: PositiveInt = Field(default=10, description="Number of topics, seed topics included.")
+    sub_topics: PositiveInt = Field(default=50, description="Number of sub-topics over all topics.")
+    concepts: PositiveInt = Field(default=8, description="Concepts per sub-topic.")
+    instructions: PositiveInt = Field(default=500, description="Number of first instructions over all sub-topics.")
+    strong: NonNegativeFloat = Field(default=1.0, description="Strongly related instructions per first instruction.")
+    weak: NonNegativeFloat = Field(default=1.0, description="Weakly related instructions per first instruction.")
     rows: PositiveInt | None = Field(
-        default=None, description="Rows kept at most, evenly over topics and sub-topics; null: all that pass."
+        default=None, description="Keep at most N rows, evenly over topics and sub-topics. null: all rows that pass."
     )
 
 
 class DomainRecipe(Node):
-    """One domain: what it is, how its instructions and answers look, how answers are checked."""
+    """One domain: its description, the style of its texts, and the checks of its answers."""
 
-    name: Identifier = Field(description="Its name; the `domain` of its rows.")
-    description: str = Field(min_length=1, description="What the domain is, in a sentence or two for the models.")
-    instruction_style: str = Field(default="", description="How its instructions look.")
-    answer_style: str = Field(default="", description="How its answers look.")
+    name: Identifier = Field(description="Name of the domain, and `domain` of its rows.")
+    description: str = Field(
+        min_length=1, description="Description of the domain in one or two sentences, for the models."
+    )
+    instruction_style: str = Field(default="", description="Style of the instructions.")
+    answer_style: str = Field(default="", description="Style of the answers.")
     check: Literal["none", "python", "math"] = Field(
         default="none",
-        description="`python`: code must parse, and pass its tests if it has any; `math`: the answer must settle on a "
-        "result, its arithmetic must be right, and `samples` must agree.",
+        description="`python`: code must parse and pass its tests, if there are any. `math`: the answer must have a "
+        "final result, its arithmetic must be right, and `samples` must agree.",
     )
-    tests: bool = Field(default=False, description="`check: python`: ask for tests with each first answer.")
-    samples: NonNegativeInt = Field(default=0, description="`check: math`: further answers that are compared.")
-    agreement: Fraction = Field(default=0.5, description="Share of the samples that must agree with the answer.")
-    topics: list[str] = Field(default=[], description="Seed topics, taken as the first ones; the models add the rest.")
-    counts: CountsRecipe = Field(default_factory=CountsRecipe, description="How many of everything.")
+    tests: bool = Field(default=False, description="With `check: python`: request tests with each first answer.")
+    samples: NonNegativeInt = Field(default=0, description="With `check: math`: number of further answers to compare.")
+    agreement: Fraction = Field(default=0.5, description="Minimum share of samples that agree with the answer.")
+    topics: list[str] = Field(default=[], description="Seed topics. The model adds the rest.")
+    counts: CountsRecipe = Field(default_factory=CountsRecipe, description="Number of items of each kind.")
     answer_model: str | None = Field(
-        default=None, description="Model of this domain's answers and samples; null: that of `calls`."
+        default=None, description="Model for answers and samples of this domain. null: the model in `calls`."
     )
 
     @model_validator(mode="after")
     def _check(self) -> DomainRecipe:
         if self.check != "math" and self.samples:
-            raise ValueError(f"domain {self.name!r}: 'samples' are compared with 'check: math' alone; remove it")
+            raise ValueError(f"domain {self.name!r}: 'samples' needs 'check: math'; remove 'samples' or set the check")
         if self.check != "python" and self.tests:
-            raise ValueError(f"domain {self.name!r}: 'tests' are run with 'check: python' alone; remove it")
-        if twice := [topic for topic in self.topics if self.topics.count(topic) > 1]:
-            raise ValueError(f"domain {self.name!r}: the topic {twice[0]!r} is listed twice")
+            raise ValueError(f"domain {self.name!r}: 'tests' needs 'check: python'; remove 'tests' or set the check")
+        if repeated := [topic for topic in self.topics if self.topics.count(topic) > 1]:
+            raise ValueError(f"domain {self.name!r}: the topic {repeated[0]!r} is listed twice")
         return self
 
 
 class FiltersRecipe(Node):
-    """What is left out of the data set."""
+    """Filters of the data set."""
 
-    language: str | None = Field(default="en", description="ISO 639-1 code of the only language kept; null: any.")
+    language: str | None = Field(
+        default="en", description="Language to keep, as an ISO 639-1 code. null: any language."
+    )
     language_confidence: Fraction = Field(
-        default=0.5, description="Confidence in another language from which a text is left out."
+        default=0.5, description="Reject a text if another language has at least this confidence."
     )
-    min_instruction_chars: NonNegativeInt = Field(default=12, description="Characters of an instruction at least.")
-    max_instruction_chars: PositiveInt = Field(default=6000, description="Characters of an instruction at most.")
-    min_answer_chars: NonNegativeInt = Field(default=20, description="Characters of an answer at least.")
-    max_answer_chars: PositiveInt = Field(default=20000, description="Characters of an answer at most.")
-    refusals: bool = Field(default=True, description="Leave out refusals and boilerplate about being a model.")
-    max_repetition: Fraction = Field(
-        default=0.3, description="Share of an answer's words that repeat a run of words from before it, at most."
+    min_instruction_chars: NonNegativeInt = Field(
+        default=12, description="Minimum length of an instruction in characters."
     )
+    max_instruction_chars: PositiveInt = Field(
+        default=6000, description="Maximum length of an instruction in characters."
+    )
+    min_answer_chars: NonNegativeInt = Field(default=20, description="Minimum length of an answer in characters.")
+    max_answer_chars: PositiveInt = Field(default=20000, description="Maximum length of an answer in characters.")
+    refusals: bool = Field(default=True, description='Reject refusals and boilerplate such as "as an AI".')
+    max_repetition: Fraction = Field(default=0.3, description="Maximum share of repeated runs of five words.")
     near_duplicates: Annotated[float, Field(ge=0.1, le=1)] | None = Field(
         default=0.7,
-        description="Jaccard similarity from which instructions or answers are duplicates; null: exact only.",
+        description="Jaccard similarity from which texts are duplicates. null: exact duplicates only.",
     )
     decontaminate: list[LocalGlob] = Field(
         default=[],
-        description="Test files, folders or globs: rows that share an n-gram of words with one are left out.",
+        description="Test files, folders or globs. Rows that share an n-gram of words with one are rejected.",
     )
-    ngram: Annotated[int, Field(ge=3)] = Field(default=13, description="Words of that n-gram; the paper's 13.")
+    ngram: Annotated[int, Field(ge=3)] = Field(default=13, description="Words per n-gram. The paper has 13.")
     min_score: Annotated[int, Field(ge=1, le=10)] | None = Field(
-        default=None, description="The judge's score of an answer at least, of 10; null: nothing is judged."
+        default=None, description="Minimum score by the judge, from 1 to 10. null: no judge."
     )
     unsafe_code: bool = Field(default=False, description="Run generated code without a sandbox.")
 
 
 class SynthRecipe(Node):
-    """A synthesis: domains, models, and what becomes of them."""
+    """A synthesis: models, domains, settings of each stage, filters and budgets."""
 
     title: str = Field(
-        default="Synthetic instructions", description="Heading of the data card; a store belongs to one title."
+        default="Synthetic instructions", description="Heading of the data card. A store belongs to one title."
     )
-    licence: str = Field(default="", description="Licence of the data set as a whole; the models' terms apply too.")
+    licence: str = Field(default="", description="Licence of the whole data set. The terms of the models apply too.")
     models: list[Annotated[ModelRecipe, DiscriminatedBy("endpoint")]] = Field(
         description="Models that answer requests. `endpoint: local` runs one in this process."
     )
-    domains: list[DomainRecipe] = Field(description="The domains.")
-    calls: CallsRecipe = Field(default_factory=CallsRecipe, description="How each stage asks.")
+    domains: list[DomainRecipe] = Field(description="Domains of the data set.")
+    calls: CallsRecipe = Field(default_factory=CallsRecipe, description="Settings of each stage.")
     prompts: LocalPath | None = Field(
-        default=None, description="Folder with Jinja files that replace our own of the same name."
+        default=None, description="Folder with Jinja files that replace the built-in ones of the same name."
     )
-    complex_share: Fraction = Field(default=0.3, description="Share of the instructions that are made more complex.")
+    complex_share: Fraction = Field(default=0.3, description="Share of instructions to rewrite to be more complex.")
     turns: PositiveInt = Field(
-        default=1, description="Turns of a multi-turn conversation; 1: one question, one answer."
+        default=1, description="Turns per multi-turn conversation. 1: one question and one answer."
     )
-    multi_turn_share: Fraction = Field(default=1.0, description="Share of conversations that go on beyond one turn.")
-    filters: FiltersRecipe = Field(default_factory=FiltersRecipe, description="What is left out.")
-    budget_usd: PositiveFloat | None = Field(default=None, description="Money to spend at most; null: no limit.")
+    multi_turn_share: Fraction = Field(default=1.0, description="Share of conversations with more than one turn.")
+    filters: FiltersRecipe = Field(default_factory=FiltersRecipe, description="Filters of the data set.")
+    budget_usd: PositiveFloat | None = Field(
+        default=None, description="Maximum cost in dollars over all runs. null: no limit."
+    )
     budget_tokens: PositiveInt | None = Field(
-        default=None, description="Tokens read and written after which nothing more is sent; null: no limit."
+        default=None, description="Stop after this many tokens read and written. null: no limit."
     )
-    seed: NonNegativeInt = Field(default=0, description="Seed of what is drawn at random.")
-    output: str = Field(default="runs/synth", description="Folder of store and data set, seen from the working folder.")
+    seed: NonNegativeInt = Field(default=0, description="Seed of random draws.")
+    output: str = Field(
+        default="runs/synth", description="Folder of store and data set, relative to the working directory."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> SynthRecipe:
@@ -306,18 +316,18 @@ class SynthRecipe(Node):
             names = [item.name for item in getattr(self, key)]
             if not names:
                 raise ValueError(f"{key!r} is empty, expected at least one")
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"{key!r} has two items named {twice[0]!r}; names must differ")
-        named = {f"calls.{stage}.model": self.call(stage).model for stage in STAGES}
-        named |= {f"domains.{domain.name}.answer_model": domain.answer_model for domain in self.domains}
-        known = [model.name for model in self.models]
-        for where, name in named.items():
-            if name is not None and name not in known:
-                raise ValueError(f"{where}: no model {name!r}; there are: {', '.join(known)}")
+            if repeated := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{key!r} has two items named {repeated[0]!r}; names must differ")
+        references = {f"calls.{stage}.model": self.call(stage).model for stage in STAGES}
+        references |= {f"domains.{domain.name}.answer_model": domain.answer_model for domain in self.domains}
+        names = [model.name for model in self.models]
+        for field, name in references.items():
+            if name is not None and name not in names:
+                raise ValueError(f"{field}: no model {name!r}; there are: {', '.join(names)}")
         return self
 
     def call(self, stage: str) -> CallRecipe:
-        """How a stage asks."""
+        """The settings of a stage."""
         return getattr(self.calls, stage)
 
     def role(self, stage: str, domain: DomainRecipe) -> str:
@@ -326,8 +336,8 @@ class SynthRecipe(Node):
             return domain.answer_model
         return self.call(stage).model or self.models[0].name
 
-    def asked_as(self, stage: str, prompt: str) -> str:
-        """The stage whose model and settings hold for a question: a later turn's answer is asked for like the first."""
+    def settings_stage(self, stage: str, prompt: str) -> str:
+        """The stage whose settings a request has. The answers of later turns have those of `responses`."""
         return "responses" if (stage, prompt) == ("turns", "responses") else stage
 
     def model(self, name: str) -> ModelRecipe:
@@ -339,13 +349,13 @@ class SynthRecipe(Node):
         return next(domain for domain in self.domains if domain.name == name)
 
     def used_models(self) -> list[ModelRecipe]:
-        """The models that some stage of some domain may ask."""
+        """The models that a stage of a domain may use."""
         stages = [stage for stage in STAGES if stage != "judge" or self.filters.min_score is not None]
         names = {self.role(stage, domain) for stage in stages for domain in self.domains}
         return [model for model in self.models if model.name in names]
 
     def identity(self) -> str:
-        """What a store belongs to. Calls are found by what was asked, so any change of the recipe may go on with its store."""
+        """What a store belongs to. Calls are found by their request, so a changed recipe can reuse its store."""
         return self.title
 
 
@@ -353,11 +363,11 @@ def load_synth_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overri
     """Read a synthesis recipe, as `load_recipe` does.
 
     Raises:
-        RecipeError: a file, key, value or override that cannot be used.
+        RecipeError: a file, key, value or override is invalid.
     """
     return load_node(SynthRecipe, source, overrides)
 
 
 def dump_synth_recipe(recipe: SynthRecipe) -> str:
-    """The whole recipe as YAML, defaults included; `load_synth_recipe` reads it back exactly."""
+    """The recipe as YAML, defaults included. `load_synth_recipe` reads it back exactly."""
     return typed_yaml.dump(recipe.model_dump())

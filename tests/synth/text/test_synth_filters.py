@@ -122,7 +122,7 @@ def test_a_language_without_its_library_names_the_extra(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "other"),
+    ("text", "expected"),
     [
         ("Les rivières coulent vers la mer, et la mer ne se remplit jamais tout à fait, dit le vieux pêcheur.", True),
         ("Die Flüsse fließen ins Meer, und das Meer wird doch nicht voll, sagte der alte Fischer am Abend.", True),
@@ -133,10 +133,10 @@ def test_a_language_without_its_library_names_the_extra(monkeypatch):
         ("x = 3", False),
     ],
 )
-def test_languages(text, other):
+def test_languages(text, expected):
     pytest.importorskip("py3langid")
-    assert filters.speaks_otherwise(text, ENGLISH) is other
-    assert filters.speaks_otherwise(text, ANY) is False
+    assert filters.is_other_language(text, ENGLISH) is expected
+    assert filters.is_other_language(text, ANY) is False
 
 
 def test_an_unknown_language():

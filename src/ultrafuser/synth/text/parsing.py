@@ -1,4 +1,4 @@
-"""Replies -> items: tolerant of how a model writes lists, strict about what comes out."""
+"""Reads the items of a reply. It accepts many ways to write a list, and checks each item strictly."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from ultrafuser.data.answer_text import CLOSED_BLOCK, after_thinking, code_blocks
 
-GIANT_CHARS = 200_000  # of a reply: nothing that was asked for is that long
+GIANT_CHARS = 200_000  # a longer reply is rejected
 MAX_NAME_CHARS = 100
 MAX_NAME_WORDS = 14
 
-_BULLET = re.compile(r"\s{0,8}(?:\(?\d{1,3}[.):]|\(?[a-z]\)|[-*•–·])\s+(\S.*)")
-_NUMBERED = re.compile(r"\s{0,8}\(?\d{1,3}[.):]\s")
-_WRAPPED = re.compile(r"^[\"'“”‘’«»`*_]+|[\"'“”‘’«»`*_]+$")
-_NAME_AND_MORE = re.compile(r"\s*(?::|\s[-–—]\s|\|)\s*")
+_ITEM_LINE = re.compile(r"\s{0,8}(?:\(?\d{1,3}[.):]|\(?[a-z]\)|[-*•–·])\s+(\S.*)")
+_NUMBERED_LINE = re.compile(r"\s{0,8}\(?\d{1,3}[.):]\s")
+_SURROUNDING_MARKS = re.compile(r"^[\"'“”‘’«»`*_]+|[\"'“”‘’«»`*_]+$")
+_NAME_END = re.compile(r"\s*(?::|\s[-–—]\s|\|)\s*")
 _TRAILING_COMMA = re.compile(r",(\s*[\]}])")
 _LABEL = re.compile(
     r"^\W*(?:rewritten|new|more complex|improved)?\s*(?:instruction|version|prompt|task)\W{0,3}:[*_\s]*", re.I
@@ -31,14 +31,14 @@ _TEXT_KEYS = ("instruction", "text", "prompt", "question", "task", "request", "c
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A reply from which nothing could be read, and why."""
+    """The reason why nothing could be read from a reply."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class NamedConcepts:
-    """A sub-topic as a reply lists it."""
+    """A sub-topic in a reply."""
 
     name: str
     concepts: tuple[str, ...] = ()
@@ -50,9 +50,9 @@ class NamedConcepts:
 def read_list(reply: str) -> list[Any] | Unreadable:
     """The items of a reply: strings, or JSON objects.
 
-    Tried in this order: JSON in a fence, JSON anywhere, numbered lines, bulleted lines; lines first where one of them
-    comes before any bracket or fence. JSON may have trailing commas, be cut off in its last item, hold the list under any
-    key, or be one object a line.
+    The order is: JSON in a code block, JSON anywhere, numbered lines, bulleted lines. Lines are first if one of them comes
+    before any bracket or code block. JSON may have trailing commas, be cut off in its last item, have the list under any
+    key, or be one object per line.
     """
     text = after_thinking(reply).strip()
     if not text:
@@ -66,55 +66,58 @@ def read_list(reply: str) -> list[Any] | Unreadable:
 
 
 def _starts_with_a_line(text: str) -> bool:
-    """Whether a listed line comes first, so that brackets and code further on are part of an item."""
-    line = re.search(rf"^{_BULLET.pattern}", text, re.M)
+    """Whether a line of a list comes first, so that later brackets and code are part of an item."""
+    line = re.search(rf"^{_ITEM_LINE.pattern}", text, re.M)
     code = re.search(r"[\[{]|^[ \t]*(?:```|~~~)", text, re.M)
     return line is not None and line[1][0] not in "[{" and (code is None or line.start() < code.start())
 
 
 def _any_json(text: str) -> list[Any] | None:
-    """The items of JSON in a fence, else anywhere; a list of numbers is something else."""
-    for part in [*(block.body for block in code_blocks(text)), text]:
-        items = _json_items(part)
+    """The items of JSON in a code block, or else anywhere. A list of numbers alone is not a list of items."""
+    for candidate in [*(block.body for block in code_blocks(text)), text]:
+        items = _json_items(candidate)
         if items and any(isinstance(item, (str, dict)) for item in items):
             return items
     return None
 
 
 def _json_items(text: str) -> list[Any] | None:
+    # 1. Start at the first bracket.
     start = re.search(r"[\[{]", text)
     if start is None:
         return None
     text = text[start.start() :]
-    for written in (text, mended := _TRAILING_COMMA.sub(r"\1", text)):
+    # 2. Decode the text, or the text without trailing commas. If neither is valid, take its complete items.
+    for candidate in (text, repaired := _TRAILING_COMMA.sub(r"\1", text)):
         try:
-            value, end = json.JSONDecoder(strict=False).raw_decode(written)
+            value, end = json.JSONDecoder(strict=False).raw_decode(candidate)
         except (ValueError, RecursionError):
             continue
-        text = written
+        text = candidate
         break
     else:
-        return _salvaged(mended)
+        return _complete_items(repaired)
+    # 3. An object either contains the list, or is the first item of one object per line.
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
         if len(lists) == 1 and not any(key in value for key in _NAME_KEYS):
             return lists[0]
         rest = text[end:].lstrip(", \t\r\n")
-        more = _json_items(rest) if rest.startswith("{") else None
-        return [value, *(more or [])]
+        further_items = _json_items(rest) if rest.startswith("{") else None
+        return [value, *(further_items or [])]
     return value if isinstance(value, list) else None
 
 
-def _salvaged(text: str) -> list[Any] | None:
-    """The whole items at the start of a list that is cut off or broken somewhere."""
+def _complete_items(text: str) -> list[Any] | None:
+    """The complete items at the start of a list that is cut off or broken."""
     inner = text[1:] if text.startswith("[") else re.sub(r"^\{[^\[{]*\[", "", text, count=1)
     if inner == text:
         return None
-    decoder, at = json.JSONDecoder(strict=False), 0
+    decoder, position = json.JSONDecoder(strict=False), 0
     items: list[Any] = []
-    while match := re.compile(r"[\s,]*(?=[\"{\[])").match(inner, at):
+    while match := re.compile(r"[\s,]*(?=[\"{\[])").match(inner, position):
         try:
-            item, at = decoder.raw_decode(inner, match.end())
+            item, position = decoder.raw_decode(inner, match.end())
         except (ValueError, RecursionError):
             break
         items.append(item)
@@ -122,25 +125,27 @@ def _salvaged(text: str) -> list[Any] | None:
 
 
 def _listed_lines(text: str) -> list[Any] | None:
-    """Numbered lines where there are any, else bulleted ones; an indented or plain line goes on with the item before it."""
+    """Numbered lines if there are any, otherwise bulleted ones. Indented and plain lines continue the item above."""
+    # 1. Collect the lines of each item.
     lines = text.splitlines()
-    numbered = any(_NUMBERED.match(line) for line in lines)
+    numbered = any(_NUMBERED_LINE.match(line) for line in lines)
     items: list[str] = []
     for line in lines:
-        match = _BULLET.match(line)
-        if match and (not numbered or _NUMBERED.match(line)):
+        match = _ITEM_LINE.match(line)
+        if match and (not numbered or _NUMBERED_LINE.match(line)):
             items.append(match[1])
         elif items and line.strip():
             if not numbered and not line[:1].isspace():
-                break  # words after the list
+                break  # text after the list
             items[-1] += "\n" + line.rstrip()
         elif items and not line.strip():
             items[-1] += "\n"
-    out: list[Any] = []
+    # 2. Further paragraphs after the last item are text after the list.
+    texts: list[Any] = []
     for item in items:
         paragraphs = item.strip().split("\n\n")
-        out.append(paragraphs[0] if len(paragraphs) > 1 and item is items[-1] else item.strip())
-    return out or None
+        texts.append(paragraphs[0] if len(paragraphs) > 1 and item is items[-1] else item.strip())
+    return texts or None
 
 
 # ---------------------------------------------------------------- strict checks
@@ -148,13 +153,14 @@ def _listed_lines(text: str) -> list[Any] | None:
 
 def as_name(item: Any) -> str | Unreadable:
     """A topic: one short line."""
-    whole = isinstance(item, dict)  # in a line of a list, a name may be followed by an explanation
+    is_object = isinstance(item, dict)
     if isinstance(item, dict):
         item = next((item[key] for key in _NAME_KEYS if isinstance(item.get(key), str)), None)
     if not isinstance(item, str):
         return Unreadable("not text")
     name = _bare(item.strip().splitlines()[0] if item.strip() else "")
-    name = _bare(name if whole else _NAME_AND_MORE.split(name, maxsplit=1)[0]).rstrip(".;,")
+    # In a line of text a name may be followed by an explanation.
+    name = _bare(name if is_object else _NAME_END.split(name, maxsplit=1)[0]).rstrip(".;,")
     if not any(character.isalpha() for character in name):
         return Unreadable("empty item")
     if len(name) > MAX_NAME_CHARS or len(name.split()) > MAX_NAME_WORDS:
@@ -163,18 +169,18 @@ def as_name(item: Any) -> str | Unreadable:
 
 
 def as_named_concepts(item: Any, at_most: int) -> NamedConcepts | Unreadable:
-    """A sub-topic with concepts; `name: concept, concept` will do as well."""
+    """A sub-topic with concepts: an object, or text such as `name: concept, concept`."""
     name = as_name(item)
     if isinstance(name, Unreadable):
         return name
-    found: list[Any] = []
+    candidates: list[Any] = []
     if isinstance(item, dict):
-        found = next((value for value in item.values() if isinstance(value, list)), [])
+        candidates = next((value for value in item.values() if isinstance(value, list)), [])
     elif isinstance(item, str):
-        more = _NAME_AND_MORE.split(" ".join(item.split()), maxsplit=1)
-        found = re.split(r"[,;]", more[1]) if len(more) > 1 else []
+        texts = _NAME_END.split(" ".join(item.split()), maxsplit=1)
+        candidates = re.split(r"[,;]", texts[1]) if len(texts) > 1 else []
     concepts = []
-    for concept in found:
+    for concept in candidates:
         bare = _bare(concept).rstrip(".") if isinstance(concept, str) else ""
         if bare and len(bare) <= MAX_NAME_CHARS and "\n" not in bare and bare not in concepts:
             concepts.append(bare)
@@ -182,11 +188,11 @@ def as_named_concepts(item: Any, at_most: int) -> NamedConcepts | Unreadable:
 
 
 def as_instruction(item: Any) -> str | Unreadable:
-    """An instruction out of a list: a string, or an object that holds one under a usual name."""
+    """An instruction of a list: a string, or an object with one under a usual key."""
     if isinstance(item, dict):
-        given = next((item[key] for key in _TEXT_KEYS if isinstance(item.get(key), str)), None)
+        instruction = next((item[key] for key in _TEXT_KEYS if isinstance(item.get(key), str)), None)
         extra = item.get("input")
-        item = f"{given}\n\n{extra}" if given and isinstance(extra, str) and extra.strip() else given
+        item = f"{instruction}\n\n{extra}" if instruction and isinstance(extra, str) and extra.strip() else instruction
     if not isinstance(item, str):
         return Unreadable("not text")
     text = _unquoted(_printable(item).strip())
@@ -194,7 +200,7 @@ def as_instruction(item: Any) -> str | Unreadable:
 
 
 def read_text(reply: str) -> str | Unreadable:
-    """A reply that is one text: without thoughts, and without the lines that prompts put around what they quote."""
+    """A reply that is one text, without reasoning and without the lines that our prompts put around quotations."""
     text = after_thinking(_printable(reply)).strip()
     text = re.sub(r"^=== .{0,60} [0-9a-f]{8}\s*\n|\n=== end of .{0,60} [0-9a-f]{8}\s*$", "", text).strip()
     if not text:
@@ -212,19 +218,19 @@ def read_instruction(reply: str) -> str | Unreadable:
 
 
 def read_rating(reply: str) -> int | Unreadable:
-    """The rating, if the last line holds one and the reply no other."""
+    """The rating in the last line. A reply with different ratings has none."""
     text = after_thinking(reply).strip()
     if not text:
         return Unreadable("empty reply")
-    found = _RATING.findall(text[-GIANT_CHARS:])
+    ratings = _RATING.findall(text[-GIANT_CHARS:])
     last = _RATING.search(text.splitlines()[-1])
-    if last is None or set(found) != {last[1]}:
+    if last is None or set(ratings) != {last[1]}:
         return Unreadable("no rating")
     return int(last[1])
 
 
 def split_tests(answer: str) -> tuple[str, str | None]:
-    """An answer and the tests that end it: a last Python block of nothing but asserts, after a block of code."""
+    """An answer, and the tests in its last code block. Tests are assert statements and imports, after a block of code."""
     blocks = list(CLOSED_BLOCK.finditer(answer))
     if len(blocks) < 2 or answer[blocks[-1].end() :].strip():
         return answer, None
@@ -243,16 +249,16 @@ def split_tests(answer: str) -> tuple[str, str | None]:
 
 
 def _bare(text: str) -> str:
-    return _WRAPPED.sub("", _printable(text).strip()).strip()
+    return _SURROUNDING_MARKS.sub("", _printable(text).strip()).strip()
 
 
 def _printable(text: str) -> str:
-    """Without halves of characters, which no file can hold, and without control characters."""
+    """The text without lone surrogates, which no file can hold, and without control characters."""
     return _CONTROL.sub("", text.encode("utf-8", "replace").decode())
 
 
 def _unquoted(text: str) -> str:
-    """Without quotes around the whole text."""
+    """The text without quotes around all of it."""
     for left, right in (('"', '"'), ("“", "”"), ("'", "'")):
         if len(text) > 2 and text.startswith(left) and text.endswith(right) and not {left, right} & set(text[1:-1]):
             return text[1:-1].strip()
