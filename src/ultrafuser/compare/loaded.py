@@ -13,7 +13,7 @@ from ultrafuser.data.templates import Rendered
 from ultrafuser.evaluate.lm.load import LoadedModel, LoadOptions
 from ultrafuser.evaluate.lm.load import load_model as load_checkpoint
 from ultrafuser.evaluate.lm.parameters import count_parameters
-from ultrafuser.evaluate.lm.response_cache import RememberingLM
+from ultrafuser.evaluate.lm.response_cache import CachedLM
 from ultrafuser.evaluate.losses import RowLoss, fused_losses, group_losses
 from ultrafuser.inspect.run import trace_rows
 from ultrafuser.inspect.trace import TokenTrace
@@ -96,7 +96,7 @@ def load_model(workspace: Workspace, loaded: LoadedModel, features: Path) -> Loa
 def recall_answers(workspace: Workspace, specialists: Mapping[str, LoadedModel]) -> dict[str, LM]:
     """The specialists, with the answers that they gave when they were measured alone."""
     return {
-        name: RememberingLM(loaded.lm, workspace.answers(loaded.fingerprint), seed=workspace.settings.seed)
+        name: CachedLM(loaded.lm, workspace.answers(loaded.fingerprint), seed=workspace.settings.seed)
         for name, loaded in specialists.items()
     }
 

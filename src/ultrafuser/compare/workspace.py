@@ -16,7 +16,7 @@ from ultrafuser.compare.systems.plain_checkpoints import PlainCheckpoints, write
 from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import DataError, UltraFuserError
 from ultrafuser.evaluate.lm.load import LoadedModel, wrap_model
-from ultrafuser.evaluate.lm.response_cache import Store
+from ultrafuser.evaluate.lm.response_cache import ResponseCache
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.saving import plain_model
@@ -51,10 +51,10 @@ class Workspace:
         """Differs for every build of a system."""
         return json.loads((self.system_folder(name) / BUILT).read_text(encoding="utf-8"))["key"]
 
-    def answers(self, fingerprint: str) -> Store:
+    def answers(self, fingerprint: str) -> ResponseCache:
         """The cached answers of one model. The router and best-of-K find the specialists' answers there."""
         name = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
-        return Store(self.folder / "answers" / f"{name}.sqlite", fingerprint)
+        return ResponseCache(self.folder / "answers" / f"{name}.sqlite", fingerprint)
 
     # ---------------------------------------------------------------- models
 

@@ -17,7 +17,7 @@ from ultrafuser.evaluate.judged import alpaca, mt_bench
 from ultrafuser.evaluate.judged.judge import Judge
 from ultrafuser.evaluate.judged.result import JudgedResult
 from ultrafuser.evaluate.lm.load import ENDPOINT, LoadedModel, load_model, name_of, split_name
-from ultrafuser.evaluate.lm.response_cache import RememberingLM, Store
+from ultrafuser.evaluate.lm.response_cache import CachedLM, ResponseCache
 from ultrafuser.evaluate.losses import mean_weights
 from ultrafuser.evaluate.options import JUDGED, LOSSES, EvalOptions, needs_likelihoods
 from ultrafuser.evaluate.results import (
@@ -151,7 +151,7 @@ def measure(
         if loaded.model is not None and len(loaded.model.config.names) > 1:
             tokens = {domain: list(stratum.weights.values()) for domain, stratum in strata.items()}
             results["gate_weights"] = mean_weights(weights, tokens, loaded.model.config.names)
-    store = Store(folder / "answers.sqlite", loaded.fingerprint)
+    store = ResponseCache(folder / "answers.sqlite", loaded.fingerprint)
     try:
         results["tasks"] = {}
         for name, scores in score_benchmarks(loaded, options, store, progress).items():
@@ -163,10 +163,10 @@ def measure(
 
 
 def score_benchmarks(
-    loaded: LoadedModel, options: EvalOptions, store: Store, progress: Progress
+    loaded: LoadedModel, options: EvalOptions, store: ResponseCache, progress: Progress
 ) -> dict[str, TaskScores]:
     """Tasks and judged benchmarks of one model. Answers and verdicts are read from the store, or added to it."""
-    lm = RememberingLM(loaded.lm, store, progress, options.seed)
+    lm = CachedLM(loaded.lm, store, progress, options.seed)
     scores = score_tasks(lm, options.tasks, options.task_options, limit=options.limit, seed=options.seed)
     for name in options.benchmarks:
         if name in JUDGED:
@@ -174,7 +174,9 @@ def score_benchmarks(
     return scores
 
 
-def _run_judged(name: str, lm: RememberingLM, options: EvalOptions, store: Store, progress: Progress) -> JudgedResult:
+def _run_judged(
+    name: str, lm: CachedLM, options: EvalOptions, store: ResponseCache, progress: Progress
+) -> JudgedResult:
     benchmark = alpaca if name == "alpaca_eval" else mt_bench
     return benchmark.evaluate(
         lm,
@@ -202,7 +204,7 @@ def _by_question(result: JudgedResult) -> TaskScores:
     )
 
 
-def _judge(benchmark: str, options: EvalOptions, store: Store | None) -> Judge:
+def _judge(benchmark: str, options: EvalOptions, store: ResponseCache | None) -> Judge:
     if options.judge is None:
         raise DataError(f"{benchmark} needs a judge; give --judge NAME@URL, any OpenAI-compatible endpoint")
     return Judge(Endpoint(options.judge), store, seed=options.seed)

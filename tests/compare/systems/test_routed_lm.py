@@ -17,7 +17,7 @@ from ultrafuser.compare.systems.best_of_lm import BestOfLM, choices
 from ultrafuser.compare.systems.router_model import REQUESTS_PER_CALL, RoutedLM, ask
 from ultrafuser.errors import UltraFuserError
 from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
-from ultrafuser.evaluate.lm.response_cache import Store
+from ultrafuser.evaluate.lm.response_cache import ResponseCache
 
 
 class Specialist(LM):
@@ -155,7 +155,7 @@ class Verdict:
 
 def test_the_likeliest_answer_per_token_wins(tmp_path: Path):
     """Not the shortest one: `b` is likelier per token, though its whole answer is less likely."""
-    store = Store(tmp_path / "answers.sqlite", "best")
+    store = ResponseCache(tmp_path / "answers.sqlite", "best")
     lms = {"a": Specialist("a", log_p=-2.0, says="xx"), "b": Specialist("b", log_p=-1.0, says="yyyyyy")}
     best = BestOfLM(lms, Letters(), store=store)
     best.set_cache_hook(hook := Hook())
@@ -178,7 +178,7 @@ def test_an_empty_answer_comes_last_and_equal_answers_need_no_choice():
 
 def test_a_judge_decides_and_the_log_probability_where_it_does_not(tmp_path: Path):
     lms = {"a": Specialist("a", "|", log_p=-1.0, says="xx"), "b": Specialist("b", log_p=-2.0, says="yy")}
-    judge, store = Verdict("yy", None, "xx", None), Store(tmp_path / "answers.sqlite", "best")
+    judge, store = Verdict("yy", None, "xx", None), ResponseCache(tmp_path / "answers.sqlite", "best")
     best = BestOfLM(lms, Letters(), judge, store)
     chat = encode_chat([{"role": "user", "content": "one"}, {"role": "assistant", "content": "So"}])
     assert best.generate_until(requests([chat, "two", "three", "four"])) == ["yy", "xx", "xx", "xx"]

@@ -186,11 +186,11 @@ def test_judgements_are_kept_the_moment_they_are_there(server: FakeEndpoint):
 
 def test_the_answer_store_keeps_judgements(server: FakeEndpoint, tmp_path):
     pytest.importorskip("lm_eval", reason="the eval extra is not installed")
-    from ultrafuser.evaluate.lm.response_cache import Store
+    from ultrafuser.evaluate.lm.response_cache import ResponseCache
 
     server.reply = lambda _: fine("why: “so”\n[[A]]")
     for _ in range(2):
-        store = Store(tmp_path / "judgements.sqlite", "owner")
+        store = ResponseCache(tmp_path / "judgements.sqlite", "owner")
         assert [judgement.verdict for judgement in judge_of(server, store, concurrency=4).ask_all(pairs(9))] == [
             "A"
         ] * 9

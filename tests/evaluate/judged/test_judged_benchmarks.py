@@ -215,15 +215,15 @@ def test_a_fused_models_answers_outlive_a_judge_that_died(server: FakeEndpoint, 
     from tiny_models import fuse, tiny
     from ultrafuser.data.templates import BUILTIN, Renderer
     from ultrafuser.evaluate.lm.fused import FusionLM
-    from ultrafuser.evaluate.lm.response_cache import RememberingLM, Store
+    from ultrafuser.evaluate.lm.response_cache import CachedLM, ResponseCache
 
     model = fuse([tiny("llama", seed, vocab_size=len(tokenizer), max_position_embeddings=256) for seed in (0, 1)])
     lm = FusionLM(model, Renderer(tokenizer, [BUILTIN["chatml"], BUILTIN["plain"]]))
 
     def run() -> Any:
-        store = Store(tmp_path / "answers.sqlite", "owner")
+        store = ResponseCache(tmp_path / "answers.sqlite", "owner")
         try:
-            return mt_bench.evaluate(RememberingLM(lm, store), judge_of(server, store), TALKS, max_tokens=4)
+            return mt_bench.evaluate(CachedLM(lm, store), judge_of(server, store), TALKS, max_tokens=4)
         finally:
             store.close()
 

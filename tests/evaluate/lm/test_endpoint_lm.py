@@ -107,7 +107,7 @@ def test_an_option_that_it_cannot_pass_on(server: FakeEndpoint):
 
 
 def test_a_rerun_asks_only_what_is_missing(server: FakeEndpoint, tmp_path):
-    from ultrafuser.evaluate.lm.response_cache import RememberingLM, Store
+    from ultrafuser.evaluate.lm.response_cache import CachedLM, ResponseCache
 
     failed_once: list[str] = []
 
@@ -119,12 +119,12 @@ def test_a_rerun_asks_only_what_is_missing(server: FakeEndpoint, tmp_path):
 
     server.reply = reply
     texts = [f"q{i}" for i in range(6)]
-    store = Store(tmp_path / "answers.sqlite", "owner")
+    store = ResponseCache(tmp_path / "answers.sqlite", "owner")
     with pytest.raises(
         EndpointError, match="context overflow.*1 of the requests failed. 5 of 6 requests were answered"
     ):
-        RememberingLM(lm_of(server), store).generate_until(instances(*texts))
-    assert RememberingLM(lm_of(server), store).generate_until(instances(*texts)) == [text.upper() for text in texts]
+        CachedLM(lm_of(server), store).generate_until(instances(*texts))
+    assert CachedLM(lm_of(server), store).generate_until(instances(*texts)) == [text.upper() for text in texts]
     assert server.hits == 7
 
 

@@ -15,7 +15,7 @@ from ultrafuser.data.templates import BUILTIN, Renderer
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
 from ultrafuser.evaluate.lm.fused import FusionLM
-from ultrafuser.evaluate.lm.response_cache import RememberingLM, Store
+from ultrafuser.evaluate.lm.response_cache import CachedLM, ResponseCache
 
 VOCAB = 320
 QUESTIONS = ["def add(a, b):", "how many?", "The quick brown fox jumps", "1 + 2 = 3 and 4", "lazy dog " * 4]
@@ -161,9 +161,9 @@ def test_a_killed_run_loses_no_answer_and_repeats_none(fused, tmp_path, sampled)
     total, runs = 0, 0
     while True:
         lm = Fragile(fused.model, fused.renderer, batch_size=2, dies_after=2)
-        store = Store(tmp_path / "answers.sqlite", "me")
+        store = ResponseCache(tmp_path / "answers.sqlite", "me")
         try:
-            answers = RememberingLM(lm, store).generate_until(requests)
+            answers = CachedLM(lm, store).generate_until(requests)
             break
         except Killed:
             continue
@@ -183,26 +183,26 @@ def test_a_killed_run_loses_no_answer_and_repeats_none(fused, tmp_path, sampled)
 
 def test_what_was_answered_is_never_asked_again(fused, tmp_path):
     requests = [instance("loglikelihood", q, " fox") for q in QUESTIONS]
-    store = Store(tmp_path / "answers.sqlite", "me")
-    first = RememberingLM(fused, store).loglikelihood(requests)
+    store = ResponseCache(tmp_path / "answers.sqlite", "me")
+    first = CachedLM(fused, store).loglikelihood(requests)
 
     class Mute(FusionLM):
         def loglikelihood(self, requests):
             raise AssertionError("asked again")
 
-    assert RememberingLM(Mute(fused.model, fused.renderer), store).loglikelihood(requests) == first
+    assert CachedLM(Mute(fused.model, fused.renderer), store).loglikelihood(requests) == first
 
 
 def test_answers_of_another_model_are_refused(tmp_path):
-    Store(tmp_path / "answers.sqlite", "one").close()
+    ResponseCache(tmp_path / "answers.sqlite", "one").close()
     with pytest.raises(DataError, match="holds the answers of another model .one., expected two"):
-        Store(tmp_path / "answers.sqlite", "two")
+        ResponseCache(tmp_path / "answers.sqlite", "two")
 
 
 def test_a_file_that_is_no_store_is_named(tmp_path):
     (tmp_path / "answers.sqlite").write_text("no database at all, but text of some length" * 40)
     with pytest.raises(DataError, match="no response cache can be opened there"):
-        Store(tmp_path / "answers.sqlite", "me")
+        ResponseCache(tmp_path / "answers.sqlite", "me")
 
 
 def test_sampled_answers_follow_the_seed(fused):
@@ -216,9 +216,9 @@ def test_sampled_answers_follow_the_seed(fused):
 def test_sampled_answers_belong_to_their_seed(fused, tmp_path):
     chat = encode_chat([{"role": "user", "content": "why?"}])
     sampled = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
-    store = Store(tmp_path / "answers.sqlite", "me")
+    store = ResponseCache(tmp_path / "answers.sqlite", "me")
     found = [
-        RememberingLM(FusionLM(fused.model, fused.renderer, seed=seed), store, seed=seed).generate_until(
+        CachedLM(FusionLM(fused.model, fused.renderer, seed=seed), store, seed=seed).generate_until(
             [instance("generate_until", chat, sampled)]
         )
         for seed in (1, 2, 1)
@@ -227,7 +227,7 @@ def test_sampled_answers_belong_to_their_seed(fused, tmp_path):
 
 
 def test_a_full_disk_is_a_clear_error(fused, tmp_path):
-    store = Store(tmp_path / "answers.sqlite", "me")
+    store = ResponseCache(tmp_path / "answers.sqlite", "me")
     store._db.execute("PRAGMA max_page_count = 4")
     with pytest.raises(DataError, match="could not be saved .* Free disk space and run again"):
         for number in range(1000):

@@ -16,7 +16,7 @@ import sys, time
 from pathlib import Path
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from ultrafuser.evaluate.lm.response_cache import RememberingLM, Store
+from ultrafuser.evaluate.lm.response_cache import CachedLM, ResponseCache
 
 folder, total = Path(sys.argv[1]), int(sys.argv[2])
 
@@ -35,7 +35,7 @@ class Slow(LM):
 
 (folder / "ready.txt").write_text("")
 requests = [Instance("generate_until", {}, (f"question {i}", {"until": []}), i) for i in range(total)]
-answers = RememberingLM(Slow(), Store(folder / "answers.sqlite", "me")).generate_until(requests)
+answers = CachedLM(Slow(), ResponseCache(folder / "answers.sqlite", "me")).generate_until(requests)
 assert answers == [f"QUESTION {i}" for i in range(total)], answers
 (folder / "done.txt").write_text("")
 """

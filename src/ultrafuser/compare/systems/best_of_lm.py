@@ -6,25 +6,18 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from ultrafuser.compare.systems.router_model import REQUESTS_PER_CALL, ask
 from ultrafuser.errors import UltraFuserError
+from ultrafuser.evaluate.judged.judge import Judge
 from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
-from ultrafuser.evaluate.lm.response_cache import Store
+from ultrafuser.evaluate.lm.response_cache import ResponseCache
 
 CHOICE = "choice"  # of the values in the store
-
-
-class Judge(Protocol):
-    """Whoever chooses among answers."""
-
-    def choose_all(self, items: Sequence[tuple[str, Sequence[str]]]) -> list[int | None]:
-        """Of each (question, answers) the index of the best answer; None where there is no verdict."""
-        ...
 
 
 class BestOfLM(LM):
@@ -37,7 +30,7 @@ class BestOfLM(LM):
     """
 
     def __init__(
-        self, lms: Mapping[str, LM], tokenizer: Any, judge: Judge | None = None, store: Store | None = None
+        self, lms: Mapping[str, LM], tokenizer: Any, judge: Judge | None = None, store: ResponseCache | None = None
     ) -> None:
         """
         Args:
@@ -129,7 +122,7 @@ def question_of(context: str) -> str:
     return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
 
 
-def choices(store: Store) -> dict[str, dict[str, int]]:
+def choices(store: ResponseCache) -> dict[str, dict[str, int]]:
     """How many answers were chosen `of` each model, and `by` whom: `judge`, `log_prob`, or neither where all were equal."""
     found = list(store.values(CHOICE))
     return {part: dict(Counter(own[part] for own in found)) for part in ("of", "by")}

@@ -28,7 +28,7 @@ _VERDICT = re.compile(r"\[\[([^\[\]]*)\]\]")
 
 
 class JudgementStore(Protocol):
-    """Saves judgements, such as `response_cache.Store`."""
+    """Saves judgements, such as `response_cache.ResponseCache`."""
 
     def get(self, kind: str, key: str) -> Any | None:
         """The value, or None where there is none."""

@@ -17,7 +17,7 @@ from ultrafuser.errors import DataError
 from ultrafuser.progress import Progress
 
 
-class Store:
+class ResponseCache:
     """JSON values by kind and key in one SQLite file. A value survives a kill once `put` has returned.
 
     Raises:
@@ -75,14 +75,14 @@ class Store:
         self._db.close()
 
 
-class RememberingLM(LM):
+class CachedLM(LM):
     """Any lm-eval model with a cache: saved answers are read, the others are asked for and saved at once.
 
     Equal requests (the repeats of pass@k) are counted, so that sampled answers stay different. A sampled answer belongs
     to its seed. lm-eval's own `CachingLM` skips sampled requests, and saves only after a whole batch.
     """
 
-    def __init__(self, lm: LM, store: Store, progress: Progress | None = None, seed: int = 0) -> None:
+    def __init__(self, lm: LM, store: ResponseCache, progress: Progress | None = None, seed: int = 0) -> None:
         super().__init__()
         self.lm, self.store, self.progress, self.seed = lm, store, progress or Progress(), seed
 
@@ -127,7 +127,7 @@ class RememberingLM(LM):
 class _SavingHook:
     """lm-eval's cache hook: the model calls it with every finished request."""
 
-    def __init__(self, owner: RememberingLM, kind: str, args: Sequence[tuple], keys: Sequence[str]) -> None:
+    def __init__(self, owner: CachedLM, kind: str, args: Sequence[tuple], keys: Sequence[str]) -> None:
         self.owner, self.kind = owner, kind
         self.waiting: dict[str, deque[str]] = {}
         for arg, key in zip(args, keys, strict=True):
