@@ -39,7 +39,6 @@ TASKS = {
     "math": {"metric": "exact_match", "higher_is_better": True, "description": "Competition maths."},
     "humaneval": {"metric": "pass@1", "higher_is_better": True, "description": "Python functions, run with tests."},
 }
-KIND_LABELS = {"merge": "merged", "best_of": "best of n"}
 # Measured on all rows of the zoo. Name -> kind and label.
 MEASURED = {
     "base": ("base", "base"),

@@ -1,4 +1,4 @@
-"""The results.json of a comparison as typed data, and the questions that its report asks of it."""
+"""The results.json of a comparison as typed data, with the look-ups that a report needs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ BASELINES = {
     "oracle": "the per-domain oracle",
     "router": "the router",
     "main": "the main system",
-    "versus": "the system that its line of the recipe names",
+    "versus": "the system that its entry in the recipe names",
 }
 MEAN = "mean"
 
 
 class Loss(BaseModel):
-    """Nats per response token on a domain; the mean over domains has no sizes of its own."""
+    """Nats per response token on a domain. The mean over domains has neither tokens nor samples."""
 
     nll: float
     ci95: Interval
@@ -38,7 +38,7 @@ class Loss(BaseModel):
 
 
 class TaskScore(BaseModel):
-    """Mean score of a benchmark, and how many answers or verdicts were of no use, by what became of them."""
+    """Mean score of a benchmark, and the number of answers or verdicts that could not be used, by reason."""
 
     value: float
     ci95: Interval
@@ -47,7 +47,7 @@ class TaskScore(BaseModel):
 
 
 class Pair(BaseModel):
-    """Mean difference to another system on the same samples: this one minus `versus`."""
+    """Mean difference to another system on the same samples: this system minus `versus`."""
 
     versus: str
     difference: float
@@ -55,7 +55,7 @@ class Pair(BaseModel):
 
 
 class Speed(BaseModel):
-    """Generated tokens a second over several runs."""
+    """Generated tokens per second over several runs."""
 
     median: float
     runs: list[float] = []
@@ -63,7 +63,7 @@ class Speed(BaseModel):
 
 
 class Parameters(BaseModel):
-    """Numbers of parameters: kept, used for one token, changed by training."""
+    """Numbers of parameters: all, used for one token, changed by training."""
 
     total: int
     active: int
@@ -71,11 +71,11 @@ class Parameters(BaseModel):
 
 
 class System(BaseModel):
-    """One system of a comparison; a failed one has an error and no numbers.
+    """One system of a comparison. A failed system has an error and no numbers.
 
     Attributes:
         label: the system's name in tables and figures.
-        kind_label: the name of its kind there; the kind itself if it has none.
+        kind_label: the name of its kind there, by default the kind itself.
         description: what a system of this kind is, in one sentence, for the glossary.
     """
 
@@ -121,7 +121,7 @@ class Checkpoint(BaseModel):
 
 @dataclass(frozen=True)
 class Column:
-    """A number that every system may have: the loss on a domain or on their mean, or the score of a task."""
+    """A number that every system may have: the loss on a domain, the mean loss, or the score of a task."""
 
     name: str
     heading: str
@@ -142,7 +142,7 @@ class Value:
 
     @property
     def finite(self) -> bool:
-        return all(math.isfinite(number) for number in (self.value, self.low, self.high))
+        return all(map(math.isfinite, (self.value, self.low, self.high)))
 
 
 class Comparison(BaseModel):
@@ -165,13 +165,13 @@ class Comparison(BaseModel):
 
     @model_validator(mode="after")
     def _names_agree(self) -> Comparison:
-        _known("main", [self.main] if self.main is not None else [], self.systems)
-        for part in ("table2", "gate_weights", "sample_weights", "training", "stability"):
-            _known(part, getattr(self, part), self.systems)
+        _check_names("main", [self.main] if self.main is not None else [], self.systems)
+        for key in ("table2", "gate_weights", "sample_weights", "training", "stability"):
+            _check_names(key, getattr(self, key), self.systems)
         for name, system in self.systems.items():
             if system.failed and not system.error:
-                raise ValueError(f"systems.{name}: status is 'failed', but 'error' is empty; say what went wrong")
-            _known(f"systems.{name}.tasks", system.tasks, self.tasks)
+                raise ValueError(f"systems.{name}: status is 'failed', but 'error' is empty. Write the error's message")
+            _check_names(f"systems.{name}.tasks", system.tasks, self.tasks)
             if system.loss is not None and set(system.loss) != {*self.domains, MEAN}:
                 raise ValueError(f"systems.{name}.loss: has {sorted(system.loss)}, expected {[*self.domains, MEAN]}")
         kinds = {system.kind: None for system in self.systems.values()}
@@ -181,24 +181,24 @@ class Comparison(BaseModel):
 
     @cached_property
     def specialist_systems(self) -> list[str]:
-        """The systems that are one specialist alone; a recipe may name them otherwise than the specialists."""
+        """The systems of one specialist alone. A recipe may give them other names than the specialists."""
         return [name for name, system in self.done.items() if system.kind == "specialist"]
 
     @cached_property
     def losses(self) -> list[Column]:
-        """The domains that were measured, and their mean."""
+        """The measured domains, and their mean."""
         measured = any(system.loss for system in self.done.values())
         names = self.domains if len(self.domains) == 1 else [*self.domains, MEAN]
         return [Column(name, name) for name in names] if measured else []
 
     @cached_property
     def scores(self) -> list[Column]:
-        """The tasks that any system has a score for."""
-        found = {task for system in self.done.values() for task in system.tasks}
+        """The tasks for which any system has a score."""
+        measured = {task for system in self.done.values() for task in system.tasks}
         return [
             Column(name, f"{name} (task)" if name in self.domains else name, True, task.higher_is_better, task.metric)
             for name, task in self.tasks.items()
-            if name in found
+            if name in measured
         ]
 
     @property
@@ -219,11 +219,11 @@ class Comparison(BaseModel):
         return {name: system for name, system in self.systems.items() if system.failed}
 
     def label(self, name: str) -> str:
-        """How a system is written; a rival of a pair need not be a system."""
+        """The label of a system, or the name itself where it is none."""
         return self.systems[name].label if name in self.systems else name
 
     def value(self, name: str, column: Column) -> Value | None:
-        """A system's number, or None where it has none."""
+        """A system's number, if it has one."""
         system = self.systems[name]
         if column.is_task:
             score = system.tasks.get(column.name)
@@ -232,47 +232,47 @@ class Comparison(BaseModel):
         return Value(loss.nll, *loss.ci95, loss.samples) if loss else None
 
     def values(self, column: Column, *, finite: bool = False) -> dict[str, Value]:
-        """The systems that have a number, and it."""
+        """The numbers of all systems that have one, by name."""
         pairs = {name: self.value(name, column) for name in self.done}
         return {name: value for name, value in pairs.items() if value and (value.finite or not finite)}
 
     def best(self, column: Column) -> set[str]:
-        """The systems of the best number, more than one if they are equal; the oracle does not take part."""
-        found = {
+        """The systems with the best number. Equal systems are all included, the oracle never is."""
+        candidates = {
             name: cell.value
             for name, cell in self.values(column).items()
             if self.systems[name].kind != "oracle" and not math.isnan(cell.value)
         }
-        best = (max if column.higher_is_better else min)(found.values(), default=None)
-        return {name for name, value in found.items() if value == best}
+        best = (max if column.higher_is_better else min)(candidates.values(), default=None)
+        return {name for name, value in candidates.items() if value == best}
 
     def best_specialist(self, column: Column) -> str | None:
-        """The specialist of the best number."""
-        found = {n: v.value for n, v in self.values(column, finite=True).items() if n in self.specialist_systems}
+        """The specialist with the best number."""
+        candidates = {n: v.value for n, v in self.values(column, finite=True).items() if n in self.specialist_systems}
         pick = max if column.higher_is_better else min
-        return pick(found, key=lambda name: found[name]) if found else None
+        return pick(candidates, key=lambda name: candidates[name]) if candidates else None
 
     def relative(self, name: str, column: Column) -> float | None:
-        """A number relative to the best specialist (without one, to the best system); above 1 is better.
+        """A number relative to the best specialist, or to the best system if there is no specialist. Above 1 is better.
 
-        For a loss it is the ratio of the geometric mean probabilities of a token, `exp(reference - loss)`; for
-        a task the ratio of the scores, which does not exist where one of them is zero or less.
+        A loss gives the ratio of the geometric mean probabilities of a token, `exp(reference - loss)`. A task gives the ratio
+        of the scores, which needs both to be above zero.
         """
         reference = self.best_specialist(column) or min(self.best(column), default=None)
         values = self.values(column, finite=True)
         if name not in values or reference not in values:
             return None
-        own, other = values[name].value, values[reference].value
+        value, best = values[name].value, values[reference].value
         if not column.is_task:
-            return math.exp(other - own)
-        if min(own, other) <= 0 and not (own == 0 < other and column.higher_is_better):
+            return math.exp(best - value)
+        if min(value, best) <= 0 and not (value == 0 < best and column.higher_is_better):
             return None
-        return own / other if column.higher_is_better else other / own
+        return value / best if column.higher_is_better else best / value
 
     def pair(self, name: str, rival: str, column: Column) -> Pair | None:
         """A system's paired difference to a rival.
 
-        A task is looked for as `task/NAME`, then as NAME, unless a domain has that name too.
+        The key of a task is `task/NAME`, or NAME if no domain has that name too.
         """
         pairs = self.systems[name].paired.get(rival, {})
         if not column.is_task:
@@ -281,7 +281,7 @@ class Comparison(BaseModel):
         return pairs.get(f"task/{column.name}", plain)
 
     def verdict(self, pair: Pair, column: Column) -> Verdict:
-        """On which side of zero the interval of the difference lies, if on any."""
+        """Whether the interval of the difference lies on one side of zero, and on which."""
         low, high = pair.ci95
         if low <= 0 <= high or math.isnan(low + high):
             return "level"
@@ -292,29 +292,30 @@ def check_comparison(results: Mapping[str, Any]) -> Comparison:
     """Read results.json.
 
     Raises:
-        DataError: a key is missing or a value has another form; the message names each.
+        DataError: a key is missing or a value is invalid. The message names each.
     """
     try:
         return Comparison.model_validate(dict(results))
     except ValidationError as error:
-        raise DataError(f"results of a comparison: {'; '.join(_said(error))}; run `ultrafuser compare` again") from None
+        raise DataError(f"results of a comparison: {'. '.join(_messages(error))}. Run `ultrafuser compare` again") from None
 
 
-def _said(error: ValidationError) -> list[str]:
-    """pydantic's findings in the manner of our messages."""
-    said = []
-    for found in error.errors():
-        where = ".".join(str(part) for part in found["loc"])
-        if found["type"] == "missing":
-            said.append(f"key {where!r} is missing")
-        elif found["type"] == "value_error":
-            said.append(str(found["ctx"]["error"]))
+def _messages(error: ValidationError) -> list[str]:
+    """pydantic's findings in the style of our messages."""
+    messages = []
+    for finding in error.errors():
+        location = ".".join(map(str, finding["loc"]))
+        if finding["type"] == "missing":
+            messages.append(f"key {location!r} is missing")
+        elif finding["type"] == "value_error":
+            messages.append(str(finding["ctx"]["error"]))
         else:
-            said.append(f"{where}: got {found['input']!r:.60}, {found['msg'][0].lower()}{found['msg'][1:]}")
-    return said
+            reason = finding["msg"][0].lower() + finding["msg"][1:]
+            messages.append(f"{location}: got {finding['input']!r:.60}, {reason}")
+    return messages
 
 
-def _known(where: str, names: Any, expected: Mapping[str, Any] | Sequence[str]) -> None:
+def _check_names(location: str, names: Any, expected: Mapping[str, Any] | Sequence[str]) -> None:
     unknown = [name for name in names if name not in expected]
     if unknown:
-        raise ValueError(f"{where}: unknown names {unknown}, expected some of {list(expected)}")
+        raise ValueError(f"{location}: unknown names {unknown}, expected some of {list(expected)}")

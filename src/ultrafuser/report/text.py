@@ -1,4 +1,4 @@
-"""What a comparison shows, in sentences computed from its numbers alone, and what each number means."""
+"""Sentences about a comparison, computed from its numbers alone, and a glossary."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ _VERDICTS = {"better": "wins on", "level": "ties on", "worse": "loses on"}
 
 
 def summary(comparison: Comparison) -> list[str]:
-    """Where the main system stands, wins, ties and loses; and what failed. A sentence or two an item."""
+    """The rank of the main system, its wins, ties and losses, and the failures. One or two sentences per item."""
     main = comparison.main
     if main is None or main not in comparison.done:
-        named = "The main system" if main is None else f"{comparison.label(main)}, the main system,"
-        said = [f"{named} was not measured, so nothing can be said about it."]
+        label = "The main system" if main is None else f"{comparison.label(main)}, the main system,"
+        sentences = [f"{label} was not measured, so nothing can be said about it."]
     else:
         pairs = [text for rival in BASELINES if (text := _against(comparison, main, rival))]
-        said = [*_loss_rank(comparison, main), *_task_ranks(comparison, main), *pairs]
-        said += _not_compared(comparison, main)
+        sentences = [*_loss_rank(comparison, main), *_task_ranks(comparison, main), *pairs]
+        sentences += _not_compared(comparison, main)
         if pairs:
-            said.append(
-                "To win or lose means that the 95% interval of the paired difference on the same samples excludes "
-                "zero; all else is a tie."
+            sentences.append(
+                "A win or a loss means that the 95% interval of the paired difference on the same samples excludes "
+                "zero. All else is a tie."
             )
-    return [*said, *_choices(comparison), *_failures(comparison)]
+    return [*sentences, *_choices(comparison), *_failures(comparison)]
 
 
 def _loss_rank(comparison: Comparison, main: str) -> list[str]:
-    """The mean loss and the place that it gives."""
+    """The mean loss and its rank."""
     if not comparison.losses:
         return []
     column = comparison.losses[-1]
@@ -41,52 +41,53 @@ def _loss_rank(comparison: Comparison, main: str) -> list[str]:
     label = comparison.label(main)
     if main not in values:
         return [f"{label} has no loss that could be compared."]
-    own = values.pop(main)
-    places = decimals(column, comparison)
+    loss = values.pop(main)
+    digits = decimals(column, comparison)
     over = f"the mean of {len(comparison.domains)} domains" if column.name == MEAN else column.heading
-    text = f"{label} has a loss of {own:.{places}f} nats per response token on {over}"
+    text = f"{label} has a loss of {loss:.{digits}f} nats per response token on {over}"
     if not values:
         return [f"{text}."]
-    ahead = sum(value < own for value in values.values())
+    ahead = sum(value < loss for value in values.values())
     rival = min(values, key=lambda name: values[name])
-    other = f"{comparison.label(rival)} ({values[rival]:.{places}f})"
+    rival_label = f"{comparison.label(rival)} ({values[rival]:.{digits}f})"
     if not ahead:
-        tied = "tied with" if values[rival] == own else "next is"
-        return [f"{text}, the lowest of {len(values) + 1} systems; {tied} {other}."]
-    return [f"{text}, number {ahead + 1} of {len(values) + 1} systems; the lowest is that of {other}."]
+        tied = "tied with" if values[rival] == loss else "next is"
+        return [f"{text}, the lowest of {len(values) + 1} systems; {tied} {rival_label}."]
+    return [f"{text}, number {ahead + 1} of {len(values) + 1} systems; the lowest is that of {rival_label}."]
 
 
 def _task_ranks(comparison: Comparison, main: str) -> list[str]:
     """On how many tasks the main system has the best score."""
-    mine = [column for column in comparison.scores if comparison.value(main, column)]
-    if not mine:
+    scored = [column for column in comparison.scores if comparison.value(main, column)]
+    if not scored:
         return []
-    first = [column for column in mine if main in comparison.best(column)]
-    where = f": {_listed(first)}" if first else ""
-    size = "the one task" if len(mine) == 1 else f"{len(first)} of {len(mine)} tasks"
-    best = f"the best score on {size}{where}" if first else f"the best score on none of {len(mine)} tasks"
-    return [f"{comparison.label(main)} has {best}."]
+    label = comparison.label(main)
+    first = [column for column in scored if main in comparison.best(column)]
+    if not first:
+        return [f"{label} has the best score on none of {len(scored)} tasks."]
+    size = "the one task" if len(scored) == 1 else f"{len(first)} of {len(scored)} tasks"
+    return [f"{label} has the best score on {size}: {_listed(first)}."]
 
 
 def _against(comparison: Comparison, main: str, rival: str) -> str:
-    """Wins, ties and losses of the main system against a rival, losses and tasks apart."""
+    """Wins, ties and losses of the main system against a rival, by loss and by task score."""
     clauses = []
-    for what, columns in (("in loss", comparison.losses), ("in task scores", comparison.scores)):
-        found: dict[str, list[Column]] = {verdict: [] for verdict in _VERDICTS}
+    for measure, columns in (("in loss", comparison.losses), ("in task scores", comparison.scores)):
+        outcomes: dict[str, list[Column]] = {verdict: [] for verdict in _VERDICTS}
         for column in columns:
             pair = comparison.pair(main, rival, column)
             if pair and pair.versus != main:
-                found[comparison.verdict(pair, column)].append(column)
-        said = [f"{words} {_listed(found[verdict])}" for verdict, words in _VERDICTS.items() if found[verdict]]
-        if said:
-            clauses.append(f"{what} it {_joined(said)}")
+                outcomes[comparison.verdict(pair, column)].append(column)
+        phrases = [f"{verb} {_listed(outcomes[verdict])}" for verdict, verb in _VERDICTS.items() if outcomes[verdict]]
+        if phrases:
+            clauses.append(f"{measure} it {_joined(phrases)}")
     if not clauses:
         return ""
     return f"Against {BASELINES[rival]}, {'; '.join(clauses)}."
 
 
 def _not_compared(comparison: Comparison, main: str) -> list[str]:
-    """Rivals that were measured, but that the main system has no paired differences to."""
+    """Measured rivals to which the main system has no paired differences."""
     measured = {
         "best_specialist": bool(comparison.specialist_systems),
         "oracle": any(system.kind == "oracle" for system in comparison.done.values()),
@@ -99,14 +100,17 @@ def _not_compared(comparison: Comparison, main: str) -> list[str]:
 
 
 def _choices(comparison: Comparison) -> list[str]:
-    """On how many answers a judge gave no verdict."""
-    out = []
+    """How often a judge gave no verdict on the answers of a system."""
+    sentences = []
     for system in comparison.done.values():
         by = (system.chosen or {}).get("by", {})
-        if by.get("judge") and (others := by.get("log_prob", 0)):
-            out.append(f"{system.label}: the judge gave no verdict on {others:,} of {others + by['judge']:,} questions; there the "
-                       "log-probability chose.")  # fmt: skip
-    return out
+        if by.get("judge") and (undecided := by.get("log_prob", 0)):
+            total = undecided + by["judge"]
+            sentences.append(
+                f"{system.label}: the judge gave no verdict on {undecided:,} of {total:,} questions. The log-probability chose "
+                "those answers."
+            )
+    return sentences
 
 
 def _failures(comparison: Comparison) -> list[str]:
@@ -128,14 +132,14 @@ def _joined(items: Sequence[str], word: str = "and") -> str:
 _LOSS = {
     "nats per response token": (
         "Minus the mean natural logarithm of the probability that a system gives to each token of the reference "
-        "answer; e to its power is the perplexity. Prompts do not count. Within a domain every token counts the "
-        "same; in the mean every domain does. A dash: the loss is not defined for this kind of system."
+        "answer. Its exponential is the perplexity. Prompts do not count. Within a domain every token has the same weight. In "
+        "the mean every domain has the same weight. A dash: the loss is not defined for this kind of system."
     ),
 }
 _INTERVALS = {
     "95% interval": (
         "Percentiles of the number over bootstrap resamples of the test samples: how far it might move with other "
-        "samples of the same kind. For answers that are right or wrong: Wilson's interval."
+        "samples of the same kind. Answers that are right or wrong have Wilson's interval."
     ),
 }
 _PAIRED = {
@@ -154,18 +158,18 @@ _RELATIVE = {
 }
 _TASKS = {
     "unparsed": "Answers that held no readable result. They count as wrong.",
-    "refused, unparsed, error, unscored": "With a judge: verdicts that it refused, that could not be read, or that never "
-    "came, and samples that have no score for it. They count for no one.",
+    "refused, unparsed, error, unscored": "With a judge: verdicts that it refused, that could not be parsed or that are "
+    "missing, and samples without a score for that reason. They count for no system.",
 }
 _COSTS = {
-    "tokens/s": "New tokens a second, one prompt at a time: the median of several runs on the same machine.",
+    "tokens/s": "New tokens per second, one prompt at a time: the median of several runs on the same machine.",
     "peak memory": "The most memory that the process, or torch on a GPU, held from loading to those answers.",
-    "parameters": "Total: all that are kept. Active: those that take part in one token. Trained: those that were changed.",
+    "parameters": "Total: all parameters. Active: used for one token. Trained: changed by training.",
 }
 _GATE = {
     "gate weight": (
-        "The share of a specialist in the mix at a token. At every token the weights of all specialists sum to 1; "
-        "means over response tokens are shown."
+        "The share of a specialist in the mix at a token. At every token the weights of all specialists sum to 1. The "
+        "report shows means over response tokens."
     ),
 }
 _STABILITY = {
@@ -174,8 +178,8 @@ _STABILITY = {
 
 
 def glossary(comparison: Comparison) -> dict[str, str]:
-    """Terms that the page uses, and what they mean."""
-    parts = [
+    """The terms of the page and their meanings."""
+    groups = [
         (bool(comparison.losses), _LOSS),
         (bool(comparison.columns), _INTERVALS),
         (bool(comparison.columns) and len(comparison.done) > 1, _RELATIVE),
@@ -185,7 +189,7 @@ def glossary(comparison: Comparison) -> dict[str, str]:
         (bool(comparison.gate_weights or comparison.sample_weights), _GATE),
         (bool(comparison.stability), _STABILITY),
     ]
-    entries = {term: words for shown, part in parts if shown for term, words in part.items()}
+    entries = {term: meaning for is_used, group in groups if is_used for term, meaning in group.items()}
     for column in comparison.scores:
         if description := comparison.tasks[column.name].description:
             entries[f"{column.heading}, {column.metric}"] = description
