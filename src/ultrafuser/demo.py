@@ -1,4 +1,4 @@
-"""`ultrafuser demo`: the whole way from three specialists to one measured model, on the zoo."""
+"""`ultrafuser demo`: fuse the zoo's three specialists, train both stages, and compare the result with alternatives."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from ultrafuser.train.stages import StageRun, run_stage
 
 DOMAINS = ["text", "code", "math", "mixed"]
 FULL = ("stages.gate.steps=300", "stages.joint.steps=30")
-# Three prompts for the eye: they are in no file, and no number depends on them.
+# Prompts of the answers that the report shows. No number depends on them.
 PROMPTS = {
     "text": "Why do people find it easier to remember songs than phone numbers?",
     "code": "Write a Python function `count_vowels(text)` that returns how many vowels a string has.",
@@ -62,7 +62,7 @@ DESCRIPTIONS = {
     "merge": "One model whose weights are the mean of the specialists' weights.",
     "static": "The specialists mixed with equal weights at every token, without a gate.",
     "fused": (
-        "The specialists mixed at every token by a trained gate. Stage 1 trains the gate alone; stage 2 trains the gate and "
+        "The specialists mixed at every token by a trained gate. Stage 1 trains the gate alone, stage 2 trains the gate and "
         "the specialists."
     ),
 }
@@ -88,10 +88,10 @@ class Clock:
 
 
 def demo_recipe(output: Path, *, full: bool = False, seed: int = 0, device: str = "auto") -> Recipe:
-    """The demo's recipe; `full` uses all rows of the zoo and trains longer."""
+    """The demo's recipe. `full` uses all rows of the zoo and trains longer."""
     overrides = [f"output={output}", f"seed={seed}", f"device={device}"]
     if full:
-        overrides += [f"data.{part}.{i}.limit=null" for part in ("train", "validation") for i in range(len(DOMAINS))]
+        overrides += [f"data.{split}.{i}.limit=null" for split in ("train", "validation") for i in range(len(DOMAINS))]
         overrides += FULL
     return load_recipe(package_path("package:ultrafuser/zoo/demo.yaml"), overrides)
 
@@ -141,7 +141,7 @@ def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[Comparis
 def _empty(output: Path) -> None:
     """Remove what an earlier demo left in the folder."""
     if (output / "recipe.yaml").exists():
-        raise TrainingError(f"{output} holds a training run, which the demo would overwrite; choose another --output")
+        raise TrainingError(f"{output} holds a training run, which the demo would overwrite. Choose another --output")
     for stale in ("1-gate", "2-joint", "features", "fused"):
         shutil.rmtree(output / stale, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)

@@ -190,7 +190,7 @@ POINTS = [
 
 def make_page(points=POINTS):
     agreement = {point.domain: 0.5 for point in points}
-    return map_page(points, model="m<1>", method="tsne", part="instructions", agreement=agreement)
+    return map_page(points, model="m<1>", method="tsne", content="instructions", agreement=agreement)
 
 
 def data_of(page):

@@ -146,7 +146,7 @@ def map_command(
     points = maps.as_points(rows, maps.lay_out(vectors, method, seed=seed, progress=progress), part)
     agreement = maps.neighbour_agreement(vectors, [row.domain for row in rows])
     name = Path(model).name if Path(model).exists() else model
-    text = map_page(points, model=name, method=method, part=part, agreement=agreement)
+    text = map_page(points, model=name, method=method, content=part, agreement=agreement)
     with atomic_file(output, force=force) as draft:
         draft.write_text(text, encoding="utf-8")
     if png is not None:

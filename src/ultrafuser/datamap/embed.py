@@ -17,11 +17,11 @@ from ultrafuser.specialists import fuse, is_fused, load, parse_model_reference, 
 
 @dataclass(frozen=True)
 class Reader:
-    """A model that reads.
+    """A model that turns token ids into states.
 
     Attributes:
         states: input_ids (B, T), attention_mask (B, T) -> last hidden states (B, T, D).
-        context: tokens that it can read.
+        context: maximum number of tokens.
     """
 
     tokenizer: Any
@@ -30,14 +30,14 @@ class Reader:
 
 
 def load_reader(source: str, *, dtype: str = "auto", device: str = "auto") -> Reader:
-    """Load what can read.
+    """Load a model that turns texts into states.
 
     Args:
         source: a fused folder (the states of all specialists side by side), a GGUF file, `BASE+ADAPTER`, `package:...`, or
             a folder or hub id of any model that transformers' AutoModel loads, sentence embedding models included.
 
     Raises:
-        CheckpointError: nothing there, or not loadable.
+        CheckpointError: the model is missing or cannot be loaded.
         RecipeError: a device that cannot be used.
     """
     reference = parse_model_reference(source)
@@ -52,8 +52,8 @@ def load_reader(source: str, *, dtype: str = "auto", device: str = "auto") -> Re
 
 def _ours(model: Any, tokenizer: Any) -> Reader:
     def states(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        own = model.specialist_states(ids.to(model.device), mask.to(model.device))
-        return torch.cat([one.float().cpu() for one in own], dim=-1)  # K x (B, T, D_k) -> (B, T, sum D_k)
+        states = model.specialist_states(ids.to(model.device), mask.to(model.device))
+        return torch.cat([state.float().cpu() for state in states], dim=-1)  # K x (B, T, D_k) -> (B, T, sum D_k)
 
     return Reader(tokenizer, states, model.config.max_position_embeddings)
 
@@ -94,18 +94,18 @@ def embed(
     options = {"truncation": True, "max_length": limit, "add_special_tokens": special, "verbose": False}
     fill = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     encoded = [ids or [fill] for ids in tokenizer(list(texts), **options)["input_ids"]]
-    order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))  # equal lengths need no padding
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # equal lengths need no padding
     vectors: list[np.ndarray] = [np.empty(0)] * len(encoded)
     progress.start("texts read by the model", len(encoded))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         longest = len(encoded[batch[-1]])
-        ids = torch.tensor([encoded[number] + [fill] * (longest - len(encoded[number])) for number in batch])
-        mask = torch.tensor([[1] * len(encoded[n]) + [0] * (longest - len(encoded[n])) for n in batch])
+        ids = torch.tensor([encoded[i] + [fill] * (longest - len(encoded[i])) for i in batch])
+        mask = torch.tensor([[1] * len(encoded[i]) + [0] * (longest - len(encoded[i])) for i in batch])
         weights = mask[..., None].float()  # (B, T, 1)
         means = (reader.states(ids, mask) * weights).sum(1) / weights.sum(1)  # (B, D)
-        for number, vector in zip(batch, means.numpy(), strict=True):
-            vectors[number] = vector
+        for index, vector in zip(batch, means.numpy(), strict=True):
+            vectors[index] = vector
         progress.advance(len(batch))
     progress.finish()
     return np.stack(vectors).astype(np.float32)

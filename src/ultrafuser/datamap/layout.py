@@ -1,4 +1,4 @@
-"""A map of a data set: one point for each row, near each other where a model reads them alike (the paper's figure 3)."""
+"""A map of a data set: one point per row, near each other if a model sees them as similar (the paper's figure 3)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PRINCIPAL = 50  # dimensions that t-SNE and UMAP start from
 
 @dataclass(frozen=True)
 class Point:
-    """A row on the map; x and y have no unit."""
+    """A row on the map. x and y have no unit."""
 
     id: str
     domain: str
@@ -31,21 +31,21 @@ class Point:
     y: float
 
 
-def text_of(row: Row, part: str) -> str:
-    """What the model reads of a row: its `instructions`, its `answers` or the whole `conversation`."""
-    return "\n\n".join(content for role, content in row.messages if role in COMPARED_ROLES[part])
+def text_of(row: Row, content: str) -> str:
+    """The text of a row for the model: its `instructions`, its `answers` or the whole `conversation`."""
+    return "\n\n".join(text for role, text in row.messages if role in COMPARED_ROLES[content])
 
 
 def sample(rows: Iterable[Row], per_domain: int, seed: int = 0) -> list[Row]:
-    """At most so many rows of each domain, drawn by a hash of seed and id: the same whatever the order of the rows."""
+    """At most `per_domain` rows of each domain, drawn by a hash of seed and id. The order of the rows does not matter."""
     by_domain: dict[str, list[tuple[bytes, int, Row]]] = {}
-    for number, row in enumerate(rows):
+    for index, row in enumerate(rows):
         draw = blake2b(f"{seed}\x1f{row.id}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        by_domain.setdefault(row.domain, []).append((draw, number, row))
+        by_domain.setdefault(row.domain, []).append((draw, index, row))
     return [
         row
         for domain in sorted(by_domain)
-        for _, _, row in sorted(by_domain[domain], key=lambda one: one[:2])[:per_domain]
+        for _, _, row in sorted(by_domain[domain], key=lambda entry: entry[:2])[:per_domain]
     ]
 
 
@@ -68,7 +68,7 @@ def principal(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
 def lay_out(
     vectors: np.ndarray, method: str = "tsne", *, seed: int = 0, progress: Progress | None = None
 ) -> np.ndarray:
-    """A place for each vector, (N, D) -> (N, 2); start from `principal`.
+    """A position for each vector, (N, D) -> (N, 2). Start from `principal`.
 
     Raises:
         DataError: an unknown method.
@@ -105,9 +105,9 @@ def neighbour_agreement(vectors: np.ndarray, domains: Sequence[str]) -> dict[str
     return {domain: float(same[names == domain].mean()) for domain in sorted(set(domains))}
 
 
-def as_points(rows: Sequence[Row], places: np.ndarray, part: str = "instructions") -> list[Point]:
-    """Rows with their places."""
+def as_points(rows: Sequence[Row], positions: np.ndarray, content: str = "instructions") -> list[Point]:
+    """Rows with their positions."""
     return [
-        Point(row.id, row.domain, text_of(row, part), float(x), float(y))
-        for row, (x, y) in zip(rows, places, strict=True)
+        Point(row.id, row.domain, text_of(row, content), float(x), float(y))
+        for row, (x, y) in zip(rows, positions, strict=True)
     ]

@@ -56,7 +56,7 @@ def map_figure(points: Sequence[Point]) -> Figure:
 
 
 def map_page(
-    points: Sequence[Point], *, model: str, method: str, part: str, agreement: dict[str, float], title: str = ""
+    points: Sequence[Point], *, model: str, method: str, content: str, agreement: dict[str, float], title: str = ""
 ) -> str:
     """The map as one HTML page that loads nothing: zoom, move, point at a row to read it, hide domains, search."""
     domains = sorted({point.domain for point in points})
@@ -72,12 +72,12 @@ def map_page(
     table = Table([Cell("domain"), Cell("rows"), Cell("neighbours of the same domain")], rows)
     note = (
         "The last column: of the five rows that are nearest in the model's own space, the share that is of the same domain. "
-        f"{NAMES[method]} shows who is near whom; distances and sizes of clusters mean little."
+        f"{NAMES[method]} shows which rows are near each other. Distances and sizes of clusters mean little."
     )
     return page(
         title or "Map of a data set",
         [("", [Html(drawing)]), ("In numbers", [table, Note(note)])],
-        lead=f"Each point is one row's {part}, placed by {NAMES[method]} of the mean last hidden state of {model}.",
+        lead=f"Each point is one row's {content}, placed by {NAMES[method]} of the mean last hidden state of {model}.",
         styles=[text_file("datamap/templates/map.css")],
         script=text_file("datamap/templates/map.js"),
     )
@@ -85,16 +85,16 @@ def map_page(
 
 def _page_data(points: Sequence[Point], domains: Sequence[str], shades: dict[str, str]) -> str:
     """The points as JSON that cannot end the script element it stands in."""
-    places = np.array([[point.x, point.y] for point in points])
-    low, high = places.min(0), places.max(0)
+    positions = np.array([[point.x, point.y] for point in points])
+    low, high = positions.min(0), positions.max(0)
     scale = _GRID / max(float((high - low).max()), 1e-9)  # one scale for both axes
-    grid = np.rint((places - low) * scale).astype(int).tolist()
-    number = {domain: index for index, domain in enumerate(domains)}
+    grid = np.rint((positions - low) * scale).astype(int).tolist()
+    index_of = {domain: index for index, domain in enumerate(domains)}
     data = {
         "domains": [printable(domain) for domain in domains],
         "colours": [shades[domain] for domain in domains],
         "points": [
-            [x, y, number[point.domain], printable(point.id), _shortened(point.text)]
+            [x, y, index_of[point.domain], printable(point.id), _shortened(point.text)]
             for point, (x, y) in zip(points, grid, strict=True)
         ],
     }

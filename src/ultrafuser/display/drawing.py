@@ -96,7 +96,7 @@ def name_width(names: Sequence[str]) -> float:
 
 
 def legend_shape(names: Sequence[str], width: float = WIDTH - 1) -> tuple[int, float]:
-    """How many columns of a legend fit into a width, and how high the legend gets; in inches."""
+    """How many columns of a legend fit into a width, and how high the legend gets, in inches."""
     columns = max(1, min(len(names), int(width / (name_width(names) + 0.4))))
     return columns, 0.21 * -(-len(names) // columns)
 
@@ -109,7 +109,7 @@ def draw_legend(figure: Figure, handles: Sequence[Any], *, columns: int, loc: An
 def svg(figure: Figure, *, themed: bool = True) -> str:
     """The figure as an `<svg>` element without a prolog, equal for equal figures.
 
-    Text stays text; ink follows the page where `themed` (see `themed_svg`), and is plain in a file of its own.
+    Text stays text. Ink follows the page if `themed` (see `themed_svg`). A file of its own has plain ink.
     """
     buffer = io.StringIO()
     with (

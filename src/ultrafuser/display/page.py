@@ -122,7 +122,7 @@ class Preformatted:
 
 @dataclass(frozen=True)
 class Html:
-    """HTML that a template made; it is not escaped again."""
+    """HTML that a template made. It is not escaped again."""
 
     html: str
     classes: str = ""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Sequence
 
-# Source: Okabe and Ito, "Color Universal Design" (2008), in their order; black is left to the fused model.
+# Source: Okabe and Ito, "Color Universal Design" (2008), in their order. Black is left to the fused model.
 OKABE_ITO = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
 
 NEUTRAL = "#dcdcdc"  # no specialist leads
 
 
 def colour(index: int) -> str:
-    """Colour of specialist number `index` as #rrggbb; past the seven of Okabe and Ito, golden-angle hues."""
+    """Colour of specialist number `index` as #rrggbb. After the seven of Okabe and Ito come golden-angle hues."""
     if index < len(OKABE_ITO):
         return OKABE_ITO[index]
     turn = index - len(OKABE_ITO)
@@ -29,10 +29,10 @@ def colours(specialists: Sequence[str]) -> dict[str, str]:
 def domain_colours(domains: Sequence[str], specialists: Sequence[str]) -> dict[str, str]:
     """Colour of every domain: of the specialist of the same name, else the next that no specialist has."""
     shades = colours(specialists)
-    others = [domain for domain in domains if domain not in shades]
+    remaining = [domain for domain in domains if domain not in shades]
     # Yellow, number 3, is too faint for a line on white.
-    spare = [colour(k) for k in range(len(specialists), len(specialists) + len(others) + 1) if k != 3]
-    return {domain: shades[domain] if domain in shades else spare[others.index(domain)] for domain in domains}
+    spare = [colour(k) for k in range(len(specialists), len(specialists) + len(remaining) + 1) if k != 3]
+    return {domain: shades[domain] if domain in shades else spare[remaining.index(domain)] for domain in domains}
 
 
 def rgb(hex_colour: str) -> tuple[int, int, int]:
@@ -49,14 +49,14 @@ def blend(background: str, foreground: str, amount: float) -> str:
 
 def ink_on(background: str) -> str:
     """Black or white, whichever is easier to read on `background`."""
-    red, green, blue = (_linear(part / 255) for part in rgb(background))
+    red, green, blue = (_linear(component / 255) for component in rgb(background))
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue  # WCAG 2.1, relative luminance
     return "#000000" if luminance > 0.179 else "#ffffff"  # 0.179: equal contrast with black and with white
 
 
-def _linear(part: float) -> float:
-    return part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4
+def _linear(component: float) -> float:
+    return component / 12.92 if component <= 0.03928 else ((component + 0.055) / 1.055) ** 2.4
 
 
 def _hex(components: tuple[float, float, float]) -> str:
-    return "#" + "".join(f"{round(part):02x}" for part in components)
+    return "#" + "".join(f"{round(component):02x}" for component in components)

@@ -38,7 +38,7 @@ _CHARACTER = 0.602 * _FONT / 72  # DejaVu Sans Mono, which matplotlib brings, ad
 _LINE = 1.7 * _FONT / 72
 _HEADING, _STRIP, _FOOT = 0.26, 0.85, 0.52
 _LEFT, _RIGHT = 0.55, 0.3
-_GAP = 0.3  # below the response; half of it above
+_GAP = 0.3  # below the response, and half of it above
 
 Owned = list[tuple[str, int]]  # characters, each with the index of its token
 

@@ -63,7 +63,7 @@ def trace_tokens(
 
 
 def trace_rows(model: UltraFuserForCausalLM, renderer: Renderer, rows: Sequence[Row]) -> Iterator[TokenTrace]:
-    """The weights over the answers that rows of a data set hold; rows that do not fit are left out."""
+    """The weights over the answers in rows of a data set. Rows that do not fit are skipped."""
     for row in rows:
         rendered = renderer.render(row)
         if rendered is not None:
@@ -85,7 +85,7 @@ def _trace(model: UltraFuserForCausalLM, renderer: Renderer, row: Rendered, prom
 
 
 def pieces(renderer: Renderer, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; a character of several tokens belongs to the last of them."""
+    """The text that each token adds. A character of several tokens belongs to the last of them."""
     out, read = [], ""
     for end in range(1, len(ids) + 1):
         text = renderer.tokenizer.decode(list(ids[:end]), skip_special_tokens=False)

@@ -15,18 +15,18 @@ def render_terminal(trace: TokenTrace, *, weights: bool = False) -> Group:
     """The response, each token on the colour of the specialist that leads, greyer the less clearly it leads.
 
     Text is black or white on a painted background, so it reads on dark and on light terminals alike.
-    Below it a legend with mean weights; with `weights`, also a table of every token's weights.
+    Below it stands a legend with mean weights, and with `weights` a table of every token's weights.
     """
-    parts: list[RenderableType] = []
+    lines: list[RenderableType] = []
     if trace.title:
-        parts.append(Text(printable(trace.title), style="bold"))
+        lines.append(Text(printable(trace.title), style="bold"))
     if trace.prompt:
-        parts.append(Text(printable(trace.prompt), style="dim italic"))
+        lines.append(Text(printable(trace.prompt), style="dim italic"))
     gap = "" if trace.text.endswith("\n") else "\n"
-    parts += [_response(trace), Text(gap, end="") + _legend(trace)]
+    lines += [_response(trace), Text(gap, end="") + _legend(trace)]
     if weights and trace.tokens:
-        parts += ["", _weights_table(trace)]
-    return Group(*parts)
+        lines += ["", _weights_table(trace)]
+    return Group(*lines)
 
 
 def token_style(index: int, margin: float) -> Style:

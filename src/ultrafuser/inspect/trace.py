@@ -24,13 +24,13 @@ _PICTURES = (
 class TokenTrace:
     """The tokens of one response and, for each, the weight of every specialist.
 
-    tokens: (T) decoded pieces; joined they are the response.
-    weights: (T, K) rows; each is non-negative and sums to 1. Any nested sequence of numbers is taken.
+    tokens: (T) decoded pieces. Joined they are the response.
+    weights: (T, K) rows. Each is non-negative and sums to 1. Any nested sequence of numbers will do.
     specialists: (K) names, in the order of a row.
     domain: the domain (stratum) of the data row, where known.
 
     Raises:
-        DataError: T or K disagree, or a row of weights is not a distribution; the message names the token.
+        DataError: T or K disagree, or a row of weights is not a distribution. The message names the token.
     """
 
     tokens: list[str]
@@ -45,9 +45,9 @@ class TokenTrace:
         object.__setattr__(self, "specialists", list(self.specialists))
         object.__setattr__(self, "weights", [[float(w) for w in row] for row in self.weights])
         if not self.specialists:
-            raise DataError("token trace: no specialists; expected at least one name")
+            raise DataError("token trace: no specialists, expected at least one name")
         if len(set(self.specialists)) < len(self.specialists):
-            raise DataError(f"token trace: specialists {self.specialists} repeat a name; names must differ")
+            raise DataError(f"token trace: specialists {self.specialists} repeat a name. Names must differ")
         if len(self.weights) != len(self.tokens):
             raise DataError(
                 f"token trace: {len(self.weights)} rows of weights for {len(self.tokens)} tokens; "
@@ -57,17 +57,17 @@ class TokenTrace:
             self._check_row(position, row)
 
     def _check_row(self, position: int, row: list[float]) -> None:
-        where = f"token trace: token {position} ({self.tokens[position]!r})"
+        location = f"token trace: token {position} ({self.tokens[position]!r})"
         if len(row) != len(self.specialists):
             raise DataError(
-                f"{where} has {len(row)} weights, expected {len(self.specialists)}, one per specialist "
+                f"{location} has {len(row)} weights, expected {len(self.specialists)}, one per specialist "
                 f"({', '.join(self.specialists)})"
             )
         if any(not math.isfinite(w) or w < 0 for w in row):
-            raise DataError(f"{where} has weights {row}, expected finite numbers that are not negative")
+            raise DataError(f"{location} has weights {row}, expected finite numbers that are not negative")
         if abs(sum(row) - 1) > SUM_TOLERANCE:
             raise DataError(
-                f"{where} has weights that sum to {sum(row):.4f}, expected 1; "
+                f"{location} has weights that sum to {sum(row):.4f}, expected 1; "
                 "pass the gate's weights after the softmax, not its scores"
             )
 
@@ -92,16 +92,16 @@ class TokenTrace:
         Raises:
             DataError: a key is unknown or missing, or the trace itself is not sound.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(data) - set(known))
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(set(data) - set(names))
         missing = [name for name in ("tokens", "weights", "specialists") if name not in data]
         if unknown or missing:
-            raise DataError(f"token trace: unknown keys {unknown}, missing keys {missing}; expected {known}")
+            raise DataError(f"token trace: unknown keys {unknown}, missing keys {missing}, expected {names}")
         return cls(**data)
 
 
 def leader(row: Sequence[float]) -> tuple[int, float]:
-    """Index of the largest weight and its margin over the second; a lone specialist leads by all it has."""
+    """Index of the largest weight and its margin over the second. The margin of a lone specialist is its weight."""
     best = max(range(len(row)), key=lambda k: row[k])
     second = max((w for k, w in enumerate(row) if k != best), default=0.0)
     return best, row[best] - second
@@ -116,7 +116,7 @@ def mean_weights(traces: Iterable[TokenTrace]) -> dict[str, float]:
     traces = list(traces)
     rows = [row for trace in traces for row in trace.weights]
     if not rows:
-        raise DataError(f"mean weights: {len(traces)} traces without a single token; expected at least one token")
+        raise DataError(f"mean weights: {len(traces)} traces without a single token, expected at least one token")
     specialists = traces[0].specialists
     for index, trace in enumerate(traces):
         if trace.specialists != specialists:
@@ -135,13 +135,13 @@ def mean_weights_by_domain(traces: Iterable[TokenTrace]) -> dict[str, dict[str, 
     groups: dict[str, list[TokenTrace]] = {}
     for index, trace in enumerate(traces):
         if trace.domain is None:
-            raise DataError(f"mean weights by domain: trace {index} has no domain; set TokenTrace.domain")
+            raise DataError(f"mean weights by domain: trace {index} has no domain. Set TokenTrace.domain")
         groups.setdefault(trace.domain, []).append(trace)
     return {domain: mean_weights(group) for domain, group in groups.items()}
 
 
 def printable(text: str) -> str:
-    """The text with control characters replaced by visible pictures; length, tabs and newlines are kept."""
+    """The text with control characters replaced by visible pictures. Length, tabs and newlines stay the same."""
     return text.translate(_PICTURES)
 
 

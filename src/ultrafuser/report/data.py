@@ -297,7 +297,9 @@ def check_comparison(results: Mapping[str, Any]) -> Comparison:
     try:
         return Comparison.model_validate(dict(results))
     except ValidationError as error:
-        raise DataError(f"results of a comparison: {'. '.join(_messages(error))}. Run `ultrafuser compare` again") from None
+        raise DataError(
+            f"results of a comparison: {'. '.join(_messages(error))}. Run `ultrafuser compare` again"
+        ) from None
 
 
 def _messages(error: ValidationError) -> list[str]:

@@ -33,7 +33,7 @@ def markdown_table(comparison: Comparison) -> str:
             cells += [_markdown_value(comparison, name, column) for column in comparison.columns]
             cells += ["" if (value := cost.read(system)) is None else cost.write(value) for cost in COSTS]
         lines.append(cells)
-    notes = ["Best of each column in bold; 95% intervals in brackets."]
+    notes = ["Best of each column in bold, 95% intervals in brackets."]
     if any(system.kind == "oracle" for system in comparison.systems.values()):
         notes.append(f"{DAGGER} not a system: the best specialist of each domain, chosen afterwards.")
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{' '.join(notes)}\n"

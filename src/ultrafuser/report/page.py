@@ -49,8 +49,8 @@ def write_report(
         The path of report.html.
 
     Raises:
-        DataError: results of another form; the message names what is missing.
-        MissingExtraError: matplotlib is not installed; the tables are written all the same.
+        DataError: results of another form. The message names the missing keys.
+        MissingExtraError: matplotlib is not installed. The tables are written nevertheless.
     """
     comparison = results if isinstance(results, Comparison) else check_comparison(results)
     folder = Path(folder)
@@ -106,21 +106,21 @@ def _page(comparison: Comparison, plots: _Plots, traces: Sequence[TokenTrace]) -
         "How to read this": [Definitions(glossary(comparison))],
         "Configuration": [as_json(comparison.config)],
     }
-    size = f"Systems: {len(comparison.systems)}; columns: {len(comparison.columns)}"
+    size = f"Systems: {len(comparison.systems)}, columns: {len(comparison.columns)}"
     return page(
         comparison.title,
         [(heading, blocks) for heading, blocks in sections.items() if blocks],
-        footer=f"{size}; seed {comparison.seed}; {comparison.created}. All numbers: results.json and results.csv.",
+        footer=f"{size}, seed {comparison.seed}, {comparison.created}. All numbers: results.json and results.csv.",
         styles=[trace_css(), text_file("report/templates/report.css")],
     )
 
 
 _COST_CAPTION = (
-    "Mean loss against speed and memory. The dashed line joins the systems that no other beats in both; systems "
-    "without one of the numbers are left out, and a triangle at the upper edge has the loss that its name says."
+    "Mean loss against speed and memory. The dashed line joins the systems that no other beats in both. Systems "
+    "without one of the numbers are left out. A triangle at the upper edge has the loss that its name says."
 )
 _MATRIX_CAPTION = (
-    "Loss of every specialist on every domain, in nats per response token; the lowest of each domain in bold. The "
+    "Loss of every specialist on every domain, in nats per response token, the lowest of each domain in bold. The "
     "colour is the distance to that lowest loss (table 3 of the paper)."
 )
 _RADAR_CAPTION = (
@@ -131,7 +131,7 @@ _RADAR_CAPTION = (
 )
 _BARS_CAPTION = (
     "The same relative scores for every system: marks are domains (circles) and tasks (squares), the bar is their mean, "
-    "drawn from 100%. A system that lacks a number has marks but no bar; below 50% and above 200% a bar ends with its number."
+    "drawn from 100%. A system that lacks a number has marks but no bar. Below 50% and above 200% a bar ends with its number."
 )
 _TRAINING_CAPTION = (
     "Training loss by stage (figure 5 of the paper). Where there are many steps, thin lines are the single ones and thick lines "
@@ -139,7 +139,7 @@ _TRAINING_CAPTION = (
 )
 _CURVES_CAPTION = (
     "{label}: loss on the data of each domain, mean gate weight of each specialist, and entropy of the gate (0: one specialist "
-    "has all the weight; ln K: all K have the same). Diamonds are the loss on validation rows."
+    "has all the weight, ln K: all K have the same). Diamonds are the loss on validation rows."
 )
 _ANSWERS_NOTE = (
     "Each token lies on the colour of the specialist with the largest weight, stronger the further it is ahead of the next. "
@@ -148,7 +148,7 @@ _ANSWERS_NOTE = (
 
 
 def _all_systems(comparison: Comparison) -> list[Block]:
-    note = "95% intervals stand under each number; the best of each column in bold."
+    note = "95% intervals stand under each number. The best of each column is bold."
     if any(system.kind == "oracle" for system in comparison.systems.values()):
         note += " † is not a system, since it chooses knowing the answers, and is never in bold."
     return [Note(note), *main_tables(comparison)]
@@ -201,8 +201,8 @@ def _gate(comparison: Comparison, plots: _Plots) -> list[Block]:
 
 def _answers(traces: Sequence[TokenTrace], plots: _Plots) -> list[Block]:
     """The answers in colours. As figures they are files only."""
-    for number, trace in enumerate(traces, start=1):
-        plots.save(f"answer-{number}", trace_figure(trace))
+    for index, trace in enumerate(traces):
+        plots.save(f"answer-{index + 1}", trace_figure(trace))
     answers = [Html(trace_html(trace, style=False), classes="answer") for trace in traces]
     return [Note(_ANSWERS_NOTE), *answers] if answers else []
 

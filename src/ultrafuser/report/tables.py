@@ -60,7 +60,7 @@ def ablation_table(comparison: Comparison, names: Sequence[str]) -> Table:
 
 
 def paired_tables(comparison: Comparison, rival: str) -> list[Table]:
-    """Every system's paired difference to a rival; none where no system has one."""
+    """Every system's paired difference to a rival, if any system has one."""
     columns = [c for c in comparison.columns if any(comparison.pair(n, rival, c) for n in comparison.done)]
     names = [n for n in comparison.done if any(comparison.pair(n, rival, c) for c in columns)]
     cells: dict[Column, tuple[Cell, CellOf]] = {}
@@ -116,12 +116,12 @@ def metric_name(column: Column) -> str:
     return column.metric if column.is_task else "nats"
 
 
-def _count(number: float) -> str:
+def _count(parameters: float) -> str:
     """A number of parameters: 134,515,008 as 134.5 M."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.4g} {unit}"
-    return f"{number:g}"
+        if parameters >= size:
+            return f"{parameters / size:.4g} {unit}"
+    return f"{parameters:g}"
 
 
 def _batch(system: System) -> str:
@@ -247,9 +247,9 @@ def _paired_cell(comparison: Comparison, rival: str, column: Column, shared: str
     return cell
 
 
-def _signed(number: float, digits: int) -> str:
+def _signed(difference: float, digits: int) -> str:
     """A difference with its sign, the minus as wide as the plus."""
-    return f"{number:+.{digits}f}".replace("-", "−")
+    return f"{difference:+.{digits}f}".replace("-", "−")
 
 
 def _mean_and_deviation(mean: float, deviation: float | None) -> Cell:

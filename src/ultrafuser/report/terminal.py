@@ -18,7 +18,7 @@ def loss_table(comparison: Comparison) -> Table:
     """
     columns = comparison.losses
     systems = [name for name, system in comparison.done.items() if system.loss]
-    title = "nats per response token over its 95% interval; lower is better"
+    title = "nats per response token over its 95% interval, lower is better"
     table = Table(title=title, title_justify="left", header_style="bold", box=HORIZONTALS)
     table.add_column(Text("system"), no_wrap=True)
     for column in columns:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def weights_by_domain(gate_weights: Mapping[str, Mapping[str, float]]) -> Figure:
     """Mean gate weight of each specialist on each domain's data, as stacked bars (table 6).
 
-    gate_weights: domain -> specialist -> mean weight; each domain's weights sum to 1.
+    gate_weights: domain -> specialist -> mean weight. The weights of a domain sum to 1.
 
     Raises:
         DataError: no domains, or domains that name different specialists.
@@ -64,7 +64,7 @@ def weights_heatmap(sample_weights: Mapping[str, Sequence[Mapping[str, float]]])
     """
     for domain, samples in sample_weights.items():
         if not samples:
-            raise DataError(f"weights_heatmap: domain {domain!r} has no samples; leave it out")
+            raise DataError(f"weights_heatmap: domain {domain!r} has no samples. Leave it out")
     every = {f"{d} {n}": sample for d, samples in sample_weights.items() for n, sample in enumerate(samples)}
     _, specialists = _domains_and_specialists(every, "weights_heatmap")
 
@@ -94,7 +94,7 @@ def weights_heatmap(sample_weights: Mapping[str, Sequence[Mapping[str, float]]])
 
 def _domains_and_specialists(table: Mapping[str, Mapping[str, float]], caller: str) -> tuple[list[str], list[str]]:
     if not table:
-        raise DataError(f"{caller}: no domains; expected at least one")
+        raise DataError(f"{caller}: no domains, expected at least one")
     first, *rest = table
     for name in rest:
         if set(table[name]) != set(table[first]):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_NAME = 32  # characters of a system's name in a figure; tables have all of it
+_NAME = 32  # characters of a system's name in a figure. Tables have the whole name
 _KIND_WIDTH = 0.8  # inches of the column that names the kinds
 ROW = 0.235  # inches of a system's row
 _OFF_SCALE = 2.0  # losses above so many medians are marked at the edge, so that the others keep their room
@@ -43,29 +43,29 @@ def short(label: str) -> str:
 
 
 def system_colours(comparison: Comparison, names: Sequence[str]) -> dict[str, str]:
-    """Colour of some systems: specialists their own, the main system ink, the rest what is left of the palette."""
-    shades = _own_colours(comparison)
-    others = [name for name in names if name not in shades]
+    """Colours of systems: the specialists' own, ink for the main system, further colours of the palette for the rest."""
+    shades = _fixed_colours(comparison)
+    remaining = [name for name in names if name not in shades]
     # Yellow, number 3, is too faint for a line on white.
     first = len({*comparison.specialists, *comparison.specialist_systems})
-    spare = [colour(k) for k in range(first, first + len(others) + 1) if k != 3]
-    return {name: shades[name] if name in shades else spare[others.index(name)] for name in names}
+    spare = [colour(k) for k in range(first, first + len(remaining) + 1) if k != 3]
+    return {name: shades[name] if name in shades else spare[remaining.index(name)] for name in names}
 
 
-def _own_colours(comparison: Comparison) -> dict[str, str]:
-    """Ink for the main system; a specialist's colour is that of its name, which the gate's figures use too."""
+def _fixed_colours(comparison: Comparison) -> dict[str, str]:
+    """Ink for the main system. A specialist has the colour that the gate's figures give it."""
     shades = colours(list(dict.fromkeys([*comparison.specialists, *comparison.specialist_systems])))
     return shades | ({comparison.main: INK} if comparison.main is not None else {})
 
 
 def off_scale(comparison: Comparison, column: Column) -> float:
-    """The loss above which a system stands at the edge of a figure; tasks have no such bound."""
+    """The loss above which a system stands at the edge of a figure. Tasks have no such bound."""
     losses = [cell.value for cell in comparison.values(column, finite=True).values()]
     return math.inf if column.is_task or not losses else _OFF_SCALE * median(losses)
 
 
 def quality(comparison: Comparison, columns: Sequence[Column]) -> Figure:
-    """A panel a column, a row a system, grouped by kind; points with 95% intervals."""
+    """One panel per column, one row per system, grouped by kind: points with 95% intervals."""
     rows = system_rows(comparison, columns)
     across = max(1, min(len(columns), 6, int((WIDTH - _margin(comparison, rows)) / 1.15)))
     down = -(-len(columns) // across)
@@ -83,12 +83,12 @@ def quality(comparison: Comparison, columns: Sequence[Column]) -> Figure:
 
 
 def quality_and_cost(comparison: Comparison) -> Figure | None:
-    """Mean loss against tokens/s and peak memory; the dashed line joins what nothing beats in both."""
+    """Mean loss against tokens/s and peak memory. The dashed line joins the systems that no other beats in both."""
     column = comparison.losses[-1] if comparison.losses else None
     values = comparison.values(column, finite=True) if column else {}
     loss = {name: cell.value for name, cell in values.items() if comparison.systems[name].kind != "oracle"}
     panels = {
-        "tokens a second (more is better)": {
+        "tokens per second (more is better)": {
             name: system.tokens_per_s.median for name, system in comparison.done.items() if system.tokens_per_s
         },
         "peak memory, MB (less is better)": {
@@ -99,10 +99,10 @@ def quality_and_cost(comparison: Comparison) -> Figure | None:
         label: {name: (cost, loss[name]) for name, cost in costs.items() if name in loss and 0 < cost < math.inf}
         for label, costs in panels.items()
     }
-    points = {label: found for label, found in points.items() if len(found) > 1}
+    points = {label: systems for label, systems in points.items() if len(systems) > 1}
     if not points:
         return None
-    names = sorted({name for found in points.values() for name in found}, key=lambda name: loss[name])
+    names = sorted({name for systems in points.values() for name in systems}, key=lambda name: loss[name])
     limit = off_scale(comparison, column) if column else math.inf
     inside = [loss[name] for name in names if loss[name] <= limit]
     edge = max(inside) + 0.12 * (max(inside) - min(inside))
@@ -111,12 +111,12 @@ def quality_and_cost(comparison: Comparison) -> Figure | None:
     figure = new_figure(WIDTH, height)
     grid = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
     shades = system_colours(comparison, names)
-    for axes, (label, found) in zip(grid, points.items(), strict=True):
-        _front(axes, [point for point in found.values() if point[1] <= limit], more="more" in label)
-        for name, (cost, value) in found.items():
+    for axes, (label, systems) in zip(grid, points.items(), strict=True):
+        _front(axes, [point for point in systems.values() if point[1] <= limit], more_is_better="more" in label)
+        for name, (cost, value) in systems.items():
             marker = "^" if value > limit else "o"
             axes.plot(cost, min(value, edge), marker=marker, markersize=7, color=shades[name], mec=PAPER, zorder=3)
-        costs = [cost for cost, _ in found.values()]
+        costs = [cost for cost, _ in systems.values()]
         if max(costs) > 8 * min(costs):
             axes.set_xscale("log")
         axes.set_xlabel(label, size=SMALL, color=MUTED)
@@ -130,7 +130,7 @@ def quality_and_cost(comparison: Comparison) -> Figure | None:
 
 
 def loss_matrix(comparison: Comparison) -> Figure | None:
-    """Heat map of every specialist's loss on every domain (table 3); None below two specialists."""
+    """Heat map of every specialist's loss on every domain (table 3), for two specialists or more."""
     domains = [column for column in comparison.losses if column.name != MEAN]
     names = [name for name in comparison.specialist_systems if comparison.done[name].loss]
     if len(names) < 2 or not domains:
@@ -161,7 +161,7 @@ def loss_matrix(comparison: Comparison) -> Figure | None:
 
 
 def system_rows(comparison: Comparison, columns: Sequence[Column]) -> dict[str, float]:
-    """The systems that have any of the numbers, each with its height; kinds stand a little apart."""
+    """The systems that have any of the numbers, each with its height. Kinds stand a little apart."""
     names = [name for name in comparison.done if any(name in comparison.values(c, finite=True) for c in columns)]
     rows, height = {}, 0.0
     for _, group in groupby(names, key=lambda name: comparison.systems[name].kind):
@@ -175,7 +175,7 @@ def system_rows(comparison: Comparison, columns: Sequence[Column]) -> dict[str, 
 def _points(axes: Axes, comparison: Comparison, column: Column, rows: Mapping[str, float]) -> None:
     """One panel: a point and an interval for each row that has the number."""
     values = comparison.values(column, finite=True)
-    shades = _own_colours(comparison)
+    shades = _fixed_colours(comparison)
     limit = off_scale(comparison, column)
     for name, cell in values.items():
         shade = shades.get(name, MUTED)
@@ -184,13 +184,13 @@ def _points(axes: Axes, comparison: Comparison, column: Column, rows: Mapping[st
             interval_point(axes, rows[name], cell.value, (cell.low, min(cell.high, limit)), shade, hollow=hollow)
     for name, cell in comparison.values(column).items():
         if name in rows and not (cell.finite and cell.value <= limit):
-            place: dict[str, Any] = {
+            style: dict[str, Any] = {
                 "xycoords": ("axes fraction", "data"),
                 "ha": "right",
                 "va": "center",
                 "size": SMALL,
             }
-            axes.annotate(f"{cell.value:.3g} ▸", (1, rows[name]), color=shades.get(name, MUTED), **place)
+            axes.annotate(f"{cell.value:.3g} ▸", (1, rows[name]), color=shades.get(name, MUTED), **style)
     main = values.get(comparison.main or "")
     if main and main.value <= limit:
         axes.axvline(main.value, color=INK, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
@@ -234,14 +234,16 @@ def _direction(columns: Sequence[Column]) -> str:
         return "nats per response token (95% interval); lower is better"
     up = [column.heading for column in columns if column.higher_is_better]
     down = [column.heading for column in columns if not column.higher_is_better]
-    said = "higher is better" if not down else "lower is better" if not up else f"lower is better on {', '.join(down)}"
-    return f"score (95% interval); {said}"
+    direction = (
+        "higher is better" if not down else "lower is better" if not up else f"lower is better on {', '.join(down)}"
+    )
+    return f"score (95% interval); {direction}"
 
 
-def _front(axes: Axes, points: Any, *, more: bool) -> None:
-    """A dashed staircase through the points that none beats in both loss and cost."""
+def _front(axes: Axes, points: Any, *, more_is_better: bool) -> None:
+    """A dashed staircase through the points that no other beats in both loss and cost."""
     best, front = math.inf, []
-    for cost, loss in sorted(points, key=lambda point: (-point[0] if more else point[0], point[1])):
+    for cost, loss in sorted(points, key=lambda point: (-point[0] if more_is_better else point[0], point[1])):
         if loss < best:
             front.append((cost, loss))
             best = loss
@@ -251,7 +253,10 @@ def _front(axes: Axes, points: Any, *, more: bool) -> None:
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[str, str, float]], height: float) -> None:
-    """Names right of the axes, moved apart where they would overlap; points: name, colour and rising loss."""
+    """Names right of the axes, moved apart where they would overlap.
+
+    points: name, colour and loss, in the order of the losses.
+    """
     low, high = axes.get_ylim()
     heights = [(loss - low) / (high - low) for _, _, loss in points]
     for (name, shade, _), position, point_height in zip(points, spread(heights, 0.19 / height), heights, strict=True):
@@ -277,11 +282,11 @@ def _name_points(axes: Axes, points: Sequence[tuple[str, str, float]], height: f
         )
 
 
-def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Rising places in [0, 1], moved so that neighbours are at least `gap` apart and stay inside, if they fit."""
+def spread(positions: Sequence[float], gap: float) -> list[float]:
+    """Rising positions in [0, 1], moved so that neighbours are at least `gap` apart and stay inside, if they fit."""
     out: list[float] = []
-    for place in places:
-        out.append(max(place, out[-1] + gap) if out else place)
+    for position in positions:
+        out.append(max(position, out[-1] + gap) if out else position)
     limit = 1.0
     for k in reversed(range(len(out))):
         out[k] = min(out[k], limit)
@@ -296,6 +301,6 @@ def few_ticks() -> Any:
 
 
 def _hex_of(image: Any, value: float) -> str:
-    """#rrggbb of a value in a heat map; what has no number lies on white."""
+    """#rrggbb of a value in a heat map. A missing value is white."""
     red, green, blue, opacity = image.cmap(image.norm(value))
-    return blend("#ffffff", "#" + "".join(f"{round(255 * part):02x}" for part in (red, green, blue)), opacity)
+    return blend("#ffffff", "#" + "".join(f"{round(255 * component):02x}" for component in (red, green, blue)), opacity)

@@ -33,9 +33,9 @@ _RADAR_SYSTEMS = 6
 
 
 def radar(comparison: Comparison) -> Figure | None:
-    """Relative scores on a spoke for each column (figure 1 of the paper); None below three columns.
+    """Relative scores on a spoke for each column (figure 1 of the paper), for three columns or more.
 
-    Six systems at the most, see `_radar_systems`; each has every number.
+    It shows at most six systems, which have every number (see `_radar_systems`).
     """
     columns = _relative_columns(comparison)
     names = _radar_systems(comparison, columns)
@@ -63,7 +63,7 @@ def radar(comparison: Comparison) -> Figure | None:
 
 
 def relative_bars(comparison: Comparison) -> Figure | None:
-    """A bar a system: its mean relative score, from 1, the best specialist; a mark for each column."""
+    """One bar per system from 1, the best specialist, to its mean relative score. Each column has a mark."""
     columns = _relative_columns(comparison)
     rows = system_rows(comparison, columns)
     scores = {
@@ -99,7 +99,7 @@ def relative_bars(comparison: Comparison) -> Figure | None:
     axes.axvline(1, color=INK, linewidth=0.9)
     panel(axes, rows, comparison.main)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel(f"relative to {_reference(comparison)} (100%); further right is better", size=SMALL, color=MUTED)
+    axes.set_xlabel(f"relative to {_reference(comparison)} (100%), further right is better", size=SMALL, color=MUTED)
     name_systems(axes, comparison, rows)
     draw_legend(figure, _keys(columns, shades), columns=legend_columns)
     return finished(figure)
@@ -117,20 +117,20 @@ def _relative(comparison: Comparison, name: str, column: Column) -> float:
 
 
 def _radar_systems(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
-    """The main system, the best three specialists, the best of the two best other kinds, then what there is room for."""
+    """The main system, the best three specialists, the best of the two best other kinds, then the next best of both."""
     means = {name: fmean(_relative(comparison, name, c) for c in columns) for name in comparison.done if columns}
-    whole = {name: mean for name, mean in means.items() if math.isfinite(mean)}
-    others: dict[str, str] = {}
-    for name in sorted(whole, key=lambda name: -whole[name]):
+    complete = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+    best_of_kind: dict[str, str] = {}
+    for name in sorted(complete, key=lambda name: -complete[name]):
         if name not in comparison.specialist_systems and name != comparison.main:
-            others.setdefault(comparison.systems[name].kind, name)
-    others.pop("oracle", None)  # it is the circle at 100%
-    rivals = sorted(others.values(), key=lambda name: -whole[name])
+            best_of_kind.setdefault(comparison.systems[name].kind, name)
+    best_of_kind.pop("oracle", None)  # the circle at 100%
+    rivals = sorted(best_of_kind.values(), key=lambda name: -complete[name])
     specialists = sorted(
-        (name for name in comparison.specialist_systems if name in whole), key=lambda name: -whole[name]
+        (name for name in comparison.specialist_systems if name in complete), key=lambda name: -complete[name]
     )
-    chosen = [*specialists[:3], *rivals[:2], *specialists[3:], *rivals[2:]]
-    return [name for name in [comparison.main or "", *chosen] if name in whole][:_RADAR_SYSTEMS]
+    candidates = [*specialists[:3], *rivals[:2], *specialists[3:], *rivals[2:]]
+    return [name for name in [comparison.main or "", *candidates] if name in complete][:_RADAR_SYSTEMS]
 
 
 def _spokes(axes: PolarAxes, comparison: Comparison, columns: Sequence[Column], angles: Sequence[float]) -> None:
@@ -140,7 +140,7 @@ def _spokes(axes: PolarAxes, comparison: Comparison, columns: Sequence[Column], 
         reference = comparison.best_specialist(column) or min(comparison.best(column))
         cell = comparison.value(reference, column)
         side = math.sin(angle)
-        place: dict[str, Any] = {
+        alignment: dict[str, Any] = {
             "ha": "center" if abs(side) < 0.2 else "left" if side > 0 else "right",
             "va": "bottom" if math.cos(angle) > 0.2 else "top" if math.cos(angle) < -0.2 else "center",
         }
@@ -154,7 +154,7 @@ def _spokes(axes: PolarAxes, comparison: Comparison, columns: Sequence[Column], 
             size=SMALL,
             color=INK,
             annotation_clip=False,
-            **place,
+            **alignment,
         )
     axes.set_xticks(angles, [""] * len(angles))
     rings = _rings(*axes.get_ylim())
@@ -187,8 +187,8 @@ def _keys(columns: Sequence[Column], shades: Mapping[Column, str]) -> list[Any]:
 
 
 def _reference(comparison: Comparison) -> str:
-    found = any(comparison.best_specialist(column) for column in comparison.columns)
-    return "the best specialist of each column" if found else "the best system of each column"
+    has_specialist = any(comparison.best_specialist(column) for column in comparison.columns)
+    return "the best specialist of each column" if has_specialist else "the best system of each column"
 
 
 def _rings(low: float, high: float) -> list[float]:

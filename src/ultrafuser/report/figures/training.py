@@ -34,7 +34,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def training_losses(comparison: Comparison) -> Figure | None:
-    """Training loss over the steps of each stage, a panel a stage, a curve a system."""
+    """Training loss over the steps of each stage: one panel per stage, one curve per system."""
     runs = {name: steps for name, rows in comparison.training.items() if (steps := steps_by_stage(rows))}
     if not runs:
         return None
@@ -51,7 +51,7 @@ def training_losses(comparison: Comparison) -> Figure | None:
 
 
 def stability_curves(comparison: Comparison) -> Figure | None:
-    """Mean loss over the domains at each checkpoint, a curve a system; None where no system has two."""
+    """Mean loss over the domains at each checkpoint, one curve per system with two checkpoints or more."""
     runs = {name: points for name, points in comparison.stability.items() if len(points) > 1}
     if not runs:
         return None
@@ -80,7 +80,7 @@ def training_curves(metrics: Rows) -> Figure:
         if "stage" in row and "step" in row:
             steps_of.setdefault(row["stage"], []).append(row)
     if not steps_of:
-        raise DataError("training_curves: no row has both 'stage' and 'step'; pass the rows of metrics.jsonl")
+        raise DataError("training_curves: no row has both 'stage' and 'step'. Pass the rows of metrics.jsonl")
     specialists = _suffixes(metrics, "gate_weight/")
     domains = _suffixes(metrics, "loss/") or _suffixes(metrics, "eval_loss/")
     heights = {"loss": 2.2}  # inches of each panel
@@ -112,7 +112,7 @@ def training_curves(metrics: Rows) -> Figure:
 
 
 def steps_by_stage(rows: Rows) -> dict[str, list[dict[str, float]]]:
-    """Steps and losses of each stage; Branch-Train-MiX is trained by the joint one.
+    """Steps and losses of each stage. The rows of Branch-Train-MiX belong to the joint stage.
 
     rows: of metrics.jsonl; where `loss` is missing the mean of `loss/D` counts, a row with neither is no step
     of the training.
@@ -176,8 +176,8 @@ def _stage_grid(steps_of: Mapping[str, Rows], heights: Mapping[str, float]) -> A
         height_ratios=list(heights.values()),
         width_ratios=[max(length, 0.45 * max(lengths)) for length in lengths],
     )
-    for number, (stage, axes) in enumerate(zip(steps_of, grid[0], strict=True), start=1):
-        axes.set_title(f"stage {number}: {stage}", size=TEXT, weight="bold", color=INK, pad=6)
+    for index, (stage, axes) in enumerate(zip(steps_of, grid[0], strict=True)):
+        axes.set_title(f"stage {index + 1}: {stage}", size=TEXT, weight="bold", color=INK, pad=6)
     for axes in grid[-1]:
         axes.set_xlabel("step", size=SMALL, color=MUTED)
         axes.locator_params(axis="x", integer=True)
