@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the live command line; with --check, fail when it is out of date."""
+"""Write docs/cli.md from the live command line. With --check, fail if it is out of date."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 KINDS = {str: "text", int: "whole number", float: "number", Path: "path", bool: "flag"}
 HEAD = """# Command line
 
-<!-- written by scripts/cli_docs.py; edit src/ultrafuser/cli/*.py instead -->
+<!-- written by scripts/cli_docs.py. Edit src/ultrafuser/cli/*.py instead -->
 
 | Command | What it does |
 |---|---|
@@ -29,8 +29,8 @@ Every command takes `-h` or `--help`. `ultrafuser --version` prints the version,
 sets up completion in your shell.
 
 - Results go to stdout, progress and messages to stderr.
-- The exit code is 0, or 2 with one line on stderr when the input is at fault. Set `ULTRAFUSER_DEBUG=1` for a traceback.
-- `KEY=VALUE` changes a field of the recipe: see [Recipes](recipes.md#overrides).
+- The exit code is 0, or 2 with one line on stderr if the input is invalid. Set `ULTRAFUSER_DEBUG=1` for a traceback.
+- `KEY=VALUE` changes a field of the recipe, see [Recipes](recipes.md#overrides).
 """
 
 
@@ -49,20 +49,20 @@ class Parameter:
 
 def commands() -> dict[str, Callable[..., Any]]:
     """The functions behind the commands, by name (`data stats` for one of a group), in the order of the command line."""
-    found = {name: callback for name, callback in _registered(app)}
+    functions = {name: callback for name, callback in _registered(app)}
     for group in app.registered_groups:
-        found |= {f"{group.name} {name}": callback for name, callback in _registered(group.typer_instance)}
-    return found
+        functions |= {f"{group.name} {name}": callback for name, callback in _registered(group.typer_instance)}
+    return functions
 
 
-def _registered(part: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
-    for info in part.registered_commands:
+def _registered(typer_app: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
+    for info in typer_app.registered_commands:
         if info.callback is not None:
             yield info.name or info.callback.__name__, info.callback
 
 
 def parameters(command: str) -> Iterator[Parameter]:
-    """A command's arguments and options: names as typer made them, the rest from the function's signature."""
+    """The arguments and options of a command: names from typer, the rest from the signature of the function."""
     callback = commands()[command]
     node: Any = get_command(app)
     for word in command.split():
@@ -93,8 +93,11 @@ def parameters(command: str) -> Iterator[Parameter]:
 
 def _kind(annotated: Any, info: Any, repeated: bool) -> str:
     plain = next((KINDS[t] for t in (annotated, *get_args(annotated)) if t in KINDS), "text")
-    limits = {(True, False): f" >= {info.min}", (False, True): f" <= {info.max}",
-              (True, True): f" from {info.min} to {info.max}"}  # fmt: skip
+    limits = {
+        (True, False): f" >= {info.min}",
+        (False, True): f" <= {info.max}",
+        (True, True): f" from {info.min} to {info.max}",
+    }
     plain += limits.get((info.min is not None, info.max is not None), "")
     return f"{plain}, repeatable" if repeated else plain
 
@@ -115,16 +118,16 @@ def usage(command: str) -> str:
 def section(command: str, callback: Callable[..., Any]) -> str:
     text = inspect.getdoc(callback) or ""
     lines = [f"## {command}", "", "```console", f"$ {usage(command)}", "```", "", text, ""]
-    for title, wanted in (("Argument", True), ("Option", False)):
-        shown = [one for one in parameters(command) if one.is_argument is wanted]
-        if shown:
-            lines += [f"| {title} | Type | Default | Meaning |", "|---|---|---|---|", *map(_row, shown), ""]
+    for title, is_argument in (("Argument", True), ("Option", False)):
+        rows = [parameter for parameter in parameters(command) if parameter.is_argument is is_argument]
+        if rows:
+            lines += [f"| {title} | Type | Default | Meaning |", "|---|---|---|---|", *map(_row, rows), ""]
     return "\n".join(lines)
 
 
-def _row(one: Parameter) -> str:
-    names = ", ".join(f"`{name}`" for name in one.names)
-    return f"| {names} | {one.kind} | {one.default} | {_cell(one.help)} |"
+def _row(parameter: Parameter) -> str:
+    names = ", ".join(f"`{name}`" for name in parameter.names)
+    return f"| {names} | {parameter.kind} | {parameter.default} | {_cell(parameter.help)} |"
 
 
 def _cell(text: str) -> str:
@@ -142,11 +145,13 @@ def render() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, and exit with 1 if the page is out of date"
+    )
     check = parser.parse_args().check
     fresh = render()
     if check and (not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != fresh):
-        sys.exit(f"{PAGE}: out of date; run: python scripts/cli_docs.py")
+        sys.exit(f"{PAGE}: out of date. Run: python scripts/cli_docs.py")
     if not check:
         PAGE.write_text(fresh, encoding="utf-8")
 

@@ -64,7 +64,8 @@ class DiscriminatedBy:
 
     def values(self, node: type[Node]) -> tuple[Any, ...]:
         """The values that pick a node. None for the node that takes all others."""
-        return tuple(value for kind in _options(_child(node, self.field)) for value in _literals(kind))
+        kinds = _options(_child(node, self.field))
+        return tuple(value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind))
 
     def pick(self, nodes: Sequence[type[Node]], value: Any) -> type[Node] | None:
         """The node that a mapping, a bare string or an instance belongs to. None if the field is missing or wrong."""
@@ -373,10 +374,6 @@ def _options(kind: Any) -> list[Any]:
 
 def _nodes(kind: Any) -> list[type[Node]]:
     return [option for option in _options(kind) if _is_node(option)]
-
-
-def _literals(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def _discriminator(kind: Any) -> DiscriminatedBy | None:

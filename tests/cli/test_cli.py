@@ -1,4 +1,4 @@
-"""The command line: its help, its errors, and one journey through every command on tiny models."""
+"""The command line: its help, its errors, and every command once on tiny models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEEDS_MATPLOTLIB = not os.environ.get("CI") and "matplotlib is not installed (ex
 
 
 class Result(NamedTuple):
-    """What a command left behind."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -59,13 +59,13 @@ def run(monkeypatch, capsys) -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def folder(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fused folder whose gate has opinions."""
+    """A fused folder with a random gate."""
     model, tokenizer = fuse(tiny_run.recipe("unused"))
     shake_gate(model, scale=3.0)
-    home = tmp_path_factory.mktemp("cli") / "fused"
-    model.save_pretrained(home)
-    tokenizer.save_pretrained(home)
-    return home
+    directory = tmp_path_factory.mktemp("cli") / "fused"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 def specialist_options(tiny_run: TinyRun, names: Sequence[str] = NAMES) -> list[str]:
@@ -78,9 +78,9 @@ def specialist_options(tiny_run: TinyRun, names: Sequence[str] = NAMES) -> list[
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_every_option(run, command):
-    found = run(command, "--help")
-    assert found.code == 0
-    text = re.sub(r"\x1b\[[0-9;]*m", "", found.out)
+    result = run(command, "--help")
+    assert result.code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.out)
     for parameter in COMMANDS[command].params:
         assert parameter.help, f"{command}: {parameter.name} has no help"
         for option in parameter.opts:
@@ -96,15 +96,17 @@ def test_the_overview_names_every_command(run):
     assert all(command in text for command in COMMANDS)
 
 
-def test_results_that_are_printed_can_be_had_as_json():
+def test_every_command_prints_json_on_request():
     for name, command in COMMANDS.items():
-        if name not in ("chat", "data", "synth"):  # groups are looked at by tests of their own
+        if name not in ("chat", "data", "synth"):  # groups have tests of their own
             assert any("--json" in parameter.opts for parameter in command.params), name
 
 
 def test_version_of_the_module():
-    done = subprocess.run([sys.executable, "-m", "ultrafuser", "--version"], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"ultrafuser {ultrafuser.__version__}\n", "")
+    process = subprocess.run(
+        [sys.executable, "-m", "ultrafuser", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, f"ultrafuser {ultrafuser.__version__}\n", "")
 
 
 # ---------------------------------------------------------------- bad input
@@ -113,28 +115,28 @@ def test_version_of_the_module():
 @pytest.fixture(scope="session")
 def files(tiny_run: TinyRun, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Good and bad files, by the names that the cases below use."""
-    home = tmp_path_factory.mktemp("bad")
-    recipe = home / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(tiny_run.fields(home / "run", [GATE])))
-    from_fused = home / "from-fused.yaml"
+    directory = tmp_path_factory.mktemp("bad")
+    recipe = directory / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_run.fields(directory / "run", [GATE])))
+    from_fused = directory / "from-fused.yaml"
     from_fused.write_text(f"fused: {folder}\n")
-    odd = home / "odd.yaml"
-    odd.write_text("specialists: [{name: a, model: b}]\nlearning_rate: 1\n")
-    no_yaml = home / "no.yaml"
+    unknown_key = directory / "unknown-key.yaml"
+    unknown_key.write_text("specialists: [{name: a, model: b}]\nlearning_rate: 1\n")
+    no_yaml = directory / "no.yaml"
     no_yaml.write_text("a: [1\n")
-    empty, binary, rows = home / "empty.txt", home / "binary.txt", home / "bad.jsonl"
+    empty, binary, rows = directory / "empty.txt", directory / "binary.txt", directory / "bad.jsonl"
     empty.write_text("\n \n")
     binary.write_bytes(b"hi \xff\xfe")
     rows.write_text('{"domain": "text", "messages": [{"role": "user", "content": "hi"}]}\n')
     return {
-        "recipe": recipe, "from_fused": from_fused, "odd": odd, "no_yaml": no_yaml, "empty": empty, "binary": binary,
-        "rows": rows, "folder": folder, "plain": tiny_run.folder / "text", "nowhere": home / "nowhere", "home": home,
+        "recipe": recipe, "from_fused": from_fused, "unknown_key": unknown_key, "no_yaml": no_yaml, "empty": empty, "binary": binary,
+        "rows": rows, "folder": folder, "plain": tiny_run.folder / "text", "nowhere": directory / "nowhere", "directory": directory,
         "text": tiny_run.folder / "text", "good_rows": tiny_run.folder / "text.jsonl",
     }  # fmt: skip
 
 
 BAD = {
-    "unknown recipe key": ("train {odd}", "learning_rate: unknown key"),
+    "unknown recipe key": ("train {unknown_key}", "learning_rate: unknown key"),
     "no yaml": ("train {no_yaml}", "line 2, column 1: not valid YAML"),
     "no recipe": ("train {nowhere}", "no such file, expected a YAML recipe"),
     "override without value": ("train {recipe} stages.gate.lr", "expected KEY=VALUE"),
@@ -184,25 +186,25 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gives_exit_code_2_and_one_clear_line(run, files, case):
-    words, said = BAD[case]
+    words, message = BAD[case]
     words = [word.format(**files).strip("'") for word in words.split(" ")]
-    found = run(*words, stdin="")
-    assert found.code == 2
-    assert found.out == ""
-    assert found.err.startswith("ultrafuser: error: ") and found.err.count("\n") == 1, found.err
-    assert said.format(**files) in found.err
-    assert not (files["home"] / "run").exists() and not Path("fused").exists()
+    result = run(*words, stdin="")
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("ultrafuser: error: ") and result.err.count("\n") == 1, result.err
+    assert message.format(**files) in result.err
+    assert not (files["directory"] / "run").exists() and not Path("fused").exists()
 
 
 @pytest.mark.parametrize(
     "words", [["generate"], ["info", "x", "--wat"], ["generate", "x", "--batch-size", "0"], ["wat"]]
 )
-def test_words_that_the_command_line_does_not_know_give_exit_code_2(run, words):
-    found = run(*words)
-    assert found.code == 2 and found.out == "" and found.err
+def test_unknown_words_give_exit_code_2(run, words):
+    result = run(*words)
+    assert result.code == 2 and result.out == "" and result.err
 
 
-def test_a_traceback_is_there_for_those_who_want_it(run, monkeypatch):
+def test_a_traceback_is_shown_on_request(run, monkeypatch):
     monkeypatch.setenv("ULTRAFUSER_DEBUG", "1")
     with pytest.raises(ultrafuser.UltraFuserError):
         run("info", "/nowhere/at/all")
@@ -218,36 +220,36 @@ def test_fuse_from_options_then_info(run, tiny_run, tmp_path):
     assert {"README.md", "recipe.yaml", "config.json", "tokenizer.json"} <= {file.name for file in output.iterdir()}
     info = run("info", output, "--json", "--verify").json()
     assert info == made.json() | {"verified": True}
-    assert [one["name"] for one in info["specialists"]] == list(NAMES)
-    shown = run("info", output, "--verify")
-    assert all(name in shown.out for name in NAMES) and "all checksums match" in shown.out
-    again = tmp_path / "again"
-    assert run("fuse", output / "recipe.yaml", "-o", again, "--copy").code == 0
-    assert (again / "specialists" / "text" / "model.safetensors").is_file()
-    assert "## Training" not in (again / "README.md").read_text()
+    assert [specialist["name"] for specialist in info["specialists"]] == list(NAMES)
+    text = run("info", output, "--verify").out
+    assert all(name in text for name in NAMES) and "all checksums match" in text
+    copied = tmp_path / "copied"
+    assert run("fuse", output / "recipe.yaml", "-o", copied, "--copy").code == 0
+    assert (copied / "specialists" / "text" / "model.safetensors").is_file()
+    assert "## Training" not in (copied / "README.md").read_text()
 
 
 def test_fuse_from_a_recipe_with_overrides(run, tiny_run, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny_run.fields(tmp_path / "run")))
-    found = run(
+    result = run(
         "fuse", recipe, "gate.hidden_size=8", "specialists.text.domain=prose", "-o", tmp_path / "f", "--json"
     ).json()
-    assert found["gate_hidden_size"] == 8 and found["specialists"][0]["domain"] == "prose"
+    assert result["gate_hidden_size"] == 8 and result["specialists"][0]["domain"] == "prose"
 
 
 def test_fuse_adapters_on_one_base(run, tiny_run, tmp_path):
     adapters = tiny_run.adapter_recipe(tmp_path, save_adapter)
-    words = [f"--specialist={one['name']}={one['model']}+{one['adapter']}" for one in adapters]
-    found = run("fuse", *words, "-o", tmp_path / "fused", "--json").json()
-    assert found["specialists"][0]["shares_base_with"] == ["code", "math"]
+    words = [f"--specialist={item['name']}={item['model']}+{item['adapter']}" for item in adapters]
+    result = run("fuse", *words, "-o", tmp_path / "fused", "--json").json()
+    assert result["specialists"][0]["shares_base_with"] == ["code", "math"]
     assert "shared base, loaded once: code, math, text\n" in run("info", tmp_path / "fused").out
 
 
 def test_a_folder_with_a_plus_in_its_name_is_a_folder(run, tiny_run, tmp_path):
     (tmp_path / "c++").symlink_to(tiny_run.folder / "code")
-    found = run("fuse", "-s", f"code={tmp_path / 'c++'}", "-o", tmp_path / "fused", "--json")
-    assert found.code == 0, found.err
+    result = run("fuse", "-s", f"code={tmp_path / 'c++'}", "-o", tmp_path / "fused", "--json")
+    assert result.code == 0, result.err
 
 
 # ---------------------------------------------------------------- generate
@@ -255,11 +257,11 @@ def test_a_folder_with_a_plus_in_its_name_is_a_folder(run, tiny_run, tmp_path):
 
 def test_generate_gives_text_or_json(run, folder):
     options = ["--max-new-tokens", "6", "--device", "cpu"]
-    one = run("generate", folder, "-p", "how many foxes?", *options)
-    assert one.code == 0 and one.out.strip()
+    single = run("generate", folder, "-p", "how many foxes?", *options)
+    assert single.code == 0 and single.out.strip()
     both = run("generate", folder, "-p", "how many foxes?", "-p", "hi", "--json", *options).json()
     assert [item["prompt"] for item in both] == ["how many foxes?", "hi"]
-    assert both[0]["answer"] == one.out.removesuffix("\n")
+    assert both[0]["answer"] == single.out.removesuffix("\n")
     text = run("generate", folder, "-p", "how many foxes?", "-p", "hi", *options).out
     assert text == "".join(f"> {item['prompt']}\n{item['answer']}\n\n" for item in both)
 
@@ -277,7 +279,7 @@ def test_generate_reads_files_and_standard_input_and_batches_change_nothing(run,
     assert [item["prompt"] for item in rows] == [f"how many math {i}?" for i in range(5)]
 
 
-def test_a_prompt_given_leaves_standard_input_alone(run, folder, monkeypatch):
+def test_standard_input_is_not_read_if_there_is_a_prompt(run, folder, monkeypatch):
     class Untouchable(io.StringIO):
         def read(self, *args: Any) -> str:
             raise AssertionError("standard input must not be read: it may never end")
@@ -294,8 +296,8 @@ def test_no_prompt_on_a_terminal_is_an_error(run, folder, monkeypatch):
             return True
 
     monkeypatch.setattr(sys, "stdin", Terminal())
-    found = run("generate", folder)
-    assert found.code == 2 and "no prompt. Give --prompt TEXT, --file FILE, or text on standard input" in found.err
+    result = run("generate", folder)
+    assert result.code == 2 and "no prompt. Give --prompt TEXT, --file FILE, or text on standard input" in result.err
 
 
 def test_sampling_is_seeded_and_beams_run(run, folder):
@@ -313,24 +315,24 @@ def test_a_lower_precision_on_request(run, folder):
 # ---------------------------------------------------------------- chat
 
 
-def test_a_talk(run, folder):
-    talk = "/weights\nhow many foxes?\n/weights\n\nand dogs?\n/reset\n/weights\n/exit\nnever read\n"
-    found = run("chat", folder, "--max-new-tokens", "5", "--temperature", "0", stdin=talk)
-    assert found.code == 0, found.err
-    assert found.out.count("no answer yet") == 2
-    assert all(name in found.out for name in NAMES), "/weights shows who led"
+def test_a_chat(run, folder):
+    lines = "/weights\nhow many foxes?\n/weights\n\nand dogs?\n/reset\n/weights\n/exit\nnever read\n"
+    result = run("chat", folder, "--max-new-tokens", "5", "--temperature", "0", stdin=lines)
+    assert result.code == 0, result.err
+    assert result.out.count("no answer yet") == 2
+    assert all(name in result.out for name in NAMES), "/weights shows who led"
     first = run("generate", folder, "-p", "how many foxes?", "--max-new-tokens", "5").out.strip()
-    assert first in found.out
+    assert first in result.out
 
 
-def test_a_talk_ends_with_its_input(run, folder):
+def test_a_chat_ends_with_its_input(run, folder):
     assert run("chat", folder, "--max-new-tokens", "2", stdin="hi\n").code == 0
 
 
-def test_a_talk_survives_what_does_not_fit(run, folder):
-    found = run("chat", folder, "--max-new-tokens", "2", stdin=f"{'fox ' * 300}\nhi\n/weights\n")
-    assert found.code == 0 and "do not fit into its context of 192" in found.out.replace("\n", " ")
-    assert "no answer yet" not in found.out
+def test_a_chat_survives_a_message_that_does_not_fit(run, folder):
+    result = run("chat", folder, "--max-new-tokens", "2", stdin=f"{'fox ' * 300}\nhi\n/weights\n")
+    assert result.code == 0 and "do not fit into its context of 192" in result.out.replace("\n", " ")
+    assert "no answer yet" not in result.out
 
 
 # ---------------------------------------------------------------- inspect
@@ -340,40 +342,40 @@ def test_inspect_shows_text_weights_html_and_png(run, folder, tmp_path):
     pytest.importorskip("matplotlib") if NEEDS_MATPLOTLIB else None
     html, png = tmp_path / "new" / "page.html", tmp_path / "new" / "figure.png"
     words = ["inspect", folder, "-p", "how many foxes?", "--max-new-tokens", "6"]
-    shown = run(*words, "--weights", "--html", html, "--png", png)
-    assert shown.code == 0, shown.err
-    assert all(name in shown.out for name in NAMES)
+    result = run(*words, "--weights", "--html", html, "--png", png)
+    assert result.code == 0, result.err
+    assert all(name in result.out for name in NAMES)
     assert "<html" in html.read_text() and "how many foxes?" in html.read_text()
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert re.search(r"0?\.\d\d", shown.out), "weights on request"
+    assert re.search(r"0?\.\d\d", result.out), "weights on request"
 
 
 def test_inspect_weighs_a_given_response(run, folder):
-    found = run("inspect", folder, "-p", "how many?", "--response", "12345 + 67890", "--json").json()
-    [trace] = found["traces"]
-    assert "".join(trace["tokens"]) == "12345 + 67890" and found["mean_weights"] == {}
+    result = run("inspect", folder, "-p", "how many?", "--response", "12345 + 67890", "--json").json()
+    [trace] = result["traces"]
+    assert "".join(trace["tokens"]) == "12345 + 67890" and result["mean_weights"] == {}
     assert all(sum(row) == pytest.approx(1, abs=1e-4) for row in trace["weights"])
 
 
 def test_inspect_gives_means_by_domain_of_a_file(run, folder, tiny_run, tmp_path):
     pytest.importorskip("matplotlib") if NEEDS_MATPLOTLIB else None
     file, png, html = tiny_run.folder / "held-out.jsonl", tmp_path / "means.png", tmp_path / "rows.html"
-    found = run("inspect", folder, "--file", file, "--json", "--png", png, "--html", html).json()
-    assert set(found["mean_weights"]) == set(NAMES) and len(found["traces"]) == 6
-    for domain, row in found["mean_weights"].items():
-        mine = [w for trace in found["traces"] if trace["domain"] == domain for w in trace["weights"]]
-        assert list(row.values()) == pytest.approx([sum(col) / len(mine) for col in zip(*mine, strict=True)])
+    result = run("inspect", folder, "--file", file, "--json", "--png", png, "--html", html).json()
+    assert set(result["mean_weights"]) == set(NAMES) and len(result["traces"]) == 6
+    for domain, row in result["mean_weights"].items():
+        weights = [w for trace in result["traces"] if trace["domain"] == domain for w in trace["weights"]]
+        assert list(row.values()) == pytest.approx([sum(col) / len(weights) for col in zip(*weights, strict=True)])
     assert png.read_bytes().startswith(b"\x89PNG") and html.read_text().count("<section") >= 1
-    shown = run("inspect", folder, "--file", file)
-    assert "mean gate weight by domain" in shown.out and "math" in shown.out
-    one = run("inspect", folder, "--file", file, "--domain", "mixed", "--limit", "2", "--json").json()
-    assert list(one["mean_weights"]) == ["mixed"] and len(one["traces"]) == 2
+    text = run("inspect", folder, "--file", file).out
+    assert "mean gate weight by domain" in text and "math" in text
+    limited = run("inspect", folder, "--file", file, "--domain", "mixed", "--limit", "2", "--json").json()
+    assert list(limited["mean_weights"]) == ["mixed"] and len(limited["traces"]) == 2
 
 
 # ---------------------------------------------------------------- train
 
 
-def test_train_goes_on_from_a_fused_folder_and_the_result_generates(run, folder, tiny_run, tmp_path):
+def test_train_starts_from_a_fused_folder_and_the_result_generates(run, folder, tiny_run, tmp_path):
     fields = tiny_run.fields(tmp_path / "unused", [GATE], fused=str(folder))
     fields.pop("specialists")
     recipe = tmp_path / "recipe.yaml"
@@ -381,11 +383,11 @@ def test_train_goes_on_from_a_fused_folder_and_the_result_generates(run, folder,
     output = tmp_path / "run"
     made = run("train", recipe, f"output={output}", "stages.gate.steps=2", "--json")
     assert made.code == 0, made.err
-    found = made.json()
-    assert found["folder"] == str(output / "fused") and found["last_metrics"]["gate"]["step"] == 2
+    result = made.json()
+    assert result["folder"] == str(output / "fused") and result["last_metrics"]["gate"]["step"] == 2
     assert "stage gate: done" in made.err
-    again = run("train", recipe, f"output={output}", "stages.gate.steps=2")
-    assert again.code == 2 and "holds a run already; go on with it by --resume" in again.err
+    repeated = run("train", recipe, f"output={output}", "stages.gate.steps=2")
+    assert repeated.code == 2 and "holds a run already; go on with it by --resume" in repeated.err
     resumed = run("train", recipe, f"output={output}", "stages.gate.steps=2", "--resume")
     assert resumed.code == 0 and "finished before" in resumed.err
     assert f"next: ultrafuser chat {output / 'fused'}" in resumed.out

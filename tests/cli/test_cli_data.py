@@ -33,16 +33,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-def row(number: int, domain: str = "text", question: str | None = None) -> Row:
-    turns = (("user", question or f"Question {domain} {number}?"), ("assistant", f"Answer {number} of {domain}."))
-    return Row(f"{domain}-{number}", domain, turns, "[b]notes", "MIT", f"topic {number % 3}", f"sub {number % 5}")
+def row(index: int, domain: str = "text", question: str | None = None) -> Row:
+    turns = (("user", question or f"Question {domain} {index}?"), ("assistant", f"Answer {index} of {domain}."))
+    return Row(f"{domain}-{index}", domain, turns, "[b]notes", "MIT", f"topic {index % 3}", f"sub {index % 5}")
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
-    own = [row(n, domain) for domain in ("text", "code") for n in range(10)]
-    write_rows([*own, row(10, question=LEAK), row(11, question="question TEXT 0")], path)
+    many = [row(n, domain) for domain in ("text", "code") for n in range(10)]
+    write_rows([*many, row(10, question=LEAK), row(11, question="question TEXT 0")], path)
     return path
 
 
@@ -71,8 +71,8 @@ def test_stats(run, rows, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     text = run("stats", rows, "--tokenizer", tmp_path / "tokenizer")
     assert re.search(r"text\W+12\W+3\W+", text) and "[b]notes" in text and "tokens, mean" in text
-    found = json.loads(run("stats", rows, "--json"))
-    assert found["all"]["conversations"] == 22 and "tokens" not in found["all"]
+    result = json.loads(run("stats", rows, "--json"))
+    assert result["all"]["conversations"] == 22 and "tokens" not in result["all"]
     assert json.loads(run("stats", rows, "--json", "--domain", "any"))["domains"].keys() == {"any"}
 
 
@@ -110,7 +110,7 @@ def test_split(run, rows, tmp_path):
     text = run("split", rows, "-o", tmp_path / "parts", "--exact-only", "-p", "train=0.8", "-p", "test=0.2")
     assert re.search(r"train\W+18\W+8\W+10", text)
     report = json.loads((tmp_path / "parts" / "split.json").read_text())
-    again = run(
+    output = run(
         "split",
         rows,
         "-o",
@@ -123,10 +123,10 @@ def test_split(run, rows, tmp_path):
         "--force",
         "--json",
     )
-    assert json.loads(again) == report
-    for part, problem in (("train", "expected NAME=SHARE"), ("a/b=1", "expected NAME"), ("x=y", "expected NAME")):
+    assert json.loads(output) == report
+    for option, problem in (("train", "expected NAME=SHARE"), ("a/b=1", "expected NAME"), ("x=y", "expected NAME")):
         with pytest.raises(DataError, match=problem):
-            run("split", rows, "-o", tmp_path / "other", "-p", part)
+            run("split", rows, "-o", tmp_path / "other", "-p", option)
     with pytest.raises(DataError, match="another part is named 'a'"):
         run("split", rows, "-o", tmp_path / "other", "-p", "a=0.5", "-p", "a=0.5")
 
@@ -159,8 +159,8 @@ def test_map(run, rows, tmp_path, save, tokenizer):
     assert re.search(r"code\W+8\W+[01]\.\d{3}", text) and "map.png" in text
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     first = (tmp_path / "map.html").read_text(encoding="utf-8")
-    found = json.loads(run(*words, "--force", "--json"))
-    assert found["rows"] == {"code": 8, "text": 8} and found["png"] is None
+    result = json.loads(run(*words, "--force", "--json"))
+    assert result["rows"] == {"code": 8, "text": 8} and result["png"] is None
     assert (tmp_path / "map.html").read_text(encoding="utf-8") == first
     with pytest.raises(DataError, match="exists"):
         run(*words)

@@ -82,13 +82,13 @@ def comparison(tmp_path: Path, model: Path, rows: Path) -> Path:
 
 def test_eval_prints_a_table_and_json(run, model, rows, tmp_path):
     words = ["eval", model, "--data", rows, "--output", tmp_path / "out"]
-    found = run(*words)
-    assert found.code == 0
-    assert "base" in found.out and "text" in found.out and "results.json" in found.out
+    result = run(*words)
+    assert result.code == 0
+    assert "base" in result.out and "text" in result.out and "results.json" in result.out
     tree = json.loads(run(*words, "--json").out)
     assert tree == json.loads((tmp_path / "out" / "results.json").read_text())
     assert tree["models"]["base"]["loss"]["code"]["samples"] == 3
-    assert f"{tree['models']['base']['loss']['code']['nll']:.4f}" in found.out
+    assert f"{tree['models']['base']['loss']['code']['nll']:.4f}" in result.out
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,10 @@ def test_eval_prints_a_table_and_json(run, model, rows, tmp_path):
     ],
 )
 def test_bad_input_is_one_line(run, model, tmp_path, words, problem):
-    found = run("eval", model, *words, "--output", tmp_path / "out")
-    assert found.code == 2
-    assert found.err.startswith("ultrafuser: error: ") and found.err.count("\n") == 1
-    assert problem in found.err
+    result = run("eval", model, *words, "--output", tmp_path / "out")
+    assert result.code == 2
+    assert result.err.startswith("ultrafuser: error: ") and result.err.count("\n") == 1
+    assert problem in result.err
 
 
 def test_a_task_of_ones_own(run, model, tmp_path):
@@ -132,9 +132,9 @@ def test_a_task_of_ones_own(run, model, tmp_path):
 
 
 def test_compare_shows_what_is_to_be_done(run, comparison):
-    found = run("compare", comparison, "--dry-run")
-    assert found.code == 0
-    assert found.out.splitlines() == ["base: base, to be built", "uniform: static, to be built"]
+    result = run("compare", comparison, "--dry-run")
+    assert result.code == 0
+    assert result.out.splitlines() == ["base: base, to be built", "uniform: static, to be built"]
 
 
 @pytest.mark.parametrize(
@@ -147,17 +147,17 @@ def test_compare_shows_what_is_to_be_done(run, comparison):
     ],
 )
 def test_bad_recipes_are_one_line(run, comparison, override, problem):
-    found = run("compare", comparison, override)
-    assert found.code == 2
-    assert found.err.count("\n") == 1
-    assert problem in found.err
+    result = run("compare", comparison, override)
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert problem in result.err
 
 
 def test_compare_end_to_end_in_processes_of_their_own(run, comparison, tmp_path):
-    found = run("compare", comparison, "systems=[base, {kind: fused, set: ['data.train=[gone.jsonl]']}]")
-    assert found.code == 2
-    assert "fused failed, see the report" in found.err
-    assert "base" in found.out
+    result = run("compare", comparison, "systems=[base, {kind: fused, set: ['data.train=[gone.jsonl]']}]")
+    assert result.code == 2
+    assert "fused failed, see the report" in result.err
+    assert "base" in result.out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["systems"]["base"]["status"] == "done"
     assert "gone.jsonl" in results["systems"]["fused"]["error"]
