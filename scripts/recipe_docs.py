@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Write the tables of recipe fields into the documentation. With --check, fail when one is out of date."""
-=======
-"""Write the tables of recipe fields into the documentation. With --check, fail if one is out of date."""
->>>>>>> 0416c8e (Rewrite the pages on data, data tools and recipes; name the variables of the CLI tests)
 
 from __future__ import annotations
 
@@ -31,18 +27,12 @@ def table(root: type[typed_yaml.Node]) -> str:
     return "\n".join(rows)
 
 
-<<<<<<< HEAD
 def render(text: str, root: type[typed_yaml.Node], page: Path) -> str:
     return between(text, START, END, table(root), page)
-=======
-def render(page: str, root: type[typed_yaml.Node], path: Path) -> str:
-    return between(page, START, END, table(root), path)
->>>>>>> 0416c8e (Rewrite the pages on data, data tools and recipes; name the variables of the CLI tests)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-<<<<<<< HEAD
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 when out of date")
     check = parser.parse_args().check
     for page, root in PAGES.items():
@@ -52,17 +42,6 @@ def main() -> None:
             sys.exit(f"{page}: out of date. Run: python scripts/recipe_docs.py")
         if not check:
             page.write_text(new, encoding="utf-8")
-=======
-    parser.add_argument("--check", action="store_true", help="write nothing, and exit with 1 if a page is out of date")
-    check = parser.parse_args().check
-    for path, root in PAGES.items():
-        page = path.read_text(encoding="utf-8")
-        fresh = render(page, root, path)
-        if check and fresh != page:
-            sys.exit(f"{path}: out of date. Run: python scripts/recipe_docs.py")
-        if not check:
-            path.write_text(fresh, encoding="utf-8")
->>>>>>> 0416c8e (Rewrite the pages on data, data tools and recipes; name the variables of the CLI tests)
 
 
 if __name__ == "__main__":
