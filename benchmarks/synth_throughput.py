@@ -1,8 +1,9 @@
-"""Processor time of synthesis' client for each call: 256 calls under way at once against a server of our own.
+"""Processor time per call of a synthesis: 256 calls in flight to a local server.
 
-The server, in a process of its own, answers each request after `--delay` seconds with a reply of `--words` words. What
-is measured is the client's process: the scheduler, the requests, and the store that keeps every reply in a transaction
-of its own; besides, the same requests through the `openai` package, without scheduler and store, for comparison.
+The server has its own process and answers each request after `--delay` seconds with a reply of `--words` words. The
+benchmark measures the client's process: the scheduler, the requests, and the store, which saves each reply in its own
+transaction. For comparison, the same requests go through the `openai` package where it is installed (`pip install
+openai`), without scheduler and store.
 
     python benchmarks/synth_throughput.py [--calls 5000] [--concurrency 256] [--json FILE]
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import multiprocessing
 import tempfile
@@ -34,7 +36,7 @@ PROMPT_WORDS = 150
 
 
 class Protocol(asyncio.Protocol):
-    """As little HTTP as the clients need."""
+    """The part of HTTP that the clients need."""
 
     def __init__(self, reply: bytes, delay_s: float) -> None:
         self.reply, self.delay_s, self.buffer = reply, delay_s, b""
@@ -74,17 +76,17 @@ def serve(words: int, delay_s: float, channel: Connection) -> None:
     asyncio.run(run())
 
 
-def asks_for(calls: int) -> list[Request]:
-    """Questions of about the length of the real ones."""
+def make_requests(calls: int) -> list[Request]:
+    """Requests of a realistic length."""
     prompt = "word " * PROMPT_WORDS
     return [Request("responses", "math", str(i), "m", (("user", f"{prompt}{i}"),)) for i in range(calls)]
 
 
-def ours(url: str, calls: int, concurrency: int, file: Path) -> tuple[float, float]:
-    """Wall-clock and processor seconds of a run of ours."""
+def synthesis(url: str, calls: int, concurrency: int, file: Path) -> tuple[float, float]:
+    """Wall-clock and processor seconds of a synthesis."""
     endpoint = EndpointRecipe(model="m", base_url=url, concurrency=concurrency)
     clients = make_clients([ServedModel(name="m", endpoint=endpoint, prompt_usd=1.0, completion_usd=1.0)])
-    requests = asks_for(calls)
+    requests = make_requests(calls)
     with CallStore(file, "benchmark") as store:
         wall, cpu = time.perf_counter(), time.process_time()
         answer(requests, store, clients, budget_usd=1e6)
@@ -92,21 +94,21 @@ def ours(url: str, calls: int, concurrency: int, file: Path) -> tuple[float, flo
 
 
 def plain_openai(url: str, calls: int, concurrency: int) -> tuple[float, float]:
-    """The same requests by `AsyncOpenAI`, replies thrown away."""
+    """The same requests by `AsyncOpenAI`. The replies are discarded."""
     import openai
 
     async def run() -> None:
         async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
             slots = asyncio.Semaphore(concurrency)
 
-            async def one(request: Request) -> None:
+            async def send(request: Request) -> None:
                 messages: Any = request.chat()
                 async with slots:
                     await client.chat.completions.create(
                         model="m", messages=messages, max_tokens=request.max_tokens, temperature=0
                     )
 
-            await asyncio.gather(*(one(request) for request in asks_for(calls)))
+            await asyncio.gather(*(send(request) for request in make_requests(calls)))
 
     wall, cpu = time.perf_counter(), time.process_time()
     asyncio.run(run())
@@ -122,34 +124,36 @@ def main() -> None:
     parser.add_argument("--no-openai", action="store_true", help="leave the comparison out")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
-    mine, theirs = multiprocessing.Pipe()
-    server = multiprocessing.Process(target=serve, args=(args.words, args.delay, theirs), daemon=True)
+    channel, server_channel = multiprocessing.Pipe()
+    server = multiprocessing.Process(target=serve, args=(args.words, args.delay, server_channel), daemon=True)
     server.start()
-    url = f"http://127.0.0.1:{mine.recv()}/v1"
+    url = f"http://127.0.0.1:{channel.recv()}/v1"
     runs: dict[str, tuple[float, float]] = {}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            ours(url, args.concurrency, args.concurrency, Path(folder) / "warm-up.sqlite")
-            runs["scheduler, aiohttp, store"] = ours(url, args.calls, args.concurrency, Path(folder) / "calls.sqlite")
-        if not args.no_openai:
+            synthesis(url, args.concurrency, args.concurrency, Path(folder) / "warm-up.sqlite")
+            runs["scheduler, aiohttp, store"] = synthesis(
+                url, args.calls, args.concurrency, Path(folder) / "calls.sqlite"
+            )
+        if importlib.util.find_spec("openai") and not args.no_openai:
             runs["AsyncOpenAI alone"] = plain_openai(url, args.calls, args.concurrency)
     finally:
         server.terminate()
     table = Table(
         title=f"{args.calls} calls, {args.concurrency} at once, replies of {args.words} words after {args.delay:g} s"
     )
-    for column in ("", "calls/s", "ms of processor a call", "share of a core at 100 calls/s", "target"):
+    for column in ("", "calls/s", "ms of processor per call", "share of a core at 100 calls/s", "target"):
         table.add_column(column, justify="right" if column else "left")
     result = {"calls": args.calls, "concurrency": args.concurrency, "delay_s": args.delay, "target": TARGET, "runs": {}}
     for name, (wall, cpu) in runs.items():
-        a_call = cpu / args.calls
+        cpu_s = cpu / args.calls
         result["runs"][name] = {
             "calls_a_second": args.calls / wall,
-            "cpu_ms_a_call": a_call * 1e3,
-            "core_at_100": a_call * 100,
+            "cpu_ms_a_call": cpu_s * 1e3,
+            "core_at_100": cpu_s * 100,
         }
         target = f"under {TARGET:.0%}" if name.startswith("scheduler") else ""
-        table.add_row(name, f"{args.calls / wall:.0f}", f"{a_call * 1e3:.2f}", f"{a_call * 100:.1%}", target)
+        table.add_row(name, f"{args.calls / wall:.0f}", f"{cpu_s * 1e3:.2f}", f"{cpu_s * 100:.1%}", target)
     Console().print(table)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -110,6 +110,13 @@ def test_a_key_that_no_header_can_hold_is_not_shown(server: FakeEndpoint, monkey
     assert server.headers[0]["authorization"] == "Bearer key"
 
 
+def test_one_request_that_is_forbidden_where_others_are_served(server: FakeEndpoint):
+    server.script = [fine("a"), failing(403, "flagged by moderation"), fine("b")]
+    outcomes = dict(Endpoint(server.recipe()).ask_all(requests(3)))
+    assert [type(outcomes[i]) for i in range(3)] == [Reply, RequestError, Reply]
+    assert "status 403: flagged by moderation" in str(outcomes[1])
+
+
 def test_unknown_model(server: FakeEndpoint):
     server.script = [failing(404, "The model `judge` does not exist", "model_not_found")]
     with pytest.raises(EndpointError, match=f"status 404: The model `judge` does not exist. .*{server.url}/models"):
@@ -155,6 +162,17 @@ def test_a_request_that_is_not_taken(server: FakeEndpoint):
     with pytest.raises(RequestError, match="status 400: Unsupported parameter: 'max_tokens'. .*`max_tokens_key`"):
         Endpoint(server.recipe()).ask(QUESTION)
     assert server.hits == 1
+
+
+@pytest.mark.parametrize("step, message", [
+    (Step('{"detail": "no such field"}', 422), "status 422: no such field"),
+    (Step('{"error": {"message": "model is loading"}}'), "no message in it: .*model is loading"),
+    (Step(b"\xff\xfe"), "no JSON"),
+])  # fmt: skip
+def test_the_words_of_the_endpoint_reach_the_user(server: FakeEndpoint, step, message):
+    server.script = [step]
+    with pytest.raises(RequestError, match=message):
+        Endpoint(server.recipe(retries=0)).ask(QUESTION)
 
 
 def test_a_filtered_question_is_a_reply_without_text(server: FakeEndpoint):
