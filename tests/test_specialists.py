@@ -85,7 +85,7 @@ def test_equal_tokenizers_pass(tokenizer):
         (swap_ids, r"the same tokens have other ids: '\S+ \(\d+ and \d+\)'"),
         (swap_merges, "their merges differ from merge 3 on"),
         (drop_merges, "their merges differ from merge the end on"),
-        (rename_token, r"tokens that only one of them has: .*'zebra'"),
+        (rename_token, r"Only one of them has: .*'zebra'"),
         (split_otherwise, "they split or normalise text differently"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -169,7 +169,7 @@ def test_an_adapter_folder_without_an_adapter_is_named(tiny_run):
 
 @pytest.mark.parametrize("device", ["warp-drive", "cuda:99"])
 def test_a_device_that_is_not_there_is_an_error(device):
-    with pytest.raises(RecipeError, match=f"device '{device}' cannot be used here: .*; try auto or cpu"):
+    with pytest.raises(RecipeError, match=rf"device '{device}' cannot be used here: .*\. Try auto or cpu"):
         pick_device(device)
 
 
@@ -198,7 +198,7 @@ def test_a_hub_id_that_cannot_be_had_is_not_fused(monkeypatch):
 
 def test_a_configuration_that_is_not_json_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "ultra')
-    with pytest.raises(CheckpointError, match=r"config.json: not JSON \(.*\); is the folder half written\?"):
+    with pytest.raises(CheckpointError, match=r"config.json: not JSON \(.*\)\. Is the folder half written\?"):
         is_fused(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""What is in a fused checkpoint: specialists, references, sizes, and whether they are all still there."""
+"""Describe a fused checkpoint: its specialists, their sources and sizes, and whether all of them are still there."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ def describe(folder: str | Path, *, verify: bool = False) -> dict[str, Any]:
     Raises:
         CheckpointError: no checkpoint, or with `verify` a file that differs.
     """
-    home = fused_folder(folder, {})
-    config = read_manifest(home)
+    root = fused_folder(folder, {})
+    config = read_manifest(root)
     groups = config.groups()
-    specialists = [_specialist(spec, home, verify) for spec in config.specialists]
+    specialists = [_specialist(spec, root, verify) for spec in config.specialists]
     for k, facts in enumerate(specialists):
-        mates = next(group for group in groups if k in group)
-        facts["shares_base_with"] = [config.names[other] for other in mates if other != k]
+        shared = next(group for group in groups if k in group)
+        facts["shares_base_with"] = [config.names[index] for index in shared if index != k]
     if verify:
-        check_files(home, config.gate_files, "the gate")
-    files = [file for file in home.rglob("*") if file.is_file()]
+        check_files(root, config.gate_files, "the gate")
+    files = [file for file in root.rglob("*") if file.is_file()]
     return {
-        "folder": str(home),
+        "folder": str(root),
         "mixing": config.mixing,
         "gate_type": config.gate_type,
         "gate_hidden_size": config.gate_hidden_size,
-        "gate_size_bytes": (home / GATE_FILE).stat().st_size if (home / GATE_FILE).is_file() else None,
+        "gate_size_bytes": (root / GATE_FILE).stat().st_size if (root / GATE_FILE).is_file() else None,
         "vocab_size": config.vocab_size,
         "context": config.max_position_embeddings,
         "size_bytes": sum(file.stat().st_size for file in files),
         "referenced_size_bytes": _referenced(specialists),
         "specialists": specialists,
-        "has_recipe": (home / "recipe.yaml").is_file(),
+        "has_recipe": (root / "recipe.yaml").is_file(),
         "verified": verify,
     }
 
 
-def _specialist(spec: SpecialistEntry, home: Path, verify: bool) -> dict[str, Any]:
+def _specialist(spec: SpecialistEntry, root: Path, verify: bool) -> dict[str, Any]:
     source = spec["source"]
     locations: dict[str, dict[str, Any]] = {}
     for key, reference in weight_sources(source):
@@ -57,8 +57,8 @@ def _specialist(spec: SpecialistEntry, home: Path, verify: bool) -> dict[str, An
             "size_bytes": sum(record["size_bytes"] for record in recorded.values()),
         }
         try:
-            path = resolve(reference, home, spec["name"])
-            location["inside"] = isinstance(path, Path) and is_inside(path, home)
+            path = resolve(reference, root, spec["name"])
+            location["inside"] = isinstance(path, Path) and is_inside(path, root)
             location["status"] = "here" if isinstance(path, Path) else "on the hub"
             if verify and isinstance(path, Path):
                 check_files(path, recorded, f"specialist {spec['name']!r}", every=True)
@@ -78,11 +78,11 @@ def _specialist(spec: SpecialistEntry, home: Path, verify: bool) -> dict[str, An
 
 
 def _referenced(specialists: list[dict[str, Any]]) -> int:
-    """Bytes that lie elsewhere; a base that several share counts once."""
+    """Bytes outside the checkpoint. A base that several specialists share counts once."""
     seen = {
-        facts[part]["source"]: facts[part]["size_bytes"]
+        facts[key]["source"]: facts[key]["size_bytes"]
         for facts in specialists
-        for part in ("model", "adapter")
-        if part in facts and not facts[part]["inside"]
+        for key in ("model", "adapter")
+        if key in facts and not facts[key]["inside"]
     }
     return sum(seen.values())

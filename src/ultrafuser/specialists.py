@@ -1,4 +1,4 @@
-"""From a recipe's specialists to a fused model: find each one, compare the tokenizers, put a fresh gate on top."""
+"""Fuse a recipe's specialists: find each one, compare the tokenizers, add an untrained gate."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ logger = logging.getLogger(__name__)
 
 
 def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
-    """Load the recipe's specialists and put an untrained gate on top.
+    """Load the recipe's specialists and add an untrained gate.
 
     Raises:
         CheckpointError: a specialist cannot be loaded.
-        TokenizerMismatchError: tokenizers that differ, with the tokens in which they do.
+        TokenizerMismatchError: tokenizers that differ, with the tokens that differ.
         DataError: a specialist without a chat template.
     """
     configs: dict[str, dict[str, Any]] = {}
@@ -49,11 +49,11 @@ def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase
     tokenizers = _tokenizers(specs)
     compare_tokenizers(tokenizers)
     tokenizer = tokenizers[specs[0]["name"]]
-    for name, other in tokenizers.items():
-        if other.eos_token != tokenizer.eos_token:
+    for name, candidate in tokenizers.items():
+        if candidate.eos_token != tokenizer.eos_token:
             logger.warning(
                 "specialist %r ends its answers with %r, the fused model with %r, as %r does",
-                name, other.eos_token, tokenizer.eos_token, specs[0]["name"],
+                name, candidate.eos_token, tokenizer.eos_token, specs[0]["name"],
             )  # fmt: skip
     for spec, specialist in zip(specs, recipe.specialists, strict=True):
         spec["chat_template"] = resolve_template(specialist.chat_template, tokenizers[spec["name"]], specialist.name)
@@ -82,11 +82,11 @@ def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase
 
 
 def _ends(groups: Sequence[SpecialistGroup], tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
-    """The tokens that end an answer: the tokenizer's, and the others of checkpoints that list several."""
-    own = tokenizer.eos_token_id
+    """The tokens that end an answer: the tokenizer's, then those of checkpoints that list several."""
+    end = tokenizer.eos_token_id
     lists = [group.model.generation_config.eos_token_id for group in groups]
-    others = sorted({end for ends in lists if isinstance(ends, list) for end in ends} - {own})
-    return [own, *others] if others else own
+    further = sorted({token for ends in lists if isinstance(ends, list) for token in ends} - {end})
+    return [end, *further] if further else end
 
 
 def load(folder: str | Path, **kwargs: Any) -> tuple[UltraFuserForCausalLM, Renderer]:
@@ -109,7 +109,7 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[UltraFuserForCausalLM, Rend
 
 @dataclass(frozen=True)
 class ModelReference:
-    """What a user names a model by: a folder, hub id, GGUF file or `package:MODULE/FILE`, and an adapter on it."""
+    """How users name a model: a folder, hub id, GGUF file or `package:MODULE/FILE`, and perhaps an adapter on it."""
 
     model: str
     adapter: str | None = None
@@ -121,7 +121,7 @@ class ModelReference:
 
 
 def parse_model_reference(text: str) -> ModelReference:
-    """Split `BASE+ADAPTER`; the name of a file or folder that exists is taken as it is."""
+    """Split `BASE+ADAPTER`. The name of a file or folder that exists is not split."""
     if Path(text).exists():
         return ModelReference(text)
     model, _, adapter = text.partition("+")
@@ -140,31 +140,31 @@ def is_fused(source: str) -> bool:
             return False
         try:
             file = Path(hf_hub_download(source, "config.json"))
-        except (OSError, ValueError):  # loading it will say what is wrong
+        except (OSError, ValueError):  # the error comes when it is loaded
             return False
     try:
         return json.loads(file.read_text(encoding="utf-8")).get("model_type") == UltraFuserConfig.model_type
     except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error}); is the folder half written?") from error
+        raise CheckpointError(f"{file}: not JSON ({error}). Is the folder half written?") from error
 
 
 def pick_device(device: str) -> str:
-    """`auto` is a GPU where there is one.
+    """Resolve `auto` to a GPU if there is one.
 
     Raises:
-        RecipeError: a device that this machine, or this build of torch, does not have.
+        RecipeError: this machine or this build of torch does not have the device.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either
-        raise RecipeError(f"device {device!r} cannot be used here: {error}; try auto or cpu") from error
+        raise RecipeError(f"device {device!r} cannot be used here: {error}. Try auto or cpu") from error
     return device
 
 
 def _tokenizers(specs: Sequence[SpecialistEntry]) -> dict[str, PreTrainedTokenizerBase]:
-    """The tokenizer that comes with each specialist's model (its base, when it is an adapter), each source once."""
+    """The tokenizer of each specialist's model (of its base, for an adapter). Each source is loaded once."""
     by_source: dict[str, PreTrainedTokenizerBase] = {}
     tokenizers = {}
     for spec in specs:
@@ -190,38 +190,38 @@ def _load_tokenizer(spec: SpecialistEntry) -> PreTrainedTokenizerBase:
 
 
 def compare_tokenizers(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
-    """Refuse specialists that do not read and write the same tokens.
+    """Refuse specialists with different tokens.
 
     Raises:
         TokenizerMismatchError: names the tokens, merges or special tokens in which two tokenizers differ.
     """
-    (first_name, first), *others = tokenizers.items()
-    for name, other in others:
-        problem = _difference(first, other)
+    (first_name, first), *rest = tokenizers.items()
+    for name, tokenizer in rest:
+        problem = _difference(first, tokenizer)
         if problem:
             raise TokenizerMismatchError(
-                f"specialist {name!r}: its tokenizer differs from that of {first_name!r}: {problem}; fused models need "
+                f"specialist {name!r}: its tokenizer differs from that of {first_name!r}: {problem}. Fused models need "
                 "one tokenizer (cross-tokenizer fusion is not available)"
             )
 
 
-def _difference(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
-    ours, theirs = first.get_vocab(), other.get_vocab()
-    added = set(first.get_added_vocab()) ^ set(other.get_added_vocab())
+def _difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str | None:
+    vocab, second_vocab = first.get_vocab(), second.get_vocab()
+    added = set(first.get_added_vocab()) ^ set(second.get_added_vocab())
     if added:
         return f"added special tokens that only one of them has: {_some(sorted(added))}"
-    if ours != theirs:
-        only = sorted(set(ours) ^ set(theirs))
+    if vocab != second_vocab:
+        only = sorted(set(vocab) ^ set(second_vocab))
         if only:
-            return f"vocabulary of {len(theirs)}, expected {len(ours)}; tokens that only one of them has: {_some(only)}"
-        moved = sorted(token for token in ours if ours[token] != theirs[token])
-        return f"the same tokens have other ids: {_some(f'{t} ({ours[t]} and {theirs[t]})' for t in moved)}"
-    rules, other_rules = _rules(first), _rules(other)
-    if rules.get("merges") != other_rules.get("merges"):
-        pairs = zip(rules.get("merges") or [], other_rules.get("merges") or [], strict=False)
-        where = next((i for i, (a, b) in enumerate(pairs) if a != b), "the end")
-        return f"their merges differ from merge {where} on"
-    if rules != other_rules:
+            return f"vocabulary of {len(second_vocab)}, expected {len(vocab)}. Only one of them has: {_some(only)}"
+        moved = sorted(token for token in vocab if vocab[token] != second_vocab[token])
+        return f"the same tokens have other ids: {_some(f'{t} ({vocab[t]} and {second_vocab[t]})' for t in moved)}"
+    rules, second_rules = _rules(first), _rules(second)
+    if rules.get("merges") != second_rules.get("merges"):
+        pairs = zip(rules.get("merges") or [], second_rules.get("merges") or [], strict=False)
+        index = next((i for i, (a, b) in enumerate(pairs) if a != b), "the end")
+        return f"their merges differ from merge {index} on"
+    if rules != second_rules:
         return "they split or normalise text differently"
     return None
 
@@ -230,32 +230,32 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return {}
-    parts = json.loads(backend.to_str())
-    rules = {key: parts.get(key) for key in ("normalizer", "pre_tokenizer")}
-    return rules | {"merges": parts.get("model", {}).get("merges")}
+    fields = json.loads(backend.to_str())
+    rules = {key: fields.get(key) for key in ("normalizer", "pre_tokenizer")}
+    return rules | {"merges": fields.get("model", {}).get("merges")}
 
 
 def _some(tokens: Any) -> str:
     tokens = list(tokens)
-    more = f" and {len(tokens) - _TOKENS_SHOWN} more" if len(tokens) > _TOKENS_SHOWN else ""
-    return ", ".join(map(repr, tokens[:_TOKENS_SHOWN])) + more
+    rest = f" and {len(tokens) - _TOKENS_SHOWN} more" if len(tokens) > _TOKENS_SHOWN else ""
+    return ", ".join(map(repr, tokens[:_TOKENS_SHOWN])) + rest
 
 
 def _describe(specialist: SpecialistRecipe, configs: dict[str, dict[str, Any]]) -> SpecialistEntry:
-    """A recipe's specialist as a manifest entry; `configs` caches the model configurations that several share."""
+    """A recipe's specialist as a manifest entry. `configs` caches the model configurations that several share."""
     name = specialist.name
     source = cast(SpecialistSource, specialist.model_dump(include=_SOURCE_FIELDS, exclude_none=True))
-    for part, reference in weight_sources(source):  # local folders are kept with their full path
+    for key, reference in weight_sources(source):  # local folders are kept with their full path
         if not reference.startswith(PACKAGE):
-            source[part] = str(resolve(reference, None, name))
+            source[key] = str(resolve(reference, None, name))
     adapter = read_adapter_config(source, None, name)
     if adapter is not None and adapter[0].parent.name == "snapshots":  # the hub's folder is named by the commit
         source["adapter_revision"] = adapter[0].name
     path, options = _source_options(source, name)
-    key = repr((path, options))
-    if key not in configs:  # a GGUF file takes seconds to parse
-        configs[key] = _read_config(path, options, name)
-    config = copy.deepcopy(configs[key])
+    location = repr((path, options))
+    if location not in configs:  # a GGUF file takes seconds to parse
+        configs[location] = _read_config(path, options, name)
+    config = copy.deepcopy(configs[location])
     if commit := config.pop("_commit_hash", None):
         source["revision"] = commit  # of a hub model: a later push must not change this fusion
     entry: SpecialistEntry = {"name": name, "domain": specialist.domain, "source": source, "config": config}
@@ -289,31 +289,31 @@ def _source_options(source: SpecialistSource, name: str) -> tuple[Path | str, di
 
 
 def _record_files(config: UltraFuserConfig) -> None:
-    """Record checksums of local weights, so that a change is noticed; hub models are pinned to a commit instead."""
+    """Record checksums of local weights, so that changes are detected. Hub models are pinned to a commit instead."""
     records: dict[Path, FileRecords] = {}
     for entry in config.specialists:
         entry["files"] = {}
-        for part, reference in weight_sources(entry["source"]):
+        for key, reference in weight_sources(entry["source"]):
             path = resolve(reference, None, entry["name"])
             if isinstance(path, Path):
                 if path not in records:
                     records[path] = record_files(path)
-                entry["files"][part] = records[path]
+                entry["files"][key] = records[path]
 
 
 @torch.no_grad()
 def check_head(group: SpecialistGroup, vocab_size: int) -> None:
-    """Compare our path to the logits (last hidden state, output layer) with the model's own, on a few tokens.
+    """Compare our logits (last hidden state, output layer) with the model's own on a few tokens.
 
     Raises:
-        CheckpointError: they differ, because the architecture does something more in between.
+        CheckpointError: they differ, because the architecture changes the logits in another way.
     """
     ids = torch.arange(3, 11, device=group.device).remainder(vocab_size).expand(group.size, 1, -1)
-    ours = group.head(vocab_size).logits(group(ids))
-    theirs = group.model(ids.flatten(0, 1)).logits[..., :vocab_size].reshape(ours.shape).to(ours)
-    scale = theirs.abs().max().clamp(min=1e-6)
-    if (ours - theirs).abs().max() > 2e-2 * scale:
+    logits = group.head(vocab_size).logits(group(ids))
+    expected = group.model(ids.flatten(0, 1)).logits[..., :vocab_size].reshape(logits.shape).to(logits)
+    scale = expected.abs().max().clamp(min=1e-6)
+    if (logits - expected).abs().max() > 2e-2 * scale:
         raise CheckpointError(
             f"specialist {group.names[0]!r}: {type(group.model).__name__} changes its logits after the output layer in a "
-            "way that ultrafuser does not know, so they cannot be mixed; please report the architecture"
+            "way that ultrafuser does not know, so they cannot be mixed. Please report the architecture"
         )

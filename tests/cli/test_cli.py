@@ -387,7 +387,7 @@ def test_train_starts_from_a_fused_folder_and_the_result_generates(run, folder, 
     assert result["folder"] == str(output / "fused") and result["last_metrics"]["gate"]["step"] == 2
     assert "stage gate: done" in made.err
     repeated = run("train", recipe, f"output={output}", "stages.gate.steps=2")
-    assert repeated.code == 2 and "holds a run already; go on with it by --resume" in repeated.err
+    assert repeated.code == 2 and "holds a run already. Continue it with --resume" in repeated.err
     resumed = run("train", recipe, f"output={output}", "stages.gate.steps=2", "--resume")
     assert resumed.code == 0 and "finished before" in resumed.err
     assert f"next: ultrafuser chat {output / 'fused'}" in resumed.out

@@ -86,7 +86,7 @@ def test_a_domain_without_a_row_goes_by_all_rows_and_few_tokens_change_nothing()
 
 def test_no_more_rows_are_read_than_needed(monkeypatch):
     monkeypatch.setattr(module, "MOST_TOKENS", 100)
-    assert len(module._chosen(said(opinionated(), "text", 1.0), "text", 0)) == 3  # of 48 tokens each
+    assert len(module._sample_rows(said(opinionated(), "text", 1.0), "text", 0)) == 3  # of 48 tokens each
 
 
 @pytest.mark.parametrize("losses, expected", [
@@ -95,7 +95,7 @@ def test_no_more_rows_are_read_than_needed(monkeypatch):
     ([2, 2, 2, 2, 1, 1, 2, 2, 2], 2**0.125),
 ])  # fmt: skip
 def test_between_those_tried_the_loss_is_a_parabola(losses, expected):
-    assert module._lowest(losses) == pytest.approx(expected, abs=1e-3)
+    assert module._parabola_minimum(losses) == pytest.approx(expected, abs=1e-3)
 
 
 # ---------------------------------------------------------------- what follows of them

@@ -167,7 +167,7 @@ def test_full_training_of_mixed_and_tied_architectures_resumes(tiny_run, tmp_pat
 
 def test_nothing_to_resume(tiny_run, tmp_path):
     with pytest.raises(
-        TrainingError, match=r"run: no run to resume there \(no recipe.yaml\); start it without --resume"
+        TrainingError, match=r"run: no run to resume there \(no recipe.yaml\). Start it without --resume"
     ):
         tiny_run.train(tmp_path / "run", resume=True)
 
@@ -181,7 +181,7 @@ def test_another_recipe_is_not_resumed(tiny_run, tmp_path):
 def test_a_run_is_not_overwritten(tiny_run, tmp_path):
     tiny_run.train(tmp_path / "run", [GATE | {"steps": 1}])
     with pytest.raises(
-        TrainingError, match=r"holds a run already; go on with it by --resume, or choose another output="
+        TrainingError, match=r"holds a run already. Continue it with --resume, or choose another output="
     ):
         tiny_run.train(tmp_path / "run", [GATE | {"steps": 1}])
 

@@ -343,7 +343,7 @@ def test_truncation_is_reported(tiny_run, tmp_path):
     tiny_run.train(tmp_path / "run", data={"train": [str(tiny_run.folder / "text.jsonl"), str(file)]}, progress=said)
     [news] = [text for text in said.news if text.startswith("training rows")]
     assert "6 text" in news
-    assert "1 of them lost" in news
+    assert "1 of them truncated" in news
 
 
 def test_rows_longer_than_a_specialists_context_are_cut_to_it(tiny_run, tmp_path):
@@ -355,7 +355,7 @@ def test_rows_longer_than_a_specialists_context_are_cut_to_it(tiny_run, tmp_path
     tiny_run.train(
         tmp_path / "run", [GATE | {"steps": 1}], data={"train": [str(file)], "max_length": 1024}, progress=said
     )
-    assert any("1 of them lost" in text for text in said.news)
+    assert any("1 of them truncated" in text for text in said.news)
 
 
 # ---------------------------------------------------------------- what is left behind
@@ -409,7 +409,7 @@ def test_a_fused_folder_keeps_its_own_settings(tiny_run, tmp_path, key, value):
     model.save_pretrained(fused)
     tokenizer.save_pretrained(fused)
     fields = {"fused": str(fused), "output": str(tmp_path / "run"), key: value}
-    with pytest.raises(RecipeError, match=f"{key}: the fused folder {fused} has .*, the recipe says .*; leave it out"):
+    with pytest.raises(RecipeError, match=rf"{key}: the fused folder {fused} has .*, the recipe says .*\. Leave it out"):
         train(load_recipe(fields))
 
 

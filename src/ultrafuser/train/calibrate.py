@@ -1,8 +1,8 @@
-"""A temperature for each specialist: how sharp its distribution should be before it is mixed with the others'.
+"""Fit a softmax temperature to each specialist before its distribution is mixed with the others'.
 
-A specialist that was trained until it is too sure of itself takes a mixture further than it should. One number mends that,
-without training: the one that makes the specialist's own loss least (temperature scaling, Guo et al. 2017,
-arXiv 1706.04599). docs/results/gate-ablation.md has what it is worth beside learning it, and beside other gates.
+A specialist that is too confident pulls a mixture too far. The temperature that minimises the specialist's own loss
+corrects this without training (temperature scaling, Guo et al. 2017, arXiv 1706.04599).
+docs/results/gate-ablation.md compares it with learned temperatures and with other gates.
 """
 
 from __future__ import annotations
@@ -20,59 +20,60 @@ from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 from ultrafuser.train.features import response_states
 
-TEMPERATURES = tuple(2 ** (i / 4) for i in range(-4, 5))  # tried: 0.5 to 2; between them the loss is a parabola
-MOST_TOKENS, FEWEST_TOKENS = 4096, 256  # response tokens that a specialist is measured on
+TEMPERATURES = tuple(2 ** (i / 4) for i in range(-4, 5))  # 0.5 to 2, and between them a parabola of the loss
+MOST_TOKENS, FEWEST_TOKENS = 4096, 256  # response tokens per specialist
 
 
 def calibrate(
     model: UltraFuserForCausalLM, rows: Sequence[Rendered], *, seed: int = 0, progress: Progress | None = None
 ) -> list[float]:
-    """The temperature of each specialist at which it says the answers of its own domain best.
+    """The temperature of each specialist that minimises its loss on the answers of its own domain.
 
-    Where no row is of its domain, all rows count. A specialist with fewer than FEWEST_TOKENS response tokens keeps 1.
+    Without a row of its domain, all rows count. A specialist with fewer than FEWEST_TOKENS response tokens keeps 1.
 
     Args:
-        rows: ones that the specialists neither were trained on nor wrote; of what they know by heart they are rightly surer.
+        rows: rows that the specialists neither were trained on nor wrote. On those they are rightly more confident.
 
     Returns:
-        K temperatures, within those of TEMPERATURES.
+        K temperatures within the range of TEMPERATURES.
     """
     progress = progress or Progress()
     names = model.config.names
-    chosen = [_chosen(rows, domain, seed) for domain in model.config.domains]
-    chosen = [own if sum(len(row.labels) for row in own) >= FEWEST_TOKENS else [] for own in chosen]
-    out = [1.0] * len(names)
-    if not any(chosen):
-        return out
-    progress.start("specialists' temperatures", sum(row.num_tokens for own in chosen for row in own))
+    samples = [_sample_rows(rows, domain, seed) for domain in model.config.domains]
+    samples = [sample if sum(len(row.labels) for row in sample) >= FEWEST_TOKENS else [] for sample in samples]
+    temperatures = [1.0] * len(names)
+    if not any(samples):
+        return temperatures
+    progress.start("specialists' temperatures", sum(row.num_tokens for sample in samples for row in sample))
     was_training = model.training
     model.eval()
     for group in model.groups:
         for i, name in enumerate(group.names):
             k = names.index(name)
-            if chosen[k]:
+            if samples[k]:
                 active = [i] if group.loras else [0]
-                out[k] = _best(group, group.head(model.config.vocab_size), chosen[k], k, active, progress)
+                head = group.head(model.config.vocab_size)
+                temperatures[k] = _fit_temperature(group, head, samples[k], k, active, progress)
     model.train(was_training)
     progress.finish()
-    return out
+    return temperatures
 
 
-def _chosen(rows: Sequence[Rendered], domain: str, seed: int) -> list[Rendered]:
-    """Rows of a domain in random order, until there are tokens enough."""
-    own = [row for row in rows if row.domain == domain] or list(rows)
-    random.Random(seed).shuffle(own)
-    out, tokens = [], 0
-    for row in own:
+def _sample_rows(rows: Sequence[Rendered], domain: str, seed: int) -> list[Rendered]:
+    """Rows of a domain in random order, up to MOST_TOKENS response tokens."""
+    candidates = [row for row in rows if row.domain == domain] or list(rows)
+    random.Random(seed).shuffle(candidates)
+    sample, tokens = [], 0
+    for row in candidates:
         if tokens >= MOST_TOKENS:
             break
-        out.append(row)
+        sample.append(row)
         tokens += len(row.labels)
-    return out
+    return sample
 
 
 @torch.no_grad()
-def _best(
+def _fit_temperature(
     group: SpecialistGroup,
     head: Head,
     rows: Sequence[Rendered],
@@ -83,21 +84,21 @@ def _best(
     losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
     for batch in length_batches([row.num_tokens for row in rows], token_budget(group.device)):
         states, labels = response_states(group, [rows[i] for i in batch], template, active)
-        for part in token_chunks(len(labels), head.weight):
-            z = head.logits(states[part])  # (n, V)
-            said = z.gather(1, labels[part, None].to(z.device)).sum()
+        for chunk in token_chunks(len(labels), head.weight):
+            z = head.logits(states[chunk])  # (n, V)
+            label_logits = z.gather(1, labels[chunk, None].to(z.device)).sum()
             for t, temperature in enumerate(TEMPERATURES):
-                losses[t] += float((z / temperature).logsumexp(-1).sum() - said / temperature)
+                losses[t] += float((z / temperature).logsumexp(-1).sum() - label_logits / temperature)
         progress.advance(sum(rows[i].num_tokens for i in batch))
-    return _lowest(losses.tolist())
+    return _parabola_minimum(losses.tolist())
 
 
-def _lowest(losses: Sequence[float]) -> float:
-    """Where a parabola through the lowest loss and its neighbours, over log temperature, is lowest."""
+def _parabola_minimum(losses: Sequence[float]) -> float:
+    """The minimum of a parabola through the lowest loss and its neighbours, over the log temperature."""
     t = min(range(len(losses)), key=losses.__getitem__)
     if t in (0, len(losses) - 1):
         return TEMPERATURES[t]
-    left, here, right = losses[t - 1 : t + 2]
-    bend = left - 2 * here + right
-    shift = 0.0 if bend <= 0 else 0.5 * (left - right) / bend  # in steps, within half a step
+    lower, lowest, upper = losses[t - 1 : t + 2]
+    curvature = lower - 2 * lowest + upper
+    shift = 0.0 if curvature <= 0 else 0.5 * (lower - upper) / curvature  # in steps, within half a step
     return round(TEMPERATURES[t] * 2 ** (shift / 4), 3)

@@ -17,7 +17,7 @@ def write_card(
     metrics: Sequence[Mapping[str, Any]],
     title: str,
 ) -> None:
-    """Write README.md into a checkpoint's folder; `title` is its name."""
+    """Write README.md into a checkpoint's folder. `title` is its name."""
     names = ", ".join(config.names)
     lines = [
         "---",
@@ -28,7 +28,7 @@ def write_card(
         "",
         f"# {title}: {names} fused at the token level",
         "",
-        f"{len(config.specialists)} specialists; a gate weighs them at every token and their {config.mixing} are mixed.",
+        f"{len(config.specialists)} specialists. A gate weighs them at every token, and their {config.mixing} are mixed.",
         "",
         *_specialists(config),
         "",
@@ -43,24 +43,24 @@ def write_card(
         "",
     ]
     if recipe is not None:
-        stages = "; ".join(
-            f"{s.name}: {s.steps} steps, {s.samples_per_domain} rows a domain, lr {s.lr:g}" for s in recipe.stages
+        stages = ", then ".join(
+            f"{s.name}: {s.steps} steps, {s.samples_per_domain} rows per domain, lr {s.lr:g}" for s in recipe.stages
         )
         lines += [
             "## Training",
             "",
-            f"{stages}. The whole recipe is in `recipe.yaml`, its course in `metrics.jsonl`.",
+            f"{stages}. The recipe is in `recipe.yaml`, the metrics in `metrics.jsonl`.",
             "",
         ]
     validations = [row for row in metrics if "eval_loss" in row]
-    if recipe is not None and recipe.keep_best:  # what the stage kept; later rows of equal loss did not replace it
+    if recipe is not None and recipe.keep_best:  # the checkpoint that the stage kept: the first of the lowest loss
         validations.sort(key=lambda row: -row["eval_loss"])
     last = {row["stage"]: row for row in validations}
     if last:
         domains = sorted(
             {key.removeprefix("eval_loss/") for row in last.values() for key in row if "eval_loss/" in key}
         )
-        lines += ["Validation loss after each stage, nats a response token:", ""]
+        lines += ["Validation loss after each stage, in nats per response token:", ""]
         lines += [f"| stage | {' | '.join(domains)} |", f"|---|{'---|' * len(domains)}"]
         for stage, row in last.items():
             lines.append(f"| {stage} | " + " | ".join(f"{row[f'eval_loss/{d}']:.4f}" for d in domains) + " |")
@@ -70,7 +70,7 @@ def write_card(
 
 
 def _specialists(config: UltraFuserConfig) -> list[str]:
-    """The table of them."""
+    """The table of the specialists."""
     lines = ["| specialist | domain | model | adapter | temperature |", "|---|---|---|---|---:|"]
     for spec, temperature in zip(config.specialists, config.temperatures, strict=True):
         source = spec["source"]

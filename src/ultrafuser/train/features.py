@@ -1,7 +1,7 @@
-"""The feature cache: while specialists are frozen, their states at the response tokens are computed once and reused.
+"""The feature cache: the states of frozen specialists at the response tokens are computed once and reused.
 
-With probability mixing a token is then K states and K log-probabilities, and training the gate touches no output layer.
-Log-probabilities are at the model's temperatures; with others they are computed anew from the same states.
+With probability mixing a token is then K states and K log-probabilities, and training the gate runs no output layer.
+Log-probabilities are at the model's temperatures. At other temperatures they are computed again from the same states.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class RowFeatures:
 
 
 class FeatureStore(Sequence[RowFeatures]):
-    """Features of many rows in files that are mapped into memory; an interrupted computation goes on where it was.
+    """Features of many rows in files that are mapped into memory. An interrupted computation is resumed.
 
-    The states keep the specialists' own precision, so losses are the same with the cache and without.
+    The states keep the specialists' precision, so losses are the same with and without the cache.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class FeatureStore(Sequence[RowFeatures]):
             torch.from_file(str(folder / f"states-{k}.bin"), shared=True, size=total * d, dtype=dtype).view(total, d)
             for k, (d, dtype) in enumerate(zip(widths, dtypes, strict=True))
         ]
-        at = "-".join(f"{temperature:g}" for temperature in temperatures)
-        self.log_probs = torch.from_file(str(folder / f"log-probs-{at}.bin"), shared=True, size=total * size).view(
+        suffix = "-".join(f"{temperature:g}" for temperature in temperatures)
+        self.log_probs = torch.from_file(str(folder / f"log-probs-{suffix}.bin"), shared=True, size=total * size).view(
             total, size
         )
         self.read, self.scored = (  # which rows have states, which log-probabilities
             torch.from_file(str(folder / name), shared=True, size=len(rows), dtype=torch.uint8)
-            for name in ("read.bin", f"scored-{at}.bin")
+            for name in ("read.bin", f"scored-{suffix}.bin")
         )
 
     def __len__(self) -> int:
@@ -77,8 +77,8 @@ class FeatureStore(Sequence[RowFeatures]):
 
     def __getitem__(self, i: Any) -> Any:
         i = range(len(self))[i]
-        part = slice(self.offsets[i], self.offsets[i + 1])
-        return RowFeatures(self.rows[i], [own[part] for own in self.states], self.log_probs[part])
+        tokens = slice(self.offsets[i], self.offsets[i + 1])
+        return RowFeatures(self.rows[i], [states[tokens] for states in self.states], self.log_probs[tokens])
 
     @classmethod
     def build(
@@ -92,14 +92,14 @@ class FeatureStore(Sequence[RowFeatures]):
         barrier: Callable[[], None] = lambda: None,
         progress: Progress | None = None,
     ) -> FeatureStore:
-        """Compute what is missing of the features, every rank its share.
+        """Compute the missing features, every rank its share.
 
         Args:
-            folder: where the files go; it may hold those of an earlier run, which are reused when they belong to the
-                same specialists and rows, and replaced when not.
+            folder: of the files. Files of an earlier run are reused if they belong to the same specialists and rows, and
+                replaced otherwise.
 
         Raises:
-            TrainingError: the disk has no room for them.
+            TrainingError: the features do not fit on the disk.
         """
         widths = [head.weight.shape[1] for head in model.heads()]
         dtypes = [head.weight.dtype for head in model.heads()]
@@ -108,15 +108,15 @@ class FeatureStore(Sequence[RowFeatures]):
             _prepare_folder(folder, identity, _size_bytes(rows, widths, dtypes))
         barrier()
         store = cls(folder, rows, widths, dtypes, model.config.temperatures)
-        mine = range(rank, len(rows), num_ranks)
-        _compute(model, store, [i for i in mine if not store.read[i]], progress or Progress())
-        _score(model, store, [i for i in mine if not store.scored[i]])
+        indices = range(rank, len(rows), num_ranks)
+        _compute(model, store, [i for i in indices if not store.read[i]], progress or Progress())
+        _score(model, store, [i for i in indices if not store.scored[i]])
         barrier()
         return store
 
 
 def estimate_size_bytes(model: UltraFuserForCausalLM, rows: Sequence[Rendered]) -> int:
-    """Bytes that the features of these rows take."""
+    """The size of the features of these rows in bytes."""
     heads = model.heads()
     return _size_bytes(rows, [head.weight.shape[1] for head in heads], [head.weight.dtype for head in heads])
 
@@ -135,7 +135,7 @@ def _prepare_folder(folder: Path, identity: str, size_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if size_bytes > free:
         raise TrainingError(
-            f"{folder}: the feature cache needs {size_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; make "
+            f"{folder}: the feature cache needs {size_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free. Make "
             "room, or set cache_features: false"
         )
     with atomic_file(facts, force=True) as draft:
@@ -149,25 +149,25 @@ def _identity(model: UltraFuserForCausalLM, rows: Sequence[Rendered]) -> str:
 
 
 @torch.no_grad()
-def _compute(model: UltraFuserForCausalLM, store: FeatureStore, mine: Sequence[int], progress: Progress) -> None:
-    """Rows of similar length together, at most so many padded tokens a batch."""
-    progress.start("specialists read the rows", sum(store.rows[i].num_tokens for i in mine))
+def _compute(model: UltraFuserForCausalLM, store: FeatureStore, missing: Sequence[int], progress: Progress) -> None:
+    """Run the specialists on the missing rows, in batches of similar length within the token budget."""
+    progress.start("specialists read the rows", sum(store.rows[i].num_tokens for i in missing))
     was_training = model.training
     model.eval()
-    for batch in length_batches([store.rows[i].num_tokens for i in mine], token_budget(model.device)):
-        indices = [mine[j] for j in batch]
+    for batch in length_batches([store.rows[i].num_tokens for i in missing], token_budget(model.device)):
+        indices = [missing[j] for j in batch]
         rows = [store.rows[i] for i in indices]
         inputs = {key: value.to(model.device) for key, value in collate_rows(rows).items()}
         states = model.specialist_states(inputs["specialist_input_ids"])  # K x (B, T, D_k)
-        kept = inputs["labels"] != -100  # (B, R)
-        flat = select_responses(states, inputs["response_index"], kept)  # K x (N, D_k)
-        log_probs = model.specialist_log_probs(flat, inputs["labels"][kept])  # (N, K)
+        labelled = inputs["labels"] != -100  # (B, R)
+        selected = select_responses(states, inputs["response_index"], labelled)  # K x (N, D_k)
+        log_probs = model.specialist_log_probs(selected, inputs["labels"][labelled])  # (N, K)
         start = 0
         for i, row in zip(indices, rows, strict=True):
-            part, end = slice(store.offsets[i], store.offsets[i + 1]), start + len(row.labels)
-            for own, values in zip(store.states, flat, strict=True):
-                own[part] = values[start:end].cpu()
-            store.log_probs[part] = log_probs[start:end].cpu()
+            tokens, end = slice(store.offsets[i], store.offsets[i + 1]), start + len(row.labels)
+            for stored, values in zip(store.states, selected, strict=True):
+                stored[tokens] = values[start:end].cpu()
+            store.log_probs[tokens] = log_probs[start:end].cpu()
             store.read[i] = store.scored[i] = 1
             start = end
         progress.advance(sum(row.num_tokens for row in rows))
@@ -175,23 +175,23 @@ def _compute(model: UltraFuserForCausalLM, store: FeatureStore, mine: Sequence[i
     progress.finish()
 
 
-def _score(model: UltraFuserForCausalLM, store: FeatureStore, mine: Sequence[int]) -> None:
-    """Log-probabilities of rows whose states are there already."""
-    for i in mine:
+def _score(model: UltraFuserForCausalLM, store: FeatureStore, missing: Sequence[int]) -> None:
+    """Compute the missing log-probabilities of rows from their states."""
+    for i in missing:
         item = store[i]
         labels = torch.tensor(item.row.labels, device=model.device)
-        item.log_probs[:] = model.specialist_log_probs([own.to(model.device) for own in item.states], labels).cpu()
+        item.log_probs[:] = model.specialist_log_probs([state.to(model.device) for state in item.states], labels).cpu()
         store.scored[i] = 1
 
 
 def response_states(
     group: SpecialistGroup, rows: Sequence[Rendered], template: int, active: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one specialist, the states that predict the response tokens of some rows, and these tokens: (N, D), (N,).
+    """One specialist's states that predict the response tokens of some rows, and these tokens: (N, D), (N,).
 
     Args:
-        template: the number of the specialist whose rendering of the rows is read.
-        active: the adapter of the group that runs; none: the bare base.
+        template: the index of the specialist whose rendering of the rows is read.
+        active: the adapter of the group that runs. Empty: the bare base.
     """
     inputs = {key: value.to(group.device) for key, value in collate_rows(rows).items()}
     with group.only(active):

@@ -37,7 +37,7 @@ def read_sources(
         DataError: no sources, or a domain of which no row fits.
     """
     if not sources:
-        raise DataError(f"the recipe names no {purpose} data; add sources under data.train")
+        raise DataError(f"the recipe names no {purpose} data. Add sources under data.train")
     rows = [row for source in sources for row in load_source(source)]
     rendered, stats = renderer.render_all(rows)
     counts = {domain: sum(row.domain == domain for row in rendered) for domain in sorted({r.domain for r in rows})}
@@ -45,7 +45,7 @@ def read_sources(
         if count == 0:
             raise DataError(
                 f"domain {domain!r} has no {purpose} row left: the prompts alone fill max_length={renderer.max_length} "
-                "tokens; raise data.max_length"
+                "tokens. Raise data.max_length"
             )
     progress.log(
         f"{purpose} rows: " + ", ".join(f"{count} {domain}" for domain, count in counts.items()) + f" ({stats})"

@@ -28,25 +28,25 @@ from ultrafuser.train.stages import StageRun, run_stage
 def train(
     recipe: Recipe, *, resume: bool = False, features: Path | None = None, progress: Progress | None = None
 ) -> Path:
-    """Everything a recipe says, from loading to the fused checkpoint.
+    """Run a recipe, from loading the specialists to the fused checkpoint.
 
     Args:
-        resume: go on with an interrupted run in `recipe.output`.
-        features: folder of a feature cache that other runs on the same specialists and rows share; by default one in
-            the output, removed at the end.
+        resume: continue an interrupted run in `recipe.output`.
+        features: folder of a feature cache that other runs on the same specialists and rows share. By default it is in
+            the output and removed at the end.
 
     Returns:
         The folder of the fused checkpoint, `<output>/fused`.
 
     Raises:
-        TrainingError: there is a run in the folder already, or nothing to resume, or the loss is not finite.
+        TrainingError: the folder holds another run, or none to resume, or the loss is not finite.
         DataError: no rows, or rows that do not fit.
     """
     progress = progress or Progress()
     recipe = _settle(recipe)
     output = Path(recipe.output)
     if recipe.early_stop_patience and not recipe.data.validation:
-        raise TrainingError("early_stop_patience needs validation rows; add sources under data.validation")
+        raise TrainingError("early_stop_patience needs validation rows. Add sources under data.validation")
     _check_trackers(recipe.report_to)
     _check_output(output, recipe, resume)
     model, tokenizer = _build(recipe)
@@ -65,7 +65,7 @@ def train(
         run_stage(StageRun(model, stage, recipe, rows, validation, stage_folder, features, progress))
     folder = save_fused_folder(model, tokenizer, recipe, output)
     if PartialState().is_main_process:
-        shutil.rmtree(output / "features", ignore_errors=True)  # large, and quickly made again
+        shutil.rmtree(output / "features", ignore_errors=True)  # large, and quickly recomputed
     return folder
 
 
@@ -94,7 +94,7 @@ def write_fused_folder(
 
     Args:
         title: of the model card.
-        metrics: file of the training; None: the gate is untrained, and the card says nothing of a training.
+        metrics: file of the training. None: the gate is untrained, and the card has no section on training.
         copy: also copy the specialists that did not change.
     """
     with atomic_directory(folder) as draft:
@@ -110,26 +110,26 @@ def write_fused_folder(
 
 
 def _settle(recipe: Recipe) -> Recipe:
-    """A recipe that starts from a fused folder, with what that folder has fixed.
+    """A recipe with the settings of the fused folder that it starts from.
 
     Raises:
-        RecipeError: the recipe asks for something else.
+        RecipeError: the recipe sets one of them to another value.
     """
     if recipe.fused is None:
         return recipe
     config = read_manifest(fused_folder(recipe.fused, {}))
-    own = {
+    fixed = {
         "mixing": config.mixing,
         "share_base": config.share_base,
         "gate": GateRecipe.model_validate({"type": config.gate_type, "hidden_size": config.gate_hidden_size}),
     }
-    for key in own.keys() & recipe.model_fields_set:
-        if getattr(recipe, key) != own[key]:
+    for key in fixed.keys() & recipe.model_fields_set:
+        if getattr(recipe, key) != fixed[key]:
             raise RecipeError(
-                f"{key}: the fused folder {recipe.fused} has {own[key]}, the recipe says {getattr(recipe, key)}; leave it "
-                "out of the recipe, or fuse anew from the specialists"
+                f"{key}: the fused folder {recipe.fused} has {fixed[key]}, the recipe says {getattr(recipe, key)}. Leave it "
+                "out of the recipe, or fuse the specialists again"
             )
-    return recipe.model_copy(update=own)
+    return recipe.model_copy(update=fixed)
 
 
 def _build(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
@@ -140,7 +140,7 @@ def _build(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBa
 
 
 def _check_trackers(names: list[str]) -> None:
-    """Find out before the work, not after it, that a tracker is unknown or not installed."""
+    """Fail before the training, not after it, if a tracker is unknown or not installed."""
     try:
         for tracker in get_reporting_integration_callbacks(names):
             tracker()
@@ -149,21 +149,21 @@ def _check_trackers(names: list[str]) -> None:
 
 
 def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
-    """Check that no run is overwritten, and that the one to be resumed has the same recipe."""
+    """Check that no run is overwritten, and that a resumed run has the same recipe."""
     if not PartialState().is_main_process:
         return
     saved, text = output / "recipe.yaml", dump_recipe(recipe)
     if not resume:
         if saved.exists():
-            raise TrainingError(f"{output} holds a run already; go on with it by --resume, or choose another output=")
+            raise TrainingError(f"{output} holds a run already. Continue it with --resume, or choose another output=")
     elif not saved.is_file():
-        raise TrainingError(f"{output}: no run to resume there (no recipe.yaml); start it without --resume")
+        raise TrainingError(f"{output}: no run to resume there (no recipe.yaml). Start it without --resume")
     elif typed_yaml.parse(saved.read_text(encoding="utf-8"), str(saved)) != typed_yaml.parse(text, "recipe"):
         old, new = saved.read_text(encoding="utf-8").splitlines(), text.splitlines()
         changed = [line.strip() for line in new if line not in old][:3] or [
             line.strip() for line in old if line not in new
         ][:3]
         raise TrainingError(
-            f"{output}: the run there has another recipe (differs in: {'; '.join(changed)}); resume with the same one, or "
+            f"{output}: the run there has another recipe (differs in: {', '.join(changed)}). Resume with the same one, or "
             "choose another output="
         )

@@ -30,7 +30,7 @@ from ultrafuser.train.metrics import METRICS_FILE, truncate_metrics
 from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, save_trainable
 
 FINISHED, MEASURED = "finished.safetensors", "temperatures.json"
-# The cache pays once rows come up again; its size is bounded so that a large run does not fill the disk by surprise.
+# The cache pays if rows are drawn more than once. Its size is bounded, so that a large run does not fill the disk.
 _CACHE_LIMIT_BYTES = 200 << 30
 
 
@@ -41,8 +41,8 @@ class StageRun:
     Attributes:
         model: trained in place.
         rows, validation: rendered rows.
-        folder: of this stage; checkpoints in it are resumed, and the metrics are beside it.
-        features: folder of the feature cache; by default beside the stage's.
+        folder: of this stage. Checkpoints in it are resumed, and the metrics are beside it.
+        features: folder of the feature cache, by default beside the stage's.
         trainer: a subclass may add a term to the loss.
     """
 
@@ -137,13 +137,13 @@ def _set_temperatures(run: StageRun) -> None:
     run.progress.log("temperatures: " + ", ".join(f"{name} {temperature:.2f}" for name, temperature in pairs))
     if limits := [name for name, temperature in pairs if temperature in (TEMPERATURES[0], TEMPERATURES[-1])]:
         run.progress.log(
-            f"{', '.join(limits)}: at the limit of the temperatures tried; if the specialists wrote these rows or were "
+            f"{', '.join(limits)}: at the limit of the temperatures tried. If the specialists wrote these rows or were "
             "trained on them, set stages.gate.calibrate=false"
         )
 
 
 def prepare_gate(model: UltraFuserForCausalLM) -> None:
-    """Stage 1: nothing but the gate learns, and the specialists stay in eval mode."""
+    """Stage 1: the gate alone learns."""
     model.requires_grad_(False)
     model.gate.requires_grad_(True)
 
@@ -160,10 +160,10 @@ def prepare_joint(model: UltraFuserForCausalLM, stage: JointStage) -> None:
         if stage.specialists == "full":
             if group.size > 1:
                 raise TrainingError(
-                    f"specialists {', '.join(group.names)} share one base, so training all its weights would tie them; "
-                    "use stages.joint.specialists=lora, or share_base=false"
+                    f"specialists {', '.join(group.names)} share one base, so training all its weights would tie them. "
+                    "Use stages.joint.specialists=lora, or share_base=false"
                 )
-            group.float()  # AdamW's small steps vanish in bfloat16; run_stage casts back
+            group.float()  # AdamW's small steps vanish in bfloat16, and run_stage casts back
             group.requires_grad_(True)
             continue
         if not group.loras:
@@ -207,7 +207,7 @@ def _arguments(run: StageRun, *, autocast: bool) -> TrainingArguments:
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        use_cache=True,  # the Trainer writes it into the model's configuration, and so into the checkpoint
+        use_cache=True,  # the Trainer writes it into the model's configuration and so into the checkpoint
         ddp_find_unused_parameters=False,
     )
 
@@ -242,7 +242,7 @@ def _store(run: StageRun, rows: Sequence[Rendered], folder: Path, args: Training
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The last whole checkpoint of a stage; one whose saving was interrupted lacks the state that is written last."""
+    """The last complete checkpoint of a stage. An incomplete one lacks the state, which is written last, and is removed."""
     for draft in folder.glob("checkpoint-*"):
         if PartialState().is_main_process and not (draft / "trainer_state.json").is_file():
             shutil.rmtree(draft)

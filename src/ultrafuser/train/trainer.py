@@ -1,4 +1,4 @@
-"""transformers' Trainer with balanced batches, losses by domain, and checkpoints of what is trained alone."""
+"""transformers' Trainer with balanced batches, losses by domain, and checkpoints of the trained weights alone."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Rows = Sequence[Rendered] | FeatureStore
 
 
 class FusionTrainer(Trainer):
-    """Trains whatever of a fused model requires gradients.
+    """Train the weights of a fused model that require gradients.
 
-    It logs, for each logged step: loss (nats a response token), loss by domain, mean gate weight of each specialist,
-    entropy of the gate (nats), response tokens per second.
+    Each logged step has the loss (nats per response token), the loss by domain, the mean gate weight of each
+    specialist, the entropy of the gate (nats), and response tokens per second.
     """
 
     model: Any
@@ -64,7 +64,7 @@ class FusionTrainer(Trainer):
             callbacks=[_Bar(progress or Progress(), stage), *callbacks],
         )
         self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = False  # our labels stand at their own positions
+        self._loss_shifts_labels = False  # our labels are at the positions that predict them
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self._reset_totals()
@@ -83,7 +83,7 @@ class FusionTrainer(Trainer):
         loader = DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=self._collate)
         return self.accelerator.prepare(loader)
 
-    # ---------------------------------------------------------------- loss and what is known about it
+    # ---------------------------------------------------------------- loss and metrics
 
     def compute_loss(
         self,
@@ -94,7 +94,7 @@ class FusionTrainer(Trainer):
     ) -> Any:
         inputs = dict(inputs)
         row_ids, domain_ids = inputs.pop("row_ids"), inputs.pop("domain_ids")
-        for group in self.model.groups:  # the Trainer has put everything into training mode
+        for group in self.model.groups:  # the Trainer has put every module into training mode
             if not any(parameter.requires_grad for parameter in group.parameters()):
                 group.eval()
         out = model(**inputs, output_gate_weights=True, num_items_in_batch=num_items_in_batch)
@@ -103,7 +103,7 @@ class FusionTrainer(Trainer):
         self._count(inputs["labels"], domain_ids, out)
         loss = out.loss
         if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # ranks average their gradients; the sum is what counts
+            loss = loss * self.accelerator.num_processes  # ranks average their gradients, which must be summed
         extra = self.extra_loss(inputs)
         if extra is not None:  # its gradient alone, so that the logged loss stays nats per response token
             loss = loss + (extra - extra.detach()) / self.args.gradient_accumulation_steps
@@ -125,13 +125,13 @@ class FusionTrainer(Trainer):
             tensors[f"specialist_hidden_states.{k}"] = states.cpu().contiguous()
         save_file(tensors, file, metadata={"row_ids": json.dumps(list(row_ids))})
         return TrainingError(
-            f"stage {self.stage!r}, step {self.state.global_step}: the loss is {loss} on the rows {', '.join(row_ids)}; "
-            f"the batch is in {file}; lower the learning rate, or look at those rows, then go on with --resume"
+            f"stage {self.stage!r}, step {self.state.global_step}: the loss is {loss} on the rows {', '.join(row_ids)}. "
+            f"The batch is in {file}. Lower the learning rate, or look at those rows, then continue with --resume"
         )
 
     def _reset_totals(self) -> None:
         num_domains, num_specialists = len(self.domains), len(self.model.config.specialists)
-        # per domain: nats, tokens; per specialist: weight; entropy; all summed over tokens
+        # sums over tokens: nats and tokens of each domain, weight of each specialist, entropy
         self._totals = torch.zeros(2 * num_domains + num_specialists + 1, dtype=torch.float64)
         self._since = time.monotonic()
 
@@ -143,8 +143,8 @@ class FusionTrainer(Trainer):
         if "loss" in logs:
             totals = self.accelerator.reduce(self._totals.to(self.args.device, torch.float32), "sum").cpu()
             elapsed = time.monotonic() - self._since
-            known = read_totals(totals, self.domains, self.model.config.names)
-            logs |= known | {"tokens_per_s": float(totals[1 : 2 * len(self.domains) : 2].sum()) / max(elapsed, 1e-9)}
+            means = read_totals(totals, self.domains, self.model.config.names)
+            logs |= means | {"tokens_per_s": float(totals[1 : 2 * len(self.domains) : 2].sum()) / max(elapsed, 1e-9)}
             self._reset_totals()
         super().log(logs, start_time)
         if self.is_world_process_zero() and "train_runtime" not in logs:
@@ -156,24 +156,24 @@ class FusionTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss by domain on all validation rows; `eval_loss` is the mean over the domains."""
+        """Loss by domain on all validation rows. `eval_loss` is the mean over the domains."""
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
         was_training = self.model.training
         self.model.eval()
-        mine = range(self.args.process_index, len(rows), self.args.world_size)
+        indices = range(self.args.process_index, len(rows), self.args.world_size)
         totals = torch.zeros_like(self._totals)
         budget = TOKENS_PER_BATCH["cpu"]  # the small one on every device, beside the optimizer's states
-        for batch in length_batches([_rendered(rows[i]).num_tokens for i in mine], budget):
-            inputs = self._prepare_inputs(self._collate([rows[mine[j]] for j in batch]))
+        for batch in length_batches([_rendered(rows[i]).num_tokens for i in indices], budget):
+            inputs = self._prepare_inputs(self._collate([rows[indices[j]] for j in batch]))
             inputs.pop("row_ids")
             domain_ids = inputs.pop("domain_ids")
             out = self.model(**inputs, output_gate_weights=True)
             totals += domain_totals(inputs["labels"], domain_ids, out, len(self.domains)).cpu()
         self.model.train(was_training)
         totals = self.accelerator.reduce(totals.to(self.args.device, torch.float32), "sum").cpu()
-        known = read_totals(totals, self.domains, self.model.config.names)
-        losses = [value for key, value in known.items() if key.startswith("loss/")]
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in known.items()}
+        means = read_totals(totals, self.domains, self.model.config.names)
+        losses = [value for key, value in means.items() if key.startswith("loss/")]
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in means.items()}
         metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -192,17 +192,17 @@ class FusionTrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """What is trained, and nothing else: the frozen part is where it was."""
+        """Save the trained weights alone, because the frozen ones are in their sources."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_trainable(self.model, folder / "model.safetensors", state_dict)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Checkpoints lack the frozen weights on purpose."""
+        """Do not warn: checkpoints lack the frozen weights on purpose."""
 
 
 def save_trainable(model: torch.nn.Module, file: Path, state: dict[str, Any] | None = None) -> None:
-    """The weights that require gradients, by name."""
+    """Write the weights that require gradients, by name."""
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = model.state_dict() if state is None else state
     save_file({name: state[name].detach().cpu().contiguous() for name in names}, file, metadata={"format": "pt"})
@@ -210,11 +210,11 @@ def save_trainable(model: torch.nn.Module, file: Path, state: dict[str, Any] | N
 
 def domain_totals(labels: torch.Tensor, domain_ids: torch.Tensor, out: Any, num_domains: int) -> torch.Tensor:
     """Sums over tokens: nats and tokens of each domain, weight of each specialist, entropy of the gate."""
-    kept = labels != -100  # (B, R)
+    labelled = labels != -100  # (B, R)
     totals = torch.zeros(num_domains, 2, dtype=torch.float64, device=labels.device)
-    rows = torch.stack([out.token_loss.double().sum(1).to(labels.device), kept.double().sum(1)], dim=1)  # (B, 2)
+    rows = torch.stack([out.token_loss.double().sum(1).to(labels.device), labelled.double().sum(1)], dim=1)  # (B, 2)
     totals.index_add_(0, domain_ids.to(labels.device), rows)
-    w = out.gate_weights[kept.to(out.gate_weights.device)].double()  # (N, K)
+    w = out.gate_weights[labelled.to(out.gate_weights.device)].double()  # (N, K)
     entropy = torch.special.entr(w).sum()
     return torch.cat([totals.flatten(), w.sum(0).to(labels.device), entropy[None].to(labels.device)])
 
@@ -234,7 +234,7 @@ def _rendered(item: Rendered | RowFeatures) -> Rendered:
 
 
 class _Bar(TrainerCallback):
-    """Shows each step with its losses."""
+    """Show each step with its losses."""
 
     def __init__(self, progress: Progress, stage: str) -> None:
         self.progress, self.stage, self.note = progress, stage, ""
@@ -257,7 +257,7 @@ class _Bar(TrainerCallback):
 
 
 class SaveEvery(TrainerCallback):
-    """Checkpoints between validations too: to keep the best one, transformers saves at validations alone."""
+    """Also save checkpoints between validations: to keep the best one, transformers saves at validations alone."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
