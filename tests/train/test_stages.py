@@ -409,7 +409,9 @@ def test_a_fused_folder_keeps_its_own_settings(tiny_run, tmp_path, key, value):
     model.save_pretrained(fused)
     tokenizer.save_pretrained(fused)
     fields = {"fused": str(fused), "output": str(tmp_path / "run"), key: value}
-    with pytest.raises(RecipeError, match=rf"{key}: the fused folder {fused} has .*, the recipe says .*\. Leave it out"):
+    with pytest.raises(
+        RecipeError, match=rf"{key}: the fused folder {fused} has .*, the recipe says .*\. Leave it out"
+    ):
         train(load_recipe(fields))
 
 
