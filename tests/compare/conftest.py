@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def in_process(monkeypatch) -> list[tuple[str, str]]:
-    """Runs a comparison's steps in this process; the list names those that ran."""
+    """Runs a comparison's steps in this process. The list names those that ran."""
     from ultrafuser.compare import system as process
     from ultrafuser.compare.recipe import load_compare_recipe
     from ultrafuser.errors import UltraFuserError

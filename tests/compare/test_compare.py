@@ -164,7 +164,7 @@ def test_a_system_that_fails_stops_no_other(training, in_process, tmp_path):
 
 
 def test_nothing_that_could_be_measured(training, in_process):
-    with pytest.raises(DataError, match="no system could be measured; the first error: DataError: .*nowhere"):
+    with pytest.raises(DataError, match="no system could be measured. The first error: DataError: .*nowhere"):
         compare(load(training, [{"kind": "fused", "set": ["data.train=[nowhere.jsonl]"]}]))
 
 
@@ -271,7 +271,7 @@ def test_rows_with_the_same_id_are_all_counted(training, in_process, tmp_path):
         ({"tasks": ["gsm8kk"]}, "unknown task 'gsm8kk'; did you mean 'gsm8k'"),
         ({"tasks": ["gsm8k"], "data_dir": "/nowhere"}, "/nowhere"),
         ({"tasks": ["mt_bench"]}, "mt_bench"),
-        ({"tasks": ["loss"]}, "'loss' is no benchmark here; list its rows under 'test'"),
+        ({"tasks": ["loss"]}, "'loss' is no benchmark here. List its rows under 'test'"),
     ],
 )
 def test_tasks_are_checked_before_any_system(training, in_process, fields, problem):

@@ -71,10 +71,10 @@ def test_what_is_dumped_is_read_back(tmp_path):
         (
             [{"kind": "base", "weight": 1}],
             {},
-            "systems.0.weight: unknown key for kind 'base'; 'merge' would take it. Known: kind, name, label",
+            "systems.0.weight: unknown key for kind 'base'. 'merge' would take it. Known: kind, name, label",
         ),
         ([{"kind": "tuned"}], {}, "systems.0.specialist: missing, expected text"),
-        ([{"kind": "tuned", "specialist": "law"}], {}, "no specialist 'law'; there are: text, code, math"),
+        ([{"kind": "tuned", "specialist": "law"}], {}, "no specialist 'law'. There are: text, code, math"),
         (["fused", "fused"], {}, "two are named 'fused'"),
         (
             [{"kind": "fused", "after": "stage1"}],
@@ -101,7 +101,7 @@ def test_what_is_dumped_is_read_back(tmp_path):
         ([{"kind": "specialist", "name": "all"}], {}, "stands for all of them"),
         ([{"kind": "btx", "set": ["balanced=false"]}], {}, "balanced batches always"),
         (["base"], {"main": "fused"}, "main: no system 'fused'"),
-        ([{"kind": "base", "versus": "text"}], {}, "'base' has versus 'text', which is no system; there are: base"),
+        ([{"kind": "base", "versus": "text"}], {}, "'base' has versus 'text', which is no system. There are: base"),
         (["base"], {"test": []}, "nothing to measure"),
         ([{"kind": "best_of", "by": "judge"}], {}, "there is no 'judge'"),
         ([{"kind": "fused", "set": ["stages.gate.lr=fast"]}], {}, "stages.gate.lr=fast"),

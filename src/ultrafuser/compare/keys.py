@@ -58,13 +58,13 @@ def step_key(recipe: CompareRecipe, system: SystemRecipe, step: Step) -> str:
 
 
 def _stamp(reference: str) -> list[Any]:
-    """What tells a local file or folder from another version of itself; nothing for a hub id."""
+    """Names, sizes and checksums of a local file or folder. Nothing for a hub id."""
     try:
         path = package_path(reference) if reference.startswith(PACKAGE) else Path(reference).expanduser()
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         if not all(file.is_file() for file in files):
             return []
-    except (OSError, CheckpointError):  # Jinja text is no path; a missing file is reported where it is read
+    except (OSError, CheckpointError):  # Jinja text is no path, and a missing file is reported where it is read
         return []
     stats = [file.stat() for file in files]
     return [
@@ -75,5 +75,5 @@ def _stamp(reference: str) -> list[Any]:
 
 @functools.cache
 def _content(file: Path, size_bytes: int, time_ns: int) -> str | int:
-    """A file's checksum, computed once for each version; the time of a large file."""
+    """The checksum of a file, computed once for each version. A large file has its time instead."""
     return sha256(file) if size_bytes < _HASH_LIMIT_BYTES else time_ns

@@ -1,4 +1,4 @@
-"""A loaded system: what answers, what gives losses, and what it weighs."""
+"""A loaded system: what answers, what gives losses, and its size."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class LoadedSystem:
 
     Attributes:
         lm: what answers.
-        fingerprint: differs for systems that answer differently; answers are cached by it.
+        fingerprint: key of the cached answers. It differs for systems that answer differently.
         parameters: `total` and `active`.
-        read_test_rows: gives the losses; None where a loss is not defined.
-        timed_lm: the same as `lm` without cached answers, for timing; None: `lm` caches none.
-        traces: token weights over one answer of each test source; for a gate.
-        chosen: of how many answers each specialist's was taken, and by which rule; for best-of-K.
+        read_test_rows: gives the losses. None: this system has no loss.
+        timed_lm: `lm` without cached answers, for timing. None: `lm` caches none.
+        traces: token weights over one answer of each test source (systems with a gate).
+        chosen: counts of the chosen answers by specialist and by rule (best-of-K).
     """
 
     lm: LM
@@ -55,7 +55,7 @@ class LoadedSystem:
 
 
 def load_fused(workspace: Workspace, name: str, folder: Path, features: Path) -> LoadedSystem:
-    """A fused folder as a system; `features`: where the specialists' states on the test rows are kept."""
+    """Load a fused folder. `features`: folder of the specialists' states on the test rows."""
     settings = workspace.settings
     options = LoadOptions(device=settings.device, dtype=settings.training().dtype)
     loaded = load_checkpoint(str(folder), options)
@@ -64,7 +64,7 @@ def load_fused(workspace: Workspace, name: str, folder: Path, features: Path) ->
 
 
 def load_model(workspace: Workspace, loaded: LoadedModel, features: Path) -> LoadedSystem:
-    """A fused model, or a model of one specialist, as a system."""
+    """Make a system of a fused model, or of a model of one specialist."""
     model, renderer = loaded.model, loaded.renderer
     assert model is not None and renderer is not None  # no endpoint
     has_gate = len(model.config.names) > 1

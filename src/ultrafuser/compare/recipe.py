@@ -28,12 +28,12 @@ class CompareRecipe(CompareSettings):
         if not self.systems:
             raise ValueError("'systems' is empty, expected at least one")
         if not self.test and not self.tasks:
-            raise ValueError("nothing to measure; list rows under 'test', or benchmarks under 'tasks'")
+            raise ValueError("nothing to measure. List rows under 'test', or benchmarks under 'tasks'")
         for system in self.systems:
             if unknown := [task for task in system.tasks or [] if task not in self.tasks]:
                 raise ValueError(f"system {system.id!r} runs {unknown[0]!r}, which is not among the comparison's tasks")
         if self.judge is None and any(system.asks_judge for system in self.systems):
-            raise ValueError("a 'best_of' system chooses by judge, but there is no 'judge'; name an endpoint")
+            raise ValueError("a 'best_of' system chooses by judge, but there is no 'judge'. Name an endpoint")
         return self
 
     def system(self, name: str) -> SystemRecipe:
@@ -48,7 +48,7 @@ class CompareRecipe(CompareSettings):
 def load_compare_recipe(
     source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> CompareRecipe:
-    """Read a comparison recipe; `kind: specialist` without a name becomes one system for each specialist.
+    """Read a comparison recipe. `kind: specialist` without a name becomes one system for each specialist.
 
     Raises:
         RecipeError: a file, key, value or override that cannot be used, or a name that repeats or does not exist.
@@ -60,7 +60,7 @@ def load_compare_recipe(
         raise RecipeError(f"{recipe.recipe}: a comparison needs a training recipe that lists at least two specialists")
     systems: list[SystemRecipe] = [system for entry in recipe.systems for system in entry.expand(specialists)]
     _check_names(systems, recipe.main)
-    # an override that does not fit is found here, not after hours
+    # an override that does not fit is an error now, not after hours
     trainings = {system.id: system.training(recipe) for system in systems}
     for system in systems:
         if system.predecessor is not None:
@@ -74,7 +74,7 @@ def _check_successor(system: SystemRecipe, recipe: Recipe, previous: Recipe) -> 
     for field in ("specialists", "mixing", "gate", "share_base"):
         if getattr(recipe, field) != getattr(previous, field):
             raise RecipeError(
-                f"systems: {system.name!r} continues {system.predecessor!r}, which has fixed {field!r}; leave it as it "
+                f"systems: {system.name!r} continues {system.predecessor!r}, which has fixed {field!r}. Leave it as it "
                 "is there, or leave 'after' out"
             )
     if {stage.name for stage in recipe.stages} <= {stage.name for stage in previous.stages}:
@@ -85,7 +85,7 @@ def _check_names(systems: Sequence[SystemRecipe], main: str | None) -> None:
     names = [system.id for system in systems]
     known = ", ".join(names)
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise RecipeError(f"systems: two are named {repeated[0]!r}; give one of them a 'name' of its own")
+        raise RecipeError(f"systems: two are named {repeated[0]!r}. Give one of them a 'name' of its own")
     previous: list[str] = []
     for system in systems:
         if system.predecessor is not None and system.predecessor not in previous:
@@ -97,10 +97,10 @@ def _check_names(systems: Sequence[SystemRecipe], main: str | None) -> None:
     for system in systems:
         if system.versus is not None and system.versus not in names:
             raise RecipeError(
-                f"systems: {system.name!r} has versus {system.versus!r}, which is no system; there are: {known}"
+                f"systems: {system.name!r} has versus {system.versus!r}, which is no system. There are: {known}"
             )
     if main is not None and main not in names:
-        raise RecipeError(f"main: no system {main!r}; there are: {known}")
+        raise RecipeError(f"main: no system {main!r}. There are: {known}")
 
 
 def dump_compare_recipe(recipe: CompareRecipe) -> str:

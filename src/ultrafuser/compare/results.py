@@ -1,4 +1,4 @@
-"""What systems measured on the same test rows -> one `Comparison`: intervals, paired differences, gate weights."""
+"""Put the measurements of systems side by side: intervals, paired differences, gate weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Strata = dict[str, Stratum]  # by domain or benchmark: its test rows or document
 
 @dataclass
 class Measurement:
-    """What one system measured. A field keeps its default where nothing was measured.
+    """The measurements of one system. A field keeps its default where nothing was measured.
 
     Attributes:
         losses: by domain, nats and response tokens of each test row (`evaluate.losses.by_stratum` makes them).
@@ -42,7 +42,7 @@ class Measurement:
         parameters: `total` and `active`.
         training: the rows of metrics.jsonl.
         traces: answers with the gate weights of each token.
-        chosen: number of answers chosen `of` each specialist, and `by` which rule; best-of-K only.
+        chosen: number of answers chosen `of` each specialist and `by` each rule (best-of-K).
         seconds: duration of the measurement.
     """
 
@@ -74,7 +74,7 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Measurement:
-        """Read what `to_dict` gave."""
+        """Read the result of `to_dict`."""
         speed = tree.get("tokens_per_s")
         return cls(
             losses={domain: Stratum(**stratum) for domain, stratum in (tree.get("loss") or {}).items()},
@@ -98,9 +98,9 @@ class SystemResult:
         kind: `specialist`, `oracle`, `router` and `fused` have a meaning for the paired differences and the report.
             An `oracle` needs no measurement: it takes the numbers of the best specialist of each column.
         measurement: None where the system failed.
-        error: why it failed.
-        label: how tables and figures write it; by default its name.
-        kind_label, description: how the report writes its kind, and what that is.
+        error: why there is no measurement.
+        label: its name in tables and figures. Default: `name`.
+        kind_label, description: name of its kind in the report, and a sentence about it.
         versus: a further system that it is compared with.
     """
 
@@ -145,7 +145,7 @@ def compare_systems(
     Args:
         systems: in the order of the report.
         specialists: names of the specialists, in the order of the gate's weights.
-        main: the system to judge. It is left out where it was not measured.
+        main: the system that the report is about. It is ignored when it was not measured.
         seed: of the bootstrap.
         config: settings to show at the end of the report, as JSON.
 
@@ -176,17 +176,21 @@ def compare_systems(
         tasks=numbers.tasks,
         systems={system.name: _system(system, numbers, rivals) for system in systems},
         gate_weights={
-            name: mean_weights(found.sample_weights, _tokens(found), specialists)
-            for name, found in measured.items()
-            if found.sample_weights and found.losses
+            name: mean_weights(measurement.sample_weights, _tokens(measurement), specialists)
+            for name, measurement in measured.items()
+            if measurement.sample_weights and measurement.losses
         },
         sample_weights={
-            name: _named_weights(found.sample_weights, specialists)
-            for name, found in measured.items()
-            if found.sample_weights
+            name: _named_weights(measurement.sample_weights, specialists)
+            for name, measurement in measured.items()
+            if measurement.sample_weights
         },
-        training={name: found.training for name, found in measured.items() if found.training},
-        stability={name: steps for name, found in measured.items() if (steps := _stability(found.training))},
+        training={name: measurement.training for name, measurement in measured.items() if measurement.training},
+        stability={
+            name: checkpoints
+            for name, measurement in measured.items()
+            if (checkpoints := _stability(measurement.training))
+        },
         table2=[system.name for system in systems if system.kind == "fused" and system.name in measured],
         main=main,
         config=config,
@@ -208,10 +212,10 @@ class _Numbers:
 
     @classmethod
     def of(cls, measured: Mapping[str, Measurement], seed: int) -> _Numbers:
-        losses = {name: found.losses for name, found in measured.items() if found.losses}
+        losses = {name: measurement.losses for name, measurement in measured.items() if measurement.losses}
         scores = {
-            name: {task: scores.stratum() for task, scores in found.tasks.items() if scores.scores}
-            for name, found in measured.items()
+            name: {task: scores.stratum() for task, scores in measurement.tasks.items() if scores.scores}
+            for name, measurement in measured.items()
         }
         domains = list(dict.fromkeys(domain for strata in losses.values() for domain in strata))
         return cls(losses, scores, domains, _tasks(measured), seed)
@@ -221,7 +225,7 @@ class _Numbers:
         return [*self.domains, MEAN, *(TASK + task for task in self.tasks)]
 
     def strata(self, name: str, column: str) -> list[Stratum] | None:
-        """What a system's number in a column is made of; None where it has none."""
+        """The rows or documents behind a system's number in a column. None: it has no such number."""
         if column.startswith(TASK):
             tree, keys = self.scores.get(name, {}), [column.removeprefix(TASK)]
         else:
@@ -229,11 +233,11 @@ class _Numbers:
         return [tree[key] for key in keys] if keys and all(key in tree for key in keys) else None
 
     def best_columns(self, specialists: Sequence[str]) -> dict[str, str]:
-        """By column: the specialist with the best number on this very test."""
+        """The specialist with the best number of each column, on this very test."""
         best = {}
         for column in self.columns:
-            found = {name: strata for name in specialists if (strata := self.strata(name, column)) is not None}
-            means = {name: statistics.mean(stratum.value for stratum in strata) for name, strata in found.items()}
+            strata_of = {name: strata for name in specialists if (strata := self.strata(name, column)) is not None}
+            means = {name: statistics.mean(stratum.value for stratum in strata) for name, strata in strata_of.items()}
             if means:
                 best[column] = (max if column.startswith(TASK) else min)(means, key=lambda name: means[name])
         return best
@@ -253,21 +257,21 @@ class _Numbers:
         mean = _loss([strata[domain] for domain in self.domains], self.seed)
         return cells | {MEAN: Loss(nll=mean.nll, ci95=mean.ci95)}
 
-    def paired(self, name: str, others: Mapping[str, str]) -> dict[str, Pair]:
+    def paired(self, name: str, rivals: Mapping[str, str]) -> dict[str, Pair]:
         """A system minus another one on the same rows, by column."""
         pairs = {}
-        for column, other in others.items():
-            ours, theirs = self.strata(name, column), self.strata(other, column)
-            if other != name and ours is not None and theirs is not None:
-                pair = difference(ours, theirs, self.seed)
+        for column, rival in rivals.items():
+            strata, rival_strata = self.strata(name, column), self.strata(rival, column)
+            if rival != name and strata is not None and rival_strata is not None:
+                pair = difference(strata, rival_strata, self.seed)
                 if pair is not None:
-                    pairs[column] = Pair.model_validate({"versus": other, **pair})
+                    pairs[column] = Pair.model_validate({"versus": rival, **pair})
         return pairs
 
 
 def _system(system: SystemResult, numbers: _Numbers, rivals: Mapping[str, Mapping[str, str]]) -> System:
     """What the report shows of one system."""
-    found = system.measurement or Measurement()
+    measurement = system.measurement or Measurement()
     trained = system.trained_parameters
     if system.versus is not None:
         rivals = {**rivals, "versus": dict.fromkeys(numbers.columns, system.versus)}
@@ -280,17 +284,17 @@ def _system(system: SystemResult, numbers: _Numbers, rivals: Mapping[str, Mappin
         error=system.error if system.failed else None,
         loss=numbers.loss(system.name),
         tasks={
-            task: _score(stratum, found.tasks.get(task), numbers.seed)
+            task: _score(stratum, measurement.tasks.get(task), numbers.seed)
             for task, stratum in numbers.scores.get(system.name, {}).items()
         },
-        paired={rival: numbers.paired(system.name, others) for rival, others in rivals.items()},
-        tokens_per_s=found.tokens_per_s,
-        peak_memory_mb=found.peak_memory_mb,
-        parameters=Parameters(**found.parameters, trained=trained) if found.parameters else None,
-        chosen=found.chosen,
+        paired={rival: numbers.paired(system.name, columns) for rival, columns in rivals.items()},
+        tokens_per_s=measurement.tokens_per_s,
+        peak_memory_mb=measurement.peak_memory_mb,
+        parameters=Parameters(**measurement.parameters, trained=trained) if measurement.parameters else None,
+        chosen=measurement.chosen,
         seconds={
             phase: seconds
-            for phase, seconds in (("build", system.build_seconds), ("measure", found.seconds))
+            for phase, seconds in (("build", system.build_seconds), ("measure", measurement.seconds))
             if seconds
         },
     )
@@ -311,16 +315,16 @@ def _score(stratum: Stratum, scores: TaskScores | None, seed: int) -> TaskScore:
 def _tasks(measured: Mapping[str, Measurement]) -> dict[str, Task]:
     """What each benchmark measures, in the order in which the systems ran them."""
     tasks: dict[str, Task] = {}
-    for found in measured.values():
-        for name, scores in found.tasks.items():
+    for measurement in measured.values():
+        for name, scores in measurement.tasks.items():
             description = TASKS[name].description if name in TASKS else name
             tasks.setdefault(name, Task(metric=scores.metric, higher_is_better=True, description=description))
     return tasks
 
 
-def _tokens(found: Measurement) -> dict[str, list[float]]:
+def _tokens(measurement: Measurement) -> dict[str, list[float]]:
     """Response tokens of each row, by domain."""
-    return {domain: list(stratum.weights.values()) for domain, stratum in found.losses.items()}
+    return {domain: list(stratum.weights.values()) for domain, stratum in measurement.losses.items()}
 
 
 def _named_weights(

@@ -52,7 +52,7 @@ def compare(recipe: CompareRecipe, progress: Progress | None = None) -> Comparis
         comparison = collect(recipe, measured, errors)
         write_json(folder / "results.json", comparison.model_dump(mode="json"))
     if not any(system.kind != ORACLE for system in comparison.done.values()):
-        raise DataError(f"no system could be measured; the first error: {next(iter(errors.values()), 'none')}")
+        raise DataError(f"no system could be measured. The first error: {next(iter(errors.values()), 'none')}")
     main = measured[comparison.main] if comparison.main is not None else None
     write_report(comparison, folder, traces=main.traces if main else [])
     return comparison
@@ -72,13 +72,13 @@ def _check(recipe: CompareRecipe) -> None:
         Endpoint(recipe.judge)  # its package and its key
     if losses := [name for name in recipe.tasks if name in LOSSES]:
         raise DataError(
-            f"tasks: {losses[0]!r} is no benchmark here; list its rows under 'test', and the loss is measured"
+            f"tasks: {losses[0]!r} is no benchmark here. List its rows under 'test', and the loss is measured"
         )
     check_benchmarks(eval_options(recipe, recipe.tasks))
 
 
 def _run_systems(recipe: CompareRecipe, folder: Path, progress: Progress) -> dict[str, str]:
-    """Build and measure every system in the order of the recipe; the errors of those that failed."""
+    """Build and measure every system in the order of the recipe. Returns the errors of the failed ones."""
     errors: dict[str, str] = {}
     for index, system in enumerate(recipe.systems, 1):
         if system.kind == ORACLE:
@@ -96,7 +96,7 @@ def _run_systems(recipe: CompareRecipe, folder: Path, progress: Progress) -> dic
 
 
 def _run_step(recipe: CompareRecipe, system: SystemRecipe, step: Step, folder: Path) -> str | None:
-    """Run a step that is not finished; the error, if any."""
+    """Run a step unless it is finished. Returns the error, if any."""
     result = _read(recipe, system, step)
     if result is not None and not _lacks_verdicts(result):
         return None

@@ -50,20 +50,20 @@ MEASURED, ERROR_FILE = "measured.json", "error.json"
 
 @dataclass
 class Built:
-    """What a finished build cost."""
+    """The cost of a finished build."""
 
     trained_parameters: int = 0
     seconds: float = 0.0
 
 
 def read_built(recipe: CompareRecipe, system: SystemRecipe) -> Built | None:
-    """What a build left; None where it is missing or belongs to another recipe."""
+    """The result of a build. None: it is missing or belongs to another recipe."""
     tree = _read_step(recipe, system, "build", BUILT)
     return Built(**tree) if tree is not None else None
 
 
 def read_measured(recipe: CompareRecipe, system: SystemRecipe) -> Measurement | None:
-    """What a measurement left; None where it is missing or belongs to another recipe."""
+    """The result of a measurement. None: it is missing or belongs to another recipe."""
     tree = _read_step(recipe, system, "measure", MEASURED)
     return Measurement.from_dict(tree) if tree is not None else None
 
@@ -78,10 +78,10 @@ def _read_step(recipe: CompareRecipe, system: SystemRecipe, step: Step, name: st
 
 
 def build(recipe: CompareRecipe, system: SystemRecipe, progress: Progress | None = None) -> None:
-    """Make what a system needs, and write what it cost; an interrupted build is resumed.
+    """Build a system and write its cost. An interrupted build is resumed.
 
     Raises:
-        UltraFuserError: it cannot be made; the message says why.
+        UltraFuserError: it cannot be built.
     """
     workspace = Workspace(recipe, progress)
     folder, key = workspace.system_folder(system.id), step_key(recipe, system, "build")
@@ -100,10 +100,10 @@ def build(recipe: CompareRecipe, system: SystemRecipe, progress: Progress | None
 
 
 def measure(recipe: CompareRecipe, system: SystemRecipe, progress: Progress | None = None) -> None:
-    """Measure a built system and write everything about it into one file; cached answers are reused.
+    """Measure a built system and write all measurements into one file. Cached answers are reused.
 
     Raises:
-        UltraFuserError: it cannot be measured; the message says why.
+        UltraFuserError: it cannot be measured.
     """
     workspace, start = Workspace(recipe, progress), time.monotonic()
     folder = workspace.system_folder(system.id)
@@ -184,7 +184,7 @@ def _question(row: Row) -> list[dict[str, str]]:
 
 
 def main(arguments: list[str]) -> int:
-    """The body of the child process; an error is left in a file for the parent."""
+    """Run a step in the child process and write an error into a file for the parent."""
     quiet_libraries()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder, name, step = Path(arguments[0]), arguments[1], arguments[2]
@@ -192,7 +192,7 @@ def main(arguments: list[str]) -> int:
     try:
         recipe = load_compare_recipe(folder / RECIPE)
         {"build": build, "measure": measure}[step](recipe, recipe.system(name), ConsoleProgress())
-    except BaseException as error:  # the parent reports it; an error that is not the user's keeps its traceback
+    except BaseException as error:  # the parent reports it, and a bug keeps its traceback
         error_file.parent.mkdir(parents=True, exist_ok=True)
         message = " ".join(str(error).split())[:2000]
         error_file.write_text(json.dumps(f"{type(error).__name__}: {message}"), encoding="utf-8")
@@ -223,7 +223,7 @@ def start(folder: Path, name: str, step: Step, module: str = __name__) -> str | 
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
         try:
             code = child.wait()
-        except BaseException:  # an interrupt, which has reached the child too; it may want to finish a write
+        except BaseException:  # an interrupt, which has reached the child too: let it finish a write
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(10)
             child.kill()

@@ -32,7 +32,7 @@ DataSet = Literal["train", "test"]
 
 
 class Workspace:
-    """What a system builds on.
+    """What systems share.
 
     Attributes:
         settings: of the comparison.
@@ -81,7 +81,7 @@ class Workspace:
         return specialists
 
     def load_model(self, model: Any, tokenizer: Any, name: str, folder: Path | None = None) -> LoadedModel:
-        """A model in memory as one that answers; `folder`: its weight files."""
+        """Prepare a model in memory for answering. `folder`: its weight files."""
         return wrap_model(
             model,
             self.renderer(model, tokenizer),
@@ -92,7 +92,7 @@ class Workspace:
         )
 
     def renderer(self, model: Any, tokenizer: Any, max_length: int | None = None) -> Renderer:
-        """Test rows are truncated at the context alone, so that all systems see the same tokens of them."""
+        """A renderer that truncates test rows at the context alone, so that all systems see the same tokens."""
         templates, context = model.config.chat_templates, model.config.max_position_embeddings
         return Renderer(tokenizer, templates, min(max_length or context, context))
 
@@ -109,7 +109,7 @@ class Workspace:
         bases = {(specialist.model, specialist.revision, specialist.gguf_file) for specialist in specialists}
         if len(bases) > 1 or any(specialist.adapter is None for specialist in specialists):
             raise DataError(
-                "the specialists are not adapters on one base; name the model that they were trained from as 'base', "
+                "the specialists are not adapters on one base. Name the model that they were trained from as 'base', "
                 "beside 'recipe', or leave this system out"
             )
         return specialists[0].model_copy(update={"name": "base", "adapter": None, "adapter_revision": None})

@@ -1,4 +1,4 @@
-"""BTX against plain models and against its equation; its training and its files."""
+"""BTX against plain models and against its equation, its training and its files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ IDS = tokens(2, 9)
 
 
 def rows(number: int = 4) -> list[Rendered]:
-    """Rows of two domains and unequal lengths; each domain's answers are one token again and again."""
+    """Rows of two domains and unequal lengths. Each domain's answers are one token again and again."""
     out = []
     for d, domain in enumerate(("text", "code")):
         for i in range(number):
@@ -134,7 +134,7 @@ def test_parameters_in_all_and_of_each_token():
     models = three()
     plain = count_parameters(models[0])
     assert plain["total"] == plain["active"] == sum(p.numel() for p in models[0].parameters())
-    mlps, routers = 2 * 3 * 32 * 48, 2 * 3 * 32  # two layers; three matrices, three scores
+    mlps, routers = 2 * 3 * 32 * 48, 2 * 3 * 32  # two layers, three matrices, three scores
     found = count_parameters(build_btx(models))
     assert found == {"total": plain["total"] + 2 * mlps + routers, "active": plain["total"] + mlps + routers}
     dense = count_parameters(build_btx(models, top_k=3))
@@ -311,7 +311,7 @@ def test_saving_is_exact(tmp_path, tied):
 
 
 def test_folders_and_models_that_are_not_btx(tmp_path):
-    with pytest.raises(CheckpointError, match="no btx.json, so there is no BTX model; write one with save_btx"):
+    with pytest.raises(CheckpointError, match="no btx.json, so there is no BTX model. Write one with save_btx"):
         load_btx(tmp_path)
     with pytest.raises(UltraFuserError, match="save_btx writes models of build_btx"):
         save_btx(tiny(), Path(tmp_path) / "x")

@@ -1,4 +1,4 @@
-"""Merges by the real mergekit, against the formulas; and what is said when it cannot."""
+"""Merges by the real mergekit, against the formulas, and the errors when it cannot merge."""
 
 from __future__ import annotations
 
@@ -145,17 +145,17 @@ def test_a_missing_mergekit_names_the_extra(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("slerp", {}, "merge method 'slerp' is not known; there are: linear, task_arithmetic, ties, dare_linear"),
+        ("slerp", {}, "merge method 'slerp' is not known. There are: linear, task_arithmetic, ties, dare_linear"),
         (
             "ties",
             {"base": None},
-            "ties adds differences to the model that the specialists were trained from; name it as `base`",
+            "ties adds differences to the model that the specialists were trained from. Name it as `base`",
         ),
-        ("linear", {"density": 0.5}, "linear keeps every difference, so density=0.5 has no effect; remove it"),
+        ("linear", {"density": 0.5}, "linear keeps every difference, so density=0.5 has no effect. Remove it"),
         ("ties", {"density": 0.0}, "ties: density is 0.0, expected more than 0 and at most 1"),
-        ("ties", {"weight": [0.5]}, "ties: 1 weights for 2 sources; give one, or one for each"),
-        ("linear", {"sources": []}, "linear: there is nothing to merge; give at least one source"),
-        ("linear", {"sources": ["nowhere"]}, "nowhere: no config.json, so it is no checkpoint; write one with save"),
+        ("ties", {"weight": [0.5]}, "ties: 1 weights for 2 sources. Give one, or one for each"),
+        ("linear", {"sources": []}, "linear: there is nothing to merge. Give at least one source"),
+        ("linear", {"sources": ["nowhere"]}, "nowhere: no config.json, so it is no checkpoint. Write one with save"),
     ],
 )
 def test_what_cannot_be_merged_is_said_before_anything_runs(save, tmp_path, method, options, message):

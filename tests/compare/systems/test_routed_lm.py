@@ -1,4 +1,4 @@
-"""Requests reach the specialist that was chosen for them, and answers come back in order; best-of-K gives the best one."""
+"""Requests reach the specialist that was chosen for them, and answers come back in order. Best-of-K gives the best one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ultrafuser.evaluate.lm.response_cache import ResponseCache
 
 
 class Specialist(LM):
-    """Answers with its name and what it was asked; renders conversations in brackets of its own, or not at all."""
+    """Answers with its name and what it was asked. Renders conversations in brackets of its own, or not at all."""
 
     def __init__(self, name: str, brackets: str | None = None, log_p: float = -1.0, says: str | None = None) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_a_prompt_is_routed_once_and_by_its_messages():
 
 def test_a_router_that_names_no_specialist():
     routed = RoutedLM({"a": Specialist("a")}, lambda prompt: "z")
-    with pytest.raises(UltraFuserError, match="the router chose 'z'; there are: a"):
+    with pytest.raises(UltraFuserError, match="the router chose 'z'. There are: a"):
         routed.generate_until(requests(["x"]))
     with pytest.raises(UltraFuserError, match="a router chooses by the prompt, and rolling"):
         routed.loglikelihood_rolling([])

@@ -139,12 +139,12 @@ def test_saving_is_exact(tmp_path, candidate):
 
 
 def test_a_folder_without_a_router(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no router.json, so there is no router; train one and save it there"):
+    with pytest.raises(CheckpointError, match=r"no router.json, so there is no router. Train one and save it there"):
         Router.load(tmp_path)
 
 
 def test_too_few_rows():
-    with pytest.raises(DataError, match="a router needs at least two training rows, got 1; add training data"):
+    with pytest.raises(DataError, match="a router needs at least two training rows, got 1. Add training data"):
         Router.train(made_up({"text": 1}))
 
 

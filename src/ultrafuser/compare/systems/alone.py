@@ -44,7 +44,7 @@ class Specialist(SystemNode):
     def _check_names(self) -> Specialist:
         if self.specialist is None and {"name", "label"} & self.model_fields_set:
             raise ValueError(
-                "kind 'specialist' stands for all of them; name one by 'specialist' to give it a name or label"
+                "kind 'specialist' stands for all of them. Name one by 'specialist' to give it a name or label"
             )
         return self
 

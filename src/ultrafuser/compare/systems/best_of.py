@@ -19,7 +19,7 @@ class BestOf(SystemNode):
     """All specialists, and a rule or a judge that chooses."""
 
     kind_label: ClassVar[str] = "best of n"
-    description: ClassVar[str] = "Every specialist answers, and a judge picks an answer; it has no loss."
+    description: ClassVar[str] = "Every specialist answers, and a judge picks an answer. It has no loss."
 
     kind: Literal["best_of"] = Field(description="All specialists answer, and one answer is chosen.")
     by: Literal["log_prob", "judge"] = Field(
@@ -60,5 +60,5 @@ class BestOf(SystemNode):
 
         settings = workspace.settings
         if settings.judge is None:
-            raise DataError(f"system {self.id!r} chooses by judge, but the recipe names none; add 'judge'")
+            raise DataError(f"system {self.id!r} chooses by judge, but the recipe names none. Add 'judge'")
         return Judge(Endpoint(settings.judge), workspace.answers("judgements"), seed=settings.seed)

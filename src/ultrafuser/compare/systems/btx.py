@@ -26,7 +26,7 @@ class Btx(TrainedSystem):
     @model_validator(mode="after")
     def _check_balanced(self) -> Btx:
         if any(override.startswith("balanced") for override in self.set):
-            raise ValueError("kind 'btx' is trained on balanced batches always; leave 'balanced' out")
+            raise ValueError("kind 'btx' is always trained on balanced batches. Leave 'balanced' out")
         return self
 
     @property

@@ -42,7 +42,7 @@ BALANCE_WEIGHT = 0.01  # of the load-balancing loss, as in the paper
 class RoutedMlp(nn.Module):
     """K MLPs and a router: each token goes through the `top_k` with the highest scores.
 
-    y = sum_k softmax_k(scores of the chosen) MLP_k(x); with `top_k` = K that is every MLP.
+    y = sum_k softmax_k(scores of these MLPs) MLP_k(x). With `top_k` = K every MLP runs.
     """
 
     def __init__(self, mlps: Sequence[nn.Module], width: int, top_k: int) -> None:
@@ -59,23 +59,23 @@ class RoutedMlp(nn.Module):
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
         scores = self.router(flat)  # (N, K)
         self.scores = scores if self.training else None
-        top, chosen = scores.topk(self.top_k, dim=-1)  # (N, top_k)
-        weights = torch.zeros_like(scores).scatter(1, chosen, top.softmax(-1))  # (N, K)
+        top, indices = scores.topk(self.top_k, dim=-1)  # (N, top_k)
+        weights = torch.zeros_like(scores).scatter(1, indices, top.softmax(-1))  # (N, K)
         out = torch.zeros_like(flat)
         for k, mlp in enumerate(self.mlps):
-            mine = (chosen == k).any(-1).nonzero()[:, 0]
-            if len(mine):
-                out = out.index_add(0, mine, mlp(flat[mine]) * weights[mine, k, None])
+            tokens = (indices == k).any(-1).nonzero()[:, 0]
+            if len(tokens):
+                out = out.index_add(0, tokens, mlp(flat[tokens]) * weights[tokens, k, None])
         return out.reshape(x.shape)
 
     def idle_parameters(self) -> int:
         """Parameters that a token does not pass through."""
-        each = sum(parameter.numel() for parameter in self.mlps.parameters()) // len(self.mlps)
-        return each * (len(self.mlps) - self.top_k)
+        size = sum(parameter.numel() for parameter in self.mlps.parameters()) // len(self.mlps)
+        return size * (len(self.mlps) - self.top_k)
 
 
 def build_btx(models: Sequence[PreTrainedModel], *, top_k: int = 2, seed: int = 0) -> PreTrainedModel:
-    """One model of K specialists, with untrained routers; the specialists stay as they are.
+    """One model of K specialists, with untrained routers. The specialists stay as they are.
 
     It is the first one's class with other MLPs, so `generate` and everything else of transformers works. Save it by
     `save_btx`: an ordinary checkpoint cannot hold it.
@@ -88,13 +88,13 @@ def build_btx(models: Sequence[PreTrainedModel], *, top_k: int = 2, seed: int = 
     merged = copy.deepcopy(models[0])
     with torch.no_grad():
         for name, parameter in merged.named_parameters():
-            mean = torch.stack([own[name].float().to(parameter.device) for own in named]).mean(0)
+            mean = torch.stack([parameters[name].float().to(parameter.device) for parameters in named]).mean(0)
             parameter.copy_(mean)  # MLPs too, but those are replaced
     layers = [_layers(model) for model in models]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for i, layer in enumerate(_layers(merged)):
-            mlps = [copy.deepcopy(own[i].mlp) for own in layers]
+            mlps = [copy.deepcopy(model_layers[i].mlp) for model_layers in layers]
             layer.mlp = RoutedMlp(mlps, _width(merged), min(top_k, len(models)))
     merged.requires_grad_(True)
     return merged.eval()
@@ -120,7 +120,7 @@ def train_btx(
     progress: Progress | None = None,
     trainer: type[BtxTrainer] = BtxTrainer,
 ) -> None:
-    """Train all weights in place by the recipe's joint stage, on balanced batches; an interrupted run is resumed.
+    """Train all weights in place by the recipe's joint stage, on balanced batches. An interrupted run is resumed.
 
     Args:
         model: of `as_fused`.
@@ -134,7 +134,7 @@ def train_btx(
 
 
 def balance_loss(model: nn.Module, mask: torch.Tensor) -> torch.Tensor:
-    """K sum_k (share of routing slots of k) (mean probability of k), mean over the layers; 1 when all are used equally.
+    """K sum_k (share of routing slots of k) (mean probability of k), mean over the layers. It is 1 when all are used equally.
 
     Args:
         mask: (B, T), true at the tokens that count (not padding).
@@ -159,7 +159,7 @@ def save_btx(model: PreTrainedModel, folder: Path) -> None:
     """
     mlps = [layer.mlp for layer in _layers(model)]
     if not all(isinstance(mlp, RoutedMlp) for mlp in mlps):
-        raise UltraFuserError("save_btx writes models of build_btx; for others use save_pretrained")
+        raise UltraFuserError("save_btx writes models of build_btx. For others use save_pretrained")
     facts = {
         "num_specialists": len(mlps[0].mlps),
         "top_k": mlps[0].top_k,
@@ -180,7 +180,7 @@ def load_btx(folder: Path) -> PreTrainedModel:
     """
     for name in (FACTS_FILE, WEIGHTS_FILE):
         if not (Path(folder) / name).is_file():
-            raise CheckpointError(f"{folder}: no {name}, so there is no BTX model; write one with save_btx")
+            raise CheckpointError(f"{folder}: no {name}, so there is no BTX model. Write one with save_btx")
     facts = json.loads((Path(folder) / FACTS_FILE).read_text(encoding="utf-8"))
     fields = dict(facts["config"])
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -205,7 +205,7 @@ def as_fused(
     """The mixture as a fused model of one specialist, which is how it is trained and measured.
 
     Args:
-        vocab_size: rows of the output layer that count; by default all.
+        vocab_size: rows of the output layer that are used. Default: all.
         folder: its checkpoint.
     """
     entry: SpecialistEntry = {
@@ -235,12 +235,12 @@ def _check(models: Sequence[PreTrainedModel]) -> None:
     for k, model in enumerate(models):
         if {name: parameter.shape for name, parameter in model.named_parameters()} != first:
             raise UltraFuserError(
-                f"specialist number {k} has other weights than the first (names or shapes), so BTX cannot average them; "
-                "it needs specialists of one architecture"
+                f"specialist number {k} has other weights than the first (names or shapes), so BTX cannot average them. "
+                "It needs specialists of one architecture"
             )
     layers = _layers(models[0])
     if not len(layers) or not all(isinstance(getattr(layer, "mlp", None), nn.Module) for layer in layers):
         raise UltraFuserError(
-            f"{type(models[0]).__name__} has no `model.layers[i].mlp`, which BTX makes K of; expected an architecture like "
+            f"{type(models[0]).__name__} has no `model.layers[i].mlp`, which BTX makes K of. Expected an architecture like "
             "Llama, Qwen2 or Mistral"
         )

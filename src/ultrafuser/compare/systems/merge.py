@@ -1,4 +1,4 @@
-"""Weight merging by mergekit, run as a tool: averages, task arithmetic, TIES and DARE."""
+"""Weights merged by mergekit, which runs as a program: averages, task arithmetic, TIES and DARE."""
 
 from __future__ import annotations
 
@@ -100,17 +100,20 @@ def merge(
     """Merge ordinary checkpoints of one architecture into one, unless `output` is that merge already.
 
     With theta_0 the base, d_k = theta_k - theta_0 and weights w_k:
-    linear: sum w_k theta_k / sum w_k. task_arithmetic: theta_0 + sum w_k d_k. ties: keeps of each d_k the share
-    `density` with the largest magnitude and adds the weighted mean of those that agree with the elected sign.
-    dare_linear, dare_ties: keep a random share `density` of each d_k, rescaled, then add them as task_arithmetic, or by
-    the elected sign.
+
+    - linear: sum w_k theta_k / sum w_k.
+    - task_arithmetic: theta_0 + sum w_k d_k.
+    - ties: keep the share `density` of each d_k with the largest magnitude, and add the weighted mean of the values that
+      agree with the elected sign.
+    - dare_linear, dare_ties: keep a random share `density` of each d_k and rescale it, then add as task_arithmetic or by
+      the elected sign.
 
     Args:
         sources: folders of the specialists.
-        base: folder of the model that they were trained from; not used by `linear`.
-        weight: one for all, or one for each source; by default 1 / K.
-        density: for ties and DARE, in (0, 1]; by default 0.5.
-        normalize: divide by the sum of the weights; by default as mergekit does (linear and ties: yes, others: no).
+        base: folder of the model that they were trained from. `linear` does not use it.
+        weight: one for all, or one for each source. Default: 1 / K.
+        density: for ties and DARE, in (0, 1]. Default: 0.5.
+        normalize: divide by the sum of the weights. Default: as in mergekit (linear and ties: yes, others: no).
         seed: of DARE's random choice.
 
     Returns:
@@ -139,12 +142,12 @@ def merge(
             str(seed),
             "--no-write-model-card",
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0 or not (draft / "config.json").is_file():
-            lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0 or not (draft / "config.json").is_file():
+            lines = [line for line in (result.stderr or result.stdout).splitlines() if line.strip()]
             raise UltraFuserError(
                 f"mergekit could not make the {method} merge of {', '.join(Path(s).name for s in sources)} (exit status "
-                f"{done.returncode}):\n" + "\n".join(lines[-_ERROR_LINES:])
+                f"{result.returncode}):\n" + "\n".join(lines[-_ERROR_LINES:])
             )
         (draft / "mergekit.yaml").unlink()
         (draft / RECIPE_FILE).write_text(facts, encoding="utf-8")
@@ -158,10 +161,10 @@ def find_program() -> str:
         MissingExtraError: there is none.
     """
     beside = Path(sys.executable).parent / PROGRAM
-    found = str(beside) if beside.is_file() else shutil.which(PROGRAM)
-    if found is None:
+    program = str(beside) if beside.is_file() else shutil.which(PROGRAM)
+    if program is None:
         raise MissingExtraError("mergekit", "merge", "merging weights")
-    return found
+    return program
 
 
 def _recipe(
@@ -172,31 +175,31 @@ def _recipe(
     density: float | None,
     normalize: bool | None,
 ) -> dict[str, Any]:
-    """What mergekit is to do, in its own terms."""
+    """The recipe that mergekit reads."""
     if method not in METHODS:
-        raise UltraFuserError(f"merge method {method!r} is not known; there are: {', '.join(METHODS)}")
+        raise UltraFuserError(f"merge method {method!r} is not known. There are: {', '.join(METHODS)}")
     needs_base, is_sparse = METHODS[method]
     if not sources:
-        raise UltraFuserError(f"{method}: there is nothing to merge; give at least one source")
+        raise UltraFuserError(f"{method}: there is nothing to merge. Give at least one source")
     if needs_base and base is None:
         raise UltraFuserError(
-            f"{method} adds differences to the model that the specialists were trained from; name it as `base`"
+            f"{method} adds differences to the model that the specialists were trained from. Name it as `base`"
         )
     if density is not None and not is_sparse:
-        raise UltraFuserError(f"{method} keeps every difference, so density={density} has no effect; remove it")
+        raise UltraFuserError(f"{method} keeps every difference, so density={density} has no effect. Remove it")
     density = 0.5 if density is None else density
     if not 0 < density <= 1:
         raise UltraFuserError(f"{method}: density is {density}, expected more than 0 and at most 1")
-    each = [1 / len(sources)] * len(sources) if weight is None else weight
-    weights = [float(each)] * len(sources) if isinstance(each, (int, float)) else [float(one) for one in each]
+    weight = 1 / len(sources) if weight is None else weight
+    weights = [float(weight)] * len(sources) if isinstance(weight, (int, float)) else [float(w) for w in weight]
     if len(weights) != len(sources):
-        raise UltraFuserError(f"{method}: {len(weights)} weights for {len(sources)} sources; give one, or one for each")
-    parameters = [{"weight": one} | ({"density": density} if is_sparse else {}) for one in weights]
+        raise UltraFuserError(f"{method}: {len(weights)} weights for {len(sources)} sources. Give one, or one for each")
+    parameters = [{"weight": w} | ({"density": density} if is_sparse else {}) for w in weights]
     recipe: dict[str, Any] = {
         "merge_method": method,
         "models": [
-            {"model": str(source.absolute()), "parameters": own}
-            for source, own in zip(sources, parameters, strict=True)
+            {"model": str(source.absolute()), "parameters": settings}
+            for source, settings in zip(sources, parameters, strict=True)
         ],
         "dtype": "float32",  # sums of differences in half precision lose the small ones
         "out_dtype": _dtype(sources[0]),
@@ -211,7 +214,7 @@ def _recipe(
 def _dtype(source: Path) -> str:
     """The data type of a checkpoint's weights, as its configuration says."""
     if not (source / "config.json").is_file():
-        raise UltraFuserError(f"{source}: no config.json, so it is no checkpoint; write one with save_pretrained")
+        raise UltraFuserError(f"{source}: no config.json, so it is no checkpoint. Write one with save_pretrained")
     fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
     return fields.get("dtype") or fields.get("torch_dtype") or "float32"
 

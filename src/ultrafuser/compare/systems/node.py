@@ -105,7 +105,7 @@ class SystemNode(Node):
     # ---------------------------------------------------------------- what it does
 
     def build(self, workspace: Workspace) -> int:
-        """Make what it needs in `workspace.system_folder(self.id)`; an interrupted build is resumed.
+        """Make what it needs in `workspace.system_folder(self.id)`. An interrupted build is resumed.
 
         Returns:
             The number of trained parameters.
@@ -123,4 +123,4 @@ def check_specialist(name: str, specialists: Sequence[str]) -> None:
         RecipeError: there is no specialist of this name.
     """
     if name not in specialists:
-        raise RecipeError(f"systems: no specialist {name!r}; there are: {', '.join(specialists)}")
+        raise RecipeError(f"systems: no specialist {name!r}. There are: {', '.join(specialists)}")

@@ -1,4 +1,4 @@
-"""Every specialist, and the bare base, as ordinary checkpoints with tokenizer: what tools outside ultrafuser read."""
+"""Every specialist, and the bare base, as ordinary checkpoints with tokenizers, for tools outside ultrafuser."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 
 BASE = "base"
-_FACTS_FILE = "written_from.json"
+IDENTITY_FILE = "written_from.json"
 
 
 @dataclass(frozen=True)
 class PlainCheckpoints:
-    """Where they are.
+    """Folders of the checkpoints.
 
     Attributes:
         specialists: a folder for each, by name.
-        base: the base without adapters; None where the specialists do not share one.
+        base: the base without adapters. None: the specialists do not share one.
     """
 
     specialists: dict[str, Path]
@@ -40,46 +40,47 @@ def write_plain_checkpoints(
     folder: Path,
     progress: Progress | None = None,
 ) -> PlainCheckpoints:
-    """Write each specialist with its adapter merged, and the base they share; folders of the same weights are kept.
+    """Write each specialist with its adapter merged, and the base they share. Folders of the same weights are kept.
 
     Args:
         folder: gets `specialists/<name>` and, where there is one, `base`. Each tokenizer has the chat template of its
-            specialist; the base has the first one's.
+            specialist. The base has the first specialist's.
     """
     progress = progress or Progress()
-    homes = {name: folder / "specialists" / name for name in model.config.names}
+    folders = {name: folder / "specialists" / name for name in model.config.names}
     templates = {spec["name"]: spec.get("chat_template") for spec in model.config.specialists}
     shared = len(model.groups) == 1 and bool(model.groups[0].loras)
-    progress.start("specialists become ordinary checkpoints", len(homes) + shared)
-    for name, home in homes.items():
-        if _facts(home) != (wanted := _identity(model, name, templates[name])):
-            _write(model.specialist(name), tokenizer, templates[name], home, wanted)
+    progress.start("specialists become ordinary checkpoints", len(folders) + shared)
+    for name, checkpoint in folders.items():
+        if _read_identity(checkpoint) != (identity := _identity(model, name, templates[name])):
+            _write(model.specialist(name), tokenizer, templates[name], checkpoint, identity)
         progress.advance()
     base = folder / BASE if shared else None
     if base is not None:
         template = templates[model.config.names[0]]
-        if _facts(base) != (wanted := _identity(model, None, template)):
-            _write(plain_model(model.groups[0], {}), tokenizer, template, base, wanted)
+        if _read_identity(base) != (identity := _identity(model, None, template)):
+            _write(plain_model(model.groups[0], {}), tokenizer, template, base, identity)
         progress.advance()
     progress.finish()
-    return PlainCheckpoints(homes, base)
+    return PlainCheckpoints(folders, base)
 
 
 def _write(
-    plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None, home: Path, identity: str
+    plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None, folder: Path, identity: str
 ) -> None:
-    own = copy.deepcopy(tokenizer)
-    own.chat_template = template if template is not None else own.chat_template
-    with atomic_directory(home) as draft:
+    tokenizer = copy.deepcopy(tokenizer)
+    if template is not None:
+        tokenizer.chat_template = template
+    with atomic_directory(folder) as draft:
         plain.save_pretrained(draft)
-        own.save_pretrained(draft)
-        (draft / _FACTS_FILE).write_text(json.dumps({"identity": identity}) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(draft)
+        (draft / IDENTITY_FILE).write_text(json.dumps({"identity": identity}) + "\n", encoding="utf-8")
 
 
-def _facts(home: Path) -> str | None:
-    """What a folder was written from; None where it is not whole."""
-    file = home / _FACTS_FILE
-    if not file.is_file() or not (home / "config.json").is_file():  # config.json comes last
+def _read_identity(folder: Path) -> str | None:
+    """The fingerprint of the weights that a folder was written from. None: the folder is not complete."""
+    file = folder / IDENTITY_FILE
+    if not file.is_file() or not (folder / "config.json").is_file():  # config.json comes last
         return None
     return json.loads(file.read_text(encoding="utf-8"))["identity"]
 

@@ -1,4 +1,4 @@
-"""A trained sample-level router: the specialists' first states -> the one specialist that answers the whole sample."""
+"""A trained router: from the specialists' first states to the one specialist that answers the whole sample."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ultrafuser.train.features import FeatureStore
 
 WEIGHTS_FILE, FACTS_FILE = "router.safetensors", "router.json"
 NUM_FOLDS = 5
-MAX_STEPS, STEPS_PER_LOOK = 60, 5  # of L-BFGS
+MAX_STEPS, STEPS_PER_SCORE = 60, 5  # of L-BFGS
 
 REQUESTS_PER_CALL = 32  # an evaluation that is killed repeats at most this many requests
 
@@ -38,12 +38,12 @@ Chat = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to train the classifier; cross-validation chooses among them.
+    """One way to train the classifier. Cross-validation chooses among them.
 
     Attributes:
-        hidden_size: units of its hidden layer; 0: linear.
-        target: `best`, the specialist with the fewest nats on the row; `soft`, softmax of minus the nats of the whole
-            row; `regret`, the expected nats above the best, which is what is measured.
+        hidden_size: units of its hidden layer. 0: linear.
+        target: `best`, the specialist with the fewest nats on the row. `soft`, softmax of minus the nats of the whole
+            row. `regret`, the expected nats above the best, which is what is measured.
         l2: penalty on the squares of the weights, beside a mean loss over standardised states.
     """
 
@@ -55,12 +55,12 @@ class Candidate:
 CANDIDATES = [Candidate(*fields) for fields in product((0, 64), ("best", "soft", "regret"), (1e-3, 1e-2, 1e-1))]  # type: ignore[arg-type]
 
 
-class _Look(NamedTuple):
-    """What held-out rows say after so many steps; the smallest is the best one.
+class _Score(NamedTuple):
+    """The losses on held-out rows after a number of steps. The smallest is the best.
 
     Attributes:
-        nll: nats a response token of the chosen specialists, mean over the domains.
-        expected: the same for a specialist drawn by the scores' softmax; it decides between equal choices.
+        nll: nats per response token of the chosen specialists, mean over the domains.
+        expected: the same for a specialist drawn by the softmax of the router's scores. It breaks ties.
     """
 
     nll: float
@@ -70,7 +70,7 @@ class _Look(NamedTuple):
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a router learns from: states (N, D), nats and response tokens, equal weight for every domain."""
+    """Training rows: states (N, D), nats and response tokens. Every domain has the same weight."""
 
     states: torch.Tensor
     nats: torch.Tensor  # (N, K), summed over the row
@@ -84,9 +84,9 @@ class _Rows:
     def weights(self, by: torch.Tensor) -> torch.Tensor:
         """(N,): each row's share of `by` in its domain, divided by the number of domains."""
         names = sorted(set(self.domains))
-        place = torch.tensor([names.index(domain) for domain in self.domains])
-        totals = torch.zeros(len(names), dtype=by.dtype).index_add_(0, place, by)
-        return by / totals[place] / len(names)
+        index = torch.tensor([names.index(domain) for domain in self.domains])
+        totals = torch.zeros(len(names), dtype=by.dtype).index_add_(0, index, by)
+        return by / totals[index] / len(names)
 
 
 class Router:
@@ -94,7 +94,7 @@ class Router:
 
     Attributes:
         widths: D_k of the K specialists.
-        report: how it was chosen: every candidate with its cross-validated loss.
+        report: every candidate with its cross-validated loss, and the chosen one.
     """
 
     def __init__(self, widths: Sequence[int], hidden_size: int = 0, report: Mapping[str, Any] | None = None) -> None:
@@ -105,11 +105,11 @@ class Router:
     def train(cls, store: FeatureStore, seed: int = 0, candidates: Sequence[Candidate] = CANDIDATES) -> Router:
         """Train on the rows of a feature store.
 
-        Candidate and number of steps are those with the lowest cross-validated loss of the chosen specialist (nats a
-        response token, mean over the domains); the router then learns from all rows.
+        The candidate and the number of steps have the lowest cross-validated loss of the chosen specialists (nats per
+        response token, mean over the domains). The router is then trained on all rows.
 
         Args:
-            store: training rows only; nothing else is looked at.
+            store: training rows only.
             seed: of the folds and of the hidden layer's first weights.
 
         Raises:
@@ -117,25 +117,25 @@ class Router:
         """
         rows = _read(store)
         folds = _folds(rows.domains, seed)
-        looks = [min(_validate(rows, folds, candidate, seed)) for candidate in candidates]
-        best = min(range(len(candidates)), key=looks.__getitem__)
-        chosen, steps = candidates[best], looks[best].steps
+        scores = [min(_validate(rows, folds, candidate, seed)) for candidate in candidates]
+        best = min(range(len(candidates)), key=scores.__getitem__)
+        candidate, steps = candidates[best], scores[best].steps
         report = {
-            "chosen": asdict(chosen) | looks[best]._asdict(),
-            "candidates": [asdict(c) | look._asdict() for c, look in zip(candidates, looks, strict=True)],
+            "chosen": asdict(candidate) | scores[best]._asdict(),
+            "candidates": [asdict(c) | score._asdict() for c, score in zip(candidates, scores, strict=True)],
             "rows": len(rows.tokens),
             "folds": len(folds),
             "seed": seed,
         }
-        router = cls([states.shape[1] for states in store.states], chosen.hidden_size, report)
-        router.net = _start(rows, chosen, seed)
-        for _ in _fit(router.net, rows, chosen, steps):
+        router = cls([states.shape[1] for states in store.states], candidate.hidden_size, report)
+        router.net = _start(rows, candidate, seed)
+        for _ in _fit(router.net, rows, candidate, steps):
             pass
         return router
 
     @property
     def num_parameters(self) -> int:
-        """What was trained."""
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.net.parameters())
 
     @torch.no_grad()
@@ -159,7 +159,7 @@ class Router:
         """
         for name in (FACTS_FILE, WEIGHTS_FILE):
             if not (Path(folder) / name).is_file():
-                raise CheckpointError(f"{folder}: no {name}, so there is no router; train one and save it there")
+                raise CheckpointError(f"{folder}: no {name}, so there is no router. Train one and save it there")
         facts = json.loads((Path(folder) / FACTS_FILE).read_text(encoding="utf-8"))
         router = cls(facts["widths"], facts["hidden_size"], facts["report"])
         router.net.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
@@ -167,7 +167,7 @@ class Router:
 
 
 class _Classifier(nn.Module):
-    """Standardise, then a linear layer, or two with a ReLU between them; it starts without an opinion."""
+    """Standardisation, then a linear layer, or two with a ReLU between them. Its first scores are all 0."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -194,10 +194,10 @@ def _concatenate(first_states: Sequence[torch.Tensor]) -> torch.Tensor:
 def _read(store: FeatureStore) -> _Rows:
     """First states, nats, tokens and domains of all rows."""
     if len(store) < 2:
-        raise DataError(f"a router needs at least two training rows, got {len(store)}; add training data")
+        raise DataError(f"a router needs at least two training rows, got {len(store)}. Add training data")
     items = [store[i] for i in range(len(store))]
     return _Rows(
-        states=torch.stack([_concatenate([own[0] for own in item.states]) for item in items]),
+        states=torch.stack([_concatenate([states[0] for states in item.states]) for item in items]),
         nats=torch.stack([-item.log_probs.sum(0) for item in items]).float(),
         tokens=torch.tensor([float(len(item.row.labels)) for item in items]),
         domains=[item.row.domain for item in items],
@@ -229,12 +229,12 @@ def _start(rows: _Rows, candidate: Candidate, seed: int) -> _Classifier:
 
 
 def _fit(net: _Classifier, rows: _Rows, candidate: Candidate, steps: int) -> Iterator[None]:
-    """L-BFGS on all rows; gives control back after every look.
+    """L-BFGS on all rows. Yields after every STEPS_PER_SCORE steps.
 
-    AdamW's first steps move every weight alike, signal or noise: 100 steps at 3e-3 on 50 made-up rows, one telling
-    number among ten, left 10 to 14 of 40 new choices wrong; L-BFGS left none.
+    AdamW's first steps move all weights alike, signal or noise. On 50 synthetic rows with one informative number of ten,
+    100 steps at 3e-3 got 10 to 14 of 40 new choices wrong, and L-BFGS none.
     """
-    settings: dict[str, Any] = {"max_iter": STEPS_PER_LOOK, "history_size": 10, "line_search_fn": "strong_wolfe"}
+    settings: dict[str, Any] = {"max_iter": STEPS_PER_SCORE, "history_size": 10, "line_search_fn": "strong_wolfe"}
     optimizer = torch.optim.LBFGS(net.parameters(), **settings)
 
     def closure() -> torch.Tensor:
@@ -245,7 +245,7 @@ def _fit(net: _Classifier, rows: _Rows, candidate: Candidate, steps: int) -> Ite
         loss.backward()
         return loss
 
-    for _ in range(steps // STEPS_PER_LOOK):
+    for _ in range(steps // STEPS_PER_SCORE):
         optimizer.step(closure)
         yield
 
@@ -254,7 +254,7 @@ def _loss(scores: torch.Tensor, rows: _Rows, target: str) -> torch.Tensor:
     """Every domain weighs the same."""
     log_p = scores.log_softmax(-1)  # (N, K)
     mean_nats = rows.nats / rows.tokens[:, None]
-    if target == "regret":  # what is measured: nats a response token
+    if target == "regret":  # the measured quantity: nats per response token
         regret = (log_p.exp() * (mean_nats - mean_nats.amin(1, keepdim=True))).sum(1)
         return (rows.weights(rows.tokens) * regret).sum()
     if target == "soft":
@@ -264,20 +264,20 @@ def _loss(scores: torch.Tensor, rows: _Rows, target: str) -> torch.Tensor:
     return -(rows.weights(torch.ones_like(rows.tokens)) * (goal * log_p).sum(1)).sum()
 
 
-def _validate(rows: _Rows, folds: Sequence[Sequence[int]], candidate: Candidate, seed: int) -> list[_Look]:
-    """How the choices for rows that were held out do, at every look."""
-    nats = torch.zeros(2, MAX_STEPS // STEPS_PER_LOOK, len(rows.tokens))  # of the choice, and expected
+def _validate(rows: _Rows, folds: Sequence[Sequence[int]], candidate: Candidate, seed: int) -> list[_Score]:
+    """The losses of the choices for held-out rows, after every STEPS_PER_SCORE steps."""
+    nats = torch.zeros(2, MAX_STEPS // STEPS_PER_SCORE, len(rows.tokens))  # of the choice, and expected
     for fold in folds:
         held = set(fold)
         train, test = rows[[i for i in range(len(rows.tokens)) if i not in held]], rows[fold]
         net = _start(train, candidate, seed)
-        for look, _ in enumerate(_fit(net, train, candidate, MAX_STEPS)):
+        for i, _ in enumerate(_fit(net, train, candidate, MAX_STEPS)):
             with torch.no_grad():
                 scores = net(test.states)
-            nats[0, look, fold] = test.nats.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
-            nats[1, look, fold] = (test.nats * scores.softmax(-1)).sum(1)
-    means = (nats / rows.tokens * rows.weights(rows.tokens)).sum(-1)  # (2, looks)
-    return [_Look(nll, expected, STEPS_PER_LOOK * (i + 1)) for i, (nll, expected) in enumerate(means.T.tolist())]
+            nats[0, i, fold] = test.nats.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
+            nats[1, i, fold] = (test.nats * scores.softmax(-1)).sum(1)
+    means = (nats / rows.tokens * rows.weights(rows.tokens)).sum(-1)  # (2, number of scores)
+    return [_Score(nll, expected, STEPS_PER_SCORE * (i + 1)) for i, (nll, expected) in enumerate(means.T.tolist())]
 
 
 # ---------------------------------------------------------------- use
@@ -286,13 +286,13 @@ def _validate(rows: _Rows, folds: Sequence[Sequence[int]], candidate: Candidate,
 @torch.no_grad()
 def router_choices(router: Router, store: FeatureStore) -> list[int]:
     """The specialist that the router chooses for each row."""
-    return [router.choose([own[0] for own in store[i].states]) for i in range(len(store))]
+    return [router.choose([states[0] for states in store[i].states]) for i in range(len(store))]
 
 
 def router_losses(router: Router, store: FeatureStore) -> list[RowLoss]:
-    """Each row under the specialist that the router chooses for it; no model runs."""
-    each = list(specialist_losses(store, [str(k) for k in range(len(router.widths))]).values())
-    return [each[k][i] for i, k in enumerate(router_choices(router, store))]
+    """The loss of each row under the specialist that the router chooses for it. No model runs."""
+    losses = list(specialist_losses(store, [str(k) for k in range(len(router.widths))]).values())
+    return [losses[k][i] for i, k in enumerate(router_choices(router, store))]
 
 
 @torch.no_grad()
@@ -306,17 +306,17 @@ def first_states(model: UltraFuserForCausalLM, renderer: Renderer, chats: Sequen
         mask = inputs["specialist_attention_mask"]
         states = model.specialist_states(inputs["specialist_input_ids"], mask)  # K x (B, T, D_k), padded on the left
         for b, i in enumerate(batch):
-            out[i] = [own[b, -1].float().cpu() for own in states]
+            out[i] = [specialist_states[b, -1].float().cpu() for specialist_states in states]
     return out
 
 
 def _question(chat: Chat) -> Chat:
-    """The conversation up to its last question: an answer that was begun does not change who gives it."""
+    """The conversation up to its last question. The beginning of an answer does not change the choice."""
     return chat[:-1] if chat and chat[-1]["role"] == "assistant" else chat
 
 
 def route_by(router: Router, model: UltraFuserForCausalLM, renderer: Renderer) -> Callable[[Chat | str], str]:
-    """The function by which `RoutedLM` chooses: a conversation, or text as one question -> a specialist's name."""
+    """The `choose` of `RoutedLM`: from a conversation, or text as one question, to a specialist's name."""
 
     def choose(prompt: Chat | str) -> str:
         chat: Chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -329,18 +329,18 @@ def route_by(router: Router, model: UltraFuserForCausalLM, renderer: Renderer) -
 
 
 class RoutedLM(LM):
-    """Each request is answered by the one language model that `choose` names for its prompt.
+    """Sends each request to the language model that `choose` names for its prompt.
 
     Attributes:
-        chosen: how many requests each one answered.
+        chosen: number of requests that each specialist answered.
     """
 
     def __init__(self, lms: Mapping[str, LM], choose: Callable[[Chat | str], str], *, remember: bool = True) -> None:
         """
         Args:
             lms: the specialists by name.
-            choose: messages, or text where the prompt is no conversation -> a name; asked once for each prompt.
-            remember: False asks it for every request, as a server would; for timing.
+            choose: gives a specialist's name for messages, or for text. It is called once for each prompt.
+            remember: False calls it for every request, as a server would, for timing.
         """
         super().__init__()
         self.lms, self.choose, self.remember = dict(lms), choose, remember
@@ -353,7 +353,7 @@ class RoutedLM(LM):
         return "ultrafuser-chat"
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as one string; every specialist renders it its own way."""
+        """The conversation as one string. Every specialist renders it with its own template."""
         return encode_chat(chat_history)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -369,52 +369,52 @@ class RoutedLM(LM):
         Raises:
             UltraFuserError: a whole text has no prompt by which to choose.
         """
-        raise UltraFuserError("a router chooses by the prompt, and rolling log-likelihood has none; use another task")
+        raise UltraFuserError("a router chooses by the prompt, and rolling log-likelihood has none. Use another task")
 
     def _ask(self, kind: str, requests: Sequence[Instance]) -> list[Any]:
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(self._name(request.args[0]), []).append(i)
         out: list[Any] = [None] * len(requests)
-        for name, mine in groups.items():
-            for j, result in ask(self.lms[name], kind, [requests[i] for i in mine]):
-                out[mine[j]] = result
+        for name, rows in groups.items():
+            for j, result in ask(self.lms[name], kind, [requests[i] for i in rows]):
+                out[rows[j]] = result
                 self.chosen[name] += 1
-                self.cache_hook.add_partial(kind, requests[mine[j]].args, result)
+                self.cache_hook.add_partial(kind, requests[rows[j]].args, result)
         return out
 
     def _name(self, context: str) -> str:
         """
         Raises:
-            UltraFuserError: `choose` gave a name that no specialist has.
+            UltraFuserError: `choose` gave the name of no specialist.
         """
         if context not in self._names or not self.remember:
             messages = decode_chat(context)
             name = self.choose(context if messages is None else messages)
             if name not in self.lms:
-                raise UltraFuserError(f"the router chose {name!r}; there are: {', '.join(self.lms)}")
+                raise UltraFuserError(f"the router chose {name!r}. There are: {', '.join(self.lms)}")
             self._names[context] = name
         return self._names[context]
 
 
 def ask(lm: LM, kind: str, requests: Sequence[Instance]) -> Iterator[tuple[int, Any]]:
-    """Have one language model answer, a few requests of similar length at a time: (index, result), in any order.
+    """Send requests to one language model, a few of similar length at a time. Yields (index, result) in any order.
 
-    Conversations are rendered the way that model wants them.
+    Conversations are rendered with the template of that model.
     """
     order = sorted(range(len(requests)), key=lambda i: -len(str(requests[i].args[0])))
     for start in range(0, len(order), REQUESTS_PER_CALL):
-        part = order[start : start + REQUESTS_PER_CALL]
-        yield from zip(part, getattr(lm, kind)([rendered(requests[i], lm) for i in part]), strict=True)
+        batch = order[start : start + REQUESTS_PER_CALL]
+        yield from zip(batch, getattr(lm, kind)([rendered(requests[i], lm) for i in batch]), strict=True)
 
 
 def rendered(request: Instance, lm: LM) -> Instance:
-    """The request with its conversation as `lm` renders it; an answer that was begun is continued."""
+    """The request with its conversation as `lm` renders it. The beginning of an answer is continued."""
     context, *rest = request.args
     messages = decode_chat(context)
     if messages is None:
         return request
     out = copy.copy(request)
-    begun = messages[-1]["role"] == "assistant"
-    out.arguments = (lm.apply_chat_template(messages, add_generation_prompt=not begun), *rest)
+    has_answer = messages[-1]["role"] == "assistant"
+    out.arguments = (lm.apply_chat_template(messages, add_generation_prompt=not has_answer), *rest)
     return out

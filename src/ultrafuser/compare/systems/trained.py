@@ -34,7 +34,7 @@ class TrainedSystem(SystemNode):
 
     @property
     def stage_names(self) -> list[str] | None:
-        """The stages of the training recipe to run; None: all of them."""
+        """Names of the stages to run. None: all stages of the training recipe."""
         return None
 
     def has_frozen_specialists(self, settings: CompareSettings) -> bool:
