@@ -180,7 +180,7 @@ def test_full_specialists_have_no_base(training, in_process, tmp_path):
         specialist["chat_template"] = "chatml"
     Path(training["recipe"]).write_text(yaml.safe_dump(recipe))
     results = compare(load(training, ["base", "specialist", "router"]))
-    assert "name the model that they were trained from as 'base'" in results.systems["base"].error
+    assert "Name the model that they were trained from as 'base'" in results.systems["base"].error
     assert results.systems["router"].status == "done"
 
 

@@ -99,7 +99,7 @@ def test_what_is_dumped_is_read_back(tmp_path):
         ),
         ([{"kind": "tuned", "specialist": "text"}], {"set": ["stages=[gate]"]}, "needs the stages joint"),
         ([{"kind": "specialist", "name": "all"}], {}, "stands for all of them"),
-        ([{"kind": "btx", "set": ["balanced=false"]}], {}, "balanced batches always"),
+        ([{"kind": "btx", "set": ["balanced=false"]}], {}, "always trained on balanced batches"),
         (["base"], {"main": "fused"}, "main: no system 'fused'"),
         ([{"kind": "base", "versus": "text"}], {}, "'base' has versus 'text', which is no system. There are: base"),
         (["base"], {"test": []}, "nothing to measure"),
