@@ -187,8 +187,8 @@ def _alternatives(model: UltraFuserForCausalLM, rows: list[Rendered], progress: 
     """Measure the base without adapters and the average of the specialists' weights."""
     group, vocab = model.groups[0], model.config.vocab_size
     with group.only([]):
-        base = group_losses(group, rows, vocab, what="base", progress=progress)
-    average = group_losses(weight_average(model), rows, vocab, what="weight average", progress=progress)
+        base = group_losses(group, rows, vocab, label="base", progress=progress)
+    average = group_losses(weight_average(model), rows, vocab, label="weight average", progress=progress)
     return {"base": base, "weight_average": average}
 
 

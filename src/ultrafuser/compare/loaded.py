@@ -77,7 +77,7 @@ def load_model(workspace: Workspace, loaded: LoadedModel, features: Path) -> Loa
         vocab_size = model.config.vocab_size
         return TestLosses(
             rows,
-            group_losses(model.groups[0], rows, vocab_size, adapter=0, what=loaded.name, progress=workspace.progress),
+            group_losses(model.groups[0], rows, vocab_size, adapter=0, label=loaded.name, progress=workspace.progress),
         )
 
     def traces() -> list[TokenTrace]:

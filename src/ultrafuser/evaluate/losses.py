@@ -1,4 +1,4 @@
-"""Nats per response token by domain, for a fused model and for what it is compared with, with bootstrap intervals."""
+"""Losses of each row, in nats over its response tokens, and their sums by domain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ultrafuser.train.features import FeatureStore, response_states
 
 @dataclass(frozen=True)
 class RowLoss:
-    """What one row costs under one system: nats summed over its response tokens."""
+    """The loss of one row under one system, in nats summed over its response tokens."""
 
     domain: str
     nats: float
@@ -30,7 +30,7 @@ class RowLoss:
 
 @torch.no_grad()
 def specialist_losses(store: FeatureStore, names: Sequence[str]) -> dict[str, list[RowLoss]]:
-    """Every specialist alone, at its temperature if it has one, from the feature cache: no model runs."""
+    """Every specialist alone, at its temperature if it has one. The feature cache has all that is needed."""
     totals = [store[i].log_probs.double().sum(0).tolist() for i in range(len(store))]
     return {
         name: [_row_loss(row, -total[k]) for row, total in zip(store.rows, totals, strict=True)]
@@ -42,7 +42,7 @@ def specialist_losses(store: FeatureStore, names: Sequence[str]) -> dict[str, li
 def fused_losses(
     model: UltraFuserForCausalLM, store: FeatureStore, *, uniform: bool = False
 ) -> tuple[list[RowLoss], list[list[float]]]:
-    """The fused model, or the same specialists with equal weights, from the feature cache.
+    """The fused model, or the same specialists with equal weights, on cached features.
 
     Returns:
         The rows' losses, and each row's mean weight of every specialist.
@@ -50,7 +50,7 @@ def fused_losses(
     losses, weights = [], []
     for i in range(len(store)):
         item = store[i]
-        states = [own.to(model.device) for own in item.states]
+        states = [state.to(model.device) for state in item.states]
         log_probs = item.log_probs.to(model.device)
         size = log_probs.shape[1]
         log_w = log_probs.new_full(log_probs.shape, -float(np.log(size))) if uniform else model.gate(states)  # (R, K)
@@ -72,48 +72,50 @@ def group_losses(
     *,
     template: int = 0,
     adapter: int | None = None,
-    what: str = "model",
+    label: str = "model",
     progress: Progress | None = None,
 ) -> list[RowLoss]:
-    """One plain model, or the base of a group, on the rows as specialist number `template` reads them.
+    """One plain model, or the base of a group.
 
     Args:
-        adapter: the one of the group's adapters that runs; None: the bare base.
+        template: index of the specialist whose chat template the rows are read in.
+        adapter: index of the group's adapter that runs. None: the bare base.
+        label: name of the model, for the progress bar.
     """
     progress = progress or Progress()
-    progress.start(f"{what} reads the test rows", sum(row.num_tokens for row in rows))
-    out: list[RowLoss | None] = [None] * len(rows)
+    progress.start(f"{label} reads the test rows", sum(row.num_tokens for row in rows))
+    losses: list[RowLoss | None] = [None] * len(rows)
     active = [0] if not group.loras else [] if adapter is None else [adapter]
     head = group.head(vocab_size)
     for batch in length_batches([row.num_tokens for row in rows], token_budget(group.device)):
         flat, labels = response_states(group, [rows[i] for i in batch], template, active)
         log_p = label_log_prob(flat, head, labels).double()
-        for i, own in zip(batch, log_p.split([len(rows[i].labels) for i in batch]), strict=True):
-            out[i] = _row_loss(rows[i], -own.sum().item())
+        for i, row_log_p in zip(batch, log_p.split([len(rows[i].labels) for i in batch]), strict=True):
+            losses[i] = _row_loss(rows[i], -row_log_p.sum().item())
         progress.advance(sum(rows[i].num_tokens for i in batch))
     progress.finish()
-    return [loss for loss in out if loss is not None]
+    return [loss for loss in losses if loss is not None]
 
 
-def by_stratum(rows: Sequence[Rendered], found: Sequence[RowLoss]) -> dict[str, Stratum]:
-    """The rows' nats and tokens by domain and id; the second row of one id gets a number, so that none is lost."""
-    out: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
-    seen: Counter[tuple[str, str]] = Counter()
-    for row, loss in zip(rows, found, strict=True):
-        totals, weights = out.setdefault(row.domain, ({}, {}))
-        seen[row.domain, row.row_id] += 1
-        number = seen[row.domain, row.row_id]
-        key = f"{row.row_id}#{number}" if number > 1 else row.row_id
+def by_stratum(rows: Sequence[Rendered], losses: Sequence[RowLoss]) -> dict[str, Stratum]:
+    """The rows' nats and tokens by domain and id. The second row with one id is `ID#2`, so that none is lost."""
+    by_domain: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+    for row, loss in zip(rows, losses, strict=True):
+        totals, weights = by_domain.setdefault(row.domain, ({}, {}))
+        counts[row.domain, row.row_id] += 1
+        count = counts[row.domain, row.row_id]
+        key = f"{row.row_id}#{count}" if count > 1 else row.row_id
         totals[key], weights[key] = loss.nats, loss.tokens
-    return {domain: Stratum(*own) for domain, own in out.items()}
+    return {domain: Stratum(totals, weights) for domain, (totals, weights) in by_domain.items()}
 
 
 def by_domain(rows: Sequence[Rendered], weights: Sequence[Sequence[float]]) -> dict[str, list[Sequence[float]]]:
     """The rows' weights of the specialists, by domain."""
-    out: dict[str, list[Sequence[float]]] = {}
-    for row, own in zip(rows, weights, strict=True):
-        out.setdefault(row.domain, []).append(own)
-    return out
+    grouped: dict[str, list[Sequence[float]]] = {}
+    for row, row_weights in zip(rows, weights, strict=True):
+        grouped.setdefault(row.domain, []).append(row_weights)
+    return grouped
 
 
 def mean_weights(

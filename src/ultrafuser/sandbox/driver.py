@@ -1,10 +1,10 @@
 """The program inside the sandbox: it limits itself, runs an answer and then its tests, and reports over one socket.
 
-It runs by itself under `python -I -S`, so it imports the standard library only. Once the answer has run, nothing that can be reached by name
-may be trusted any more: whatever is needed afterwards is held in local variables before.
+It runs under `python -I -S`, so it imports the standard library only. Once the answer has run, nothing that can be reached
+by name can be trusted. Everything that is needed afterwards is held in local variables before.
 
-Requests, one JSON object a line: {"uid", "limits", "module", "setup", "answer"}, then, after `ready`, {"tests", "proof"}.
-Replies, one a line: `started`, `ready`, and at the end the proof itself, `memory: ...` or `failed: ...`.
+Each request is a line with a JSON object: {"uid", "limits", "module", "setup", "answer"}, then, after `ready`,
+{"tests", "proof"}. Each reply is a line: `started`, `ready`, and at the end the proof, `memory: ...` or `failed: ...`.
 """
 
 import fcntl
@@ -33,29 +33,23 @@ def main(inherited: int) -> None:
 
 
 def limit(which: int, value: int) -> None:
-    """Sets the soft and the hard limit to a value, or to the hard limit in force where that is lower."""
+    """Set the soft and the hard limit to a value, or to the present hard limit if that is lower."""
     hard = resource.getrlimit(which)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(which, (value, value))
 
 
 def judge(channel, requests, request) -> None:
-    """Runs the parts in one namespace and leaves the process at once, so that nothing which the answer left behind runs afterwards."""
-    write, getpid, leave, loads, run, build, explain = (
-        os.write,
-        os.getpid,
-        os._exit,
-        json.loads,
-        exec,
-        compile,
-        describe,
-    )
-    mine = getpid()
+    """Run setup, answer and tests in one namespace, then leave the process at once, before any code that the answer left."""
+    # The answer may replace any of these in their modules.
+    write, getpid, leave, loads = os.write, os.getpid, os._exit, json.loads
+    run, build, explain = exec, compile, describe
+    own_pid = getpid()
     module = types.ModuleType(request["module"])
     sys.modules[request["module"]] = module  # dataclasses, pickle and typing look a class up by its module
 
     def reply(line: bytes) -> None:
-        if getpid() != mine:  # a process that the answer forked; only the first one reports
+        if getpid() != own_pid:  # a process that the answer forked
             leave(1)
         line += b"\n"
         while line:
@@ -63,8 +57,8 @@ def judge(channel, requests, request) -> None:
 
     reply(b"started")
     try:
-        for part in ("setup", "answer"):
-            run(build(request[part], f"<{part}>", "exec", dont_inherit=True), module.__dict__)
+        for name in ("setup", "answer"):
+            run(build(request[name], f"<{name}>", "exec", dont_inherit=True), module.__dict__)
         reply(b"ready")
         final = loads(requests.readline())
         run(build(final["tests"], "<tests>", "exec", dont_inherit=True), module.__dict__)
@@ -78,19 +72,19 @@ def judge(channel, requests, request) -> None:
 
 
 def describe(error: BaseException) -> bytes:
-    """One line: the error's type, its text, and the last line of the answer or its tests that it passed through."""
-    place, trace = "", error.__traceback__
+    """One line: the error's type, its text, and the innermost line of the answer or its tests."""
+    location, trace = "", error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
         if file in ("<setup>", "<answer>", "<tests>"):
-            place = f" ({file[1:-1]}, line {trace.tb_lineno})"
+            location = f" ({file[1:-1]}, line {trace.tb_lineno})"
         trace = trace.tb_next
     try:
         text = str(error)[:MAX_DETAIL]
-    except BaseException:  # noqa: BLE001 - str() is the answer's own code here
+    except BaseException:  # noqa: BLE001 - str() may be the answer's own code
         text = "(no text)"
     words = [f"{type(error).__name__}:", *text.split()] if text.strip() else [type(error).__name__]
-    return (" ".join(words) + place).encode("utf-8", "backslashreplace")
+    return (" ".join(words) + location).encode("utf-8", "backslashreplace")
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ def started_driver(isolation: Isolation, limits: Limits) -> Iterator[Driver]:
         yield Driver(process, channel, output)
 
 
-def _environment(home: str) -> dict[str, str]:
-    return {"HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"}
+def _environment(folder: str) -> dict[str, str]:
+    return {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"}
 
 
 def _command(isolation: Isolation, limits: Limits, channel: int, info: int) -> list[str]:

@@ -126,7 +126,7 @@ def test_whole_documents_are_refused(fused):
 
 
 def test_an_empty_continuation_is_refused(fused):
-    with pytest.raises(DataError, match="no tokens of its own"):
+    with pytest.raises(DataError, match="'' has no tokens"):
         fused.loglikelihood([instance("loglikelihood", "fox", "")])
 
 

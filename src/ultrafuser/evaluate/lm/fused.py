@@ -1,4 +1,4 @@
-"""A fused model (or K = 1: any model) as lm-eval sees one: every specialist reads the prompt in its own template."""
+"""A fused model as an lm-eval model: every specialist reads the prompt in its own template. K = 1 is any model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MAX_NEW_TOKENS = 512  # where a task does not say
 class FusionLM(LM):
     """An lm-eval model over `UltraFuserForCausalLM`.
 
-    Chats arrive as `encode_chat` wrote them and are rendered once for each specialist; any other text is read by all
-    specialists as it is. Requests are sorted by length and answered in batches, and each finished one is reported to
-    lm-eval's cache hook.
+    Chats arrive as `encode_chat` wrote them and are rendered once for each specialist. All specialists read any other
+    text unchanged. Requests are sorted by length and answered in batches. Each finished one is reported to lm-eval's
+    cache hook.
 
     Attributes:
-        draws: sampled batches so far. Each has a seed of its own, so that equal requests get different answers; a
-            resumed run counts on from the answers that it kept.
+        draws: sampled batches so far. Each has its own seed, so that equal requests get different answers. A resumed run
+            counts on from the cached answers.
     """
 
     def __init__(self, model: UltraFuserForCausalLM, renderer: Renderer, *, batch_size: int = 8, seed: int = 0) -> None:
@@ -55,23 +55,24 @@ class FusionLM(LM):
 
     @torch.inference_mode()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """(log-probability in nats, whether greedy decoding would give it) of each continuation.
+        """For each continuation, its log-probability in nats, and whether greedy decoding would give it.
 
         Raises:
             DataError: a request that does not fit into the smallest context.
         """
-        groups: dict[Any, list[int]] = {}  # options of one token on one prompt differ in what is predicted alone
+        groups: dict[Any, list[int]] = {}  # options of one token share a prompt, and differ in the label alone
         rows = [self._row(*request.args) for request in requests]
         for i, row in enumerate(rows):
             self._check_fits(row.num_tokens, 0, requests[i])
             groups.setdefault((row.input_ids, row.response_index), []).append(i)
-        order = sorted(groups.values(), key=lambda own: -rows[own[0]].num_tokens)
+        order = sorted(groups.values(), key=lambda group: -rows[group[0]].num_tokens)
         answers: list[Any] = [None] * len(requests)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            for own, log_probs in zip(batch, self._log_probs([rows[own[0]] for own in batch]), strict=True):
+            firsts = [rows[group[0]] for group in batch]
+            for group, log_probs in zip(batch, self._log_probs(firsts), strict=True):
                 best = log_probs.argmax(-1)  # (R,)
-                for i in own:
+                for i in group:
                     labels = torch.tensor(rows[i].labels, device=log_probs.device)
                     log_p = log_probs.gather(-1, labels[:, None]).sum().item()
                     answers[i] = (log_p, bool((best == labels).all()))
@@ -79,23 +80,25 @@ class FusionLM(LM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Whole documents have no prompt that templates could differ in."""
-        raise DataError("this task scores whole documents (loglikelihood_rolling), which fused models do not offer; "
-                        "use `--suite quick` for the loss on answers")  # fmt: skip
+        """Not offered: a whole document has no prompt that templates could differ in."""
+        raise DataError(
+            "this task scores whole documents (loglikelihood_rolling), which fused models do not offer; use "
+            "`--suite quick` for the loss on answers"
+        )
 
     def _log_probs(self, rows: Sequence[Rendered]) -> list[torch.Tensor]:
         """Log-probabilities at the response positions: one (R, V) tensor for each row."""
         inputs = {key: value.to(self.model.device) for key, value in collate_rows(rows).items()}
         states = self.model.specialist_states(inputs["specialist_input_ids"])  # K x (B, T, D_k)
-        kept = inputs["labels"] != -100
-        flat = select_responses(states, inputs["response_index"], kept)  # K x (N, D_k)
+        labelled = inputs["labels"] != -100
+        flat = select_responses(states, inputs["response_index"], labelled)  # K x (N, D_k)
         mixed = self.model.mix(flat, self.model.gate(flat)).log_softmax(-1)  # (N, V)
         return list(mixed.split([len(row.labels) for row in rows]))
 
     def _row(self, context: str, continuation: str) -> Rendered:
         """Context and continuation as K token sequences with the continuation's tokens in common.
 
-        Blanks that end the context belong to the continuation, as in lm-eval, where all templates end alike.
+        Blanks that end all contexts alike belong to the continuation, as in lm-eval.
         """
         texts, special = self._texts(context), decode_chat(context) is None
         tails = {text[len(text.rstrip()) :] for text in texts}
@@ -109,7 +112,7 @@ class FusionLM(LM):
             prompts = [[self.tokenizer.eos_token_id if first is None else first]] * len(texts)
             response = self._encode(continuation)
         if not response:
-            raise DataError(f"the continuation {continuation!r} has no tokens of its own, so it has no log-likelihood")
+            raise DataError(f"the continuation {continuation!r} has no tokens, so it has no log-likelihood")
         return Rendered(
             row_id="",
             domain="",
@@ -127,43 +130,41 @@ class FusionLM(LM):
         Raises:
             DataError: a prompt that does not fit into the smallest context together with the new tokens.
         """
-        asked = [_Asked(self._prompts(r.args[0]), *self._options(r.args[1])) for r in requests]
-        for one, request in zip(asked, requests, strict=True):
-            self._check_fits(one.num_tokens, one.options["max_new_tokens"], request)
+        generations = [_Generation(self._prompts(r.args[0]), *self._options(r.args[1])) for r in requests]
+        for generation, request in zip(generations, requests, strict=True):
+            self._check_fits(generation.num_tokens, generation.options["max_new_tokens"], request)
         answers: list[Any] = [None] * len(requests)
-        order = sorted(
-            range(len(asked)), key=lambda i: (repr(asked[i].options), repr(asked[i].until), -asked[i].num_tokens)
-        )
-        for batch in _batches(order, asked, self.batch_size):
-            for i, text in zip(batch, self._generate([asked[i] for i in batch]), strict=True):
+        for batch in _batches(generations, self.batch_size):
+            for i, text in zip(batch, self._generate([generations[i] for i in batch]), strict=True):
                 answers[i] = text
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return answers
 
-    def _generate(self, asked: Sequence[_Asked]) -> list[str]:
-        first = asked[0]
-        inputs = pad_prompts([one.prompts for one in asked], self.renderer.pad_id, self.model.device)
+    def _generate(self, batch: Sequence[_Generation]) -> list[str]:
+        first = batch[0]
+        inputs = pad_prompts([generation.prompts for generation in batch], self.renderer.pad_id, self.model.device)
         width = inputs["input_ids"].shape[1]
         if first.options["do_sample"]:
             torch.manual_seed(_seed(self.seed, self.draws))
             self.draws += 1
-        stops = stop_sequences_criteria(self.tokenizer, first.until, width, len(asked))
-        out = self.model.generate(**inputs, **first.options, stopping_criteria=stops, pad_token_id=self.renderer.pad_id)
-        return [self._text(ids, first.until) for ids in out[:, width:].tolist()]
+        stops = stop_sequences_criteria(self.tokenizer, first.until, width, len(batch))
+        tokens = self.model.generate(
+            **inputs, **first.options, stopping_criteria=stops, pad_token_id=self.renderer.pad_id
+        )
+        return [self._text(ids, first.until) for ids in tokens[:, width:].tolist()]
 
     def _text(self, ids: list[int], until: list[str]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return postprocess_generated_text(generation=text, stop=until, think_end_token=None)
 
-    def _options(self, given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    def _options(self, arguments: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
         """lm-eval's generation arguments as stop strings and arguments of `generate`."""
-        options = normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS)
+        options = normalize_gen_kwargs(dict(arguments), MAX_NEW_TOKENS)
         until = handle_stop_sequences(options.pop("until", None), eos=self.tokenizer.eos_token)
         options["max_new_tokens"] = options.pop("max_gen_toks")
         if not options.get("do_sample"):
-            options = {k: v for k, v in options.items() if k not in ("temperature", "top_p", "top_k")} | {
-                "do_sample": False
-            }
+            options = {key: value for key, value in options.items() if key not in ("temperature", "top_p", "top_k")}
+            options["do_sample"] = False
         return until, options
 
     # ---------------------------------------------------------------- prompts
@@ -180,22 +181,22 @@ class FusionLM(LM):
         return [self._encode(text, special) or [self.tokenizer.eos_token_id] for text in self._texts(context)]
 
     def _encode(self, text: str, special: bool = False) -> list[int]:
-        """Tokens; `special`: with what the tokenizer puts around plain text. A template writes its own."""
+        """The tokens of a text; `special`: with those that the tokenizer adds. A chat template writes them itself."""
         return self.tokenizer.encode(text, add_special_tokens=special)
 
     def _check_fits(self, prompt: int, new: int, request: Instance) -> None:
         context = self.model.config.max_position_embeddings
         if prompt + new > context:
-            where = f"task {request.task_name!r}, document {request.doc_id}" if request.task_name else "a request"
+            source = f"task {request.task_name!r}, document {request.doc_id}" if request.task_name else "a request"
             raise DataError(
-                f"{where}: {prompt} prompt tokens and {new} new ones do not fit into the context of {context}; lower "
+                f"{source}: {prompt} prompt tokens and {new} new ones do not fit into the context of {context}; lower "
                 "--max-new-tokens, or leave the task out"
             )
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """One request for an answer: K prompts, stop strings, arguments of `generate`."""
+class _Generation:
+    """One request for text: K prompts, stop strings, arguments of `generate`."""
 
     prompts: list[list[int]]
     until: list[str]
@@ -206,18 +207,20 @@ class _Asked:
         return max(map(len, self.prompts))
 
 
-def _batches(order: Sequence[int], asked: Sequence[_Asked], size: int) -> list[list[int]]:
-    """Runs of at most `size` requests with the same options and stop strings."""
-    out: list[list[int]] = []
-    for i in order:
-        last = asked[out[-1][0]] if out else None
-        alike = last is not None and (last.options, last.until) == (asked[i].options, asked[i].until)
-        if alike and len(out[-1]) < size:
-            out[-1].append(i)
+def _batches(generations: Sequence[_Generation], size: int) -> list[list[int]]:
+    """Indices of at most `size` requests with the same options and stop strings, the longest prompts first."""
+
+    def settings(i: int) -> tuple[str, str]:
+        return repr(generations[i].options), repr(generations[i].until)
+
+    batches: list[list[int]] = []
+    for i in sorted(range(len(generations)), key=lambda i: (*settings(i), -generations[i].num_tokens)):
+        if batches and len(batches[-1]) < size and settings(batches[-1][0]) == settings(i):
+            batches[-1].append(i)
         else:
-            out.append([i])
-    return out
+            batches.append([i])
+    return batches
 
 
-def _seed(seed: int, number: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7], "big")
+def _seed(seed: int, batch: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:7], "big")

@@ -1,4 +1,4 @@
-"""MODEL on the command line -> something lm-eval can ask: a fused folder, any checkpoint, base + adapter, an endpoint."""
+"""Load a MODEL of the command line for lm-eval: a fused folder, any checkpoint, BASE+ADAPTER or an endpoint."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def wrap_model(
 
 
 def name_of(text: str) -> str:
-    """A short name, usable for a folder: the last part of a path, hub id, adapter or endpoint's model."""
+    """A short name that a folder can have: the end of a path, hub id, adapter or endpoint's model."""
     if text.startswith(ENDPOINT):
         text = endpoint_recipe(text).model
     last = re.split(r"[/+]", text.rstrip("/").removeprefix(PACKAGE))[-1]
@@ -122,17 +122,19 @@ def name_of(text: str) -> str:
 
 
 def split_name(text: str) -> tuple[str | None, str]:
-    """`NAME=MODEL` as its two parts; MODEL alone has no name."""
-    found = re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)=(.+)", text)
-    return (found[1], found[2]) if found and not Path(text).exists() else (None, text)
+    """The name and the model of `NAME=MODEL`. MODEL alone has no name."""
+    match = re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)=(.+)", text)
+    return (match[1], match[2]) if match and not Path(text).exists() else (None, text)
 
 
 def _endpoint(text: str, name: str) -> LoadedModel:
     from ultrafuser.evaluate.lm.endpoint import Endpoint, EndpointLM
 
     recipe = endpoint_recipe(text)
-    own = recipe.model_dump(include={"temperature", "max_tokens", "extra_body"}, exclude_defaults=True)  # of a file
-    fingerprint = f"openai:{recipe.model}@{recipe.base_url}" + (f" {json.dumps(own, sort_keys=True)}" if own else "")
+    settings = recipe.model_dump(include={"temperature", "max_tokens", "extra_body"}, exclude_defaults=True)
+    fingerprint = f"openai:{recipe.model}@{recipe.base_url}"
+    if settings:  # of a YAML file
+        fingerprint += f" {json.dumps(settings, sort_keys=True)}"
     return LoadedModel(name, EndpointLM(Endpoint(recipe)), fingerprint)
 
 
@@ -140,7 +142,7 @@ def endpoint_recipe(text: str) -> EndpointRecipe:
     """`[openai:]NAME[@URL]` as an endpoint, or a YAML file with the fields of one.
 
     Raises:
-        RecipeError: not of that form, or a file with something else.
+        RecipeError: another form, or a file with other fields.
     """
     if (file := text.removeprefix(ENDPOINT)).endswith((".yaml", ".yml")):
         return load_node(EndpointRecipe, file)
@@ -154,9 +156,9 @@ def endpoint_recipe(text: str) -> EndpointRecipe:
 
 
 def _fingerprint(model: UltraFuserForCausalLM, renderer: Renderer, folder: Path | None) -> str:
-    """A hash of what decides the answers: configuration, weight files, gate, templates."""
+    """A hash of all that decides the answers: configuration, weight files, gate, templates."""
     digest = hashlib.sha256()
-    several = len(model.config.specialists) > 1  # alone, neither gate nor mixing decides anything
+    several = len(model.config.specialists) > 1  # with one specialist, neither gate nor mixing matters
     dtypes = [str(group.model.dtype) for group in model.groups]
     facts = [model.config.specialists, model.config.mixing if several else "", renderer.chat_templates, dtypes]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())

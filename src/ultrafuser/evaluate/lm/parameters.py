@@ -12,7 +12,7 @@ from torch import nn
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters in all (tied ones once), and those active for each token.
 
-    They differ where a module says what it leaves out: `idle_parameters()`, as the mixture layers of BTX do.
+    They differ if a module has a method `idle_parameters()`, as the mixture layers of BTX do.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     modules: list[Any] = list(model.modules())

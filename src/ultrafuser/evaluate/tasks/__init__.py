@@ -1,4 +1,4 @@
-"""The benchmarks of the paper as lm-eval task files, each with the Python that reads its rows and scores its answers."""
+"""The benchmarks of the paper as lm-eval task files, with the Python that reads their rows and scores their answers."""
 
 from __future__ import annotations
 
@@ -145,11 +145,11 @@ def load_tasks(names: Iterable[str], options: TaskOptions | None = None) -> dict
     _check_requirements([TASKS[name] for name in requested if name in TASKS], options.unsafe_code)
     tasks: dict[str, Task] = {}
     for name in requested:
-        ours = name in TASKS
-        for full_name, task in manager.load(TASKS[name].lm_eval_name if ours else name)["tasks"].items():
+        lm_eval_name = TASKS[name].lm_eval_name if name in TASKS else name
+        for full_name, task in manager.load(lm_eval_name)["tasks"].items():
             if options.max_new_tokens is not None and task.get_config("output_type") == "generate_until":
                 task.config.generation_kwargs["max_gen_toks"] = options.max_new_tokens
-            tasks[name if ours else full_name] = task
+            tasks[name if name in TASKS else full_name] = task
     return tasks
 
 
@@ -158,11 +158,12 @@ def _resolve_name(name: str, loadable: Iterable[str]) -> str:
     short = name.removeprefix(PREFIX)
     if short in TASKS:
         return short
-    known = list(TASKS) + [other for other in loadable if other.removeprefix(PREFIX) not in TASKS]
-    if name in known:
+    names = list(TASKS) + [candidate for candidate in loadable if candidate.removeprefix(PREFIX) not in TASKS]
+    if name in names:
         return name
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    raise DataError(f"unknown task {name!r}; {f'did you mean {near[0]!r}? ' if near else ''}Known: {', '.join(known)}")
+    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {similar[0]!r}? " if similar else ""
+    raise DataError(f"unknown task {name!r}; {hint}Known: {', '.join(names)}")
 
 
 def _check_requirements(tasks: list[TaskInfo], unsafe_code: bool) -> None:

@@ -1,4 +1,4 @@
-"""Questions with lettered options: the options without their labels, and the letter that an answer states."""
+"""Questions with lettered options: read the options without their labels, and the letter that an answer states."""
 
 from __future__ import annotations
 
@@ -21,27 +21,34 @@ def split_label(option: str) -> tuple[str | None, str]:
 
 
 def score_stated_letter(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 where the letter that the answer states is the right one."""
-    given = stated_letter(results[0], len(doc["options"]))
-    return {"acc": float(given == LETTERS[doc["target"]]), "unparsed": float(given is None)}
+    """1 if the answer states the right letter."""
+    letter = stated_letter(results[0], len(doc["options"]))
+    return {"acc": float(letter == LETTERS[doc["target"]]), "unparsed": float(letter is None)}
 
 
 def stated_letter(answer: str, num_options: int) -> str | None:
-    """The letter an answer settles on; None if it states none.
+    """The final letter of an answer; None if it states none.
 
-    In this order: the last box; the letter after the last "answer is", "answer:" or the like that has one; "option B is correct"; the
-    only letter that stands on a line of its own, opens a line as in "B) 21", or stands in parentheses.
+    The first of these that has a letter:
+
+    1. the last box
+    2. the text after the last "answer is", "answer:" or the like
+    3. "option B is correct"
+    4. the only letter that is alone on a line, opens a line as in "B) 21", or is in parentheses
     """
     text = _STYLE.sub("", after_thinking(answer))
     rest = LETTERS[1:num_options]
-    # "A" before a word is the article, unless the word goes on about the answer.
+    # A letter that does not begin a word. "A" before a word is the article, unless the word continues the sentence.
     letter = rf"(?:[{rest}]|A(?! +(?!(?:as|because|since|with)\b)[a-z]))(?![A-Za-z'’])"
+    # 1. and 2.
     stated = re.compile(rf"[\W_]*(?:(?i:option|choice|letter)\b[\W_]*)?({letter})")
-    for place in (answers.boxed(text) or "", *answers.after_cues(text, "answer|option|choice")):
-        if match := stated.match(place):
+    for result in (answers.boxed(text) or "", *answers.after_cues(text, "answer|option|choice")):
+        if match := stated.match(result):
             return match[1]
+    # 3.
     if correct := re.findall(rf"(?i:option|choice) \(?([A{rest}])\)? is (?:the )?(?i:correct|right|best)", text):
         return correct[-1]
-    alone = re.findall(rf"^[\W_]*([A{rest}])(?:[\W_]*$|[).:]\W*\s)|\(([A{rest}])\)", text, re.MULTILINE)
-    found = {first or second for first, second in alone}
-    return found.pop() if len(found) == 1 else None
+    # 4.
+    single = re.findall(rf"^[\W_]*([A{rest}])(?:[\W_]*$|[).:]\W*\s)|\(([A{rest}])\)", text, re.MULTILINE)
+    letters = {on_line or in_parentheses for on_line, in_parentheses in single}
+    return letters.pop() if len(letters) == 1 else None

@@ -1,4 +1,4 @@
-"""Programming tasks: the code of an answer, run with its tests in the sandbox, and pass@k."""
+"""Programming tasks: extract the code of an answer, run it with its tests in the sandbox, and score pass@k."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPENING = re.compile(r"^(?:import |from \w[\w.]* import |def |async def |class 
 
 
 class CodeTask(ConfigurableTask):
-    """A task whose answers are programs; `samples`, `temperature` and `unsafe_code` come with lm-eval's metadata."""
+    """A task whose answers are programs. lm-eval's metadata has `samples`, `temperature` and `unsafe_code`."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         options = config.get("metadata") or {}
@@ -35,7 +35,7 @@ class CodeTask(ConfigurableTask):
             "generation_kwargs": config["generation_kwargs"] | _sampling(samples, temperature),
             "process_results": partial(score, ks=ks, unsafe=bool(options.get("unsafe_code"))),
             "metric_list": metrics,
-            # lm-eval keeps the first answer alone unless told otherwise.
+            # By default, lm-eval scores the first answer only.
             "filter_list": [{"name": "none", "filter": [{"function": "custom", "filter_fn": _all_answers}]}],
             "unsafe_code": bool(options.get("unsafe_code")),
         }
@@ -65,7 +65,7 @@ def score(
 
 
 def passes(code: str, doc: Mapping[str, Any], *, unsafe: bool = False) -> bool:
-    """Whether the code runs through the tests of a HumanEval or MBPP row.
+    """Whether the code passes the tests of a HumanEval or MBPP row.
 
     Raises:
         SandboxError: there is no sandbox and `unsafe` is not set, or it failed twice.
@@ -73,7 +73,7 @@ def passes(code: str, doc: Mapping[str, Any], *, unsafe: bool = False) -> bool:
     tests = f"{doc['test']}\n\ncheck({doc['entry_point']})\n" if "test" in doc else doc["tests"]
     for _ in range(2):
         outcome = sandbox.check(code, tests, setup=doc["setup"], unsafe=unsafe)
-        if outcome.status != "error":  # which says nothing about the answer
+        if outcome.status != "error":  # of the sandbox, which says nothing about the answer
             return outcome.passed
     raise SandboxError(f"{doc['task_id']}: the sandbox failed twice, so the answer has no score: {outcome.detail}")
 
@@ -86,9 +86,12 @@ def pass_at_k(num_answers: int, num_passed: int, k: int) -> float:
 def extract_code(answer: str, entry_point: str, context: str = "") -> str | None:
     """The program in an answer; None if there is no code.
 
-    In this order: the first Python block that defines the function asked for, after the earlier blocks that only
-    define things; bare code from its first import, definition or decorator on; an indented text as the body of the
-    signature that `context` ends with; the first block as it stands.
+    The first of these that exists:
+
+    1. the first Python block that defines the function, after the earlier blocks that hold nothing but definitions
+    2. bare code, from its first import, definition or decorator
+    3. an indented text as the body of the signature that ends `context`
+    4. the first block unchanged
     """
     text = after_thinking(answer).replace("\r\n", "\n")
     blocks = [
@@ -96,9 +99,9 @@ def extract_code(answer: str, entry_point: str, context: str = "") -> str | None
         for block in code_blocks(text)
         if block.language.lower() in ("", *PYTHON_NAMES) and block.body.strip()
     ]
-    for number, block in enumerate(blocks):
+    for i, block in enumerate(blocks):
         if _defines(block, entry_point):
-            return "\n\n".join([*(own for own in blocks[:number] if _only_defines(own)), block])
+            return "\n\n".join([*filter(_only_defines, blocks[:i]), block])
     if (bare := _bare_code(text)) and _defines(bare, entry_point):
         return bare
     if context:
@@ -117,7 +120,7 @@ def _defines(code: str, name: str) -> bool:
 def _parse(code: str) -> ast.Module | None:
     try:
         return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # what the parser has for hostile text
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the parser raises all of these
         return None
 
 
@@ -143,8 +146,7 @@ def _as_body(context: str, body: str) -> str | None:
     lines = body.strip("\n").split("\n")
     if not lines[0].startswith((" ", "\t")):
         return None
-    end = next(
-        (number for number, line in enumerate(lines) if line.strip() and not line.startswith((" ", "\t"))), len(lines)
-    )
+    at_margin = (i for i, line in enumerate(lines) if line.strip() and not line.startswith((" ", "\t")))
+    end = next(at_margin, len(lines))
     code = context.rstrip() + "\n" + "\n".join(lines[:end]) + "\n"
     return code if _parse(code) else None

@@ -1,4 +1,4 @@
-"""The process that compares mathematical answers: pairs come in as JSON lines, true or false goes out."""
+"""The process that compares mathematical answers: it reads pairs as JSON lines, and writes true or false."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def main() -> None:
 
     config = [LatexExtractionConfig(boxed_match_priority=0)]
 
-    def read(answer: str) -> list:
-        return parse(f"\\boxed{{{answer}}}", config, parsing_timeout=None)
+    def read(text: str) -> list:
+        return parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)
 
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:
-        given, reference = json.loads(line)
-        same = verify(read(reference), read(given), allow_set_relation_comp=True, timeout_seconds=None)
+        answer, reference = json.loads(line)
+        same = verify(read(reference), read(answer), allow_set_relation_comp=True, timeout_seconds=None)
         sys.stdout.write(json.dumps(same) + "\n")
         sys.stdout.flush()
 
 
 def limit_memory() -> None:
-    """An answer such as 9^{9^{9^9}} must not take all memory; where there is no such limit, time has to do."""
+    """Bound the memory of answers such as 9^{9^{9^9}}. Without this limit, only the time is bounded."""
     try:
         import resource
     except ImportError:  # not on Windows

@@ -1,4 +1,4 @@
-"""Are two mathematical answers the same? Asked of math-verify, in a process of its own that can be stopped."""
+"""Whether two mathematical answers are the same, by math-verify in a separate process that can be stopped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ START_TIMEOUT_S = 120.0
 COMMAND = ["-m", "ultrafuser.evaluate.tasks.math_worker"]  # of this Python
 _SEPARATORS = re.compile(r"(?<=\d)(?:,?\\[,!;: ] ?|\{,\}| )(?=\d{3}(?!\d))")  # 10{,}000, 10\,000, 10,\!000, 10 000
 _COMMAS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-# What math-verify does not read, and the same in what it reads.
+# Spellings that math-verify cannot read, and the same in those that it can.
 _SPELLINGS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -49,48 +49,52 @@ _BASE = re.compile(r"(.*\w)_\{?(\d+)\}?")
 
 
 def score_number(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 where the number that the answer settles on equals the reference."""
+    """1 if the final number of the answer equals the reference."""
     return _score(answers.number(results[0]), doc["answer"])
 
 
 def score_expression(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 where what the answer settles on equals the reference."""
+    """1 if the final result of the answer equals the reference."""
     return _score(answers.expression(results[0]), doc["answer"])
 
 
-def _score(given: str | None, reference: str) -> dict[str, float]:
-    same = given is not None and equal(given, reference)
-    return {"exact_match": float(same), "unparsed": float(given is None)}
+def _score(result: str | None, reference: str) -> dict[str, float]:
+    same = result is not None and equal(result, reference)
+    return {"exact_match": float(same), "unparsed": float(result is None)}
 
 
 @functools.lru_cache(maxsize=100_000)
-def equal(given: str, reference: str) -> bool:
+def equal(answer: str, reference: str) -> bool:
     """Whether two answers (LaTeX or plain, as they stand in a box) have the same value.
 
-    A percent sign may be left out (12.5% is 12.5, and 0.125 too), units and degrees as well, and the base of a number
-    in the answer. Decimals are the same if they are to six places. A comparison that takes more than `TIMEOUT_S`
-    seconds says no.
+    A percent sign is optional (12.5% is 12.5, and 0.125 too), and so are units, degrees, and the base of a number in the
+    answer. Decimals are compared to six places. A comparison that takes more than `TIMEOUT_S` seconds counts as
+    different.
 
     Raises:
         MissingExtraError: math-verify is not installed.
-        UltraFuserError: it is, and does not start.
+        UltraFuserError: it is installed, and does not start.
     """
-    given, reference = normal(given), normal(reference)
-    if not given or given == reference:
-        return given != ""
-    if _WORDS.fullmatch(given) and given.casefold() == reference.casefold():
+    answer, reference = normalise(answer), normalise(reference)
+    # 1. The same text, or the same words.
+    if not answer or answer == reference:
+        return answer != ""
+    if _WORDS.fullmatch(answer) and answer.casefold() == reference.casefold():
         return True
-    (given, base), (reference, right_base) = _split_base(given), _split_base(reference)
-    if base and base != right_base:
+    # 2. A base is optional in the answer, but must not be another one.
+    (answer, base), (reference, reference_base) = _split_base(answer), _split_base(reference)
+    if base and base != reference_base:
         return False
-    plain = _number(given), _number(reference)
-    if None not in plain and plain[0] == plain[1]:
+    # 3. Plain numbers.
+    numbers = _parse_number(answer), _parse_number(reference)
+    if None not in numbers and numbers[0] == numbers[1]:
         return True
-    pairs = dict.fromkeys([(given, reference), (_no_percent(given), _no_percent(reference))])
+    # 4. Everything else, with and without percent signs.
+    pairs = dict.fromkeys([(answer, reference), (_no_percent(answer), _no_percent(reference))])
     return any(_CHECKER.ask(*pair) for pair in pairs)
 
 
-def normal(text: str) -> str:
+def normalise(text: str) -> str:
     """An answer in the spelling that math-verify reads."""
     text = _SEPARATORS.sub("", text.strip())
     if not re.search(r"[(\[]|\\\{", text):  # in (100,200) the comma separates two numbers
@@ -109,16 +113,16 @@ def _no_percent(text: str) -> str:
     return re.sub(r"\s*(?:\\?%|percent)\s*$", "", text)
 
 
-def _number(text: str) -> Fraction | None:
+def _parse_number(text: str) -> Fraction | None:
     bare = _no_percent(re.sub(r"^\\?\$\s*|\$$", "", text))
     return Fraction(bare) if _PLAIN.fullmatch(bare) else None
 
 
 class _Checker:
-    """One process with math-verify, started at the first question and again after a question that it did not survive.
+    """One process with math-verify. It starts at the first comparison, and again after one that it did not survive.
 
-    math-verify's own time limits are signals, which work in the main thread alone and not within one long operation
-    on large numbers; a process can be killed from any thread at any time.
+    math-verify's own time limits are signals, which work in the main thread only and cannot interrupt one long operation
+    on large numbers. A process can be killed from any thread at any time.
     """
 
     def __init__(self) -> None:
@@ -126,12 +130,12 @@ class _Checker:
         self._process: subprocess.Popen[str] | None = None
         self._replies: queue.Queue[str | None] = queue.Queue()
 
-    def ask(self, given: str, reference: str) -> bool:
+    def ask(self, answer: str, reference: str) -> bool:
         with self._lock:
             process = self._process or self._start()
             try:
                 assert process.stdin is not None
-                process.stdin.write(json.dumps([given, reference]) + "\n")
+                process.stdin.write(json.dumps([answer, reference]) + "\n")
                 process.stdin.flush()
                 reply = self._replies.get(timeout=TIMEOUT_S)
             except (queue.Empty, BrokenPipeError):
@@ -151,7 +155,7 @@ class _Checker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"
         )
         self._process, self._replies = process, queue.Queue()
-        threading.Thread(target=_pass_on, args=(process.stdout, self._replies), daemon=True).start()
+        threading.Thread(target=_forward_lines, args=(process.stdout, self._replies), daemon=True).start()
         try:
             ready = self._replies.get(timeout=START_TIMEOUT_S)
         except queue.Empty:
@@ -159,10 +163,10 @@ class _Checker:
         if ready is None:
             self._stop()
             errors.seek(0)
-            said = errors.read().strip().splitlines()[-1:] or ["nothing"]
-            if "No module named 'math_verify'" in said[0]:
+            message = (errors.read().strip().splitlines() or ["nothing"])[-1]
+            if "No module named 'math_verify'" in message:
                 raise MissingExtraError("math-verify", "eval", "comparing mathematical answers")
-            raise UltraFuserError(f"math-verify did not start; {' '.join(command)} said: {said[0]}")
+            raise UltraFuserError(f"math-verify did not start; {' '.join(command)} said: {message}")
         return process
 
     def _stop(self) -> None:
@@ -175,7 +179,7 @@ class _Checker:
         self._process = None
 
 
-def _pass_on(lines: Any, replies: queue.Queue[str | None]) -> None:
+def _forward_lines(lines: Any, replies: queue.Queue[str | None]) -> None:
     """Every line of a pipe, then None when it ends."""
     try:
         for line in lines:

@@ -1,4 +1,4 @@
-"""What an answer in prose settles on: its box, what follows "the answer is", its last formula, its last number."""
+"""Read the final result of an answer in prose: its box, the text after "the answer is", its last formula or number."""
 
 from __future__ import annotations
 
@@ -9,32 +9,39 @@ from ultrafuser.data.answer_text import after_thinking
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-z])\s*")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$(.+?)(?<!\\)\$", re.DOTALL)
 _SPACES = re.compile(r"(?<=\d)(?:\{,\}|\\[,!;: ])(?=\d{3})")  # 10{,}000 and 10\,000
-# 1,319 or 18.5 or 3/4; a minus after a digit, a letter or a bracket is an operator.
+# 1,319 or 18.5 or 3/4. A minus after a digit, a letter or a bracket is an operator.
 _NUMBER = re.compile(r"(?:(?<![\w.)\]}])[-−])?(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
 
 
 def number(answer: str) -> str | None:
-    """The number that an answer settles on, e.g. "1319"; None if there is none.
+    """The final number of an answer, e.g. "1319"; None if there is none.
 
-    In this order: the last box, whole, if it holds a digit; the first number after "####"; the first number after the
-    last "answer is", "answer:" or the like that one follows, behind the last "=" of that line if it has one; the last
-    number of all.
+    The first of these that has one:
+
+    1. the whole last box, if it holds a digit
+    2. the first number after "####"
+    3. the first number after the last "answer is", "answer:" or the like, behind the last "=" of that line
+    4. the last number of the answer
     """
     text = _plain(after_thinking(answer))
     if (box := boxed(text)) and re.search(r"\d", box):
         return box
     marked = [text.rsplit("####", 1)[1]] if "####" in text else []
-    for place in [*marked, *(cue.rsplit("=", 1)[-1] for cue in after_cues(text, "answer"))]:
-        if found := _numbers(place):
-            return found[0]
+    for result in [*marked, *(cue.rsplit("=", 1)[-1] for cue in after_cues(text, "answer"))]:
+        if numbers := _numbers(result):
+            return numbers[0]
     return _last(_numbers(text))
 
 
 def expression(answer: str) -> str | None:
-    """The formula, value or word that an answer settles on; None if there is none.
+    """The final formula, value or word of an answer; None if there is none.
 
-    In this order: the last box; what follows the last "answer is", "answer:" or the like that a formula or a digit
-    follows, or the last of all if there is none; the last formula; the last number.
+    The first of these that has one:
+
+    1. the last box
+    2. the text after the last "answer is", "answer:" or the like that has a formula or a digit, else after the last one
+    3. the last formula
+    4. the last number
     """
     text = after_thinking(answer)
     if box := boxed(text):
@@ -57,20 +64,22 @@ def boxed(text: str) -> str | None:
 
 
 def after_cues(text: str, words: str) -> list[str]:
-    """What follows each "answer is", "answer:" or "answer =" on its line, or on the next if that is empty; last first.
+    """The text after each "answer is", "answer:" or "answer =", from the last to the first.
+
+    It is the rest of the line, or the next line that has text.
 
     Args:
-        words: what may stand for "answer": a regular expression.
+        words: a regular expression for "answer" and its synonyms.
     """
-    found = []
+    texts = []
     for cue in re.finditer(rf"(?i:{words})\b[^.\n]{{0,60}}?(?:\b(?:is|are)\b|[:=])", text):
         lines = (re.sub(r"^[\s:*_]+", "", line).strip() for line in text[cue.end() :].split("\n"))
-        found.append(next((line for line in lines if line), ""))
-    return [line for line in reversed(found) if line]
+        texts.append(next((line for line in lines if line), ""))
+    return [text for text in reversed(texts) if text]
 
 
 def formulas(text: str) -> list[str]:
-    """What stands between dollars, \\( \\) or \\[ \\]."""
+    """The text between dollars, \\( \\) or \\[ \\]."""
     return [next(group for group in match.groups() if group).strip() for match in _MATH.finditer(text)]
 
 

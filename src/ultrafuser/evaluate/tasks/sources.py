@@ -1,4 +1,4 @@
-"""The rows of every task: from a file of one's own or from the hub, checked, as the task files use them."""
+"""The rows of every task, from a local file or the hub, checked and in the columns that the task files use."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def load(task: str, data_dir: str | None = None, **_metadata: Any) -> dict[str, Dataset]:
-    """The rows of a task, as lm-eval's `custom_dataset` hook wants them.
+    """The rows of a task, in the form of lm-eval's `custom_dataset` hook.
 
     Args:
-        task: the short name of one of ours.
-        data_dir: the folder with its file; None loads it from the hub.
-        _metadata: whatever else lm-eval hands to every task.
+        task: the short name of one of our tasks.
+        data_dir: the folder with its file. None: load it from the hub.
+        _metadata: other values that lm-eval hands to every task.
 
     Raises:
         DataError: no such folder or file, nothing from the hub, or a malformed row (with file and line).
@@ -32,9 +32,11 @@ def load(task: str, data_dir: str | None = None, **_metadata: Any) -> dict[str, 
 
     info = TASKS[task]
     records = _local(info, data_dir) if data_dir is not None else _hub(info)
-    rows = [_MAKERS[task](_Record(raw, where, task)) for raw, where in records]
+    rows = [_MAKERS[task](_Record(raw, location, task)) for raw, location in records]
     if not rows:
-        raise DataError(f"task {task!r}: no rows in {data_dir or info.hub.id}; expected one JSON object a question")
+        raise DataError(
+            f"task {task!r}: no rows in {data_dir or info.hub.id}; expected one JSON object for each question"
+        )
     return {"test": Dataset.from_list(rows)}
 
 
@@ -51,8 +53,8 @@ def _local(info: TaskInfo, data_dir: str) -> Iterator[tuple[Any, str]]:
 
 def _hub(info: TaskInfo) -> Iterator[tuple[Any, str]]:
     try:
-        for raw, where in read_records(info.hub.id, info.hub.split, config=info.hub.config):
-            yield _FROM_HUB.get(info.name, dict)(raw), where
+        for raw, location in read_records(info.hub.id, info.hub.split, config=info.hub.config):
+            yield _FROM_HUB.get(info.name, dict)(raw), location
     except DataError as error:
         raise DataError(
             f"task {info.name!r}: {error}; to use a local {info.file}, give its folder as --data-dir"
@@ -60,16 +62,16 @@ def _hub(info: TaskInfo) -> Iterator[tuple[Any, str]]:
 
 
 class _Record:
-    """A raw record whose columns are read with a check."""
+    """A raw record whose columns are checked when they are read."""
 
-    def __init__(self, raw: Any, where: str, task: str) -> None:
-        self._where = f"{where}: task {task!r}"
+    def __init__(self, raw: Any, location: str, task: str) -> None:
+        self._location = f"{location}: task {task!r}"
         if not isinstance(raw, Mapping):
-            raise DataError(f"{self._where}: expected a JSON object, got {type(raw).__name__}")
+            raise DataError(f"{self._location}: expected a JSON object, got {type(raw).__name__}")
         self._raw = raw
 
     def fail(self, problem: str) -> DataError:
-        return DataError(f"{self._where}: {problem}")
+        return DataError(f"{self._location}: {problem}")
 
     def has(self, column: str) -> bool:
         return column in self._raw
@@ -78,26 +80,26 @@ class _Record:
         return self._get(column, str, "text")
 
     def optional(self, column: str) -> str:
-        """A column for information only, as text; empty if it is missing."""
+        """An optional column as text; empty if it is missing."""
         return str(self._raw.get(column) or "")
 
     def texts(self, column: str) -> list[str]:
-        found = self._get(column, list, "a list of texts")
-        if not found or not all(isinstance(item, str) for item in found):
-            raise self.fail(f"column {column!r}: expected a list of texts, at least one, got {str(found)[:60]}")
-        return found
+        texts = self._get(column, list, "a list of texts")
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise self.fail(f"column {column!r}: expected a list of texts, at least one, got {str(texts)[:60]}")
+        return texts
 
     def mapping(self, column: str) -> dict[str, Any]:
         return self._get(column, dict, "an object")
 
-    def _get(self, column: str, kind: type, what: str) -> Any:
+    def _get(self, column: str, kind: type, description: str) -> Any:
         if column not in self._raw:
             raise self.fail(f"no column {column!r}; it has {', '.join(map(repr, self._raw)) or 'none'}")
         value = self._raw[column]
         empty = value is None or (isinstance(value, str) and not value.strip())
         if empty or not isinstance(value, kind):
             got = "nothing" if empty else type(value).__name__
-            raise self.fail(f"column {column!r}: expected {what}, got {got}")
+            raise self.fail(f"column {column!r}: expected {description}, got {got}")
         return value
 
 
@@ -122,7 +124,7 @@ def _humaneval(record: _Record) -> dict[str, Any]:
 def _before_last_function(record: _Record, context: str) -> str:
     """The imports and helpers above the signature that has to be filled in."""
     lines = context.rstrip().split("\n")
-    starts = [number for number, line in enumerate(lines) if line.startswith(("def ", "async def "))]
+    starts = [i for i, line in enumerate(lines) if line.startswith(("def ", "async def "))]
     if not starts:
         raise record.fail(
             f"column 'context': expected code that ends with a function's signature, got {context[-60:]!r}"
@@ -145,16 +147,16 @@ def _mbpp(record: _Record) -> dict[str, Any]:
 
 
 def _tested_function(record: _Record, reference: str, tests: str) -> str:
-    """The name the tests call: one that the reference defines."""
+    """The name of the function or class that the reference defines and the tests call."""
     try:
         defined = [node.name for node in ast.parse(reference).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
         called = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
     except SyntaxError as error:
         raise record.fail(f"columns 'code' and 'test_list': not Python: {error.msg}") from error
-    found = [name for name in defined if name in called and not hasattr(builtins, name)]
-    if not found:
+    tested = [name for name in defined if name in called and not hasattr(builtins, name)]
+    if not tested:
         raise record.fail("column 'test_list': no test calls a function of 'code'")
-    return found[-1]
+    return tested[-1]
 
 
 def _gsm8k(record: _Record) -> dict[str, Any]:
