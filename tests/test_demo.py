@@ -29,8 +29,8 @@ pytestmark = [
 def run(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
     full = demo_recipe(output, device="cpu").model_dump()
-    for part in ("train", "validation"):
-        for source in full["data"][part]:
+    for split in ("train", "validation"):
+        for source in full["data"][split]:
             source["limit"] = 3
     full["stages"][0] |= {"steps": 10, "samples_per_domain": 3}
     full["stages"][1] |= {"steps": 1, "samples_per_domain": 1}
@@ -67,9 +67,9 @@ def test_the_checkpoint_is_the_model_that_was_measured(run, tmp_path):
     rows = [row for d in DOMAINS for row in load_rows(f"package:ultrafuser/zoo/data/{d}.test.jsonl", limit=3)]
     rendered, _ = renderer.render_all(rows)
     store = FeatureStore.build(model, rendered, tmp_path / "features")
-    again = by_stratum(rendered, fused_losses(model, store)[0])
+    reloaded = by_stratum(rendered, fused_losses(model, store)[0])
     for domain in DOMAINS:
-        assert again[domain].value == pytest.approx(comparison.systems["fused"].loss[domain].nll, abs=1e-5)
+        assert reloaded[domain].value == pytest.approx(comparison.systems["fused"].loss[domain].nll, abs=1e-5)
 
 
 def test_only_adapters_and_gate_are_stored(run):

@@ -56,6 +56,7 @@ SYSTEMS = {  # besides the specialists: kind and label
     "fused_stage1": ("fused", "fused, stage 1"),
     "fused": ("fused", "fused"),
 }
+KIND_LABELS = {"merge": "merged"}
 DESCRIPTIONS = {
     "base": "The model that all specialists were tuned from, untouched.",
     "specialist": "A model tuned for one domain, by itself.",
@@ -209,7 +210,9 @@ def _systems(losses: dict[str, list[RowLoss]], rows: list[Rendered], names: list
         kind, label = SYSTEMS.get(name, ("specialist", name))
         measurement = Measurement(losses=by_stratum(rows, losses[name]))
         description = DESCRIPTIONS[kind]
-        systems[name] = SystemResult(name, kind, measurement, label=label, description=description)
+        systems[name] = SystemResult(
+            name, kind, measurement, label=label, kind_label=KIND_LABELS.get(kind, kind), description=description
+        )
     return systems
 
 

@@ -51,8 +51,8 @@ def test_a_vector_is_the_mean_state_of_its_own_tokens(reader_folder, tokenizer, 
     reader = load_reader(str(reader_folder), device="cpu")
     vectors = embed(reader, TEXTS, batch_size=batch_size)
     assert vectors.shape == (4, 32) and vectors.dtype == np.float32 and np.isfinite(vectors).all()
-    for number in (0, 1, 3):
-        np.testing.assert_allclose(vectors[number], plain_mean(reader_folder, tokenizer, TEXTS[number]), atol=2e-5)
+    for index in (0, 1, 3):
+        np.testing.assert_allclose(vectors[index], plain_mean(reader_folder, tokenizer, TEXTS[index]), atol=2e-5)
 
 
 def test_long_texts_are_cut(reader_folder, tokenizer):
@@ -65,8 +65,8 @@ def test_long_texts_are_cut(reader_folder, tokenizer):
 def test_a_fused_model_gives_the_states_of_all_its_specialists(tokenizer, tmp_path, reader_folder):
     from ultrafuser.datamap.embed import _ours
 
-    one, two = tiny(seed=0, vocab_size=len(tokenizer)), tiny(seed=1, vocab_size=len(tokenizer))
-    reader = _ours(fuse([one, two], vocab_size=len(tokenizer)), tokenizer)
+    first, second = tiny(seed=0, vocab_size=len(tokenizer)), tiny(seed=1, vocab_size=len(tokenizer))
+    reader = _ours(fuse([first, second], vocab_size=len(tokenizer)), tokenizer)
     vectors = embed(reader, TEXTS)
     assert vectors.shape == (4, 64)
     np.testing.assert_allclose(vectors[1, :32], plain_mean(reader_folder, tokenizer, TEXTS[1]), atol=2e-5)
@@ -105,7 +105,7 @@ def test_no_model_there(tmp_path):
         load_reader(str(tmp_path), device="cpu")
 
 
-# ---------------------------------------------------------------- places
+# ---------------------------------------------------------------- positions
 
 
 def row(name, domain, question="Q"):
@@ -117,7 +117,7 @@ def row(name, domain, question="Q"):
 def test_the_sample_does_not_depend_on_the_order():
     rows = [row(f"{domain}{n}", domain) for domain in ("text", "code") for n in range(20)]
     first = maps.sample(rows, 5, seed=1)
-    assert [one.domain for one in first] == ["code"] * 5 + ["text"] * 5
+    assert [entry.domain for entry in first] == ["code"] * 5 + ["text"] * 5
     assert maps.sample(rows[::-1], 5, seed=1) == first != maps.sample(rows, 5, seed=2)
     assert len(maps.sample(rows, 100)) == 40
 
@@ -128,11 +128,11 @@ def test_what_is_read_of_a_row():
     assert maps.text_of(row("a", "text"), "conversation") == "S\n\nQ\n\nA\n\nQ2\n\nA2"
 
 
-def clouds(number=30):
+def clouds(size=30):
     rng = np.random.default_rng(0)
     centres = {"text": np.zeros(60), "code": np.full(60, 8.0)}
-    vectors = np.concatenate([rng.normal(centre, 1, (number, 60)) for centre in centres.values()])
-    return vectors.astype(np.float32), [domain for domain in centres for _ in range(number)]
+    vectors = np.concatenate([rng.normal(centre, 1, (size, 60)) for centre in centres.values()])
+    return vectors.astype(np.float32), [domain for domain in centres for _ in range(size)]
 
 
 def test_domains_that_lie_apart_do_so_on_the_map_and_in_the_numbers():
@@ -140,11 +140,11 @@ def test_domains_that_lie_apart_do_so_on_the_map_and_in_the_numbers():
     vectors, domains = clouds()
     reduced = maps.principal(vectors)
     assert reduced.shape == (60, 50)
-    places = maps.lay_out(reduced)
-    assert places.shape == (60, 2)
-    np.testing.assert_array_equal(places, maps.lay_out(reduced))  # the seed decides
+    positions = maps.lay_out(reduced)
+    assert positions.shape == (60, 2)
+    np.testing.assert_array_equal(positions, maps.lay_out(reduced))  # the seed decides
     assert maps.neighbour_agreement(reduced, domains) == {"code": 1.0, "text": 1.0}
-    assert set(maps.neighbour_agreement(places, domains).values()) == {1.0}
+    assert set(maps.neighbour_agreement(positions, domains).values()) == {1.0}
     mixed = maps.neighbour_agreement(reduced, domains[::2] + domains[1::2])
     assert all(value < 0.9 for value in mixed.values())
 
@@ -153,9 +153,9 @@ def test_umap_keeps_domains_apart_too():
     pytest.importorskip("sklearn")
     pytest.importorskip("umap", reason="the umap extra is not installed")
     vectors, domains = clouds()
-    places = maps.lay_out(maps.principal(vectors), "umap")
-    assert places.shape == (60, 2)
-    assert set(maps.neighbour_agreement(places, domains).values()) == {1.0}
+    positions = maps.lay_out(maps.principal(vectors), "umap")
+    assert positions.shape == (60, 2)
+    assert set(maps.neighbour_agreement(positions, domains).values()) == {1.0}
 
 
 def test_few_rows_are_enough():
@@ -232,7 +232,11 @@ def test_the_picture_has_a_point_for_each_row_in_its_domains_colour():
     [cloud] = figure.axes[0].collections
     assert cloud.get_offsets().tolist() == [[-1.0, 0.5], [2.0, 0.5], [0.0, 3.5]]
     shades = domain_colours(["co<de>", "text"], [])
-    assert [colors.to_hex(one) for one in cloud.get_facecolors()] == [shades["text"], shades["co<de>"], shades["text"]]
+    assert [colors.to_hex(face) for face in cloud.get_facecolors()] == [
+        shades["text"],
+        shades["co<de>"],
+        shades["text"],
+    ]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["co<de>", "text"]
 
 

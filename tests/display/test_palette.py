@@ -6,13 +6,13 @@ from ultrafuser.display.palette import OKABE_ITO, blend, colour, colours, domain
 
 
 def luminance(hex_colour: str) -> float:
-    parts = [p / 255 for p in rgb(hex_colour)]
-    red, green, blue = (p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    components = [c / 255 for c in rgb(hex_colour)]
+    red, green, blue = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in components)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def contrast(one: str, other: str) -> float:
-    dark, light = sorted((luminance(one), luminance(other)))
+def contrast(first: str, second: str) -> float:
+    dark, light = sorted((luminance(first), luminance(second)))
     return (light + 0.05) / (dark + 0.05)
 
 

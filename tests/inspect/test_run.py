@@ -29,8 +29,8 @@ def test_an_answer_ends_before_its_end_token(fused):
     inputs = prompt_inputs(renderer, [ASK, LONG])
     raw = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     answers = answer(model, renderer, [ASK, LONG], max_new_tokens=12, do_sample=False)
-    for ids, whole in zip(answers, raw.tolist(), strict=True):
-        assert ids == whole[: whole.index(1)] if 1 in whole else ids == whole
+    for ids, generated in zip(answers, raw.tolist(), strict=True):
+        assert ids == generated[: generated.index(1)] if 1 in generated else ids == generated
 
 
 def test_end_tokens_are_cut_whether_one_or_several(fused):
@@ -81,12 +81,12 @@ def test_traces_of_rows_cover_their_answers(fused, tiny_run):
         Row("a", "code", (("user", "how many?"), ("assistant", "def add(a, b):\n    return a"))),
         Row("b", "math", (("user", "1 + 1"), ("assistant", "2"), ("user", "and 2 + 2?"), ("assistant", "4"))),
     ]
-    one, two = trace_rows(model, renderer, rows)
-    assert (one.domain, one.title, one.prompt) == ("code", "a", "how many?")
-    assert one.text == "def add(a, b):\n    return a<|im_end|>"
-    assert two.prompt == "and 2 + 2?"
-    assert two.text.endswith("4<|im_end|>")
-    for trace in (one, two):
+    first, second = trace_rows(model, renderer, rows)
+    assert (first.domain, first.title, first.prompt) == ("code", "a", "how many?")
+    assert first.text == "def add(a, b):\n    return a<|im_end|>"
+    assert second.prompt == "and 2 + 2?"
+    assert second.text.endswith("4<|im_end|>")
+    for trace in (first, second):
         assert len(trace.weights) == len(trace.tokens)
 
 
@@ -104,16 +104,19 @@ def test_a_loaded_model_leaves_out_what_its_context_cannot_hold(fused, tmp_path)
     model, renderer = fused
     model.save_pretrained(tmp_path / "fused")
     renderer.tokenizer.save_pretrained(tmp_path / "fused")
-    again, own = ultrafuser.load(tmp_path / "fused", device_map="cpu")
-    assert list(trace_rows(again, own, [Row("a", "text", (("user", "fox " * 300), ("assistant", "ok")))])) == []
+    loaded, loaded_renderer = ultrafuser.load(tmp_path / "fused", device_map="cpu")
+    assert (
+        list(trace_rows(loaded, loaded_renderer, [Row("a", "text", (("user", "fox " * 300), ("assistant", "ok")))]))
+        == []
+    )
 
 
 @pytest.mark.parametrize("text", ["The fox", " 数学 naïve 🦊!", "a\n\n\tb", "", "�?"])
 def test_pieces_join_to_the_text(fused, text):
     _, renderer = fused
     ids = renderer.tokenizer.encode(text, add_special_tokens=False)
-    found = pieces(renderer, ids)
-    assert "".join(found) == text and len(found) == len(ids)
+    texts = pieces(renderer, ids)
+    assert "".join(texts) == text and len(texts) == len(ids)
 
 
 def test_a_character_of_several_tokens_belongs_to_the_last(fused):

@@ -21,7 +21,7 @@ def printed(renderable: object, *, coloured: bool = False) -> str:
 
 
 def response(trace: TokenTrace) -> Text:
-    texts = [part for part in render_terminal(trace).renderables if isinstance(part, Text)]
+    texts = [line for line in render_terminal(trace).renderables if isinstance(line, Text)]
     return next(text for text in texts if text.plain == printable(trace.text))
 
 

@@ -71,9 +71,9 @@ def test_leader_and_margin() -> None:
 def test_mean_weights_count_tokens_not_traces() -> None:
     long = TokenTrace(["a", "b", "c"], [[1, 0], [1, 0], [0.5, 0.5]], ["x", "y"], domain="p")
     short = TokenTrace(["d"], [[0.1, 0.9]], ["x", "y"], domain="q")
-    other = TokenTrace(["e"], [[0.3, 0.7]], ["x", "y"], domain="p")
+    third = TokenTrace(["e"], [[0.3, 0.7]], ["x", "y"], domain="p")
     assert mean_weights([long, short]) == pytest.approx({"x": 2.6 / 4, "y": 1.4 / 4})
-    by_domain = mean_weights_by_domain([long, short, other])
+    by_domain = mean_weights_by_domain([long, short, third])
     assert list(by_domain) == ["p", "q"]
     assert by_domain["p"] == pytest.approx({"x": 2.8 / 4, "y": 1.2 / 4})
     assert by_domain["q"] == pytest.approx({"x": 0.1, "y": 0.9})

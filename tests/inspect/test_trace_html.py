@@ -48,7 +48,7 @@ def test_a_browser_reads_every_token_in_order_with_its_whitespace(trace: TokenTr
 @pytest.mark.parametrize("field", ["tokens", "specialists", "prompt", "title", "domain"])
 def test_markup_never_appears_raw(field: str) -> None:
     evil = "<script>\"'&</script>"
-    parts = {
+    fields: dict[str, object] = {
         "tokens": ["a"],
         "weights": [[1.0]],
         "specialists": ["x"],
@@ -56,8 +56,8 @@ def test_markup_never_appears_raw(field: str) -> None:
         "title": "t",
         "domain": "d",
     }
-    parts[field] = [evil] if isinstance(parts[field], list) else evil
-    html = trace_html(TokenTrace(**parts))  # type: ignore[arg-type]
+    fields[field] = [evil] if isinstance(fields[field], list) else evil
+    html = trace_html(TokenTrace(**fields))  # type: ignore[arg-type]
     assert "<script" not in html
     assert "&lt;script&gt;&#34;&#39;&amp;&lt;/script&gt;" in html
     assert Tokens(html).tags <= {"style", "figure", "figcaption", "small", "div", "span", "i", "b", "p"}

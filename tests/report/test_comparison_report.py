@@ -76,14 +76,14 @@ def specimen() -> dict[str, Any]:
     systems["btx"] = {"label": "BTX", "kind": "btx", "status": "failed"}
     systems["btx"]["error"] = "Traceback:\nOutOfMemoryError: tried to allocate <2.6> GiB & failed"
     skill = {"base": 0.18, "arithmetic": 0.01, "fused": 0.42, "best_of": 0.36, "router": 0.35, "oracle": 0.36}
-    done = {name: system for name, system in systems.items() if system["status"] == "done"}
-    for name, system in done.items():
+    measured = {name: system for name, system in systems.items() if system["status"] == "done"}
+    for name, system in measured.items():
         system["tasks"] = {task: _score(rng, skill.get(name, 0.3) + 0.03 * n, 200) for n, task in enumerate(TASKS)}
         system["tokens_per_s"] = _speed(rng.uniform(20, 35) if name.startswith("fused") else rng.uniform(80, 100))
-    done["fused"]["tasks"]["humaneval"] = _score(rng, 0.2, 200)  # the page has to show a loss, too
-    done["fused"]["tasks"]["math"] = _score(rng, 0.36, 200)
-    for name, system in done.items():
-        system["paired"] = _paired(name, losses, best, done)
+    measured["fused"]["tasks"]["humaneval"] = _score(rng, 0.2, 200)  # the page has to show a loss, too
+    measured["fused"]["tasks"]["math"] = _score(rng, 0.36, 200)
+    for name, system in measured.items():
+        system["paired"] = _paired(name, losses, best, measured)
     systems["fused"]["paired"]["best_specialist"] |= demo["paired"]
     return {
         "title": "Fusing three specialists, and what else one could do",
@@ -153,19 +153,19 @@ def _speed(median: float) -> dict[str, Any]:
 def _paired(name: str, losses: dict[str, Any], best: dict[str, str], systems: dict[str, Any]) -> dict[str, Any]:
     pairs: dict[str, Any] = {}
     for rival, versus in {"best_specialist": best, "router": dict.fromkeys(best, "router")}.items():
-        found = {}
+        columns = {}
         if systems[name]["loss"]:
-            for domain, other in versus.items():
-                difference = losses[name][domain]["nll"] - losses[other][domain]["nll"]
-                found[domain] = _pair(other, difference, 0.015)
-            mean = fmean(pair["difference"] for pair in found.values())
-            found["mean"] = _pair("text" if rival == "best_specialist" else "router", mean, 0.008)
+            for domain, opponent in versus.items():
+                difference = losses[name][domain]["nll"] - losses[opponent][domain]["nll"]
+                columns[domain] = _pair(opponent, difference, 0.015)
+            mean = fmean(pair["difference"] for pair in columns.values())
+            columns["mean"] = _pair("text" if rival == "best_specialist" else "router", mean, 0.008)
         for task in TASKS:
-            scores = {other: system["tasks"][task]["value"] for other, system in systems.items()}
-            other = max(NAMES, key=lambda s: scores[s]) if rival == "best_specialist" else "router"
+            scores = {system: entry["tasks"][task]["value"] for system, entry in systems.items()}
+            opponent = max(NAMES, key=lambda s: scores[s]) if rival == "best_specialist" else "router"
             key = f"task/{task}" if task in losses["text"] else task
-            found[key] = _pair(other, scores[name] - scores[other], 0.045)
-        pairs[rival] = found
+            columns[key] = _pair(opponent, scores[name] - scores[opponent], 0.045)
+        pairs[rival] = columns
     return pairs
 
 
@@ -225,8 +225,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def section(html: str, heading: str) -> str:
-    (found,) = re.findall(rf"<h2>{heading}</h2>(.*?)</section>", html, re.DOTALL)
-    return found
+    (content,) = re.findall(rf"<h2>{heading}</h2>(.*?)</section>", html, re.DOTALL)
+    return content
 
 
 def rows_of(html: str) -> dict[str, list[list[str]]]:
@@ -259,19 +259,23 @@ def test_the_main_table_has_every_number_of_every_system(html: str, results: dic
             assert cells.pop(0) == [f"{score['value']:.3f}", f"{low:.3f}–{high:.3f}", *counts]
         assert cells.pop(0) == [f"{system['tokens_per_s']['median']:,.1f}", "batch", "of", "8"]
         assert cells.pop(0) == [f"{system['peak_memory_mb']:,.0f}"]
-        total, active, trained = (float(number) for number in system["parameters"].values())
+        total, active, trained = (float(count) for count in system["parameters"].values())
         assert cells[:3] == [[f"{total / 1e6:.4g}", "M"], [f"{active / 1e6:.4g}", "M"], [f"{trained / 1e3:.4g}", "k"]]
         assert cells[3:] == [[f"{seconds:,.1f}"] for seconds in system["seconds"].values()]
 
 
 def test_numbers_that_were_not_given_are_nowhere(html: str, results: dict[str, Any]) -> None:
     """Each number in a quality table is a value or a bound of the results."""
-    given = [v for s in results["systems"].values() for c in (s.get("loss") or {}).values() for v in _numbers(c, "nll")]
-    given += [v for s in results["systems"].values() for c in s.get("tasks", {}).values() for v in _numbers(c, "value")]
-    allowed = {f"{value:.3f}" for value in given}
+    values = [
+        v for s in results["systems"].values() for c in (s.get("loss") or {}).values() for v in _numbers(c, "nll")
+    ]
+    values += [
+        v for s in results["systems"].values() for c in s.get("tasks", {}).values() for v in _numbers(c, "value")
+    ]
+    allowed = {f"{value:.3f}" for value in values}
     tables = section(html, "All systems") + section(html, "Ablations")
-    shown = re.findall(r"(?<![\d.])-?\d+\.\d{3}(?!\d)", tables)
-    assert len(shown) > 3 * len(results["systems"]) and set(shown) <= allowed
+    numbers = re.findall(r"(?<![\d.])-?\d+\.\d{3}(?!\d)", tables)
+    assert len(numbers) > 3 * len(results["systems"]) and set(numbers) <= allowed
 
 
 def _numbers(cell: dict[str, Any], key: str) -> list[float]:
@@ -280,17 +284,17 @@ def _numbers(cell: dict[str, Any], key: str) -> list[float]:
 
 def test_bold_is_the_best_and_never_the_oracle(html: str, results: dict[str, Any]) -> None:
     tables = section(html, "All systems")
-    done = {n: s for n, s in results["systems"].items() if s["status"] == "done" and s["kind"] != "oracle"}
+    candidates = {n: s for n, s in results["systems"].items() if s["status"] == "done" and s["kind"] != "oracle"}
     for name in [*results["domains"], "mean"]:
-        least = min(system["loss"][name]["nll"] for system in done.values() if system["loss"])
+        least = min(system["loss"][name]["nll"] for system in candidates.values() if system["loss"])
         assert f"<b>{least:.3f}</b>" in tables
     for task in results["tasks"]:
-        assert f"<b>{max(system['tasks'][task]['value'] for system in done.values()):.3f}</b>" in tables
+        assert f"<b>{max(system['tasks'][task]['value'] for system in candidates.values()):.3f}</b>" in tables
     for row in re.findall(r"<tr.*?</tr>", tables, re.DOTALL):
         assert ("†" in row) <= ("<b>" not in row)
     numbers = re.findall(r"<b>[\d.,]+</b>", tables)
-    cheapest = min(system["peak_memory_mb"] for system in done.values())
-    ties = sum(system["peak_memory_mb"] == cheapest for system in done.values())
+    cheapest = min(system["peak_memory_mb"] for system in candidates.values())
+    ties = sum(system["peak_memory_mb"] == cheapest for system in candidates.values())
     assert len(numbers) == len(results["domains"]) + 1 + len(results["tasks"]) + 1 + ties
 
 
@@ -310,14 +314,14 @@ def test_paired_differences_are_shown_and_marked_by_their_interval(html: str, re
             for name, pair in pairs.items():
                 if results["systems"][pair["versus"]]["label"] == system["label"]:
                     continue
-                places = 4 if name in [*results["domains"], "mean"] else 3
+                digits = 4 if name in [*results["domains"], "mean"] else 3
                 low, high = pair["ci95"]
-                better = low > 0 if places == 3 else high < 0
-                worse = high < 0 if places == 3 else low > 0
+                better = low > 0 if digits == 3 else high < 0
+                worse = high < 0 if digits == 3 else low > 0
                 mark = "better" if better else "worse" if worse else "level"
-                number = f'<span class="{mark}">{pair["difference"]:+.{places}f}</span>'
-                interval = f"<small>{low:+.{places}f} to {high:+.{places}f}</small>"
-                assert f"<td>{number}{interval}" in text, (rival, name)
+                text_of_difference = f'<span class="{mark}">{pair["difference"]:+.{digits}f}</span>'
+                interval = f"<small>{low:+.{digits}f} to {high:+.{digits}f}</small>"
+                assert f"<td>{text_of_difference}{interval}" in text, (rival, name)
 
 
 def test_a_failed_system_is_shown_with_its_error_and_no_numbers(html: str, folder: Path) -> None:
@@ -378,8 +382,8 @@ def test_the_csv_holds_every_number_exactly(folder: Path, results: dict[str, Any
         for task, cell in system.get("tasks", {}).items():
             metric = results["tasks"][task]["metric"]
             assert _floats(table.pop((name, task, metric))) == [cell["value"], *cell["ci95"], cell["samples"]]
-            for what, number in cell["counts"].items():
-                assert float(table.pop((name, task, f"{metric}/{what}"))[0]) == number
+            for label, value in cell["counts"].items():
+                assert float(table.pop((name, task, f"{metric}/{label}"))[0]) == value
         for rival, pairs in system.get("paired", {}).items():
             for column, pair in pairs.items():
                 task = column.removeprefix("task/")
@@ -392,8 +396,8 @@ def test_the_csv_holds_every_number_exactly(folder: Path, results: dict[str, Any
             numbers = {"tokens_per_s": speed["median"], "tokens_per_s/batch_size": speed["batch_size"]}
             numbers |= {f"tokens_per_s/run/{n}": run for n, run in enumerate(speed["runs"])}
             numbers |= {"peak_memory_mb": system["peak_memory_mb"]}
-            numbers |= {f"parameters/{part}": number for part, number in system["parameters"].items()}
-            numbers |= {f"seconds/{part}": number for part, number in system["seconds"].items()}
+            numbers |= {f"parameters/{name}": value for name, value in system["parameters"].items()}
+            numbers |= {f"seconds/{name}": value for name, value in system["seconds"].items()}
             assert {metric: float(table.pop((name, "", metric))[0]) for metric in numbers} == numbers
     for name, domains in results["gate_weights"].items():
         for domain, weights in domains.items():
@@ -465,8 +469,11 @@ def test_a_main_system_that_loses_is_said_to_lose(results: dict[str, Any]) -> No
     assert "in loss it loses on text, code, math, mixed and the mean" in text
     assert "the best score on none of 3 tasks" in text
     fused |= {"status": "failed", "error": "it broke", "loss": None, "tasks": {}, "paired": {}}
-    said = summary(check_comparison(changed))
-    assert "was not measured, so nothing can be said about it" in said[0] and "fused, stage 2 (it broke)" in said[-1]
+    sentences = summary(check_comparison(changed))
+    assert (
+        "was not measured, so nothing can be said about it" in sentences[0]
+        and "fused, stage 2 (it broke)" in sentences[-1]
+    )
 
 
 def test_relative_scores_are_ratios_to_the_best_specialist(results: dict[str, Any]) -> None:
@@ -476,8 +483,8 @@ def test_relative_scores_are_ratios_to_the_best_specialist(results: dict[str, An
     columns = {(column.name, column.is_task): column for column in comparison.columns}
     code, gsm8k = columns["code", False], columns["gsm8k", True]
     assert comparison.relative("code", code) == 1.0
-    own, best = (changed["systems"][name]["loss"]["code"]["nll"] for name in ("fused", "code"))
-    assert comparison.relative("fused", code) == pytest.approx(math.exp(-own) / math.exp(-best))
+    loss, best = (changed["systems"][name]["loss"]["code"]["nll"] for name in ("fused", "code"))
+    assert comparison.relative("fused", code) == pytest.approx(math.exp(-loss) / math.exp(-best))
     scores = {name: changed["systems"][name]["tasks"]["gsm8k"]["value"] for name in (*NAMES, "base")}
     assert comparison.relative("base", gsm8k) == scores["base"] / max(scores[name] for name in NAMES)
     low = {name: changed["systems"][name]["tasks"]["humaneval"]["value"] for name in (*NAMES, "base")}
@@ -500,16 +507,16 @@ def test_points_and_intervals_are_drawn_where_they_are(results: dict[str, Any]) 
 def test_the_loss_matrix_has_the_specialists_losses(results: dict[str, Any]) -> None:
     figure = report_figures.loss_matrix(check_comparison(results))
     assert figure
-    shown = [text.get_text() for text in figure.axes[0].texts]
-    assert shown == [f"{results['systems'][s]['loss'][d]['nll']:.3f}" for s in NAMES for d in results["domains"]]
+    numbers = [text.get_text() for text in figure.axes[0].texts]
+    assert numbers == [f"{results['systems'][s]['loss'][d]['nll']:.3f}" for s in NAMES for d in results["domains"]]
 
 
 def test_stages_are_apart_and_deviations_are_those_of_samples(results: dict[str, Any], html: str) -> None:
     rows = [{"stage": "a", "step": n, "loss": 3.0 - n} for n in (1, 2)]
     rows += [{"stage": "b", "step": 1, "loss/x": 1.0, "loss/y": 2.0}, {"stage": "b", "step": 1, "eval_loss/x": 9.0}]
     rows += [{"stage": "btx", "step": 1, "loss": 4.0}]
-    found = report_training.steps_by_stage(rows)
-    points = {stage: [(row["step"], row["loss"]) for row in steps] for stage, steps in found.items()}
+    stages = report_training.steps_by_stage(rows)
+    points = {stage: [(row["step"], row["loss"]) for row in steps] for stage, steps in stages.items()}
     assert points == {"a": [(1, 2.0), (2, 1.0)], "b": [(1, 1.5)], "joint": [(1, 4.0)]}
     figure = report_training.training_losses(check_comparison(results))
     assert figure and [axes.get_xlabel() for axes in figure.axes] == [
@@ -540,7 +547,7 @@ def test_rings_of_the_radar_are_few_and_hold_the_best_specialist() -> None:
 
 def test_labels_moved_apart_keep_their_order_and_stay_inside() -> None:
     placed = report_figures.spread([0.1, 0.1, 0.12, 0.9, 0.99, 1.0], 0.1)
-    gaps = [after - before for before, after in zip(placed, placed[1:], strict=False)]
+    gaps = [following - position for position, following in zip(placed, placed[1:], strict=False)]
     assert min(gaps) > 0.0999 and placed[0] >= 0 and placed[-1] <= 1
     assert report_figures.spread([0.2, 0.8], 0.1) == [0.2, 0.8]
 
@@ -549,8 +556,8 @@ def without(results: dict[str, Any], *names: str, **changes: Any) -> dict[str, A
     """The comparison without some systems, and with other changes."""
     out = copy.deepcopy(results) | changes
     out["systems"] = {name: system for name, system in out["systems"].items() if name not in names}
-    for part in ("gate_weights", "sample_weights", "training", "stability"):
-        out[part] = {name: value for name, value in out[part].items() if name in out["systems"]}
+    for key in ("gate_weights", "sample_weights", "training", "stability"):
+        out[key] = {name: value for name, value in out[key].items() if name in out["systems"]}
     out["table2"] = [name for name in out["table2"] if name in out["systems"]]
     return out
 
@@ -585,8 +592,8 @@ def bare(results: dict[str, Any]) -> dict[str, Any]:
         "text": {"nll": 2.0, "ci95": [1.9, 2.1], "tokens": 5, "samples": 2},
         "mean": {"nll": 2.0, "ci95": [1.9, 2.1]},
     }
-    one = {"label": "only", "kind": "fused", "status": "done", "loss": loss}
-    return out | {"specialists": ["text"], "domains": ["text"], "tasks": {}, "systems": {"fused": one}}
+    fused = {"label": "only", "kind": "fused", "status": "done", "loss": loss}
+    return out | {"specialists": ["text"], "domains": ["text"], "tasks": {}, "systems": {"fused": fused}}
 
 
 def all_failed(results: dict[str, Any]) -> dict[str, Any]:
@@ -610,7 +617,7 @@ def many(results: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("change", "gone", "kept"),
+    ("change", "absent", "present"),
     [
         (no_tasks, ["gsm8k", "unparsed"], ["<h2>Quality</h2>", "Figure 1."]),
         (no_loss, ["Quality against cost", "Specialists by domain", "nats ↓"], ["gsm8k", "Figure 1."]),
@@ -634,11 +641,11 @@ def many(results: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_missing_parts_are_left_out(
-    results: dict[str, Any], tmp_path: Path, quick: None, change: Any, gone: list[str], kept: list[str]
+    results: dict[str, Any], tmp_path: Path, quick: None, change: Any, absent: list[str], present: list[str]
 ) -> None:
     changed = change(results)
     html = write_report(changed, tmp_path).read_text(encoding="utf-8")
-    assert not [text for text in gone if text in html] and not [text for text in kept if text not in html]
+    assert not [text for text in absent if text in html] and not [text for text in present if text not in html]
     assert "<h2>Answers" not in html and "How to read this" in html
     assert len((tmp_path / "table.md").read_text(encoding="utf-8").splitlines()) >= len(changed["systems"]) + 4
 
@@ -707,8 +714,8 @@ def test_importing_the_report_needs_neither_matplotlib_nor_torch() -> None:
 
 
 def test_the_comparison_is_read_without_being_changed(results: dict[str, Any]) -> None:
-    before = copy.deepcopy(results)
-    assert isinstance(check_comparison(results), Comparison) and results == before
+    original = copy.deepcopy(results)
+    assert isinstance(check_comparison(results), Comparison) and results == original
 
 
 def test_a_kind_of_no_other_name_is_called_by_its_own(results: dict[str, Any]) -> None:
@@ -720,6 +727,6 @@ def test_a_kind_of_no_other_name_is_called_by_its_own(results: dict[str, Any]) -
 
 
 def test_the_kept_comparison_loads() -> None:
-    kept = json.loads(KEPT_RESULTS.read_text(encoding="utf-8"))
-    systems = check_comparison(kept).systems
+    results = json.loads(KEPT_RESULTS.read_text(encoding="utf-8"))
+    systems = check_comparison(results).systems
     assert systems["btx"].kind_label == "BTX" and all(system.description for system in systems.values())

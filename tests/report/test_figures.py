@@ -137,11 +137,11 @@ def test_data_that_cannot_be_drawn_is_refused(draw: Any, data: Any, message: str
 
 
 def test_svg_is_well_formed_repeatable_and_follows_the_page(results: dict[str, Any], trace: TokenTrace) -> None:
-    once, again = (svg(weights_by_domain(results["gate_weights"]["fused"])) for _ in range(2))
-    assert once == again
-    assert ElementTree.fromstring(once).tag.endswith("svg")
-    assert "mixed" in once and "0.88" in once  # text stays text
-    assert "var(--ink, " in once and "var(--muted, " in once
+    first, second = (svg(weights_by_domain(results["gate_weights"]["fused"])) for _ in range(2))
+    assert first == second
+    assert ElementTree.fromstring(first).tag.endswith("svg")
+    assert "mixed" in first and "0.88" in first  # text stays text
+    assert "var(--ink, " in first and "var(--muted, " in first
     ElementTree.fromstring(svg(trace_figure(trace)))  # an escape character would not be XML
 
 
