@@ -165,7 +165,7 @@ def test_map(run, rows, tmp_path, save, tokenizer):
     with pytest.raises(DataError, match="exists"):
         run(*words)
     for option, value in (("--part", "topics"), ("--method", "pca")):
-        with pytest.raises(DataError, match=f"{option} '{value}': expected one of"):
+        with pytest.raises(RecipeError, match=f"{option} '{value}': expected one of"):
             run(*words, "--force", option, value)
     with pytest.raises(RecipeError, match="--dtype 'int8': expected one of auto"):
         run(*words, "--force", "--dtype", "int8")

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, echo, quiet
-from ultrafuser.errors import DataError, RecipeError
+from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice, echo, quiet
+from ultrafuser.errors import DataError
 
 data_app = typer.Typer(
     name="data",
@@ -40,6 +40,16 @@ On = Annotated[str, typer.Option(help="Messages to compare: conversation, instru
 Threshold = Annotated[float, typer.Option(help="Lowest Jaccard similarity of near duplicates.")]
 Shingle = Annotated[int, typer.Option(min=1, help="Consecutive words in a shingle.")]
 ExactOnly = Annotated[bool, typer.Option("--exact-only", help="Find exact duplicates only. This needs no datasketch.")]
+
+
+Embedder = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Model that embeds the rows: a causal or sentence embedding model, BASE+ADAPTER, GGUF or fused.",
+    ),
+]
 
 
 @data_app.command(name="stats")
@@ -94,14 +104,7 @@ def _cells(name: str, counts: dict[str, Any]) -> list[str]:
 @data_app.command(name="map")
 def map_command(
     sources: Sources,
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="Model that embeds the rows: a causal or sentence embedding model, BASE+ADAPTER, GGUF or fused.",
-        ),
-    ],
+    model: Embedder,
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML page to write.")] = Path("map.html"),
     png: Annotated[Path | None, typer.Option(help="Also write the map as a picture.")] = None,
     part: Annotated[
@@ -126,12 +129,9 @@ def map_command(
     from ultrafuser.datamap.page import map_figure, map_page
     from ultrafuser.progress import ConsoleProgress
 
-    if part not in COMPARED_ROLES:
-        raise DataError(f"--part {part!r}: expected one of {', '.join(COMPARED_ROLES)}")
-    if method not in maps.METHODS:
-        raise DataError(f"--method {method!r}: expected one of {', '.join(maps.METHODS)}")
-    if dtype not in DTYPES:
-        raise RecipeError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    check_choice("--part", part, COMPARED_ROLES)
+    check_choice("--method", method, maps.METHODS)
+    check_choice("--dtype", dtype, DTYPES)
     for target in filter(None, (output, png)):
         check_target(target, force=force)
     progress = ConsoleProgress()
@@ -152,9 +152,8 @@ def map_command(
     if png is not None:
         from ultrafuser.display.drawing import png_bytes
 
-        picture = png_bytes(map_figure(points))
         with atomic_file(png, force=force) as draft:
-            draft.write_bytes(picture)
+            draft.write_bytes(png_bytes(map_figure(points)))
     counts = {name: sum(row.domain == name for row in rows) for name in agreement}
     if as_json:
         facts = {"html": str(output), "png": str(png) if png else None, "method": method, "model": model, "part": part}

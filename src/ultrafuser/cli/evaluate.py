@@ -9,72 +9,80 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, echo, overrides_like, quiet
+from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice, echo, overrides_like, quiet
 from ultrafuser.errors import RecipeError
 
 if TYPE_CHECKING:
     from ultrafuser.evaluate.results import EvalResults
 
 
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        help="Fused folder, folder or hub id of any causal model, BASE+ADAPTER, GGUF file, or "
+        "openai:NAME@http://host/v1. Write NAME=MODEL to name the model.",
+        metavar="MODEL...",
+    ),
+]
+Suites = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--suite", "-s", help="Suite of tasks: quick (loss), paper, paper-cot, code or mt-bench. Repeat it for several."
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option("--tasks", "-t", help="Tasks, instead of a suite or in addition: gsm8k,humaneval,loss,mixed,..."),
+]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder of the results. Rerunning with the same folder resumes.")
+]
+TestRows = Annotated[
+    list[str] | None,
+    typer.Option(help="Rows for `loss` and `mixed` (JSONL, JSON, CSV, Parquet). Default: the test rows of the zoo."),
+]
+DataDir = Annotated[str | None, typer.Option(help="Folder with the files of the benchmarks. Default: the hub.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="Use at most N documents of each task, and N rows of each domain, drawn by --seed."),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Number of answers to each code task. Several give pass@k.")]
+SamplesTemperature = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Sampling temperature for --samples. Default: 0 for one answer, 0.8 for several."),
+]
+TaskTokens = Annotated[
+    int | None, typer.Option(min=1, help="Generate at most N tokens per answer. Default: the limit of each task.")
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        help="Chat template for a model without one: chatml, plain, inst, alpaca, a Jinja file or Jinja text."
+    ),
+]
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        help="Judge of alpaca_eval and mt_bench: NAME@http://host/v1, or a YAML file with the fields of an endpoint "
+        "(docs/judged.md)."
+    ),
+]
+
+
 def eval_command(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            help="Fused folder, folder or hub id of any causal model, BASE+ADAPTER, GGUF file, or "
-            "openai:NAME@http://host/v1. Write NAME=MODEL to name the model.",
-            metavar="MODEL...",
-        ),
-    ],
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--suite",
-            "-s",
-            help="Suite of tasks: quick (loss), paper, paper-cot, code or mt-bench. Repeat it for several.",
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option("--tasks", "-t", help="Tasks, instead of a suite or in addition: gsm8k,humaneval,loss,mixed,..."),
-    ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the results. Rerunning with the same folder resumes.")
-    ] = Path("runs/eval"),
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Rows for `loss` and `mixed` (JSONL, JSON, CSV, Parquet). Default: the test rows of the zoo."
-        ),
-    ] = None,
-    data_dir: Annotated[
-        str | None, typer.Option(help="Folder with the files of the benchmarks. Default: the hub.")
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Use at most N documents of each task, and N rows of each domain, drawn by --seed."),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Number of answers to each code task. Several give pass@k.")] = 1,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Sampling temperature for --samples. Default: 0 for one answer, 0.8 for several."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Generate at most N tokens per answer. Default: the limit of each task.")
-    ] = None,
+    models: Models,
+    suite: Suites = None,
+    tasks: Tasks = None,
+    output: Output = Path("runs/eval"),
+    data: TestRows = None,
+    data_dir: DataDir = None,
+    limit: Limit = None,
+    samples: Samples = 1,
+    temperature: SamplesTemperature = None,
+    max_new_tokens: TaskTokens = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of requests per batch.")] = 8,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(
-            help="Chat template for a model without one: chatml, plain, inst, alpaca, a Jinja file or Jinja text."
-        ),
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            help="Judge of alpaca_eval and mt_bench: NAME@http://host/v1, or a YAML file with the fields of an endpoint "
-            "(docs/judged.md)."
-        ),
-    ] = None,
+    chat_template: ChatTemplate = None,
+    judge: Judge = None,
     include_path: Annotated[str | None, typer.Option(help="Folder with your lm-eval task files, for --tasks.")] = None,
     unsafe_code: Annotated[bool, typer.Option("--unsafe-code", help="Run generated code without a sandbox.")] = False,
     seed: Seed = 0,
@@ -89,8 +97,7 @@ def eval_command(
     """
     from ultrafuser.progress import ConsoleProgress
 
-    if dtype not in DTYPES:
-        raise RecipeError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    check_choice("--dtype", dtype, DTYPES)
     with quiet():
         from ultrafuser.evaluate.tasks import require_lm_eval
 
@@ -121,9 +128,7 @@ def eval_command(
         echo(json.dumps(results))
         return
     Console().print(_table(results))
-    echo(
-        f"results: {output / 'results.json'}, {output / 'table.md'}, and answers and scores by document in the same folder"
-    )
+    echo(f"results: {output / 'results.json'}, {output / 'table.md'}, with answers and scores by document beside them")
 
 
 def _table(results: EvalResults) -> Any:

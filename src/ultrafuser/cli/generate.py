@@ -22,11 +22,14 @@ from ultrafuser.cli.options import (
     System,
     Temperature,
     TopP,
+    check_choice,
     echo,
     quiet,
 )
 from ultrafuser.cli.tables import print_means
-from ultrafuser.errors import DataError, RecipeError, UltraFuserError
+from ultrafuser.errors import DataError, UltraFuserError
+
+Response = Annotated[str | None, typer.Option(help="Show the weights of this answer instead of generating one.")]
 
 
 def generate_command(
@@ -135,14 +138,12 @@ def inspect_command(
     folder: Folder,
     prompt: Prompt = None,
     system: System = None,
-    response: Annotated[
-        str | None, typer.Option(help="Show the weights of this answer instead of generating one.")
-    ] = None,
+    response: Response = None,
     file: Annotated[
-        Path | None, typer.Option(help="Show the weights of the answers in these rows (JSONL, JSON, CSV, Parquet).")
+        Path | None, typer.Option(help="Show the weights of the answers in these rows (JSONL, JSON, ...).")
     ] = None,
     domain: Annotated[
-        str | None, typer.Option(help="Domain of the rows in --file. Default: the domain that each row names.")
+        str | None, typer.Option(help="Domain of the rows in --file. Default: as each row names it.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read at most N rows of --file.")] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Also print the weights of every token.")] = False,
@@ -167,19 +168,17 @@ def inspect_command(
     from ultrafuser.inspect.trace import mean_weights_by_domain
 
     rows = load_rows(str(file), domain=domain, limit=limit) if file else []
+    chats = [_chat(text, system) for text in prompt or []]
     with quiet():
         model, renderer = _load(folder, dtype, device, seed)
         from ultrafuser.inspect.run import answer, trace_rows, trace_tokens
 
-        if file:
-            traces = list(trace_rows(model, renderer, rows))
+        if response is not None:
+            answers = [renderer.tokenizer.encode(response, add_special_tokens=False)]
         else:
-            chats = [_chat(text, system) for text in prompt or []]
-            if response is not None:
-                answers = [renderer.tokenizer.encode(response, add_special_tokens=False)]
-            else:
-                answers = answer(model, renderer, chats, **_sampling(max_new_tokens, temperature, top_p))
-            traces = [trace_tokens(model, renderer, c, ids) for c, ids in zip(chats, answers, strict=True) if ids]
+            answers = answer(model, renderer, chats, **_sampling(max_new_tokens, temperature, top_p)) if chats else []
+        traces = [trace_tokens(model, renderer, c, ids) for c, ids in zip(chats, answers, strict=True) if ids]
+        traces += trace_rows(model, renderer, rows) if file else []
     if not traces:
         raise DataError(
             "there is no answer to inspect: the model generated none, or no row of the file fits its context"
@@ -205,8 +204,7 @@ def _load(folder: str, dtype: str, device: str, seed: int) -> tuple[Any, Any]:
 
     from ultrafuser.specialists import load, pick_device
 
-    if dtype not in DTYPES:
-        raise RecipeError(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    check_choice("--dtype", dtype, DTYPES)
     set_seed(seed)
     return load(folder, dtype=dtype, device_map=pick_device(device))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
+from ultrafuser.errors import RecipeError
 from ultrafuser.progress import quiet_libraries
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -37,6 +38,15 @@ TopP = Annotated[
     typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens with this total probability."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers.")]
+
+
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """
+    Raises:
+        RecipeError: a value that the option does not take.
+    """
+    if value not in choices:
+        raise RecipeError(f"{option} {value!r}: expected one of {', '.join(choices)}")
 
 
 def echo(text: str) -> None:

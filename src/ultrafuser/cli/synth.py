@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from typer.core import TyperGroup
 
 from ultrafuser.cli.options import Json, echo, overrides_like
 from ultrafuser.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from ultrafuser.synth.recipe import SynthRecipe
 
 RUN = "run"
 
@@ -33,6 +36,33 @@ synth_app = typer.Typer(
     "`ultrafuser synth RECIPE` is short for `ultrafuser synth run RECIPE`. `ultrafuser synth run --help` shows its options.",
 )
 SynthRecipeFile = Annotated[Path, typer.Argument(help="Synthesis recipe (YAML). `docs/synthesis.md` lists the fields.")]
+BudgetUsd = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0, help="Spend at most this many dollars, over all runs on this store. Default: as in the recipe."
+    ),
+]
+BudgetTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Stop after this many prompt and completion tokens, over all runs on this store."),
+]
+Until = Annotated[
+    str | None,
+    typer.Option(
+        help="Stop after this stage, to check its results: meta_topics, sub_topics (topics.json), instructions, expand, "
+        "complex (instructions.jsonl), responses, checks, judge, turns (report.json)."
+    ),
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(help="I/N, such as 2/8: process only shard I of N of the sub-topics. `synth join` joins the shards."),
+]
+RetryFailed = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed", help="Retry requests that failed permanently, e.g. after raising the context of a model."
+    ),
+]
 Overrides = Annotated[list[str] | None, overrides_like("calls.responses.temperature=0.3 or filters.language=null")]
 
 
@@ -43,35 +73,11 @@ def run_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate calls, tokens and cost up to --until, and send no request.")
     ] = False,
-    budget_usd: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, help="Spend at most this many dollars, over all runs on this store. Default: as in the recipe."
-        ),
-    ] = None,
-    budget_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Stop after this many prompt and completion tokens, over all runs on this store."),
-    ] = None,
-    until: Annotated[
-        str | None,
-        typer.Option(
-            help="Stop after this stage, to check its results: meta_topics, sub_topics (topics.json), instructions, expand, "
-            "complex (instructions.jsonl), responses, checks, judge, turns (report.json)."
-        ),
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            help="I/N, such as 2/8: process only shard I of N of the sub-topics. `synth join` joins the shards."
-        ),
-    ] = None,
-    retry_failed: Annotated[
-        bool,
-        typer.Option(
-            "--retry-failed", help="Retry requests that failed permanently, e.g. after raising the context of a model."
-        ),
-    ] = False,
+    budget_usd: BudgetUsd = None,
+    budget_tokens: BudgetTokens = None,
+    until: Until = None,
+    shard: Shard = None,
+    retry_failed: RetryFailed = False,
     as_json: Json = False,
 ) -> None:
     """Synthesise a data set: request the missing responses, then filter, balance and write the rows.
@@ -83,24 +89,13 @@ def run_command(
     typed = load_synth_recipe(recipe, overrides or [])
     shard_numbers = _shard(shard)
     if dry_run:
-        from ultrafuser.synth.plan import plan
-        from ultrafuser.synth.prompts import Prompts
-
         options = {
             "--shard": shard,
             "--budget-usd": budget_usd,
             "--budget-tokens": budget_tokens,
             "--retry-failed": retry_failed or None,
         }
-        if unused := [name for name, value in options.items() if value is not None]:
-            raise RecipeError(
-                f"{unused[0]} does not apply to --dry-run, which estimates a whole run. Remove one of them"
-            )
-        estimates = plan(typed, Prompts(typed.prompts), until)
-        if as_json:
-            echo(json.dumps([vars(estimate) for estimate in estimates]))
-        else:
-            Console().print(_plan_table(estimates))
+        _dry_run(typed, until, [name for name, value in options.items() if value is not None], as_json)
         return
     from ultrafuser.progress import ConsoleProgress, quiet_libraries
     from ultrafuser.synth.pipeline import synthesise
@@ -117,6 +112,21 @@ def run_command(
         progress=ConsoleProgress(),
     )
     _echo_results(typed.output, outcome, as_json)
+
+
+def _dry_run(recipe: SynthRecipe, until: str | None, unused_options: list[str], as_json: bool) -> None:
+    from ultrafuser.synth.plan import plan
+    from ultrafuser.synth.prompts import Prompts
+
+    if unused_options:
+        raise RecipeError(
+            f"{unused_options[0]} does not apply to --dry-run, which estimates a whole run. Remove one of them"
+        )
+    estimates = plan(recipe, Prompts(recipe.prompts), until)
+    if as_json:
+        echo(json.dumps([vars(estimate) for estimate in estimates]))
+    else:
+        Console().print(_plan_table(estimates))
 
 
 @synth_app.command(name="status")
