@@ -1,5 +1,5 @@
-"""Kill a scripted synthesis at 50 random moments: is the data set the undisturbed one, and was anything asked again
-whose answer was stored? The server misbehaves besides: floods, errors, hangs, cut connections, broken and foreign replies.
+"""Kill a scripted synthesis at 50 random moments. Is the data set the undisturbed one, and was any stored answer requested
+again? The server also misbehaves: floods, errors, hangs, cut connections, broken and foreign replies.
 
     python benchmarks/synth_kills.py [--kills 50] [--seed 0]
 """
@@ -44,7 +44,7 @@ def start(server: FakeAsyncEndpoint, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def answered(folder: Path) -> set[str]:
-    """Keys of the questions whose answers are stored."""
+    """Keys of the requests whose responses are stored."""
     if not (folder / STORE).is_file():
         return set()
     with closing(sqlite3.connect(folder / STORE)) as db:
@@ -53,7 +53,7 @@ def answered(folder: Path) -> set[str]:
 
 
 def possible_keys(body: dict[str, Any]) -> set[str]:
-    """The key of a request, which does not say for which stage it is."""
+    """Possible keys of a request. Its body does not contain the stage."""
     messages = tuple((message["role"], message["content"]) for message in body["messages"])
     return {Request(stage, "", "", "writer", messages).key for stage in STAGES}
 
@@ -64,35 +64,35 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as home:
-        whole, killed = Path(home) / "whole", Path(home) / "killed"
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed_folder, killed = Path(folder) / "whole", Path(folder) / "killed"
         with fake_async_endpoint(misbehaving, delay_s=0.02) as server:
             began = time.monotonic()
-            if start(server, whole).wait():
+            if start(server, undisturbed_folder).wait():
                 sys.exit("the undisturbed run failed")
             undisturbed = server.hits
             print(f"undisturbed: {undisturbed} requests, {time.monotonic() - began:.1f} s")
         repeated = 0
         with fake_async_endpoint(misbehaving, delay_s=0.02) as server:
             for kill in range(options.kills):
-                known, before = answered(killed), server.hits
+                stored, num_hits = answered(killed), server.hits
                 run = start(server, killed)
-                hits = before + draw.randrange(1, max(2, undisturbed // options.kills))
+                hits = num_hits + draw.randrange(1, max(2, undisturbed // options.kills))
                 while server.hits < hits and run.poll() is None:
                     time.sleep(0.001)
                 if run.poll() is not None:
-                    sys.exit(f"it was done after {kill} kills; ask for fewer")
+                    sys.exit(f"the run finished after {kill} kills; use fewer")
                 time.sleep(draw.random() * 0.05)
                 run.kill()
                 run.wait()
-                repeated += sum(bool(possible_keys(body) & known) for body in server.bodies[before:])
-            known, before = answered(killed), server.hits
+                repeated += sum(bool(possible_keys(body) & stored) for body in server.bodies[num_hits:])
+            stored, num_hits = answered(killed), server.hits
             if start(server, killed).wait():
                 sys.exit("the last run failed")
-            repeated += sum(bool(possible_keys(body) & known) for body in server.bodies[before:])
-            more = server.hits - undisturbed
-        same = results(killed) == results(whole)
-        print(f"{options.kills} kills: {more} requests more than undisturbed ({more / options.kills:.1f} a kill; 16 were "
+            repeated += sum(bool(possible_keys(body) & stored) for body in server.bodies[num_hits:])
+            extra = server.hits - undisturbed
+        same = results(killed) == results(undisturbed_folder)
+        print(f"{options.kills} kills: {extra} requests more than undisturbed ({extra / options.kills:.1f} per kill, 16 were "
               f"under way at most), {repeated} of them for a question whose answer was stored")  # fmt: skip
         print(f"same data set and accounts: {'yes' if same else 'NO'}")
         sys.exit(not same or repeated > 0)

@@ -49,17 +49,16 @@ class Writer:
         """A sensible reply."""
         rng = random.Random(request.key)
         prompt = request.messages[-1][1]
-        number = int(match[1]) if (match := re.search(r"(?:List|Write) (\d+)", prompt)) else 1
+        count = int(match[1]) if (match := re.search(r"(?:List|Write) (\d+)", prompt)) else 1
         if request.stage == "meta_topics":
-            return json.dumps([f"Topic {words(rng, 2)}" for _ in range(number)])
+            return json.dumps([f"Topic {words(rng, 2)}" for _ in range(count)])
         if request.stage == "sub_topics":
             items = [
-                {"name": f"Corner {words(rng, 2)}", "concepts": [words(rng, 1) for _ in range(3)]}
-                for _ in range(number)
+                {"name": f"Corner {words(rng, 2)}", "concepts": [words(rng, 1) for _ in range(3)]} for _ in range(count)
             ]
             return f"Here you are:\n```json\n{json.dumps(items, indent=1)}\n```"
         if request.stage in ("instructions", "expand"):
-            return "\n".join(f"{place}. {instruction(rng)}" for place in range(1, number + 1))
+            return "\n".join(f"{index}. {instruction(rng)}" for index in range(1, count + 1))
         if request.stage == "complex":
             return f"{instruction(rng)} Give two reasons, and name one exception."
         if request.stage == "turns" and "You play the person" in prompt:
@@ -68,13 +67,13 @@ class Writer:
             return "It is fine.\n[[8]]"
         a, b = rng.randrange(2, 99), rng.randrange(2, 99)
         if request.domain == "math":
-            shown = re.findall(r"\d+", prompt) or ["1"]
-            a, b = int(shown[0]) % 97 + 2, len(prompt) % 89
+            numbers = re.findall(r"\d+", prompt) or ["1"]
+            a, b = int(numbers[0]) % 97 + 2, len(prompt) % 89
         return f"The {words(rng, 3)} counts: {a} + {b} = {a + b}. So the answer is {a + b}."
 
 
-def words(rng: random.Random, number: int) -> str:
-    return " ".join(f"{rng.choice(NOUNS)}{rng.randrange(1000)}" for _ in range(number))
+def words(rng: random.Random, count: int) -> str:
+    return " ".join(f"{rng.choice(NOUNS)}{rng.randrange(1000)}" for _ in range(count))
 
 
 def instruction(rng: random.Random) -> str:

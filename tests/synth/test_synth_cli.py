@@ -40,34 +40,34 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_a_recipe_is_run(recipe, tmp_path):
-    done = invoke(recipe)
-    assert done.exit_code == 0, done.output
-    assert "144 rows: math 72, text 72" in done.stdout
+    result = invoke(recipe)
+    assert result.exit_code == 0, result.output
+    assert "144 rows: math 72, text 72" in result.stdout
     assert (tmp_path / "out" / "data.jsonl").is_file()
-    again = invoke("run", recipe, "--json")
-    assert json.loads(again.stdout)["rows"] == {"math": 72, "text": 72}
+    repeated = invoke("run", recipe, "--json")
+    assert json.loads(repeated.stdout)["rows"] == {"math": 72, "text": 72}
 
 
 def test_overrides_and_options_before_the_recipe(recipe):
-    done = invoke("--until", "meta_topics", recipe, "complex_share=0")
-    assert done.exit_code == 0, done.output
-    assert "stopped after meta_topics" in done.stdout
+    result = invoke("--until", "meta_topics", recipe, "complex_share=0")
+    assert result.exit_code == 0, result.output
+    assert "stopped after meta_topics" in result.stdout
 
 
 def test_a_dry_run_asks_nothing(recipe, tmp_path):
-    done = invoke(recipe, "--dry-run")
-    assert done.exit_code == 0, done.output
-    assert "responses" in done.stdout and "estimate" in done.stdout
+    result = invoke(recipe, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "responses" in result.stdout and "estimate" in result.stdout
     assert not (tmp_path / "out").exists()
     planned = json.loads(invoke(recipe, "--dry-run", "--json").stdout)
-    assert {one["stage"] for one in planned} >= {"meta_topics", "responses"}
+    assert {stage["stage"] for stage in planned} >= {"meta_topics", "responses"}
 
 
 def test_a_dry_run_of_a_part_on_a_machine_without_sandbox_and_test_files(recipe, monkeypatch):
     monkeypatch.setattr(sandbox, "available", lambda: "bubblewrap is not installed")
-    more = ["domains.math.check=python", "domains.math.tests=true", "filters.decontaminate=[nowhere/test.jsonl]"]
-    planned = json.loads(invoke(recipe, "--dry-run", "--json", "--until", "expand", *more).stdout)
-    assert {(one["stage"], one["part"]) for one in planned} == {
+    overrides = ["domains.math.check=python", "domains.math.tests=true", "filters.decontaminate=[nowhere/test.jsonl]"]
+    planned = json.loads(invoke(recipe, "--dry-run", "--json", "--until", "expand", *overrides).stdout)
+    assert {(stage["stage"], stage["part"]) for stage in planned} == {
         ("meta_topics", ""), ("sub_topics", ""), ("instructions", ""), ("expand", "strong"), ("expand", "weak"),
     }  # fmt: skip
 
@@ -75,10 +75,10 @@ def test_a_dry_run_of_a_part_on_a_machine_without_sandbox_and_test_files(recipe,
 def test_the_numbers_of_a_dry_run_are_whole_in_80_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     prices = ("models.strong.prompt_usd=2.5", "models.strong.completion_usd=10")
-    shown = invoke(Path(__file__).parents[2] / "recipes" / "ultrachat2.yaml", "--dry-run", *prices).stdout
-    assert "173,902,530" in shown and "286,984,698" in shown and "2,868.08" in shown and "…" not in shown
-    assert max(map(len, shown.splitlines())) <= 80
-    assert "expand strong" in shown and "expand weak" in shown
+    output = invoke(Path(__file__).parents[2] / "recipes" / "ultrachat2.yaml", "--dry-run", *prices).stdout
+    assert "173,902,530" in output and "286,984,698" in output and "2,868.08" in output and "…" not in output
+    assert max(map(len, output.splitlines())) <= 80
+    assert "expand strong" in output and "expand weak" in output
 
 
 def test_status_says_what_the_store_knows_before_it_derives_the_rest(recipe, monkeypatch):
@@ -86,17 +86,17 @@ def test_status_says_what_the_store_knows_before_it_derives_the_rest(recipe, mon
 
     assert invoke(recipe).exit_code == 0
     monkeypatch.setattr(status, "derive", lambda *_, **__: 1 / 0)
-    shown = invoke("status", recipe)
-    assert isinstance(shown.exception, ZeroDivisionError)
-    assert re.match(r"calls: \d+ answered, 0 under way \(\d+\.\d per minute\), cost: \$0\.0000\n", shown.stdout)
+    result = invoke("status", recipe)
+    assert isinstance(result.exception, ZeroDivisionError)
+    assert re.match(r"calls: \d+ answered, 0 under way \(\d+\.\d per minute\), cost: \$0\.0000\n", result.stdout)
     assert not invoke("status", recipe, "--json").stdout
 
 
 def test_status_and_join(recipe):
     assert invoke(recipe).exit_code == 0
-    shown = invoke("status", recipe)
-    assert shown.exit_code == 0, shown.output
-    assert "near duplicates included: math 72, text 72" in shown.stdout and "remaining: about 0 calls" in shown.stdout
+    result = invoke("status", recipe)
+    assert result.exit_code == 0, result.output
+    assert "near duplicates included: math 72, text 72" in result.stdout and "remaining: about 0 calls" in result.stdout
     assert json.loads(invoke("status", recipe, "--json").stdout)["rows"] == {"math": 72, "text": 72}
     fewer = invoke("join", recipe, "filters.min_answer_chars=82")
     assert fewer.exit_code == 0 and "144 rows" not in fewer.stdout
@@ -133,11 +133,11 @@ def test_a_store_or_recipe_that_is_not_there(recipe, tmp_path):
 
 
 def test_help():
-    shown = invoke("--help")
-    assert shown.exit_code == 0
+    result = invoke("--help")
+    assert result.exit_code == 0
     for command in ("run", "status", "join", "review"):
-        assert command in shown.stdout
-    assert "`ultrafuser synth RECIPE` is short for `ultrafuser synth run RECIPE`" in shown.stdout
+        assert command in result.stdout
+    assert "`ultrafuser synth RECIPE` is short for `ultrafuser synth run RECIPE`" in result.stdout
     of_run = invoke("run", "--help").stdout
     assert "--budget-usd" in of_run and "stages.gate.lr" not in of_run
 

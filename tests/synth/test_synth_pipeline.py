@@ -40,8 +40,8 @@ def recipe(tmp_path):
     return tiny(f"output={tmp_path / 'out'}")
 
 
-def go(recipe, writer=None, **more):
-    return synthesise(recipe, clients={"writer": FakeClient(writer or Writer())}, **more)
+def go(recipe, writer=None, **options):
+    return synthesise(recipe, clients={"writer": FakeClient(writer or Writer())}, **options)
 
 
 def rows_of(recipe):
@@ -99,9 +99,9 @@ def test_a_disk_that_is_full_when_the_data_set_is_written_costs_nothing(recipe, 
 
 
 def test_stopping_after_a_stage_writes_the_report_alone(recipe):
-    done = go(recipe, until="sub_topics")
+    data = go(recipe, until="sub_topics")
     folder = Path(recipe.output)
-    assert done.stopped_after == "sub_topics"
+    assert data.stopped_after == "sub_topics"
     assert (folder / TOPICS).is_file() and (folder / REPORT).is_file()
     assert not (folder / ROWS).exists() and not (folder / INSTRUCTIONS).exists()
 
@@ -119,9 +119,9 @@ def test_kept_instructions_are_written(recipe, until, origins):
     go(recipe, misbehaving(0.2), until=until)
     written = [json.loads(line) for line in (Path(recipe.output) / INSTRUCTIONS).read_text().splitlines()]
     assert list(written[0]) == ["id", "domain", "topic", "subtopic", "text", "origin"]
-    assert {one["origin"] for one in written} == origins
-    kept = [one for one in derive(recipe, Prompts(), Memory(misbehaving(0.2)), until=until).instructions]
-    assert [(one["id"], one["text"]) for one in written] == [(one.id, one.text) for one in kept]
+    assert {item["origin"] for item in written} == origins
+    instructions = [item for item in derive(recipe, Prompts(), Memory(misbehaving(0.2)), until=until).instructions]
+    assert [(item["id"], item["text"]) for item in written] == [(item.id, item.text) for item in instructions]
 
 
 def test_topics_and_instructions_are_there_before_the_answers(recipe):
@@ -157,7 +157,7 @@ def test_other_filters_need_no_new_questions(recipe, tmp_path):
     stricter = tiny(f"output={recipe.output}", "filters.min_answer_chars=82")
     assert 0 < len(write_again(stricter).rows) < 144
     with pytest.raises(DataError, match="no such file, expected the calls of a run"):
-        write_again(tiny(f"output={tmp_path / 'other'}"))
+        write_again(tiny(f"output={tmp_path / 'changed'}"))
 
 
 # ---------------------------------------------------------------- before anything is asked
@@ -168,7 +168,7 @@ def failing(request):
 
 
 @pytest.mark.parametrize(
-    ("changes", "more", "kind", "problem"),
+    ("changes", "options", "kind", "problem"),
     [
         (["filters.decontaminate=[nowhere/test.jsonl]"], {}, DataError, "nowhere/test.jsonl"),
         (["prompts=nowhere"], {}, RecipeError, "prompts: no folder nowhere"),
@@ -179,9 +179,9 @@ def failing(request):
         ([], {"shard": (1, 2)}, DataError, "the topics are not complete, and every shard needs the same ones"),
     ],
 )
-def test_what_stops_a_run_at_once(tmp_path, changes, more, kind, problem):
+def test_what_stops_a_run_at_once(tmp_path, changes, options, kind, problem):
     with pytest.raises(kind) as error:
-        go(tiny(f"output={tmp_path / 'out'}", *changes), Writer(failing), **more)
+        go(tiny(f"output={tmp_path / 'out'}", *changes), Writer(failing), **options)
     assert problem in str(error.value)
 
 
@@ -204,8 +204,8 @@ def test_tests_without_a_sandbox(monkeypatch, recipe):
 
 
 def test_samples_without_math_verify(monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else found(name))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find_spec(name))
     with pytest.raises(MissingExtraError, match="math-verify"):
         check(tiny("domains.math.samples=2"))
     check(tiny())
@@ -246,18 +246,18 @@ def test_a_local_model_that_is_not_there_stops_a_run_at_once(tmp_path, model, pr
 
 def test_a_model_that_cannot_be_asked_is_found_before_the_first_stage(tmp_path):
     pytest.importorskip("aiohttp")
-    with fake_async_endpoint(lambda question, before: fine(reply_to(question))) as cheap:
-        with fake_async_endpoint(lambda question, before: status_of(401)) as strong:
+    with fake_async_endpoint(lambda question, repeats: fine(reply_to(question))) as cheap:
+        with fake_async_endpoint(lambda question, repeats: status_of(401)) as strong:
             models = [cheap.recipe("cheap").model_dump(), strong.recipe("strong").model_dump()]
             recipe = tiny("calls.responses=strong", f"output={tmp_path / 'out'}", models=models)
             with pytest.raises(EndpointError, match="OPENAI_API_KEY is not set"):
                 synthesise(recipe)
             assert set(cheap.asked) <= {"Say ok."} and set(strong.asked) == {"Say ok."}
             synthesise(recipe, until="instructions")  # which asks the cheap one alone
-            before = strong.hits
+            num_hits = strong.hits
             with pytest.raises(EndpointError, match="OPENAI_API_KEY is not set"):
                 synthesise(recipe)
-            assert "Say ok." not in [body["messages"][0]["content"] for body in strong.bodies[before:]]
+            assert "Say ok." not in [body["messages"][0]["content"] for body in strong.bodies[num_hits:]]
             assert cheap.asked["Say ok."] == 1
 
 
@@ -265,8 +265,8 @@ def test_a_model_that_cannot_be_asked_is_found_before_the_first_stage(tmp_path):
 
 
 def test_shards_are_joined_to_the_same_data_set(tmp_path):
-    whole = tiny(f"output={tmp_path / 'whole'}")
-    go(whole, misbehaving(0.2))
+    expected = tiny(f"output={tmp_path / 'expected'}")
+    go(expected, misbehaving(0.2))
     first = tiny(f"output={tmp_path / 'first'}")
     writer = misbehaving(0.2)
     go(first, writer, until="sub_topics")
@@ -280,7 +280,7 @@ def test_shards_are_joined_to_the_same_data_set(tmp_path):
         assert go(part, writer, shard=(number, 3)).rows == []
         stores.append(Path(part.output) / STORE)
     join(first, stores)
-    assert rows_of(first) == rows_of(whole)
+    assert rows_of(first) == rows_of(expected)
     assert set(writer.asked.values()) == {1}
 
 
@@ -299,7 +299,7 @@ def test_decisions_of_a_review_are_in_the_next_data_set(recipe):
     session = ReviewSession.open(recipe)
     assert session.domains == (ALL_DOMAINS, *dict.fromkeys(row.domain for row in session.rows))
     assert session.select() == list(range(144)) and len(session.select("math")) == 72
-    a, b, c, d = (session.rows[place] for place in range(4))
+    a, b, c, d = (session.rows[index] for index in range(4))
     session.accept(0)
     session.reject(1, "dull")
     session.edit(2, ["A better question?", "A better answer, with more words."])
@@ -319,10 +319,10 @@ def test_decisions_of_a_review_are_in_the_next_data_set(recipe):
     assert len(rows) == 143 and b.id not in rows and a.id in rows
     assert rows[c.id]["messages"][0]["content"] == "A better question?"
     session = ReviewSession.open(recipe)  # of rows that hold the edit already
-    [again] = session.select(state="edited")
-    session.accept(again)
-    session.edit(again, [content for _, content in session.messages(again)])
-    assert session.decision(session.rows[again]) == "edit"
+    [edited_index] = session.select(state="edited")
+    session.accept(edited_index)
+    session.edit(edited_index, [content for _, content in session.messages(edited_index)])
+    assert session.decision(session.rows[edited_index]) == "edit"
     session.store.close()
     assert {row["id"]: row for row in [*map(Row.to_dict, write_again(recipe).rows)]} == rows
 
@@ -330,11 +330,11 @@ def test_decisions_of_a_review_are_in_the_next_data_set(recipe):
 def test_a_decision_holds_for_the_words_that_were_read_not_for_the_place(recipe):
     go(recipe)
     session = ReviewSession.open(recipe)
-    for place in range(len(session.rows)):
-        session.reject(place)
+    for index in range(len(session.rows)):
+        session.reject(index)
     session.store.close()
-    other = recipe.model_copy(update={"seed": recipe.seed + 1})  # other instructions are rewritten
-    assert 0 < len(go(other).rows) < 144
+    changed = recipe.model_copy(update={"seed": recipe.seed + 1})  # other instructions are rewritten
+    assert 0 < len(go(changed).rows) < 144
 
 
 def test_another_model_under_the_same_name_is_asked_itself(recipe):
@@ -364,7 +364,7 @@ def test_verdicts_on_code_are_kept(recipe, monkeypatch):
     monkeypatch.setattr(checks, "run_tests", run_tests)
     first = go(recipe, writer)
     assert len(ran) == len(set(ran)) == 2
-    assert any(one.rejected["tests: failed"] for one in first.ledger.entries.values())
+    assert any(item.rejected["tests: failed"] for item in first.ledger.entries.values())
     assert [row.id for row in write_again(recipe).rows] == [row.id for row in first.rows]
     assert status(recipe).rows and len(ran) == 2
 
@@ -373,34 +373,34 @@ def test_answers_of_the_same_code_have_the_same_verdict(recipe, monkeypatch):
     code = "In %s words:\n```python\ndef f():\n    return 1\n```\n\n```python\nassert f() == 1\n```"
     recipe = tiny(f"output={recipe.output}", "domains.math.check=python", "domains.math.tests=true")
     monkeypatch.setattr(checks, "run_tests", lambda cases, *, unsafe: [None] * len(cases))
-    done = go(
+    data = go(
         recipe, Writer(lambda request: Response("ok", code % request.item) if request.stage == "responses" else None)
     )
-    assert done.ledger.entry("checks", "math").kept == 72 and done.ledger.pending() == 0
-    assert next(one for one in status(recipe).stages if one.stage == "checks").open == 0
+    assert data.ledger.entry("checks", "math").kept == 72 and data.ledger.pending() == 0
+    assert next(item for item in status(recipe).stages if item.stage == "checks").open == 0
 
 
 def test_a_verdict_that_another_process_kept_first_holds_and_progress_is_shown(recipe, monkeypatch):
     class Seen(Progress):
-        def start(self, what, total):
-            said.append((what, total))
+        def start(self, stage, total):
+            events.append((stage, total))
 
         def advance(self, steps=1, note=""):
-            said.append(steps)
+            events.append(steps)
 
-    said, cases = [], [(f"```python\nx = {number}\n```", "assert x") for number in range(5)]
+    events, cases = [], [(f"```python\nx = {number}\n```", "assert x") for number in range(5)]
     monkeypatch.setattr(pipeline, "TESTS_AT_ONCE", 3)
     with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
 
-        def run_tests(own, *, unsafe):
-            store.verdicts.add({checks.case_key(case): "tests: timeout" for case in own})  # theirs comes first
-            return [None] * len(own)
+        def run_tests(cases, *, unsafe):
+            store.verdicts.add({checks.case_key(case): "tests: timeout" for case in cases})  # theirs comes first
+            return [None] * len(cases)
 
         monkeypatch.setattr(checks, "run_tests", run_tests)
         assert set(pipeline.run_missing_tests(recipe, store, cases, Seen()).values()) == {"tests: timeout"}
-        assert said == [("answers run with their tests", 5), 3, 2]
+        assert events == [("answers run with their tests", 5), 3, 2]
         assert set(pipeline.run_missing_tests(recipe, store, cases, Seen()).values()) == {"tests: timeout"}
-        assert len(said) == 3
+        assert len(events) == 3
 
 
 def test_status_runs_no_code(recipe, monkeypatch):
@@ -412,7 +412,7 @@ def test_status_runs_no_code(recipe, monkeypatch):
         until="responses",
     )
     monkeypatch.setattr(checks, "run_tests", lambda *_, **__: pytest.fail("code was run"))
-    assert next(one for one in status(recipe).stages if one.stage == "checks").open == 72
+    assert next(item for item in status(recipe).stages if item.stage == "checks").open == 72
 
 
 def test_replies_in_another_language_are_left_out(recipe):
@@ -427,7 +427,7 @@ def test_replies_in_another_language_are_left_out(recipe):
     )
     recipe = tiny(f"output={recipe.output}", "filters.language=en", "filters.language_confidence=0.9")
     data = go(recipe, writer)
-    rejected = {key: one.rejected["another language"] for key, one in data.ledger.entries.items()}
+    rejected = {key: item.rejected["another language"] for key, item in data.ledger.entries.items()}
     assert rejected["filters", "math"] > 60 and not rejected["filters", "text"]
     assert {row.domain for row in data.rows} == {"text"}
 
@@ -469,23 +469,23 @@ def test_an_edit_that_another_hand_spoilt(recipe):
 
 def test_status_of_a_finished_run(recipe):
     go(recipe)
-    now = status(recipe)
-    assert now.rows == {"math": 72, "text": 72}
-    assert (now.left_calls, now.left_usd, now.under_way) == (0, 0.0, 0)
-    stages = {one.stage: one for one in now.stages}
+    current = status(recipe)
+    assert current.rows == {"math": 72, "text": 72}
+    assert (current.left_calls, current.left_usd, current.under_way) == (0, 0.0, 0)
+    stages = {item.stage: item for item in current.stages}
     assert (stages["responses"].asked, stages["responses"].kept, stages["responses"].share_kept) == (144, 144, 1.0)
-    assert json.loads(json.dumps(now.to_dict()))["calls"] == now.calls
+    assert json.loads(json.dumps(current.to_dict()))["calls"] == current.calls
 
 
 def test_status_in_the_middle(recipe):
     with pytest.raises(DataError, match="no such file, expected the calls of a run"):
         status(recipe)
     go(recipe, until="instructions")
-    now = status(recipe)
-    stages = {one.stage: one for one in now.stages}
+    current = status(recipe)
+    stages = {item.stage: item for item in current.stages}
     assert stages["responses"].open == stages["responses"].asked > 0
-    assert now.left_calls > 140
-    assert now.rows == {}
+    assert current.left_calls > 140
+    assert current.rows == {}
 
 
 def test_the_time_left_is_that_of_the_calls_left_at_the_pace_of_the_last_minutes(recipe, monkeypatch):
@@ -493,8 +493,8 @@ def test_the_time_left_is_that_of_the_calls_left_at_the_pace_of_the_last_minutes
     with closing(sqlite3.connect(Path(recipe.output) / STORE)) as db, db:
         calls, first = db.execute("SELECT count(*), min(at) FROM calls").fetchone()
     monkeypatch.setattr(time, "time", lambda: first + 100)
-    now = status(recipe)
-    assert now.calls == calls and now.left_s == pytest.approx(now.left_calls * 100 / calls)
+    current = status(recipe)
+    assert current.calls == calls and current.left_s == pytest.approx(current.left_calls * 100 / calls)
     monkeypatch.setattr(time, "time", lambda: first + 100_000)  # nothing was answered for a day
     assert status(recipe).left_s is None
 
@@ -503,34 +503,34 @@ def test_the_plan_is_what_a_perfect_writer_is_asked(tmp_path):
     recipe = tiny("turns=2", "filters.min_score=1", "domains.math.samples=2", "domains.math.agreement=0", "complex_share=1",
                   f"output={tmp_path / 'out'}", "models.writer.prompt_usd=1", "models.writer.completion_usd=2")  # fmt: skip
     planned = plan(recipe, Prompts())
-    look = Memory(Writer())
-    derive(recipe, Prompts(), look)
-    for stage in {one.stage for one in planned}:
-        calls = sum(one.calls for one in planned if one.stage == stage)
-        assert calls == sum(request.stage == stage for request in look.requests.values()), stage
-    for one in planned:
-        assert one.usd == pytest.approx((one.prompt_tokens + 2 * one.completion_tokens) / 1e6)
-        assert one.prompt_tokens > 20 * one.calls
+    memory = Memory(Writer())
+    derive(recipe, Prompts(), memory)
+    for stage in {item.stage for item in planned}:
+        calls = sum(item.calls for item in planned if item.stage == stage)
+        assert calls == sum(request.stage == stage for request in memory.requests.values()), stage
+    for item in planned:
+        assert item.usd == pytest.approx((item.prompt_tokens + 2 * item.completion_tokens) / 1e6)
+        assert item.prompt_tokens > 20 * item.calls
 
 
 def test_the_plan_ends_where_the_run_does_and_tells_like_stages_apart():
-    whole = plan(tiny(turns=2), Prompts())
+    expected = plan(tiny(turns=2), Prompts())
     early = ("meta_topics", "sub_topics", "instructions", "expand")
-    assert plan(tiny(turns=2), Prompts(), "expand") == [one for one in whole if one.stage in early]
-    assert {(one.stage, one.part) for one in whole if one.part} == {
+    assert plan(tiny(turns=2), Prompts(), "expand") == [item for item in expected if item.stage in early]
+    assert {(item.stage, item.part) for item in expected if item.part} == {
         ("expand", "strong"), ("expand", "weak"), ("turns", "user"), ("turns", "answer"),
     }  # fmt: skip
     samples = tiny("domains.math.samples=2")
-    assert [one.stage for one in plan(samples, Prompts(), "checks")][-1] == "samples"
-    assert [one.stage for one in plan(samples, Prompts(), "responses")][-1] == "responses"
+    assert [item.stage for item in plan(samples, Prompts(), "checks")][-1] == "samples"
+    assert [item.stage for item in plan(samples, Prompts(), "responses")][-1] == "responses"
 
 
 def test_the_papers_sizes_cost_something_known():
     recipe = load_synth_recipe(Path(__file__).parents[2] / "recipes" / "ultrachat2.yaml")
     planned = plan(recipe, Prompts(recipe.prompts))
-    answers = sum(one.calls for one in planned if one.stage == "responses")
+    answers = sum(item.calls for item in planned if item.stage == "responses")
     assert 310_000 <= answers <= 360_000
-    assert all(one.calls > 0 for one in planned)
+    assert all(item.calls > 0 for item in planned)
 
 
 def test_what_failed_for_good_is_asked_again_on_demand(recipe):

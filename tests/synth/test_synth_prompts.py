@@ -52,11 +52,11 @@ def test_history_is_quoted_and_never_a_system_message():
 def test_a_folder_replaces_some(tmp_path):
     (tmp_path / "complex.jinja").write_text("Harder: {{ instruction }}")
     (tmp_path / "README.md").write_text("about these")
-    mine, ours = Prompts(str(tmp_path)), Prompts()
+    custom, builtin = Prompts(str(tmp_path)), Prompts()
     example = EXAMPLES["complex"]
-    assert mine.render("complex", **example) == f"Harder: {example['instruction']}"
-    assert mine.render("judge", **EXAMPLES["judge"]) == ours.render("judge", **EXAMPLES["judge"])
-    changed = {name for name in NAMES if mine.hashes()[name] != ours.hashes()[name]}
+    assert custom.render("complex", **example) == f"Harder: {example['instruction']}"
+    assert custom.render("judge", **EXAMPLES["judge"]) == builtin.render("judge", **EXAMPLES["judge"])
+    changed = {name for name in NAMES if custom.hashes()[name] != builtin.hashes()[name]}
     assert changed == {"complex"}
 
 

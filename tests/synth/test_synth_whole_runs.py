@@ -43,13 +43,13 @@ LASTING += [HANG, fine(None), fine("", finish_reason="content_filter"), fine(Non
             failing(400, "this model's maximum context length is 64 tokens", code="context_length_exceeded")]  # fmt: skip
 
 
-def misbehaving(question: str, before: int) -> Step:
+def misbehaving(question: str, repeats: int) -> Step:
     """By the question: fine, wrong for good, or wrong at first."""
     draw = random.Random(hashlib.sha256(question.encode()).hexdigest())
     kind = draw.random()
     if kind < 0.2:
         return draw.choice(LASTING)
-    if kind < 0.5 and before == 0:
+    if kind < 0.5 and repeats == 0:
         return draw.choice(PASSING)
     return fine(reply_to(question))
 
@@ -113,9 +113,9 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path, start):
         assert (rows, stages) == results(tmp_path / "whole")
         reasons = sum((Counter(entry["rejected"]) for entry in stages), Counter())
         assert reasons["another language"] and reasons["call failed: unanswered"]  # of what hangs for good
-        before = server.hits
+        num_hits = server.hits
         finish(start(server, "killed"))  # all is there
-        assert server.hits == before
+        assert server.hits == num_hits
 
 
 def test_a_second_process_on_one_store_is_refused(tmp_path, start):
@@ -131,7 +131,7 @@ def test_a_second_process_on_one_store_is_refused(tmp_path, start):
 
 def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path, start):
     prices = ("models.writer.prompt_usd=100", "models.writer.completion_usd=100")
-    with fake_async_endpoint(lambda question, before: fine(reply_to(question))) as server:
+    with fake_async_endpoint(lambda question, repeats: fine(reply_to(question))) as server:
         run = start(server, "money", *prices, "budget_usd=0.3")
         assert run.wait(60) == 1
         assert "budget" in run.stderr.read()
@@ -145,5 +145,5 @@ def test_an_endpoint_that_is_not_there(tmp_path, start):
         pass
     run = start(server, "nobody")
     assert run.wait(60) == 1
-    said = run.stderr.read()
-    assert server.url in said and "\n" not in said.strip()
+    output = run.stderr.read()
+    assert server.url in output and "\n" not in output.strip()

@@ -52,9 +52,9 @@ def start(tmp_path: Path):
     runs: list[subprocess.Popen[str]] = []
 
     def start(
-        server: FakeAsyncEndpoint, number: int, concurrency: int = 16, budget_usd: float = 1e6
+        server: FakeAsyncEndpoint, count: int, concurrency: int = 16, budget_usd: float = 1e6
     ) -> subprocess.Popen[str]:
-        arguments = [str(tmp_path / "calls.sqlite"), server.url, str(number), str(concurrency), str(budget_usd)]
+        arguments = [str(tmp_path / "calls.sqlite"), server.url, str(count), str(concurrency), str(budget_usd)]
         runs.append(subprocess.Popen([sys.executable, "-c", RUN, *arguments], stderr=subprocess.PIPE, text=True))
         return runs[-1]
 
@@ -72,9 +72,9 @@ def wait_for(condition: Callable[[], bool], run: subprocess.Popen[str]) -> None:
         time.sleep(0.002)
 
 
-def stored(tmp_path: Path, number: int) -> set[str]:
+def stored(tmp_path: Path, count: int) -> set[str]:
     """Questions that have an answer."""
-    requests = [Request("responses", "math", str(i), "writer", (("user", str(i)),)) for i in range(number)]
+    requests = [Request("responses", "math", str(i), "writer", (("user", str(i)),)) for i in range(count)]
     with CallStore(tmp_path / "calls.sqlite") as store:
         missing = set(store.missing(request.key for request in requests))
     return {request.item for request in requests if request.key not in missing}
@@ -86,24 +86,24 @@ def finish(run: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_kill_costs_at_most_the_calls_under_way(tmp_path: Path, start, seed):
-    number, draw = 300, random.Random(seed)
+    count, draw = 300, random.Random(seed)
     with fake_async_endpoint(delay_s=0.02) as server:
-        for part in (0.1, 0.4, 0.7):
-            run = start(server, number)
-            hits = int(number * (part + draw.random() / 10))
+        for progress in (0.1, 0.4, 0.7):
+            run = start(server, count)
+            hits = int(count * (progress + draw.random() / 10))
             wait_for(lambda hits=hits: server.hits >= hits, run)
             os.kill(run.pid, signal.SIGKILL)
             run.wait()
-            kept, before = stored(tmp_path, number), server.asked
-            assert len(before) - len(kept) <= 16  # no reply that had come is missing
+            answered, asked = stored(tmp_path, count), server.asked
+            assert len(asked) - len(answered) <= 16  # no reply that had come is missing
             time.sleep(0.05)
             at_kill = server.asked
-        finish(start(server, number))
-        assert stored(tmp_path, number) == {str(i) for i in range(number)}
-        assert all(server.asked[text] == at_kill[text] for text in kept)
-        assert sum(server.asked.values()) <= number + 3 * 16
+        finish(start(server, count))
+        assert stored(tmp_path, count) == {str(i) for i in range(count)}
+        assert all(server.asked[text] == at_kill[text] for text in answered)
+        assert sum(server.asked.values()) <= count + 3 * 16
     with CallStore(tmp_path / "calls.sqlite") as store:
-        assert store.counts()[0].calls == number and store.under_way() == 0
+        assert store.counts()[0].calls == count and store.under_way() == 0
 
 
 def test_what_a_killed_process_had_sent_is_within_the_budget(tmp_path: Path, start):
@@ -151,14 +151,14 @@ def test_the_store_agrees_with_the_server_on_a_bad_day(tmp_path: Path, start):
     """Errors, cut connections and floods now and then, and a kill in between: all is answered in the end."""
     draw = random.Random(0)
 
-    def reply(question: str, before: int):
+    def reply(question: str, asked: int):
         kind = draw.random()
         if kind < 0.05:
             return failing(500)
         if kind < 0.1:
             return failing(429, "slow down", retry_after="0.01")
         if kind < 0.15:
-            return fine("x" * 5000) if before else failing(503)
+            return fine("x" * 5000) if asked else failing(503)
         return fine(f"re: {question}")
 
     with fake_async_endpoint(reply, delay_s=0.005) as server:

@@ -32,29 +32,31 @@ def recipe(model: str, **changes) -> LocalModel:
     )
 
 
-def requests(number: int, **changes) -> list[Request]:
+def requests(count: int, **changes) -> list[Request]:
     settings = {"max_tokens": 6, **changes}
     return [
         Request("responses", "math", str(i), "writer", (("user", f"{'why? ' * i}{i}"),), **settings)
-        for i in range(number)
+        for i in range(count)
     ]
 
 
-def outcomes(folder: Path, client: LocalClient, asked: list[Request]) -> list[Response]:
+def outcomes(folder: Path, client: LocalClient, requests_: list[Request]) -> list[Response]:
     with CallStore(folder / "calls.sqlite", "recipe") as store:
-        answer(asked, store, {"writer": client})
-        return [store.response(request.key) for request in asked]
+        answer(requests_, store, {"writer": client})
+        return [store.response(request.key) for request in requests_]
 
 
 def test_answers_are_those_of_the_model_itself(tmp_path: Path, model: str):
     from ultrafuser.evaluate.lm.chat import answer_chats
     from ultrafuser.evaluate.lm.load import load_model
 
-    found = outcomes(tmp_path, make_clients([recipe(model)])["writer"], requests(5))
+    responses = outcomes(tmp_path, make_clients([recipe(model)])["writer"], requests(5))
     expected = answer_chats(load_model(model).lm, "", [request.chat() for request in requests(5)], 6)
-    assert [one.text for one in found] == [text if text.strip() else "" for text in expected]
-    assert all(one.prompt_tokens > 5 and one.cost_usd == 0 for one in found)
-    assert [one.prompt_tokens for one in found] == sorted(one.prompt_tokens for one in found)
+    assert [response.text for response in responses] == [text if text.strip() else "" for text in expected]
+    assert all(response.prompt_tokens > 5 and response.cost_usd == 0 for response in responses)
+    assert [response.prompt_tokens for response in responses] == sorted(
+        response.prompt_tokens for response in responses
+    )
 
 
 def test_a_reply_that_is_begun_goes_on_from_there(tmp_path: Path, model: str):
@@ -83,18 +85,18 @@ def test_the_weights_are_loaded_once_and_kept(tmp_path: Path, model: str):
 
 def test_what_does_not_fit_is_a_failure_of_its_own(tmp_path: Path, model: str):
     long = Request("responses", "math", "long", "writer", (("user", "0123456789 " * 60),), max_tokens=6)
-    found = outcomes(tmp_path, LocalClient(recipe(model)), [*requests(2), long])
+    responses = outcomes(tmp_path, LocalClient(recipe(model)), [*requests(2), long])
     assert (
-        found[2].status == "failed"
-        and found[2].kind == "context overflow"
-        and "tokens leaves no room" in found[2].reason
+        responses[2].status == "failed"
+        and responses[2].kind == "context overflow"
+        and "tokens leaves no room" in responses[2].reason
     )
-    assert not any(one.kind == "context overflow" for one in found[:2])
+    assert not any(response.kind == "context overflow" for response in responses[:2])
 
 
 def test_a_reply_ends_where_its_limit_or_the_context_does(tmp_path: Path, model: str):
-    found = outcomes(tmp_path, LocalClient(recipe(model)), requests(1, max_tokens=4000))
-    assert found[0].prompt_tokens + found[0].completion_tokens <= 256
+    responses = outcomes(tmp_path, LocalClient(recipe(model)), requests(1, max_tokens=4000))
+    assert responses[0].prompt_tokens + responses[0].completion_tokens <= 256
 
 
 def test_draws_differ_and_come_again_the_same(tmp_path: Path, model: str):
@@ -102,20 +104,22 @@ def test_draws_differ_and_come_again_the_same(tmp_path: Path, model: str):
     first = outcomes(tmp_path / "1", LocalClient(recipe(model)), drawn)
     client = LocalClient(recipe(model))
     outcomes(tmp_path / "2", client, drawn[:4])
-    again = outcomes(tmp_path / "2", LocalClient(recipe(model)), drawn)  # a run that was cut off and goes on
-    assert again == first
-    assert len({one.text for one in first[::2]}) > 1
+    repeated = outcomes(tmp_path / "2", LocalClient(recipe(model)), drawn)  # a run that was cut off and goes on
+    assert repeated == first
+    assert len({response.text for response in first[::2]}) > 1
 
 
 def test_models_that_sample_beside_each_other_draw_as_if_alone(tmp_path: Path, model: str):
     settings = {"max_tokens": 60, "temperature": 1.0}
-    asked = {role: [replace(request, role=role) for request in requests(6, **settings)] for role in ("writer", "other")}
+    requests_ = {
+        role: [replace(request, role=role) for request in requests(6, **settings)] for role in ("writer", "other")
+    }
 
     def together(folder: str, *roles: str) -> list[Response | None]:
         with CallStore(tmp_path / folder / "calls.sqlite", "recipe") as store:
             clients = {role: LocalClient(recipe(model)) for role in roles}
-            answer([request for role in roles for request in asked[role]], store, clients)
-            return [store.response(request.key) for role in roles for request in asked[role]]
+            answer([request for role in roles for request in requests_[role]], store, clients)
+            return [store.response(request.key) for role in roles for request in requests_[role]]
 
     assert together("both", "writer", "other") == [*together("1", "writer"), *together("2", "other")]
 

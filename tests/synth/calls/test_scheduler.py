@@ -66,8 +66,8 @@ class Seen(Progress):
         self.started: list[tuple[str, int]] = []
         self.steps, self.finished, self.notes = 0, 0, []
 
-    def start(self, what: str, total: int) -> None:
-        self.started.append((what, total))
+    def start(self, stage: str, total: int) -> None:
+        self.started.append((stage, total))
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.steps += steps
@@ -77,8 +77,8 @@ class Seen(Progress):
         self.finished += 1
 
 
-def requests(number: int, role: str = "writer", stage: str = "responses") -> list[Request]:
-    return [Request(stage, "math", str(i), role, (("user", f"{role} {i}"),)) for i in range(number)]
+def requests(count: int, role: str = "writer", stage: str = "responses") -> list[Request]:
+    return [Request(stage, "math", str(i), role, (("user", f"{role} {i}"),)) for i in range(count)]
 
 
 @pytest.fixture
@@ -106,10 +106,10 @@ def test_every_ask_is_answered_once_and_never_again(store: CallStore):
 
 
 def test_models_work_beside_each_other_each_as_it_likes(store: CallStore):
-    one, many = Memory(concurrency=1, batch_size=8, delay_s=0.002), Memory(concurrency=20, delay_s=0.002)
-    answer(requests(20, "one") + requests(60, "many", "judge"), store, {"one": one, "many": many, "idle": Memory()})
-    assert [len(batch) for batch in one.batches] == [8, 8, 4] and one.most_in_flight == 1
-    assert many.most_in_flight == 20 and all(len(batch) == 1 for batch in many.batches)
+    local, remote = Memory(concurrency=1, batch_size=8, delay_s=0.002), Memory(concurrency=20, delay_s=0.002)
+    answer(requests(20, "one") + requests(60, "many", "judge"), store, {"one": local, "many": remote, "idle": Memory()})
+    assert [len(batch) for batch in local.batches] == [8, 8, 4] and local.most_in_flight == 1
+    assert remote.most_in_flight == 20 and all(len(batch) == 1 for batch in remote.batches)
 
 
 def test_a_batch_is_one_step_of_the_progress(store: CallStore):
@@ -244,8 +244,8 @@ def test_a_full_disk_loses_nothing_that_was_stored_and_says_what_it_lost(store: 
         DataError, match=r"database or disk is full\); free disk space .*; \d replies were lost and will be asked"
     ):
         answer(requests(50), store, {"writer": client})
-    kept = store.counts()[0].calls
-    assert 5 < kept < 50
+    num_stored = store.counts()[0].calls
+    assert 5 < num_stored < 50
     store._database.connection.execute("PRAGMA max_page_count = 1000000")
     answer(requests(50), store, {"writer": client})
     assert sum(client.asked.values()) <= 50 + client.concurrency
@@ -253,15 +253,15 @@ def test_a_full_disk_loses_nothing_that_was_stored_and_says_what_it_lost(store: 
 
 
 def test_replies_that_came_on_a_full_disk_are_stored_when_there_is_room_again(store: CallStore, monkeypatch):
-    room, finish = [False], store.finish
+    has_room, finish = [False], store.finish
 
     def full(request: Request, response: Response) -> None:
-        if not room[0]:
+        if not has_room[0]:
             raise DataError("disk is full")
         finish(request, response)
 
     def reply(request: Request) -> Response:
-        room[0] = request.item == "3"
+        has_room[0] = request.item == "3"
         return Response("ok", "x")
 
     monkeypatch.setattr(store, "finish", full)

@@ -38,16 +38,16 @@ def store(tmp_path: Path):
 
 
 def test_a_question_is_named_by_what_is_asked_not_by_how():
-    one = request("why?")
-    assert one.key == request("why?", schema={"type": "object"}, temperature=1.0, max_tokens=7).key
-    assert one.key == Request("responses", "code", "another item", "writer", (("user", "why?"),)).key
-    others = [
+    why = request("why?")
+    assert why.key == request("why?", schema={"type": "object"}, temperature=1.0, max_tokens=7).key
+    assert why.key == Request("responses", "code", "another item", "writer", (("user", "why?"),)).key
+    different = [
         request("how?"),
         request("why?", "judge"),
         request("why?", sample=1),
-        Request("responses", "math", "", "judge", one.messages),
+        Request("responses", "math", "", "judge", why.messages),
     ]
-    assert len({one.key, *(other.key for other in others)}) == 5
+    assert len({why.key, *(second.key for second in different)}) == 5
     assert len(request("half a character: \ud83d").key) == 64
 
 
@@ -59,11 +59,11 @@ def test_what_is_finished_is_there_for_the_next_process(store: CallStore):
     store.finish(request("a"), outcome)
     store.finish(request("b"), Response("failed", reason="context overflow: 9 of 8"))
     store.close()
-    with CallStore(store.file, "recipe 1") as again:
-        assert again.response(request("a").key) == outcome
-        assert again.response(request("b").key) == Response("failed", reason="context overflow: 9 of 8")
-        assert again.response(request("c").key) is None
-        assert again.missing([request(x).key for x in "dacb"]) == [request("d").key, request("c").key]
+    with CallStore(store.file, "recipe 1") as reader:
+        assert reader.response(request("a").key) == outcome
+        assert reader.response(request("b").key) == Response("failed", reason="context overflow: 9 of 8")
+        assert reader.response(request("c").key) is None
+        assert reader.missing([request(x).key for x in "dacb"]) == [request("d").key, request("c").key]
 
 
 def test_the_first_outcome_stays_and_both_were_paid_for(store: CallStore):
@@ -86,8 +86,8 @@ def test_more_keys_than_a_statement_takes(store: CallStore):
 
 def test_counts_means_and_pace(store: CallStore):
     assert store.counts() == [] and store.calls_per_second() is None and store.tokens() == 0
-    for number, text in enumerate("abc"):
-        store.finish(request(text), Response("ok", text, "", 10 * number, number, 0.1))
+    for index, text in enumerate("abc"):
+        store.finish(request(text), Response("ok", text, "", 10 * index, index, 0.1))
     store.finish(request("d", "judge"), Response("failed", reason="unanswered: status 500: x, after 3 tries"))
     store.finish(request("e", "judge"), Response("failed", reason="unanswered: no reply within 5 s, after 3 tries"))
     counts = [
@@ -237,8 +237,8 @@ def test_verdicts_stay_as_they_are_and_are_taken_over(store: CallStore, tmp_path
     store.verdicts.add({"a": "", "b": "tests: failed"})
     store.verdicts.add({"a": "tests: timeout"})
     assert store.verdicts.get(["a", "b", "c"]) == {"a": "", "b": "tests: failed"}
-    with CallStore(tmp_path / "other.sqlite", store.identity()) as other:
-        other.verdicts.add({"b": "", "c": "tests: failed"})
+    with CallStore(tmp_path / "other.sqlite", store.identity()) as second:
+        second.verdicts.add({"b": "", "c": "tests: failed"})
     store.merge(tmp_path / "other.sqlite")
     assert store.verdicts.get(["a", "b", "c"]) == {"a": "", "b": "", "c": "tests: failed"}
 
@@ -311,12 +311,12 @@ def test_a_full_disk_is_an_error_and_what_was_stored_stays(store: CallStore):
 
 def test_a_file_that_another_program_locks(store: CallStore, monkeypatch):
     store._database.connection.execute("PRAGMA busy_timeout = 50")
-    other = sqlite3.connect(store.file, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
+    second = sqlite3.connect(store.file, isolation_level=None)
+    second.execute("BEGIN IMMEDIATE")
     with pytest.raises(DataError, match=r"cannot be used \(database is locked\); see what else uses it"):
         store.finish(request("a"), ok())
     assert store.response(request("a").key) is None  # readers do not wait
-    other.execute("COMMIT")
+    second.execute("COMMIT")
     store.finish(request("a"), ok())
 
 
@@ -401,11 +401,13 @@ def filled(file: Path, *outcomes: tuple[str, Response]) -> Path:
 
 
 def content(store: CallStore) -> dict[str, tuple[str, str]]:
-    return {text: (found.status, found.text) for text in "abcdef" if (found := store.response(request(text).key))}
+    return {
+        text: (response.status, response.text) for text in "abcdef" if (response := store.response(request(text).key))
+    }
 
 
 def test_files_join_to_the_same_in_any_order_and_however_often(tmp_path: Path):
-    parts = [
+    files = [
         filled(
             tmp_path / "1", ("a", ok("one", 1.0)), ("b", ok("zwei", 1.0)), ("c", Response("failed", reason="empty: x"))
         ),
@@ -413,8 +415,8 @@ def test_files_join_to_the_same_in_any_order_and_however_often(tmp_path: Path):
         filled(tmp_path / "3", ("b", ok("du\u00e9", 4.0)), ("e", ok("five", 4.0))),
     ]
     results = []
-    for number, order in enumerate(itertools.permutations(parts)):
-        with CallStore(tmp_path / f"joined {number}", "recipe 1") as store:
+    for index, order in enumerate(itertools.permutations(files)):
+        with CallStore(tmp_path / f"joined {index}", "recipe 1") as store:
             for file in (*order, order[0], order[2]):
                 store.merge(file)
             results.append((content(store), store.spent_usd()))
@@ -423,22 +425,22 @@ def test_files_join_to_the_same_in_any_order_and_however_often(tmp_path: Path):
 
 
 def test_what_came_of_copies_joins_without_being_counted_twice(tmp_path: Path):
-    whole = filled(tmp_path / "whole", ("a", ok("one", 1.0)))
+    original = filled(tmp_path / "whole", ("a", ok("one", 1.0)))
     for name, text in (("left", "b"), ("right", "c")):
-        (tmp_path / name).write_bytes(whole.read_bytes())
+        (tmp_path / name).write_bytes(original.read_bytes())
         filled(tmp_path / name, (text, ok(name, 2.0)))
-    with CallStore(whole, "recipe 1") as store:
+    with CallStore(original, "recipe 1") as store:
         assert store.merge(tmp_path / "left") == store.merge(tmp_path / "right") == Merged(added=1, duplicates=0)
         assert store.spent_usd() == 5.0
         assert content(store) == {"a": ("ok", "one"), "b": ("ok", "left"), "c": ("ok", "right")}
 
 
 def test_reviews_and_lost_tries_join_too(tmp_path: Path, store: CallStore):
-    with CallStore(tmp_path / "other", "recipe 1") as other:
+    with CallStore(tmp_path / "other", "recipe 1") as second:
         store.reviews.set("row 1", "accept")
-        other.reviews.set("row 1", "reject", "later")
-        other.reviews.set("row 2", "accept")
-        other.reserve(ceilings("a", usd=0.5))  # and is killed
+        second.reviews.set("row 1", "reject", "later")
+        second.reviews.set("row 2", "accept")
+        second.reserve(ceilings("a", usd=0.5))  # and is killed
     for _ in range(2):
         store.merge(tmp_path / "other")
     assert {row: review.decision for row, review in store.reviews.all().items()} == {

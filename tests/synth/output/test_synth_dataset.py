@@ -28,17 +28,17 @@ from ultrafuser.synth.recipe import FiltersRecipe
 from ultrafuser.synth.stages.items import Conversation, Instruction
 
 
-def row(number, domain="text", topic="t", subtopic="s", user=None, answer=None):
+def row(index, domain="text", topic="t", subtopic="s", user=None, answer=None):
     messages = (
-        ("user", user or f"Question number {number}, please?"),
-        ("assistant", answer or f"Answer number {number}."),
+        ("user", user or f"Question number {index}, please?"),
+        ("assistant", answer or f"Answer number {index}."),
     )
-    return Row(f"id{number:04}", domain, messages, topic=topic, subtopic=subtopic)
+    return Row(f"id{index:04}", domain, messages, topic=topic, subtopic=subtopic)
 
 
-def talk(id, **more):
+def talk(id, **fields):
     return Conversation(
-        id, Instruction("i" + id, "text", "t", "s", f"Ask {id}", "first"), ((f"Ask {id}", f"Say {id}"),), **more
+        id, Instruction("i" + id, "text", "t", "s", f"Ask {id}", "first"), ((f"Ask {id}", f"Say {id}"),), **fields
     )
 
 
@@ -54,9 +54,9 @@ def test_reviews_accept_edit_and_reject():
     }
     ledger = Ledger()
     rows = as_rows(tiny(), [talk(id, tests="assert f() == 1") for id in "dcba"], reviews, ledger)
-    assert [one.id for one in rows] == ["a", "b", "d"]
+    assert [row.id for row in rows] == ["a", "b", "d"]
     assert rows[1].messages == (("user", "Ask better"), ("assistant", "Say better"))
-    assert [one.tests for one in rows] == ["assert f() == 1", None, "assert f() == 1"]  # they were for another answer
+    assert [row.tests for row in rows] == ["assert f() == 1", None, "assert f() == 1"]  # they were for another answer
     assert ledger.entry("review", "text").rejected == {"rejected by a reader": 1}
     assert not ledger.unbalanced()
 
@@ -82,8 +82,8 @@ def test_the_same_instructions_and_the_same_answers():
         row(6, answer="The answer is 4."),
     ]
     ledger = Ledger()
-    kept = without_duplicates(rows, FiltersRecipe(near_duplicates=None), ledger)
-    assert [one.id for one in kept] == [
+    rows_kept = without_duplicates(rows, FiltersRecipe(near_duplicates=None), ledger)
+    assert [row.id for row in rows_kept] == [
         "id0001",
         "id0003",
         "id0005",
@@ -98,7 +98,7 @@ def test_nearly_the_same():
     words = [f"word{n}" for n in range(60)]
     rows = [row(1, user=" ".join(words)), row(2, user=" ".join([*words, "more"])), row(3, user=" ".join(words[::-1]))]
     ledger = Ledger()
-    assert [one.id for one in without_duplicates(rows, FiltersRecipe(), ledger)] == ["id0001", "id0003"]
+    assert [row.id for row in without_duplicates(rows, FiltersRecipe(), ledger)] == ["id0001", "id0003"]
     assert ledger.reasons() == {"near-duplicate instructions": 1}
 
 
@@ -112,8 +112,8 @@ def test_rows_that_touch_test_data_go(tmp_path):
     index = index_of_tests(FiltersRecipe(decontaminate=[str(tmp_path / "*.jsonl")]))
     ledger = Ledger()
     rows = [row(1), row(2, user="Solve this.\n" + TEST_ITEM.upper().replace(" ", "  ")), row(3)]
-    kept, overlaps = without_overlaps(rows, index, ledger)
-    assert [one.id for one in kept] == ["id0001", "id0003"]
+    rows_kept, overlaps = without_overlaps(rows, index, ledger)
+    assert [row.id for row in rows_kept] == ["id0001", "id0003"]
     assert overlaps[0]["id"] == "id0002" and "test.jsonl" in overlaps[0]["touches"][0]["test"]
     assert ledger.reasons() == {"13-gram of test data": 1}
     assert not ledger.unbalanced()
@@ -137,12 +137,12 @@ def test_rows_come_in_turn_from_topics_and_sub_topics():
     rows += [row(100 + n, topic="small") for n in range(5)]
     rows += [row(200 + n, "math") for n in range(7)]
     recipe, ledger = tiny("domains.text.counts.rows=16", "domains.math.counts.rows=20"), Ledger()
-    kept = balanced(rows, recipe, ledger)
-    assert Counter(one.domain for one in kept) == {"text": 16, "math": 7}
-    assert Counter((one.topic, one.subtopic) for one in kept if one.domain == "text") == {
+    rows_kept = balanced(rows, recipe, ledger)
+    assert Counter(row.domain for row in rows_kept) == {"text": 16, "math": 7}
+    assert Counter((row.topic, row.subtopic) for row in rows_kept if row.domain == "text") == {
         ("big", "s0"): 6, ("big", "s1"): 5, ("small", "s"): 5,
     }  # fmt: skip
-    assert [one.id for one in kept] == [one.id for one in rows if one in kept]
+    assert [row.id for row in rows_kept] == [row.id for row in rows if row in rows_kept]
     assert ledger.entry("balance", "text").rejected == {"more than wanted of its topic": 29}
     assert not ledger.unbalanced()
 

@@ -67,6 +67,6 @@ def test_the_page_in_a_browser(served):
         "--dump-dom",
         url,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert session.rows[0].id in done.stdout
-    assert all(f">{name}<" in done.stdout.replace(" <", "<") for name in ("Accept", "Save edit", "Reject"))
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert session.rows[0].id in completed.stdout
+    assert all(f">{name}<" in completed.stdout.replace(" <", "<") for name in ("Accept", "Save edit", "Reject"))

@@ -67,7 +67,7 @@ def test_as_many_are_run_at_once_as_there_are_processors(monkeypatch):
 
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(sandbox, "check", wait)
-    assert checks.run_tests([(SQUARE, f"assert {number}") for number in range(1, 5)]) == [None] * 4
+    assert checks.run_tests([(SQUARE, f"assert {operand}") for operand in range(1, 5)]) == [None] * 4
 
 
 def test_without_a_sandbox_nothing_is_run(monkeypatch):
@@ -136,8 +136,8 @@ def test_sums_are_right_or_wrong_as_python_says():
     for _ in range(300):
         numbers = [rng.randrange(1, 500) for _ in range(rng.randrange(2, 5))]
         text = str(numbers[0])
-        for number in numbers[1:]:
-            text += f" {rng.choice('+-*')} {number}"
+        for operand in numbers[1:]:
+            text += f" {rng.choice('+-*')} {operand}"
         value = eval(text)
         assert checks.check_arithmetic(f"So {text} = {value}.") is None, text
         assert checks.check_arithmetic(f"So {text} = {value + 1}.") == "wrong arithmetic", text
