@@ -82,7 +82,7 @@ def measure(rows: int, against: str | None, seed: int) -> dict[str, Any]:
         wall, cpu = time.perf_counter(), time.process_time()
         index = ContaminationIndex(read_texts(tests))
         index_s = time.perf_counter() - wall
-        grams = sum(len(table.hashes) for table in index._grams)
+        grams = sum(len(table.hashes) for table in index._tables)
         del index
         wall, cpu = time.perf_counter(), time.process_time()
         result = decontaminate([str(path)], [tests], folder / "clean.jsonl")
