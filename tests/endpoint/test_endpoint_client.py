@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from base64 import b64encode
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
@@ -84,6 +85,12 @@ def test_after_all_retries_the_error_says_what_happened(server: FakeEndpoint, na
     with pytest.raises(RequestError, match=f"{server.url}, model 'judge': .*{message}.*, after 3 tries. .*`retries`"):
         Endpoint(recipe).ask(QUESTION)
     assert server.hits == 3
+
+
+def test_a_password_in_the_address_comes_before_the_key(server: FakeEndpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    Endpoint(server.recipe(base_url=server.url.replace("//", "//user:password@"))).ask(QUESTION)
+    assert server.headers[0]["authorization"] == "Basic " + b64encode(b"user:password").decode()
 
 
 @pytest.mark.parametrize("code", [401, 403])

@@ -67,7 +67,7 @@ class AsyncEndpoint:
         self._url = f"{recipe.base_url}/chat/completions"
         self._proxy = _proxy_for(self._url)
         self._headers = {"content-type": "application/json"}
-        if key := self._api_key():
+        if (key := self._api_key()) and not urlsplit(self._url).username:  # a password in the address comes first
             self._headers["authorization"] = f"Bearer {key}"
 
     def _api_key(self) -> str:
