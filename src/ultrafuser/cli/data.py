@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice, echo, quiet
 from ultrafuser.errors import DataError
+
+if TYPE_CHECKING:
+    from ultrafuser.data.tools.statistics import DomainStatistics
 
 data_app = typer.Typer(
     name="data",
@@ -79,16 +82,18 @@ def stats_command(
     heads = ["conversations", "topics", "sub-topics", "turns"]
     heads += ["tokens, mean", "median", "longest"] if counter is not None else []
     _print_table("rows by domain", ["domain", *heads], (_cells(name, counts) for name, counts in by_domain.items()))
-    for key, head in (("sources", "source"), ("licences", "licence")):
+    sources_of = {name: counts["sources"] for name, counts in statistics["domains"].items()}
+    licences_of = {name: counts["licences"] for name, counts in statistics["domains"].items()}
+    for head, counts_of in (("source", sources_of), ("licence", licences_of)):
         lines = [
             [name, value or "(none given)", f"{count:,}"]
-            for name, counts in statistics["domains"].items()
-            for value, count in counts[key].items()
+            for name, counts in counts_of.items()
+            for value, count in counts.items()
         ]
         _print_table(f"rows by domain and {head}", ["domain", head, "rows"], lines, text_columns=2)
 
 
-def _cells(name: str, counts: dict[str, Any]) -> list[str]:
+def _cells(name: str, counts: DomainStatistics) -> list[str]:
     cells = [
         name,
         f"{counts['conversations']:,}",

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -186,18 +186,36 @@ class ContaminationIndex:
         return Match(text.location, text.field, names[self._kinds[index]], " ".join(shared))
 
 
+class RuleReport(TypedDict):
+    """The rule and the test files as the report shows them."""
+
+    ngram: int
+    min_words: int
+    tests: list[str]
+
+
+class DroppedRow(TypedDict):
+    """A dropped row, the number of matching test texts, and the first matches."""
+
+    id: str
+    domain: str
+    source: str
+    test_texts: int
+    touches: list[dict[str, str]]
+
+
 @dataclass
 class Report:
     """How many rows were read, kept and dropped, and why."""
 
-    rule: dict[str, Any]
+    rule: RuleReport
     test_texts: dict[str, int]
     rows: int = 0
     kept: int = 0
     dropped: int = 0
     dropped_by_domain: dict[str, int] = field(default_factory=dict)
     dropped_by_test: dict[str, int] = field(default_factory=dict)
-    dropped_rows: list[dict[str, Any]] = field(default_factory=list)
+    dropped_rows: list[DroppedRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON."""
@@ -246,9 +264,15 @@ def decontaminate(
                 continue
             domains[row.domain] += 1
             test_files.update({_file_of(match.test) for match in matches})
-            facts = {"id": row.id, "domain": row.domain, "source": row.source, "test_texts": len(matches)}
-            examples = [asdict(match) for match in matches[:_MAX_MATCHES_SHOWN]]
-            result.dropped_rows.append(facts | {"touches": examples})
+            result.dropped_rows.append(
+                {
+                    "id": row.id,
+                    "domain": row.domain,
+                    "source": row.source,
+                    "test_texts": len(matches),
+                    "touches": [asdict(match) for match in matches[:_MAX_MATCHES_SHOWN]],
+                }
+            )
     result.dropped = result.rows - result.kept
     result.dropped_by_domain, result.dropped_by_test = dict(sorted(domains.items())), dict(sorted(test_files.items()))
     if report is not None:

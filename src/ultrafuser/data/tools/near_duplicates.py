@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -23,6 +23,41 @@ COMPARED_ROLES = {
     "answers": ("assistant",),
 }
 _REPORT_EVERY = 200  # rows between two reports of progress
+
+
+class RuleReport(TypedDict):
+    """A rule as reports show it."""
+
+    threshold: float | None
+    on: str
+    shingle: int
+
+
+class NearDuplicate(TypedDict):
+    """A row that is dropped, and its similarity to the kept row."""
+
+    id: str
+    similarity: float
+
+
+class ClusterReport(TypedDict):
+    """A cluster of more than one row, by ids."""
+
+    kept: str
+    domain: str
+    exact: list[str]
+    near: list[NearDuplicate]
+
+
+class DuplicateReport(TypedDict):
+    """How many rows were read, kept and dropped, and every cluster of duplicates."""
+
+    rows: int
+    kept: int
+    exact_duplicates: int
+    near_duplicates: int
+    rule: RuleReport
+    clusters: list[ClusterReport]
 
 
 @dataclass(frozen=True)
@@ -46,6 +81,10 @@ class NearDuplicateRule:
             raise DataError(f"compare on {self.on!r}: expected one of {', '.join(COMPARED_ROLES)}")
         if self.threshold is not None and not 0.1 <= self.threshold <= 1:
             raise DataError(f"a similarity of {self.threshold}: expected 0.1 to 1. 0.7 is usual")
+
+    def report(self) -> RuleReport:
+        """The rule as reports show it."""
+        return {"threshold": self.threshold, "on": self.on, "shingle": self.shingle}
 
 
 @dataclass
@@ -210,16 +249,13 @@ def deduplicate(
     report: Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> DuplicateReport:
     """Copy the first row by id of every cluster of duplicates. Rows keep their order.
 
     Args:
         sources: rows, as in `load_rows`.
         output: the file to write. None: only report.
         report: the file for the report as JSON. None: none.
-
-    Returns:
-        the report: counts, and every cluster of more than one row by ids.
 
     Raises:
         DataError: unreadable rows, or an output that exists or cannot be written.
@@ -229,12 +265,12 @@ def deduplicate(
     check_targets(output, report, force=force)
     rows = list(stream_rows(sources, domain=domain, progress=progress, label="rows read"))
     clusters = find_clusters(rows, rule, progress)
-    summary: dict[str, Any] = {
+    summary: DuplicateReport = {
         "rows": len(rows),
         "kept": len(clusters),
         "exact_duplicates": sum(len(cluster.exact) for cluster in clusters),
         "near_duplicates": sum(len(cluster.near) for cluster in clusters),
-        "rule": {"threshold": rule.threshold, "on": rule.on, "shingle": rule.shingle},
+        "rule": rule.report(),
         "clusters": [_cluster_by_ids(cluster, rows) for cluster in clusters if cluster.exact or cluster.near],
     }
     if output is not None:
@@ -248,7 +284,7 @@ def deduplicate(
     return summary
 
 
-def _cluster_by_ids(cluster: Cluster, rows: Sequence[Row]) -> dict[str, Any]:
+def _cluster_by_ids(cluster: Cluster, rows: Sequence[Row]) -> ClusterReport:
     return {
         "kept": rows[cluster.kept].id,
         "domain": rows[cluster.kept].domain,

@@ -8,16 +8,34 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ultrafuser.data.schema import Row
-from ultrafuser.data.tools.near_duplicates import NearDuplicateRule, find_groups
+from ultrafuser.data.tools.near_duplicates import NearDuplicateRule, RuleReport, find_groups
 from ultrafuser.data.tools.streaming import stream_rows
 from ultrafuser.data.writing import check_layout, check_target, row_writer, write_json
 from ultrafuser.errors import DataError
 from ultrafuser.progress import Progress
 
 REPORT = "split.json"
+
+
+class PartCounts(TypedDict):
+    """The rows of one part, in all and by domain."""
+
+    rows: int
+    domains: dict[str, int]
+
+
+class SplitReport(TypedDict):
+    """The content of `split.json`."""
+
+    rows: int
+    seed: int
+    shares: dict[str, float]
+    rule: RuleReport
+    parts: dict[str, PartCounts]
+    files: dict[str, str]
 
 
 def assign(
@@ -87,11 +105,8 @@ def split(
     domain: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> SplitReport:
     """Write one file for each split, and `split.json`, into a folder. All of them appear at the end.
-
-    Returns:
-        the report, as in split.json: rows by split and domain.
 
     Raises:
         DataError: unreadable rows, a split without rows, or files that exist or cannot be written.
@@ -116,11 +131,11 @@ def split(
     empty = [name for name in shares if not counts[name]]
     if empty:
         raise DataError(f"part {empty[0]!r} would be empty: {len(rows)} rows are too few. Raise its share, or use more")
-    report: dict[str, Any] = {
+    report: SplitReport = {
         "rows": len(rows),
         "seed": seed,
         "shares": dict(shares),
-        "rule": {"threshold": rule.threshold, "on": rule.on, "shingle": rule.shingle},
+        "rule": rule.report(),
         "parts": {
             name: {"rows": count.total(), "domains": dict(sorted(count.items()))} for name, count in counts.items()
         },

@@ -7,12 +7,46 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypedDict
 
 from ultrafuser.data.schema import Row
 from ultrafuser.errors import CheckpointError, DataError
 
-_ROWS_AT_ONCE = 200
+_BATCH_ROWS = 200
+
+
+class TokenStatistics(TypedDict):
+    """Tokens per conversation, and totals."""
+
+    mean: float
+    median: float
+    longest: int
+    total: int
+    answers_total: int
+
+
+class _DomainCounts(TypedDict):
+    conversations: int
+    repeated_ids: int
+    topics: int
+    subtopics: int
+    mean_turns: float
+    with_system_message: int
+    sources: dict[str, int]
+    licences: dict[str, int]
+
+
+class DomainStatistics(_DomainCounts, total=False):
+    """What one domain holds. `tokens` is there only with a tokenizer."""
+
+    tokens: TokenStatistics
+
+
+class DataStatistics(TypedDict):
+    """What a data set holds, by domain and in all."""
+
+    domains: dict[str, DomainStatistics]
+    all: DomainStatistics
 
 
 @dataclass
@@ -48,8 +82,8 @@ class _Counts:
                 length for role, length in zip(roles, lengths, strict=True) if role == "assistant"
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        counts = {
+    def to_dict(self) -> DomainStatistics:
+        counts: DomainStatistics = {
             "conversations": self.conversations,
             "repeated_ids": self.conversations - len(self.ids),
             "topics": len(self.topics),
@@ -70,7 +104,7 @@ class _Counts:
         return counts
 
 
-def data_statistics(rows: Iterable[Row], tokenizer: Any = None) -> dict[str, Any]:
+def data_statistics(rows: Iterable[Row], tokenizer: Any = None) -> DataStatistics:
     """Counts of each domain (`domains`, in alphabetical order) and of all rows (`all`).
 
     Sub-topics are counted within their topic, and empty ones are skipped. A turn is a question and its answer. Tokens are
@@ -97,7 +131,7 @@ def _with_lengths(rows: Iterable[Row], tokenizer: Any) -> Iterator[tuple[Row, li
         yield from ((row, None) for row in rows)
         return
     stream = iter(rows)
-    while batch := list(islice(stream, _ROWS_AT_ONCE)):
+    while batch := list(islice(stream, _BATCH_ROWS)):
         texts = [content for row in batch for _, content in row.messages]
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         lengths = iter([len(ids) for ids in encoded])
