@@ -154,8 +154,8 @@ class Student(LM):
             wrong = f"def {doc['entry_point']}(*args, **kwargs):\n    raise ValueError"
             return f"Here it is:\n\n```python\n{doc['reference'] if self.right else wrong}\n```\n\nDone."
         if "options" in doc:
-            number = doc["target"] if self.right else (doc["target"] + 1) % len(doc["options"])
-            return f"I think that it is a good question.\n\nAnswer: ({LETTERS[number]})"
+            index = doc["target"] if self.right else (doc["target"] + 1) % len(doc["options"])
+            return f"I think that it is a good question.\n\nAnswer: ({LETTERS[index]})"
         answer = doc["answer"] if self.right else "-98765"
         return f"So 1 + 1 = 2.\n\nAnswer: $\\boxed{{{answer}}}$"
 

@@ -36,19 +36,19 @@ class TiringJudge:
     """A judge that falls silent after so many verdicts; `left` None: it never tires."""
 
     def __init__(self, server: FakeEndpoint) -> None:
-        self.left: int | None = None
+        self.remaining: int | None = None
         self.silent, self._lock = False, threading.Lock()
         server.reply = self._reply
 
-    def renew(self, left: int | None) -> None:
-        self.left, self.silent = left, False
+    def renew(self, remaining: int | None) -> None:
+        self.remaining, self.silent = remaining, False
 
     def _reply(self, prompt: str) -> Step:
         with self._lock:
-            if self.left == 0:
+            if self.remaining == 0:
                 self.silent = True
                 return HANG
-            self.left = None if self.left is None else self.left - 1
+            self.remaining = None if self.remaining is None else self.remaining - 1
         return opinion(prompt)
 
 
@@ -96,7 +96,7 @@ class Evaluation:
         return {(kind, key): json.loads(value) for kind, key, value in rows}
 
     def count(self, kind: str) -> int:
-        return sum(found == kind for found, _ in self.kept())
+        return sum(stored == kind for stored, _ in self.kept())
 
     def judged(self) -> set[str]:
         """The marks of the questions whose verdicts are kept, which the judge's words begin with."""
@@ -104,16 +104,16 @@ class Evaluation:
 
     def results(self) -> dict[str, Any]:
         """Of the one model, without times."""
-        found = json.loads((self.output / "results.json").read_text())["models"]["fused"]
-        return {key: value for key, value in found.items() if key != "seconds"}
+        stored = json.loads((self.output / "results.json").read_text())["models"]["fused"]
+        return {key: value for key, value in stored.items() if key != "seconds"}
 
 
 def flat(tree: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
     """The leaves of a tree of JSON by their paths."""
     if not isinstance(tree, dict | list):
         return {path: tree}
-    parts = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    return {place: leaf for key, part in parts for place, leaf in flat(part, (*path, key)).items()}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {location: leaf for key, value in items for location, leaf in flat(value, (*path, key)).items()}
 
 
 @pytest.fixture
@@ -140,9 +140,9 @@ def command(tiny_run: TinyRun, server: FakeEndpoint, tmp_path: Path) -> list[str
 @pytest.mark.slow
 def test_kills_change_nothing_and_cost_only_what_was_under_way(command, server, tmp_path):
     draw, judge = random.Random(0), TiringJudge(server)
-    whole = Evaluation(command, tmp_path / "whole")
-    whole.run()
-    assert (whole.count("generate_until"), whole.count("judgement")) == (
+    uninterrupted = Evaluation(command, tmp_path / "whole")
+    uninterrupted.run()
+    assert (uninterrupted.count("generate_until"), uninterrupted.count("judgement")) == (
         SUMS + len(INSTRUCTIONS),
         2 * len(INSTRUCTIONS),
     )
@@ -166,13 +166,13 @@ def test_kills_change_nothing_and_cost_only_what_was_under_way(command, server, 
     judge.renew(None)
     killed.run()
 
-    asked = Counter(map(mark_of, server.questions))
-    for judged, before in lives:
-        assert {mark: asked[mark] for mark in judged} == {mark: before[mark] for mark in judged}
-    assert killed.kept() == whole.kept()
-    ours, theirs = killed.results(), whole.results()
-    for part in ("loss", "gate_weights"):  # the rows may have been read in other batches
-        assert flat(ours.pop(part)) == pytest.approx(flat(theirs.pop(part)), rel=1e-5)
-    assert ours == theirs
+    counts = Counter(map(mark_of, server.questions))
+    for judged, earlier in lives:
+        assert {mark: counts[mark] for mark in judged} == {mark: earlier[mark] for mark in judged}
+    assert killed.kept() == uninterrupted.kept()
+    results, expected = killed.results(), uninterrupted.results()
+    for value in ("loss", "gate_weights"):  # the rows may have been read in other batches
+        assert flat(results.pop(value)) == pytest.approx(flat(expected.pop(value)), rel=1e-5)
+    assert results == expected
     for file in ("table.md", "fused/gsm8k.jsonl", "fused/alpaca_eval.jsonl"):
-        assert (killed.output / file).read_text() == (whole.output / file).read_text()
+        assert (killed.output / file).read_text() == (uninterrupted.output / file).read_text()

@@ -13,10 +13,10 @@ def stratum(totals: dict[str, float], weights: dict[str, float] | None = None) -
 
 
 def test_the_mean_is_weighted_within_a_stratum_and_plain_over_strata():
-    one = stratum({"a": 10.0, "b": 2.0}, {"a": 4.0, "b": 2.0})  # 12 / 6
-    two = stratum({"c": 5.0})
-    assert estimate([one])["value"] == 2.0
-    assert estimate([one, two])["value"] == pytest.approx(3.5)
+    first = stratum({"a": 10.0, "b": 2.0}, {"a": 4.0, "b": 2.0})  # 12 / 6
+    second = stratum({"c": 5.0})
+    assert estimate([first])["value"] == 2.0
+    assert estimate([first, second])["value"] == pytest.approx(3.5)
 
 
 def test_equal_rows_have_no_interval():
@@ -35,9 +35,9 @@ def test_differences_are_paired_by_row():
     rng = np.random.default_rng(1)
     hard = {str(i): v for i, v in enumerate(rng.normal(0, 100.0, size=50))}  # rows differ far more than systems do
     better = stratum({row: v - 1 for row, v in hard.items()})
-    found = difference([better], [stratum(dict(reversed(hard.items())))])
-    assert found["difference"] == pytest.approx(-1.0)
-    assert found["ci95"] == pytest.approx([-1.0, -1.0])
+    result = difference([better], [stratum(dict(reversed(hard.items())))])
+    assert result["difference"] == pytest.approx(-1.0)
+    assert result["ci95"] == pytest.approx([-1.0, -1.0])
 
 
 def test_only_common_rows_are_paired():
@@ -56,8 +56,11 @@ def test_a_mean_of_nothing_is_refused(strata):
 
 
 def test_rows_cut_differently_are_no_pair():
-    mine, other = stratum({"a": 1.0, "b": 6.0}, {"a": 10, "b": 2}), stratum({"a": 1.0, "b": 2.0}, {"a": 12, "b": 2})
-    assert difference([mine], [other])["difference"] == pytest.approx(2.0)
+    minuend, subtrahend = (
+        stratum({"a": 1.0, "b": 6.0}, {"a": 10, "b": 2}),
+        stratum({"a": 1.0, "b": 2.0}, {"a": 12, "b": 2}),
+    )
+    assert difference([minuend], [subtrahend])["difference"] == pytest.approx(2.0)
 
 
 def test_nothing_in_common_is_no_difference():
@@ -73,9 +76,9 @@ def share(right: int, size: int) -> Stratum:
     [(0, 20, 0.0, 0.1611), (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718)],
 )
 def test_right_or_wrong_answers_have_wilsons_interval(right, size, low, high):
-    found = estimate([share(right, size)])
-    assert found["value"] == pytest.approx(right / size)
-    assert found["ci95"] == pytest.approx([low, high], abs=5e-5)
+    result = estimate([share(right, size)])
+    assert result["value"] == pytest.approx(right / size)
+    assert result["ci95"] == pytest.approx([low, high], abs=5e-5)
 
 
 def test_a_share_of_one_has_an_interval_too():
@@ -91,12 +94,12 @@ def test_partly_right_answers_are_bootstrapped():
 
 def test_the_difference_of_right_and_wrong_answers_is_agrestis_and_mins():
     """Worked out by hand: 20 rows, 6 better and 2 worse; half a row more in each of four cells."""
-    mine = stratum({str(i): float(i < 10) for i in range(20)})
-    other = stratum({str(i): float(4 <= i < 8 or i in (18, 19)) for i in range(20)})
+    minuend = stratum({str(i): float(i < 10) for i in range(20)})
+    subtrahend = stratum({str(i): float(4 <= i < 8 or i in (18, 19)) for i in range(20)})
     reach = 1.959964 * ((6.5 + 2.5) / 22 - (4 / 22) ** 2) ** 0.5 / 22**0.5
-    found = difference([mine], [other])
-    assert found["difference"] == pytest.approx(4 / 20)
-    assert found["ci95"] == pytest.approx([4 / 22 - reach, 4 / 22 + reach])
+    result = difference([minuend], [subtrahend])
+    assert result["difference"] == pytest.approx(4 / 20)
+    assert result["ci95"] == pytest.approx([4 / 22 - reach, 4 / 22 + reach])
 
 
 def test_equal_answers_do_not_prove_equal_systems():
@@ -108,10 +111,10 @@ def test_equal_answers_do_not_prove_equal_systems():
 def test_differences_of_other_scores_are_no_shares():
     """Ratings one point apart, or scores of one half that are equal, differ by 0 or 1 without being right or wrong."""
     ratings = Stratum({str(i): 7.0 for i in range(8)}, dict.fromkeys(map(str, range(8)), 1.0))
-    more = Stratum(ratings.totals | {"3": 8.0}, ratings.weights)
-    low, high = difference([more], [ratings])["ci95"]
+    higher = Stratum(ratings.totals | {"3": 8.0}, ratings.weights)
+    low, high = difference([higher], [ratings])["ci95"]
     assert low == 0 < high
-    assert difference([ratings], [more])["ci95"] == [-high, 0]
+    assert difference([ratings], [higher])["ci95"] == [-high, 0]
     assert difference([ratings], [ratings])["ci95"] == [0, 0]
 
 

@@ -48,18 +48,18 @@ def oracle(plain: Any, rows: list, template: int) -> list[RowLoss]:
     return out
 
 
-def assert_same(ours: list[RowLoss], theirs: list[RowLoss]) -> None:
-    assert [(r.domain, r.tokens) for r in ours] == [(r.domain, r.tokens) for r in theirs]
-    assert [r.nats for r in ours] == pytest.approx([r.nats for r in theirs], rel=1e-4)
+def assert_same(losses: list[RowLoss], expected: list[RowLoss]) -> None:
+    assert [(r.domain, r.tokens) for r in losses] == [(r.domain, r.tokens) for r in expected]
+    assert [r.nats for r in losses] == pytest.approx([r.nats for r in expected], rel=1e-4)
 
 
 def test_each_specialist_alone_equals_plain_transformers(tiny_run, rows_and_model):
     model, rows, store = rows_and_model
-    ours = specialist_losses(store, model.config.names)
-    assert list(ours) == list(NAMES)
+    losses = specialist_losses(store, model.config.names)
+    assert list(losses) == list(NAMES)
     for k, name in enumerate(NAMES):
         plain = AutoModelForCausalLM.from_pretrained(tiny_run.folder / name).eval()
-        assert_same(ours[name], oracle(plain, rows, k))
+        assert_same(losses[name], oracle(plain, rows, k))
 
 
 @pytest.mark.parametrize("mixing", ["logits", "probabilities"])
@@ -88,10 +88,10 @@ def test_one_plain_model_on_the_rows_of_a_template(tiny_run, rows_and_model):
     model, rows, _ = rows_and_model
     plain = AutoModelForCausalLM.from_pretrained(tiny_run.folder / "code").eval()
     for template in range(3):
-        ours = group_losses(
+        losses = group_losses(
             model.groups[1], rows, model.config.vocab_size, template=template, progress=RecordingProgress()
         )
-        assert_same(ours, oracle(plain, rows, template))
+        assert_same(losses, oracle(plain, rows, template))
 
 
 def test_the_bare_base_of_adapters(tiny_run, tmp_path):
@@ -102,8 +102,8 @@ def test_the_bare_base_of_adapters(tiny_run, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tiny_run.folder / "text").eval()
     assert_same(group_losses(model.groups[0], rows, model.config.vocab_size), oracle(base, rows, 0))
     store = FeatureStore.build(model, rows, tmp_path / "features")
-    for name, ours in specialist_losses(store, NAMES).items():
-        assert_same(ours, oracle(model.specialist(name), rows, 0))
+    for name, losses in specialist_losses(store, NAMES).items():
+        assert_same(losses, oracle(model.specialist(name), rows, 0))
 
 
 # ---------------------------------------------------------------- means and intervals
@@ -122,15 +122,15 @@ def random_losses(count: int, mean: float, seed: int = 0) -> Stratum:
 
 def test_rows_weigh_by_their_tokens(rows_and_model):
     _, rows, _ = rows_and_model
-    first, second, other = rows[0], rows[1], next(row for row in rows if row.domain != rows[0].domain)
+    first, second, third = rows[0], rows[1], next(row for row in rows if row.domain != rows[0].domain)
     losses = [
         RowLoss(row.domain, nats, count)
-        for row, nats, count in ((first, 10.0, 10), (second, 60.0, 30), (other, 5.0, 50))
+        for row, nats, count in ((first, 10.0, 10), (second, 60.0, 30), (third, 5.0, 50))
     ]
-    strata = by_stratum([first, second, other], losses)
+    strata = by_stratum([first, second, third], losses)
     assert estimate([strata[first.domain]])["value"] == pytest.approx(70 / 40)
     assert strata[first.domain].weights == {first.row_id: 10, second.row_id: 30}
-    assert estimate([strata[other.domain]]) == {"value": 0.1, "ci95": [0.1, 0.1]}
+    assert estimate([strata[third.domain]]) == {"value": 0.1, "ci95": [0.1, 0.1]}
 
 
 def test_intervals_cover_the_mean_and_shrink_with_the_rows():

@@ -72,13 +72,13 @@ def test_a_larger_limit_asks_only_for_the_new_documents(server, data_dir, tmp_pa
 
 
 def test_an_endpoint_that_refuses_half_way_is_resumed(server, data_dir, tmp_path):
-    whole = measured(server, data_dir, tmp_path / "whole")
-    left, lock = iter(range(3)), threading.Lock()
+    uninterrupted = measured(server, data_dir, tmp_path / "whole")
+    replies, lock = iter(range(3)), threading.Lock()
     answered: list[str] = []
 
     def reply(question: str) -> Step:
         with lock:
-            if next(left, None) is None:
+            if next(replies, None) is None:
                 return failing(401, "the key has expired")
             answered.append(question)
         return solution(question)
@@ -90,6 +90,6 @@ def test_an_endpoint_that_refuses_half_way_is_resumed(server, data_dir, tmp_path
     server.reply, server.requests = solution, []
     resumed = measured(server, data_dir, tmp_path / "out")
     assert sorted([*answered, *server.questions]) == [f"{i} + 1 = ?" for i in range(DOCUMENTS)]
-    assert resumed["tasks"] == whole["tasks"]
+    assert resumed["tasks"] == uninterrupted["tasks"]
     files = [tmp_path / run / "chat" / "gsm8k.jsonl" for run in ("whole", "out")]
     assert files[0].read_text() == files[1].read_text()

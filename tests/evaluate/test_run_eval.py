@@ -112,10 +112,14 @@ def test_losses_and_tasks_of_several_models(checkpoint, fused, rows, data_dir, t
     assert later["models"]["fused"]["tasks"]["gsm8k"] == results["models"]["fused"]["tasks"]["gsm8k"]
     assert later["models"]["fused"]["loss"] == results["models"]["fused"]["loss"]
     for name in ("plain", "fused"):
-        found = results["models"][name]
-        assert {domain: cell["samples"] for domain, cell in found["loss"].items()} == {"text": 2, "code": 2, "mixed": 2}
-        assert found["tasks"]["gsm8k"]["samples"] == found["tasks"]["sat_math"]["samples"] == 2
-        assert 0 <= found["tasks"]["sat_math"]["value"] <= 1
+        model_results = results["models"][name]
+        assert {domain: cell["samples"] for domain, cell in model_results["loss"].items()} == {
+            "text": 2,
+            "code": 2,
+            "mixed": 2,
+        }
+        assert model_results["tasks"]["gsm8k"]["samples"] == model_results["tasks"]["sat_math"]["samples"] == 2
+        assert 0 <= model_results["tasks"]["sat_math"]["value"] <= 1
         documents = [json.loads(line) for line in (tmp_path / "out" / name / "gsm8k.jsonl").read_text().splitlines()]
         assert [d["exact_match"] for d in documents] and all(d["answer"] for d in documents)
     assert sum(results["models"]["fused"]["gate_weights"]["text"].values()) == pytest.approx(1)
@@ -137,7 +141,7 @@ def test_the_specialist_with_all_the_weight_has_its_own_loss(fused, rows, tmp_pa
 def test_a_run_again_asks_nothing(checkpoint, rows, data_dir, tmp_path, monkeypatch):
     options = EvalOptions(["gsm8k", "sat_math"], task_options=TaskOptions(data_dir, max_new_tokens=3))
     model = str(checkpoint("plain"))
-    before = evaluate_models([model], options, tmp_path / "out")
+    first = evaluate_models([model], options, tmp_path / "out")
 
     def refuse(*args: Any) -> None:
         raise AssertionError("asked again")
@@ -145,7 +149,7 @@ def test_a_run_again_asks_nothing(checkpoint, rows, data_dir, tmp_path, monkeypa
     monkeypatch.setattr(FusionLM, "generate_until", refuse)
     monkeypatch.setattr(FusionLM, "loglikelihood", refuse)
     after = evaluate_models([model], options, tmp_path / "out")
-    assert after["models"]["plain"]["tasks"] == before["models"]["plain"]["tasks"]
+    assert after["models"]["plain"]["tasks"] == first["models"]["plain"]["tasks"]
 
 
 def test_another_model_in_the_same_place_is_refused(checkpoint, data_dir, tmp_path):

@@ -11,8 +11,8 @@ ROWS = list(range(100))
 
 
 def test_a_limit_draws_by_the_seed_and_grows_by_adding():
-    few, more = draw_rows(ROWS, 10, 3, "task"), draw_rows(ROWS, 30, 3, "task")
-    assert set(few) < set(more) and few == sorted(few) and len(few) == 10
+    few, many = draw_rows(ROWS, 10, 3, "task"), draw_rows(ROWS, 30, 3, "task")
+    assert set(few) < set(many) and few == sorted(few) and len(few) == 10
     assert draw_rows(ROWS, 10, 4, "task") != few
     assert draw_rows(ROWS, None, 3, "task") == draw_rows(ROWS, 1000, 3, "task") == ROWS
 

@@ -48,8 +48,8 @@ def limits() -> Iterator[Limits]:
     assert processes_with(f"--size {limits.file_bytes}") == []
 
 
-def failed(outcome: Outcome, *parts: str) -> bool:
-    assert all(part in outcome.detail for part in parts), outcome
+def failed(outcome: Outcome, *words: str) -> bool:
+    assert all(word in outcome.detail for word in words), outcome
     return outcome.status == "failed" and not outcome.passed
 
 

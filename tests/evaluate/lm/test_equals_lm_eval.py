@@ -53,11 +53,11 @@ def data_dir(tmp_path: Path) -> Path:
 
 def scores(lm: Any, data_dir: Path) -> dict[str, str]:
     tasks = load_tasks(NAMES, TaskOptions(data_dir, max_new_tokens=8))
-    found = evaluate(lm, {"tasks": tasks}, apply_chat_template=True, bootstrap_iters=0, limit=4)
+    results = evaluate(lm, {"tasks": tasks}, apply_chat_template=True, bootstrap_iters=0, limit=4)
     return {
         f"{task} {metric}": f"{value:.4f}"
-        for task, own in found["results"].items()
-        for metric, value in own.items()
+        for task, metrics in results["results"].items()
+        for metric, value in metrics.items()
         if metric.endswith(",none") and isinstance(value, float)
     }
 
@@ -65,11 +65,11 @@ def scores(lm: Any, data_dir: Path) -> dict[str, str]:
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_tiny_model(tokenizer, data_dir, batch_size):
     model = tiny("llama", 3, vocab_size=320, max_position_embeddings=1024)
-    ours = FusionLM(fuse([model]), Renderer(tokenizer, [tokenizer.chat_template]), batch_size=batch_size)
-    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = scores(ours, data_dir)
-    assert len(found) >= len(NAMES)
-    assert found == scores(theirs, data_dir)
+    fusion_lm = FusionLM(fuse([model]), Renderer(tokenizer, [tokenizer.chat_template]), batch_size=batch_size)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    results = scores(fusion_lm, data_dir)
+    assert len(results) >= len(NAMES)
+    assert results == scores(harness, data_dir)
 
 
 @pytest.mark.slow
@@ -80,6 +80,6 @@ def test_smollm2(data_dir):
     except CheckpointError as error:
         pytest.skip(str(error))
     assert loaded.model is not None
-    theirs = HFLM(pretrained=loaded.model.specialist("model"), tokenizer=loaded.renderer.tokenizer, batch_size=4)
-    found = scores(loaded.lm, data_dir)
-    assert found == scores(theirs, data_dir)
+    harness = HFLM(pretrained=loaded.model.specialist("model"), tokenizer=loaded.renderer.tokenizer, batch_size=4)
+    results = scores(loaded.lm, data_dir)
+    assert results == scores(harness, data_dir)

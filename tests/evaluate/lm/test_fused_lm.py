@@ -46,16 +46,19 @@ def hf(lm: FusionLM) -> HFLM:
 
 @pytest.mark.parametrize("as_chat", [True, False])
 def test_log_likelihood_equals_lm_evals_own(plain, as_chat):
-    theirs = hf(plain)
+    reference = hf(plain)
     options = [" True", " False", "A", "the lazy dog"]
 
-    def asked(lm: Any) -> list[Instance]:
+    def requests(lm: Any) -> list[Instance]:
         texts = [lm.apply_chat_template([{"role": "user", "content": q}]) if as_chat else q for q in QUESTIONS]
         return [instance("loglikelihood", text, option) for text in texts for option in options]
 
-    ours, expected = plain.loglikelihood(asked(plain)), theirs.loglikelihood(asked(theirs), disable_tqdm=True)
-    assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
-    assert [log_p for log_p, _ in ours] == pytest.approx([log_p for log_p, _ in expected], abs=1e-5)
+    likelihoods, expected = (
+        plain.loglikelihood(requests(plain)),
+        reference.loglikelihood(requests(reference), disable_tqdm=True),
+    )
+    assert [greedy for _, greedy in likelihoods] == [greedy for _, greedy in expected]
+    assert [log_p for log_p, _ in likelihoods] == pytest.approx([log_p for log_p, _ in expected], abs=1e-5)
 
 
 def test_an_empty_context_equals_lm_evals_own(plain):
@@ -65,26 +68,26 @@ def test_an_empty_context_equals_lm_evals_own(plain):
 
 @pytest.mark.parametrize("as_chat", [True, False])
 def test_generation_equals_lm_evals_own(plain, as_chat):
-    theirs = hf(plain)
+    reference = hf(plain)
     settings = {"until": ["\n\n", "dog"], "max_gen_toks": 12, "do_sample": False}
 
-    def asked(lm: Any) -> list[Instance]:
+    def requests(lm: Any) -> list[Instance]:
         texts = [lm.apply_chat_template([{"role": "user", "content": q}]) if as_chat else q for q in QUESTIONS]
         return [instance("generate_until", text, dict(settings)) for text in texts]
 
-    assert plain.generate_until(asked(plain)) == theirs.generate_until(asked(theirs), disable_tqdm=True)
+    assert plain.generate_until(requests(plain)) == reference.generate_until(requests(reference), disable_tqdm=True)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_the_batch_does_not_matter(fused, batch_size):
     chats = [encode_chat([{"role": "user", "content": q}]) for q in QUESTIONS]
     weighed = [instance("loglikelihood", chat, option) for chat in chats for option in ("A", "B", "the fox")]
-    asked = [instance("generate_until", chat, {"until": [], "max_gen_toks": 6}) for chat in chats]
-    other = FusionLM(fused.model, fused.renderer, batch_size=batch_size)
-    assert [x for x, _ in other.loglikelihood(weighed)] == pytest.approx(
+    requests = [instance("generate_until", chat, {"until": [], "max_gen_toks": 6}) for chat in chats]
+    regrouped = FusionLM(fused.model, fused.renderer, batch_size=batch_size)
+    assert [x for x, _ in regrouped.loglikelihood(weighed)] == pytest.approx(
         [x for x, _ in fused.loglikelihood(weighed)], abs=1e-5
     )
-    assert other.generate_until(asked) == fused.generate_until(asked)
+    assert regrouped.generate_until(requests) == fused.generate_until(requests)
 
 
 @pytest.mark.parametrize("k", [0, 1])
@@ -92,8 +95,8 @@ def test_a_one_hot_gate_is_that_specialist_with_its_own_template(fused, tokenize
     alone = FusionLM(fuse([big(k)]), Renderer(tokenizer, [fused.renderer.chat_templates[k]]))
     fused.model = force_gate(fused.model, one_hot(k, 2))
     chats = [encode_chat([{"role": "user", "content": q}]) for q in QUESTIONS]
-    asked = [instance("generate_until", chat, {"until": [], "max_gen_toks": 6}) for chat in chats]
-    assert fused.generate_until(asked) == alone.generate_until(asked)
+    requests = [instance("generate_until", chat, {"until": [], "max_gen_toks": 6}) for chat in chats]
+    assert fused.generate_until(requests) == alone.generate_until(requests)
     # without a blank at the end of either template both weigh the very same tokens
     weighed = [instance("loglikelihood", f"{q}.", " fox") for q in QUESTIONS]
     assert [x for x, _ in fused.loglikelihood(weighed)] == pytest.approx(
@@ -142,14 +145,14 @@ class Fragile(FusionLM):
 
     def __init__(self, *args: Any, dies_after: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.left, self.asked = dies_after, 0
+        self.remaining, self.requests = dies_after, 0
 
-    def _generate(self, asked):
-        if self.left == 0:
+    def _generate(self, requests):
+        if self.remaining == 0:
             raise Killed
-        self.left -= 1
-        self.asked += len(asked)
-        return super()._generate(asked)
+        self.remaining -= 1
+        self.requests += len(requests)
+        return super()._generate(requests)
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -168,7 +171,7 @@ def test_a_killed_run_loses_no_answer_and_repeats_none(fused, tmp_path, sampled)
         except Killed:
             continue
         finally:
-            total, runs = total + lm.asked, runs + 1
+            total, runs = total + lm.requests, runs + 1
             store.close()
     assert total == len(requests)
     assert runs > 2
@@ -176,7 +179,7 @@ def test_a_killed_run_loses_no_answer_and_repeats_none(fused, tmp_path, sampled)
         by_question: dict[str, list[str]] = {}
         for request, text in zip(requests, answers, strict=True):
             by_question.setdefault(request.args[0], []).append(text)
-        assert all(len(set(own)) == 3 for own in by_question.values())
+        assert all(len(set(texts)) == 3 for texts in by_question.values())
     else:
         assert answers == fused.generate_until(requests)
 
@@ -207,9 +210,11 @@ def test_a_file_that_is_no_store_is_named(tmp_path):
 
 def test_sampled_answers_follow_the_seed(fused):
     chat = encode_chat([{"role": "user", "content": "why?"}])
-    asked = [instance("generate_until", chat, {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0})]
-    again = [FusionLM(fused.model, fused.renderer, seed=seed).generate_until(asked) for seed in (1, 1, 2)]
-    assert again[0] == again[1] != again[2]
+    requests = [
+        instance("generate_until", chat, {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0})
+    ]
+    answers = [FusionLM(fused.model, fused.renderer, seed=seed).generate_until(requests) for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
     assert torch.is_inference_mode_enabled() is False
 
 
@@ -217,19 +222,19 @@ def test_sampled_answers_belong_to_their_seed(fused, tmp_path):
     chat = encode_chat([{"role": "user", "content": "why?"}])
     sampled = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
     store = ResponseCache(tmp_path / "answers.sqlite", "me")
-    found = [
+    results = [
         CachedLM(FusionLM(fused.model, fused.renderer, seed=seed), store, seed=seed).generate_until(
             [instance("generate_until", chat, sampled)]
         )
         for seed in (1, 2, 1)
     ]
-    assert found[0] == found[2] != found[1]
+    assert results[0] == results[2] != results[1]
 
 
 def test_a_full_disk_is_a_clear_error(fused, tmp_path):
     store = ResponseCache(tmp_path / "answers.sqlite", "me")
     store._db.execute("PRAGMA max_page_count = 4")
     with pytest.raises(DataError, match="could not be saved .* Free disk space and run again"):
-        for number in range(1000):
-            store.put("generate_until", str(number), "x" * 1000)
+        for i in range(1000):
+            store.put("generate_until", str(i), "x" * 1000)
     assert store.get("generate_until", "0") == "x" * 1000

@@ -164,20 +164,20 @@ def test_there_are_fifty_of_each():
     assert (len(set(EQUAL)), len(set(UNEQUAL))) == (50, 50)
 
 
-@pytest.mark.parametrize(("given", "reference"), EQUAL + RESPELLED)
-def test_equal(given, reference):
-    assert mathematics.equal(given, reference)
+@pytest.mark.parametrize(("answer", "reference"), EQUAL + RESPELLED)
+def test_equal(answer, reference):
+    assert mathematics.equal(answer, reference)
 
 
-@pytest.mark.parametrize(("given", "reference"), [*UNEQUAL, ("2516_8", "2516"), ("2516_8", "2516_7"), ("", "5")])
-def test_unequal(given, reference):
-    assert not mathematics.equal(given, reference)
+@pytest.mark.parametrize(("answer", "reference"), [*UNEQUAL, ("2516_8", "2516"), ("2516_8", "2516_7"), ("", "5")])
+def test_unequal(answer, reference):
+    assert not mathematics.equal(answer, reference)
 
 
 @pytest.mark.xfail(strict=True, reason="known misses of the checker")
-@pytest.mark.parametrize(("given", "reference", "same"), MISSED)
-def test_known_misses(given, reference, same):
-    assert mathematics.equal(given, reference) == same
+@pytest.mark.parametrize(("answer", "reference", "same"), MISSED)
+def test_known_misses(answer, reference, same):
+    assert mathematics.equal(answer, reference) == same
 
 
 def test_commas_in_a_pair_do_not_make_thousands():
@@ -193,11 +193,11 @@ def test_an_answer_that_would_run_for_ever_is_wrong_and_the_next_one_is_answered
 
 
 def test_it_works_outside_the_main_thread():
-    found = []
-    thread = threading.Thread(target=lambda: found.append(mathematics.equal(r"\sqrt{45}", r"3\sqrt{5}")))
+    results = []
+    thread = threading.Thread(target=lambda: results.append(mathematics.equal(r"\sqrt{45}", r"3\sqrt{5}")))
     thread.start()
     thread.join()
-    assert found == [True]
+    assert results == [True]
 
 
 def test_a_checker_that_does_not_start_says_why(monkeypatch):

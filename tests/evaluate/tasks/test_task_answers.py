@@ -9,7 +9,7 @@ from ultrafuser.evaluate.tasks import read_answers as answers
 
 
 @pytest.mark.parametrize(
-    ("answer", "number"),
+    ("answer", "expected"),
     [
         ("18", "18"),
         ("She makes 9 * 2 = $18 every day.", "18"),
@@ -36,8 +36,8 @@ from ultrafuser.evaluate.tasks import read_answers as answers
         ("", None),
     ],
 )
-def test_number(answer, number):
-    assert answers.number(answer) == number
+def test_number(answer, expected):
+    assert answers.number(answer) == expected
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,11 @@ def test_prose_between_bare_functions_ends_the_code():
 @pytest.mark.parametrize("wrap", [fenced, str])
 def test_an_indented_text_completes_the_signature(body, wrap):
     context = "import math\n\n\ndef total(numbers):\n"
-    found = code.extract_code(wrap(body), "total", context)
+    result = code.extract_code(wrap(body), "total", context)
     names: dict = {}
-    exec(found, names)
+    exec(result, names)
     assert names["total"]([1, 2]) == 3
-    assert "That is all" not in found
+    assert "That is all" not in result
 
 
 def test_code_that_defines_something_else_is_still_the_answer():
@@ -108,9 +108,9 @@ def test_equal_answers_run_once(monkeypatch):
         return sandbox.Outcome("passed" if answer == FUNCTION else "failed")
 
     monkeypatch.setattr(sandbox, "check", check)
-    found = code.score(DOC, [[fenced(FUNCTION)] * 3 + [fenced("x = 1")] * 2 + ["Sorry."]], ks=(1, 6))
+    result = code.score(DOC, [[fenced(FUNCTION)] * 3 + [fenced("x = 1")] * 2 + ["Sorry."]], ks=(1, 6))
     assert sorted(ran) == [FUNCTION, "x = 1"]
-    assert found == {"pass@1": pytest.approx(0.5), "pass@6": 1.0, "unparsed": pytest.approx(1 / 6)}
+    assert result == {"pass@1": pytest.approx(0.5), "pass@6": 1.0, "unparsed": pytest.approx(1 / 6)}
 
 
 def test_a_sandbox_that_fails_gives_no_score(monkeypatch):

@@ -88,22 +88,22 @@ HUB_ROWS: dict[str, list[dict[str, Any]]] = {
 def test_hub_rows_become_the_same_rows(folder, monkeypatch, task):
     import datasets
 
-    asked = []
+    requests = []
 
     def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs["split"]))
+        requests.append((args, kwargs["split"]))
         return HUB_ROWS[task]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found, expected = read(task, None), read(task, folder)
+    rows, expected = read(task, None), read(task, folder)
     hub = TASKS[task].hub
-    assert asked == [((hub.id, hub.config), hub.split)]
+    assert requests == [((hub.id, hub.config), hub.split)]
     if task == "math":
-        assert [row.pop("level") for row in found] == ["1", "2"]
+        assert [row.pop("level") for row in rows] == ["1", "2"]
         expected = [{key: value for key, value in row.items() if key != "level"} for row in expected]
     if task == "sat_math":  # a passage is part of the query there
         expected[1]["question"] = expected[1]["question"].replace("\n\n", " ")
-    assert found == expected
+    assert rows == expected
 
 
 def test_the_sanitised_mbpp_layout(tmp_path):
@@ -116,8 +116,8 @@ def test_the_sanitised_mbpp_layout(tmp_path):
         "test_list": ["assert math.isclose(half(3), 1.5)"],
     }
     (tmp_path / "mbpp_validation.jsonl").write_text(json.dumps(row))
-    (found,) = read("mbpp", tmp_path)
-    assert (found["instruction"], found["setup"]) == (row["prompt"], "import math\nimport os")
+    (loaded,) = read("mbpp", tmp_path)
+    assert (loaded["instruction"], loaded["setup"]) == (row["prompt"], "import math\nimport os")
 
 
 def test_a_hub_that_cannot_be_reached_names_the_file_to_use(monkeypatch):
@@ -199,6 +199,6 @@ def test_a_row_with_a_wrong_column_is_named_with_its_place(tmp_path, task, chang
     rows = [good, bad]
     text = json.dumps(rows) if info.file.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / info.file).write_text(text)
-    place = rf"{info.file}\[1\]" if info.file.endswith(".json") else f"{info.file}:2"
-    with pytest.raises(DataError, match=f"{place}: task '{task}': {problem}"):
+    location = rf"{info.file}\[1\]" if info.file.endswith(".json") else f"{info.file}:2"
+    with pytest.raises(DataError, match=f"{location}: task '{task}': {problem}"):
         read(task, tmp_path)
