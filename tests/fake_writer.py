@@ -1,4 +1,4 @@
-"""A model of synthesis in memory: it answers every prompt of ours sensibly, always the same way, or misbehaves on purpose."""
+"""A model of synthesis in memory. It answers each of our prompts sensibly and always the same way, or misbehaves on purpose."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tiny(*overrides: str, **fields: Any) -> SynthRecipe:
 
 
 class Writer:
-    """Answers asks; `faults` may say something else first."""
+    """Answers requests. `faults` may return another response."""
 
     def __init__(self, faults: Callable[[Request], Response | None] | None = None) -> None:
         self.faults = faults
@@ -81,10 +81,10 @@ def instruction(rng: random.Random) -> str:
 
 
 class Memory:
-    """A `look` over a writer that keeps outcomes, and may stop after so many calls.
+    """A `Lookup` that gets responses from a writer and keeps them. It may stop after a number of calls.
 
     Attributes:
-        outcomes: what was answered; it survives the object if it is passed on.
+        outcomes: responses so far. Pass them on to another object to continue.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Memory:
 
 
 class FakeClient:
-    """A writer as the scheduler wants it."""
+    """A writer as a `ModelClient`."""
 
     concurrency, batch_size = 8, 1
 
@@ -149,7 +149,7 @@ FAULTS: dict[str, Response] = {
 
 
 def misbehaving(share: float = 0.5) -> Writer:
-    """A writer that gives one of all faults to a share of the questions, by their keys."""
+    """A writer with a fault in a share of its responses, drawn by their keys."""
 
     def faults(request: Request) -> Response | None:
         rng = random.Random(f"fault {request.key}")
@@ -172,6 +172,6 @@ _STAGES = {
 
 
 def reply_to(question: str) -> str:
-    """What the writer says to a prompt of ours, known by its words alone."""
+    """The writer's reply to a prompt, whose stage is told by its words."""
     stage = next((stage for stage, words in _STAGES.items() if words in question), "responses")
     return Writer().text(Request(stage, "text", "", "writer", (("user", question),)))

@@ -54,7 +54,7 @@ def test_overrides_and_options_before_the_recipe(recipe):
     assert "stopped after meta_topics" in result.stdout
 
 
-def test_a_dry_run_asks_nothing(recipe, tmp_path):
+def test_a_dry_run_sends_no_request(recipe, tmp_path):
     result = invoke(recipe, "--dry-run")
     assert result.exit_code == 0, result.output
     assert "responses" in result.stdout and "estimate" in result.stdout
@@ -81,7 +81,7 @@ def test_the_numbers_of_a_dry_run_are_whole_in_80_columns(monkeypatch):
     assert "expand strong" in output and "expand weak" in output
 
 
-def test_status_says_what_the_store_knows_before_it_derives_the_rest(recipe, monkeypatch):
+def test_status_prints_the_calls_before_it_derives_the_items(recipe, monkeypatch):
     from ultrafuser.synth import status
 
     assert invoke(recipe).exit_code == 0

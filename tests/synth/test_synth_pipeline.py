@@ -1,4 +1,4 @@
-"""Whole runs on a real store: what is written, what stops them before anything is asked, shards, reviews, status."""
+"""Whole runs on a real store: output files, problems found before the first request, shards, reviews, status."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_run_writes_rows_card_report_topics_and_recipe(recipe):
     assert load_synth_recipe(folder / RECIPE) == recipe
 
 
-def test_a_second_run_asks_nothing_and_writes_the_same(recipe):
+def test_a_second_run_sends_no_request_and_writes_the_same(recipe):
     go(recipe, misbehaving(0.3))
     files = {name: (Path(recipe.output) / name).read_bytes() for name in (ROWS, REPORT, CARD, TOPICS)}
     idle = Writer()
@@ -136,7 +136,7 @@ def test_topics_and_instructions_are_there_before_the_answers(recipe):
     assert not (folder / REPORT).exists()
 
 
-def test_what_is_there_when_the_budget_ends_is_written_by_join(recipe):
+def test_join_writes_the_stored_answers_after_the_budget_ends(recipe):
     with pytest.raises(BudgetExceeded, match="`ultrafuser synth join RECIPE` writes the data set of them"):
         go(recipe, budget_tokens=2000)
     assert not (Path(recipe.output) / ROWS).exists()
@@ -179,7 +179,7 @@ def failing(request):
         ([], {"shard": (1, 2)}, DataError, "the topics are not complete, and every shard needs the same ones"),
     ],
 )
-def test_what_stops_a_run_at_once(tmp_path, changes, options, kind, problem):
+def test_problems_that_stop_a_run_at_once(tmp_path, changes, options, kind, problem):
     with pytest.raises(kind) as error:
         go(tiny(f"output={tmp_path / 'out'}", *changes), Writer(failing), **options)
     assert problem in str(error.value)
@@ -244,7 +244,7 @@ def test_a_local_model_that_is_not_there_stops_a_run_at_once(tmp_path, model, pr
         synthesise(recipe, until="sub_topics")
 
 
-def test_a_model_that_cannot_be_asked_is_found_before_the_first_stage(tmp_path):
+def test_an_unreachable_model_is_found_before_the_first_stage(tmp_path):
     pytest.importorskip("aiohttp")
     with fake_async_endpoint(lambda question, repeats: fine(reply_to(question))) as cheap:
         with fake_async_endpoint(lambda question, repeats: status_of(401)) as strong:
@@ -284,7 +284,7 @@ def test_shards_are_joined_to_the_same_data_set(tmp_path):
     assert set(writer.asked.values()) == {1}
 
 
-def test_joining_what_is_no_store(recipe, tmp_path):
+def test_joining_a_file_that_is_not_a_store(recipe, tmp_path):
     go(recipe)
     (tmp_path / "letter.txt").write_text("Dear store")
     with pytest.raises(DataError, match="letter.txt: not a file of calls"):
@@ -337,7 +337,7 @@ def test_a_decision_holds_for_the_words_that_were_read_not_for_the_place(recipe)
     assert 0 < len(go(changed).rows) < 144
 
 
-def test_another_model_under_the_same_name_is_asked_itself(recipe):
+def test_another_model_under_the_same_name_gets_its_own_requests(recipe):
     go(recipe)
     idle = Writer()
     go(recipe.model_copy(update={"models": [recipe.models[0].model_copy(update={"prompt_usd": 3.0})]}), idle)
@@ -380,7 +380,7 @@ def test_answers_of_the_same_code_have_the_same_verdict(recipe, monkeypatch):
     assert next(item for item in status(recipe).stages if item.stage == "checks").open == 0
 
 
-def test_a_verdict_that_another_process_kept_first_holds_and_progress_is_shown(recipe, monkeypatch):
+def test_the_first_verdict_of_a_case_stays_and_progress_is_shown(recipe, monkeypatch):
     class Seen(Progress):
         def start(self, stage, total):
             events.append((stage, total))
@@ -499,7 +499,7 @@ def test_the_time_left_is_that_of_the_calls_left_at_the_pace_of_the_last_minutes
     assert status(recipe).left_s is None
 
 
-def test_the_plan_is_what_a_perfect_writer_is_asked(tmp_path):
+def test_the_plan_matches_the_requests_to_a_perfect_writer(tmp_path):
     recipe = tiny("turns=2", "filters.min_score=1", "domains.math.samples=2", "domains.math.agreement=0", "complex_share=1",
                   f"output={tmp_path / 'out'}", "models.writer.prompt_usd=1", "models.writer.completion_usd=2")  # fmt: skip
     planned = plan(recipe, Prompts())
@@ -533,7 +533,7 @@ def test_the_papers_sizes_cost_something_known():
     assert all(item.calls > 0 for item in planned)
 
 
-def test_what_failed_for_good_is_asked_again_on_demand(recipe):
+def test_failed_requests_are_repeated_on_demand(recipe):
     broken = Writer(
         lambda request: Response("failed", reason="context overflow: x") if request.stage == "responses" else None
     )

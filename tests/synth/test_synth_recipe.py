@@ -128,7 +128,7 @@ DOMAIN = {"name": "d", "description": "Things."}
         ({"domain": []}, "unknown key. Did you mean 'domains'"),
     ],
 )
-def test_what_is_refused(fields, problem):
+def test_invalid_recipes_are_refused(fields, problem):
     with pytest.raises(RecipeError) as error:
         tiny(**fields)
     assert problem in str(error.value)

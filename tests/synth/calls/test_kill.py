@@ -106,7 +106,7 @@ def test_a_kill_costs_at_most_the_calls_under_way(tmp_path: Path, start, seed):
         assert store.counts()[0].calls == count and store.under_way() == 0
 
 
-def test_what_a_killed_process_had_sent_is_within_the_budget(tmp_path: Path, start):
+def test_requests_sent_by_a_killed_process_are_within_the_budget(tmp_path: Path, start):
     """Each call may be billed: those of the killed process count as spent."""
     with fake_async_endpoint(delay_s=0.02) as server:
         run = start(server, 200, budget_usd=1.5)
@@ -135,7 +135,7 @@ def test_a_second_process_is_refused_and_the_first_one_finishes(tmp_path: Path, 
     assert len(stored(tmp_path, 200)) == 200
 
 
-def test_an_interrupted_run_ends_at_once_and_leaves_nothing_claimed(tmp_path: Path, start):
+def test_an_interrupted_run_ends_at_once_and_leaves_no_reservation(tmp_path: Path, start):
     with fake_async_endpoint(delay_s=0.1) as server:
         run = start(server, 300)
         wait_for(lambda: server.hits >= 50, run)

@@ -17,7 +17,7 @@ from ultrafuser.synth.calls.store import CallStore
 
 
 class Memory:
-    """A caller that answers from memory and writes down what it was asked."""
+    """A client that answers from memory and records its batches."""
 
     def __init__(
         self,
@@ -87,12 +87,12 @@ def store(tmp_path: Path):
         yield store
 
 
-def test_the_protocol_is_what_fakes_have():
+def test_fake_clients_follow_the_protocol():
     client: ModelClient = Memory()
     assert client.concurrency == 4
 
 
-def test_every_ask_is_answered_once_and_never_again(store: CallStore):
+def test_every_request_is_answered_once_and_never_again(store: CallStore):
     client, seen = Memory(delay_s=0.001), Seen()
     answer(requests(50) + requests(50), store, {"writer": client}, progress=seen)
     assert client.asked == Counter(f"writer {i}" for i in range(50))
@@ -105,7 +105,7 @@ def test_every_ask_is_answered_once_and_never_again(store: CallStore):
     assert store.under_way() == 0
 
 
-def test_models_work_beside_each_other_each_as_it_likes(store: CallStore):
+def test_models_answer_in_parallel_with_their_own_concurrency(store: CallStore):
     local, remote = Memory(concurrency=1, batch_size=8, delay_s=0.002), Memory(concurrency=20, delay_s=0.002)
     answer(requests(20, "one") + requests(60, "many", "judge"), store, {"one": local, "many": remote, "idle": Memory()})
     assert [len(batch) for batch in local.batches] == [8, 8, 4] and local.most_in_flight == 1
@@ -119,12 +119,12 @@ def test_a_batch_is_one_step_of_the_progress(store: CallStore):
     assert seen.steps == 20 and len(seen.notes) == 3
 
 
-def test_a_model_that_nobody_offers(store: CallStore):
+def test_a_role_without_a_client(store: CallStore):
     with pytest.raises(RecipeError, match="no model 'judge' to ask; there are: writer, other"):
         answer(requests(1, "judge"), store, {"writer": Memory(), "other": Memory()})
 
 
-def test_what_was_put_back_is_asked_again(store: CallStore):
+def test_a_request_without_a_response_is_sent_again(store: CallStore):
     refused: set[str] = set()
 
     def reply(request: Request) -> Response | None:
@@ -153,7 +153,7 @@ def test_the_budget_is_never_exceeded_and_it_is_used_up(store: CallStore):
     assert set(client.asked.values()) == {1}
 
 
-def test_a_dear_model_at_its_ceiling(store: CallStore):
+def test_an_expensive_model_at_its_ceiling(store: CallStore):
     client = Memory(lambda request: Response("ok", "x", cost_usd=0.25), concurrency=16, ceiling_usd=0.25)
     with pytest.raises(BudgetExceeded):
         answer(requests(9), store, {"writer": client}, budget_usd=1.0)
@@ -171,7 +171,7 @@ def test_a_budget_of_tokens_ends_a_run(store: CallStore):
     assert store.tokens() == 10_000 and set(client.asked.values()) == {1}
 
 
-def test_what_is_under_way_when_the_tokens_are_used_up_still_comes(store: CallStore):
+def test_requests_under_way_finish_when_the_tokens_are_used_up(store: CallStore):
     class Slow(Memory):
         async def answer(self, requests: Sequence[Request], run: CallContext) -> list[Response | None]:
             self.delay_s = 0.0 if requests[0].item == "0" else 0.4
@@ -189,14 +189,14 @@ def test_the_last_answers_may_use_the_tokens_up(store: CallStore):
     assert not store.missing(request.key for request in requests(3))
 
 
-def test_nothing_is_asked_without_money(store: CallStore):
+def test_no_request_is_sent_without_money(store: CallStore):
     client, seen = Memory(ceiling_usd=2.0), Seen()
     with pytest.raises(BudgetExceeded, match="2 requests have no answer"):
         answer(requests(2), store, {"writer": client}, budget_usd=1.0, progress=seen)
     assert not client.batches and (seen.steps, seen.finished) == (0, 1)
 
 
-def test_money_that_a_dear_call_has_set_aside_is_waited_for(store: CallStore):
+def test_it_waits_for_money_that_an_expensive_call_has_reserved(store: CallStore):
     dear = Memory(lambda request: Response("ok", "x", cost_usd=0.1), delay_s=0.3, ceiling_usd=0.9)
     cheap = Memory(ceiling_usd=0.5)
     answer(requests(1, "dear") + requests(1), store, {"dear": dear, "writer": cheap}, budget_usd=1.0)
@@ -206,7 +206,7 @@ def test_money_that_a_dear_call_has_set_aside_is_waited_for(store: CallStore):
 # ---------------------------------------------------------------- errors
 
 
-def test_an_error_stops_the_run_but_what_is_under_way_still_comes(store: CallStore):
+def test_an_error_stops_the_run_but_requests_under_way_finish(store: CallStore):
     class Dying(Memory):
         async def answer(self, requests: Sequence[Request], run: CallContext) -> list[Response | None]:
             if requests[0].item == "3":
@@ -223,7 +223,7 @@ def test_an_error_stops_the_run_but_what_is_under_way_still_comes(store: CallSto
     assert store.counts()[0].calls == 100
 
 
-def test_what_hangs_when_the_run_ends_is_given_up_and_counts_as_spent(store: CallStore):
+def test_requests_that_hang_when_the_run_ends_are_cancelled_and_count_as_spent(store: CallStore):
     class Dying(Memory):
         async def answer(self, requests: Sequence[Request], run: CallContext) -> list[Response | None]:
             if requests[0].item == "1":
@@ -236,7 +236,7 @@ def test_what_hangs_when_the_run_ends_is_given_up_and_counts_as_spent(store: Cal
     assert (store.spent_usd(), store.reserved_usd(), store.under_way()) == (0.5, 0.0, 0)  # the one that was sent
 
 
-def test_a_full_disk_loses_nothing_that_was_stored_and_says_what_it_lost(store: CallStore):
+def test_a_full_disk_keeps_stored_responses_and_reports_lost_ones(store: CallStore):
     client = Memory(lambda request: Response("ok", "x" * 30_000), delay_s=0.001)
     pages = store._database.connection.execute("PRAGMA page_count").fetchone()[0]
     store._database.connection.execute(f"PRAGMA max_page_count = {pages + 100}")

@@ -1,4 +1,4 @@
-"""The store: what is kept, who holds a call, what it costs, which files it opens, and how files are joined."""
+"""The store: responses, the lock, money, opening and migrating files, joining files."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def store(tmp_path: Path):
         yield store
 
 
-# ---------------------------------------------------------------- questions
+# ---------------------------------------------------------------- keys
 
 
-def test_a_question_is_named_by_what_is_asked_not_by_how():
+def test_the_key_depends_on_the_prompt_and_not_on_settings():
     why = request("why?")
     assert why.key == request("why?", schema={"type": "object"}, temperature=1.0, max_tokens=7).key
     assert why.key == Request("responses", "code", "another item", "writer", (("user", "why?"),)).key
@@ -51,10 +51,10 @@ def test_a_question_is_named_by_what_is_asked_not_by_how():
     assert len(request("half a character: \ud83d").key) == 64
 
 
-# ---------------------------------------------------------------- what is kept
+# ---------------------------------------------------------------- responses, reviews, verdicts
 
 
-def test_what_is_finished_is_there_for_the_next_process(store: CallStore):
+def test_stored_responses_are_there_for_the_next_process(store: CallStore):
     outcome = Response("ok", "12 \u2260 13\0\n", "length", 7, 3, 0.25)
     store.finish(request("a"), outcome)
     store.finish(request("b"), Response("failed", reason="context overflow: 9 of 8"))
@@ -73,7 +73,7 @@ def test_the_first_outcome_stays_and_both_were_paid_for(store: CallStore):
     assert store.spent_usd() == 0.75
 
 
-def test_half_characters_are_kept_as_question_marks(store: CallStore):
+def test_lone_surrogates_are_stored_as_question_marks(store: CallStore):
     store.finish(request("a"), ok("x\ud83dy"))
     assert store.response(request("a").key) == ok("x?y")
 
@@ -120,7 +120,7 @@ def test_several_threads_may_write(store: CallStore):
     assert store.spent_usd() == 20.0 and store.counts()[0].calls == 200
 
 
-# ---------------------------------------------------------------- who holds a call
+# ---------------------------------------------------------------- reservations and the lock
 
 
 def ceilings(*texts: str, usd: float = 0.0) -> dict[str, float]:
@@ -202,14 +202,14 @@ def test_a_call_that_is_reserved_again_may_have_been_billed(store: CallStore):
     assert (store.spent_usd(), store.reserved_usd()) == (1.5, 0.0)
 
 
-def test_what_was_not_sent_costs_nothing(store: CallStore):
+def test_requests_that_were_not_sent_cost_nothing(store: CallStore):
     store.reserve(ceilings("a", "b", "c", usd=0.25))
     store.release(billed=keys("a", "c"))
     assert (store.spent_usd(), store.reserved_usd(), store.under_way()) == (0.5, 0.0, 0)
     assert store.reserve(ceilings("a", "b", "c")) == keys("a", "b", "c")
 
 
-def test_what_a_killed_run_had_sent_counts_as_spent_for_the_next_one(store: CallStore):
+def test_requests_sent_by_a_killed_run_count_as_spent_in_the_next_one(store: CallStore):
     store.reserve(ceilings("a", "b", usd=0.25))
     store.finish(request("a"), ok(usd=0.125))
     store._database.close()  # as a kill does: nothing is released
@@ -295,7 +295,7 @@ def test_other_files_are_refused(tmp_path: Path):
         CallStore(text / "calls.sqlite", "recipe 1")
 
 
-def test_a_full_disk_is_an_error_and_what_was_stored_stays(store: CallStore):
+def test_a_full_disk_is_an_error_and_stored_responses_stay(store: CallStore):
     store.finish(request("a"), ok())
     pages = store._database.connection.execute("PRAGMA page_count").fetchone()[0]
     store._database.connection.execute(f"PRAGMA max_page_count = {pages + 2}")
@@ -424,7 +424,7 @@ def test_files_join_to_the_same_in_any_order_and_however_often(tmp_path: Path):
     assert results == [({key: ("ok", text) for key, text in expected.items()}, 16.0)] * 6  # all that was paid for
 
 
-def test_what_came_of_copies_joins_without_being_counted_twice(tmp_path: Path):
+def test_copies_join_without_being_counted_twice(tmp_path: Path):
     original = filled(tmp_path / "whole", ("a", ok("one", 1.0)))
     for name, text in (("left", "b"), ("right", "c")):
         (tmp_path / name).write_bytes(original.read_bytes())

@@ -177,7 +177,7 @@ class Calls:
         return 1.5
 
 
-def test_the_card_says_what_became_of_everything(tmp_path):
+def test_the_card_accounts_for_every_item(tmp_path):
     (tmp_path / "test.txt").write_text(TEST_ITEM)
     recipe = tiny(
         licence="CC-BY-4.0",
@@ -211,7 +211,7 @@ def test_the_card_says_what_became_of_everything(tmp_path):
         ),
     ],
 )
-def test_the_card_says_what_rows_shared_with_test_data(kinds, words):
+def test_the_card_reports_overlaps_with_test_data(kinds, words):
     recipe, prompts = tiny(), Prompts()
     data = derive(recipe, prompts, Memory(Writer()))
     filters = recipe.filters.model_copy(update={"decontaminate": ["some/tests"]})

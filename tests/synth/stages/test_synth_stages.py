@@ -92,7 +92,7 @@ def test_every_question_of_a_sub_topic_turns_on_other_concepts():
     assert len(set(prompts)) > len(prompts) * 0.6
 
 
-def test_asks_carry_the_stages_settings():
+def test_requests_have_the_settings_of_their_stage():
     recipe = tiny("calls.responses.temperature=0.25", "calls.responses.max_tokens=77", "calls.expand.temperature=null")
     _, memory = run(recipe)
     by_stage = {request.stage: request for request in memory.requests.values()}
@@ -121,7 +121,7 @@ def test_a_list_that_the_prompt_begins_counts_its_first_item(tmp_path):
     assert data.ledger.unbalanced() == []
 
 
-def test_changed_settings_ask_nothing_again():
+def test_changed_settings_send_no_request_again():
     outcomes = {}
     run(tiny(), outcomes=outcomes)
     _, memory = run(tiny("calls.responses.temperature=0.1", "filters.min_answer_chars=1"), outcomes=outcomes)
@@ -161,7 +161,7 @@ def test_later_answers_are_checked_as_the_first_one():
     assert {len(row.messages) for row in data.rows if row.domain == "math"} == {2}
 
 
-def test_tests_are_asked_for_and_kept_with_first_answers_alone(monkeypatch):
+def test_tests_belong_to_first_answers_only(monkeypatch):
     monkeypatch.setattr(checks, "run_tests", lambda cases, unsafe: [None] * len(cases))
     code, tests = "Like this:\n```python\ndef f():\n    return 1\n```", "\n\n```python\nassert f() == 1\n```"
 
@@ -272,7 +272,7 @@ def test_each_fault_in_each_stage(stage, name):
         assert not data.rows
 
 
-def test_a_list_shorter_than_asked_for_is_asked_again():
+def test_a_list_that_is_too_short_is_requested_again():
     def faults(request):
         return Response("ok", '["Only one Topic"]') if request.stage == "meta_topics" and request.sample == 0 else None
 
@@ -287,7 +287,7 @@ def test_a_list_shorter_than_asked_for_is_asked_again():
     }  # fmt: skip
 
 
-def test_more_than_asked_for_is_left_alone():
+def test_surplus_items_are_ignored():
     ten = json.dumps([f"Topic number {n}" for n in range(10)])
     data, _ = run(
         tiny(),
@@ -320,7 +320,7 @@ def test_an_injected_topic_goes_no_further():
     )
 
 
-def test_what_a_model_wrote_is_quoted_wherever_it_is_used():
+def test_text_of_models_is_quoted_in_every_prompt():
     data, memory = run(tiny(turns=2, filters={"language": None, "near_duplicates": None, "min_score": 5}))
     quoted = {"expand", "complex", "responses", "turns", "judge"}
     for request in memory.requests.values():
@@ -348,7 +348,7 @@ def test_a_run_that_is_stopped_again_and_again_gives_the_same_and_asks_nothing_t
     assert set(writer.asked.values()) == {1}
 
 
-def test_what_is_not_answered_is_open():
+def test_items_without_a_response_are_pending():
     recipe, writer = tiny(), Writer()
     _, memory = run(recipe, writer)
     keys = [key for key, request in memory.requests.items() if request.stage == "responses"][:10]

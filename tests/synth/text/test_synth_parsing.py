@@ -102,7 +102,7 @@ def test_commas_within_texts_stay():
         ("[[[[" * 20000, "wrong JSON"),
     ],
 )
-def test_what_is_no_list(reply, reason):
+def test_replies_without_a_list(reply, reason):
     assert read_list(reply) == Unreadable(reason)
 
 
@@ -136,7 +136,7 @@ def test_names(item, name):
         ("x" * 200, "not a name"),
     ],
 )
-def test_what_is_no_name(item, reason):
+def test_items_that_are_not_names(item, reason):
     assert as_name(item) == Unreadable(reason)
 
 
@@ -202,5 +202,5 @@ def test_tests_are_cut_off_an_answer():
         f"{CODE}\n\n```python\nimport math\n```",
     ],
 )
-def test_what_is_no_test_stays_in_the_answer(answer):
+def test_blocks_that_are_not_tests_stay_in_the_answer(answer):
     assert split_tests(answer) == (answer, None)

@@ -127,7 +127,7 @@ class Database:
         if not has_tables and identity is None:
             raise self._not_a_store("an empty file")
         self._use_wal()
-        # Another process may do the same: the steps look again inside their transaction.
+        # A reader may do the same at once, so both steps check again inside the transaction.
         with self.transaction() as connection:
             if identity is not None:
                 create_tables(connection, identity)

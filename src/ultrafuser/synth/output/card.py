@@ -19,9 +19,9 @@ from ultrafuser.synth.output.dataset import DataSet
 from ultrafuser.synth.prompts import Prompts
 from ultrafuser.synth.recipe import ModelRecipe, SynthRecipe, dump_synth_recipe
 
-ROWS, PARQUET, REPORT, TOPICS, INSTRUCTIONS, CARD, RECIPE = (
-    "data.jsonl", "data.parquet", "report.json", "topics.json", "instructions.jsonl", "README.md", "recipe.yaml",
-)  # fmt: skip
+ROWS, PARQUET = "data.jsonl", "data.parquet"
+REPORT, CARD, RECIPE = "report.json", "README.md", "recipe.yaml"
+TOPICS, INSTRUCTIONS = "topics.json", "instructions.jsonl"
 _REASONS_SHOWN = 4
 _SHARED = {
     "whole text": "a whole short text",

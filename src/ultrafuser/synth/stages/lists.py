@@ -291,8 +291,13 @@ def _expansions(run: StageRun, target: ListRequest[Instruction]) -> list[tuple[s
             if not count:
                 continue
             first, examples = group[0], [item.text for item in group]
-            values = {"topic": first.topic, "subtopic": first.subtopic, "relation": relation, "number": count,
-                      "examples": examples}  # fmt: skip
+            values = {
+                "topic": first.topic,
+                "subtopic": first.subtopic,
+                "relation": relation,
+                "number": count,
+                "examples": examples,
+            }
             item = item_id(first.id, relation)
             request = run.request("expand", target.domain, item, "expand", values, schema=dict(_STRINGS))
             requests.append((relation, count, request))

@@ -59,7 +59,7 @@ def test_answers_are_those_of_the_model_itself(tmp_path: Path, model: str):
     )
 
 
-def test_a_reply_that_is_begun_goes_on_from_there(tmp_path: Path, model: str):
+def test_a_reply_continues_its_given_start(tmp_path: Path, model: str):
     """The tokens of the beginning stand behind those of the template's, as if the model had written them."""
     plain, begun = (
         requests(1)[0],
@@ -83,7 +83,7 @@ def test_the_weights_are_loaded_once_and_kept(tmp_path: Path, model: str):
     assert client._model is served is not None
 
 
-def test_what_does_not_fit_is_a_failure_of_its_own(tmp_path: Path, model: str):
+def test_a_prompt_that_does_not_fit_fails_alone(tmp_path: Path, model: str):
     long = Request("responses", "math", "long", "writer", (("user", "0123456789 " * 60),), max_tokens=6)
     responses = outcomes(tmp_path, LocalClient(recipe(model)), [*requests(2), long])
     assert (
@@ -99,7 +99,7 @@ def test_a_reply_ends_where_its_limit_or_the_context_does(tmp_path: Path, model:
     assert responses[0].prompt_tokens + responses[0].completion_tokens <= 256
 
 
-def test_draws_differ_and_come_again_the_same(tmp_path: Path, model: str):
+def test_samples_differ_and_are_repeatable(tmp_path: Path, model: str):
     drawn = [request for n in range(4) for request in requests(2, temperature=1.0, sample=n)]
     first = outcomes(tmp_path / "1", LocalClient(recipe(model)), drawn)
     client = LocalClient(recipe(model))
