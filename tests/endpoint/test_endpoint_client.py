@@ -43,7 +43,7 @@ def no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-def test_the_request_is_what_the_recipe_and_the_caller_say(server: FakeEndpoint, monkeypatch):
+def test_the_request_follows_the_recipe_and_the_caller(server: FakeEndpoint, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
     recipe = server.recipe(api_key_env="JUDGE_KEY", max_tokens=9, extra_body={"top_k": 3})
     reply = Endpoint(recipe).ask(QUESTION, stop=["\n"], top_p=None)
@@ -54,7 +54,7 @@ def test_the_request_is_what_the_recipe_and_the_caller_say(server: FakeEndpoint,
     assert server.headers[0]["authorization"] == "Bearer secret"
 
 
-def test_endpoints_that_name_the_limit_otherwise_and_refuse_a_temperature(server: FakeEndpoint):
+def test_max_completion_tokens_and_no_temperature(server: FakeEndpoint):
     endpoint = Endpoint(server.recipe(max_tokens_key="max_completion_tokens", temperature=None))
     endpoint.ask(QUESTION, max_tokens=5)
     assert server.requests == [{"model": "judge", "messages": QUESTION, "max_completion_tokens": 5}]
@@ -70,7 +70,7 @@ def test_tokens_are_counted(server: FakeEndpoint):
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_what_may_pass_is_asked_again(server: FakeEndpoint, name):
+def test_transient_failures_are_retried(server: FakeEndpoint, name):
     server.script = [UNUSABLE[name]] * 2
     recipe = server.recipe(timeout_s=0.2 if UNUSABLE[name] is HANG else 5)
     assert Endpoint(recipe).ask(QUESTION).text == "ok"
@@ -79,7 +79,7 @@ def test_what_may_pass_is_asked_again(server: FakeEndpoint, name):
 
 @pytest.mark.parametrize("name, message", [("429", "429: slow down"), ("hang", "no reply within 0.2 s"), ("500", "500"),
                                         ("cut", "connection broke"), ("malformed JSON", "no chat completion")])  # fmt: skip
-def test_after_all_retries_the_error_says_what_happened(server: FakeEndpoint, name, message):
+def test_the_error_after_all_retries_names_the_cause(server: FakeEndpoint, name, message):
     server.script = [UNUSABLE[name]] * 3
     recipe = server.recipe(timeout_s=0.2 if UNUSABLE[name] is HANG else 5)
     with pytest.raises(RequestError, match=f"{server.url}, model 'judge': .*{message}.*, after 3 tries. .*`retries`"):
@@ -146,7 +146,7 @@ def test_unreachable_host():
     assert not isinstance(caught.value, RequestError)
 
 
-def test_nothing_left_to_spend_is_not_asked_again(server: FakeEndpoint):
+def test_a_spent_account_is_not_retried(server: FakeEndpoint):
     server.script = [failing(429, "quota", "insufficient_quota")]
     with pytest.raises(EndpointError, match="429: quota. This account has nothing left to spend"):
         Endpoint(server.recipe()).ask(QUESTION)
@@ -164,7 +164,7 @@ def test_context_overflow(server: FakeEndpoint, step):
     assert server.hits == 1
 
 
-def test_a_request_that_is_not_taken(server: FakeEndpoint):
+def test_a_refused_request_is_not_retried(server: FakeEndpoint):
     server.script = [failing(400, "Unsupported parameter: 'max_tokens'")]
     with pytest.raises(RequestError, match="status 400: Unsupported parameter: 'max_tokens'. .*`max_tokens_key`"):
         Endpoint(server.recipe()).ask(QUESTION)
@@ -271,7 +271,7 @@ def test_as_many_requests_run_at_once_as_the_recipe_says(server: FakeEndpoint):
     assert max(counts) == 3
 
 
-def test_a_dead_endpoint_is_left_alone_after_some_failures_in_a_row(server: FakeEndpoint):
+def test_too_many_failures_in_a_row_stop_the_run(server: FakeEndpoint):
     server.script = [fine("a"), *[failing(500)] * 100]
     outcomes = {}
     with pytest.raises(EndpointError, match=f"status 500.*{MAX_FAILURES} requests in a row failed, so no more"):
@@ -283,20 +283,20 @@ def test_a_dead_endpoint_is_left_alone_after_some_failures_in_a_row(server: Fake
     )
 
 
-def test_failures_here_and_there_are_outcomes(server: FakeEndpoint):
+def test_scattered_failures_are_outcomes(server: FakeEndpoint):
     server.script = [*[failing(500)] * (MAX_FAILURES - 1), fine("a")] * 3
     outcomes = dict(Endpoint(server.recipe(retries=0)).ask_all(requests(3 * MAX_FAILURES)))
     assert sum(isinstance(outcome, Reply) for outcome in outcomes.values()) == 3
 
 
-def test_an_endpoint_that_finds_requests_too_long_is_alive(server: FakeEndpoint):
+def test_context_overflows_do_not_count_as_failures_in_a_row(server: FakeEndpoint):
     server.reply = lambda _: failing(400, VLLM_OVERFLOW)
     outcomes = dict(Endpoint(server.recipe()).ask_all(requests(2 * MAX_FAILURES)))
     assert len(outcomes) == 2 * MAX_FAILURES
     assert all(isinstance(outcome, ContextOverflowError) for outcome in outcomes.values())
 
 
-def test_no_access_stops_at_once_but_what_is_in_flight_still_comes(server: FakeEndpoint):
+def test_no_access_stops_the_run_but_requests_in_flight_finish(server: FakeEndpoint):
     together = threading.Barrier(2, timeout=10)
 
     def reply(question: str):
@@ -313,7 +313,7 @@ def test_no_access_stops_at_once_but_what_is_in_flight_still_comes(server: FakeE
     assert outcomes[1].text == "1"
 
 
-def test_a_caller_that_goes_no_further_stops_the_rest(server: FakeEndpoint):
+def test_closing_the_generator_stops_the_rest(server: FakeEndpoint):
     outcomes = Endpoint(server.recipe()).ask_all(requests(200))
     next(outcomes)
     outcomes.close()
@@ -331,7 +331,7 @@ def test_a_bare_string_is_name_and_address(text):
     assert EndpointRecipe.model_validate(recipe.model_dump()) == recipe
 
 
-def test_a_bare_name_is_at_openai():
+def test_a_bare_name_uses_the_address_of_openai():
     assert EndpointRecipe.model_validate("name").base_url == OPENAI_URL
 
 

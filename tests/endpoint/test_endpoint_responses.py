@@ -16,7 +16,7 @@ def body(**message) -> bytes:
     return json.dumps({"choices": [{"message": {"role": "assistant", **message}, "finish_reason": "stop"}]}).encode()
 
 
-def test_a_completion():
+def test_read_reply():
     assert read_reply(body(content="hi")) == Reply("hi", "stop")
     assert read_reply(body(content=None, refusal="no")) == Reply("", "stop", "no")
     tree = json.loads(body(content="hi")) | {"usage": {"prompt_tokens": 3, "completion_tokens": None}}
@@ -29,7 +29,7 @@ def test_a_completion():
         assert read_reply(json.dumps(tree).encode()) == Reply("hi")
 
 
-def test_half_an_emoji_is_replaced():
+def test_lone_surrogates_are_replaced():
     assert read_reply(body(content="so \ud83d")) == Reply("so \ufffd", "stop")
     assert read_reply(body(content="so \U0001f600")) == Reply("so \U0001f600", "stop")
 
@@ -37,7 +37,7 @@ def test_half_an_emoji_is_replaced():
 @pytest.mark.parametrize("sent", [b"", b"{", b"[]", b"null", b"<html>", b"\xff\xfe", b"[" * 100_000, b'{"choices": []}', b'{"choices": [1]}',
                                   b'{"choices": {"0": 1}}', b'{"choices": [{"message": "hi"}]}', b'{"choices": [{"message": {}}]}',
                                   b'{"error": {"message": "busy"}}', body(content={"a": 1}), body(content=["a"])])  # fmt: skip
-def test_what_is_no_completion(sent):
+def test_malformed_replies(sent):
     with pytest.raises(Malformed):
         read_reply(sent)
 
@@ -60,7 +60,7 @@ def test_a_failure_without_words_and_a_long_page():
     assert len(str(read_failure(502, b"<html>" + b"x" * 10_000))) == len("status 502: ") + 300
 
 
-def test_what_a_failure_is_about():
+def test_kinds_of_failures():
     def about(status: int, message: str, code: str = ""):
         return read_failure(status, json.dumps({"error": {"message": message, "code": code}}).encode())
 
@@ -80,7 +80,7 @@ def test_what_a_failure_is_about():
     assert not about(429, "x").is_spent
 
 
-def test_how_long_to_wait():
+def test_retry_after():
     assert (
         retry_after_s({}) is None
         and retry_after_s({"retry-after": "soon"}) is None

@@ -26,7 +26,7 @@ def test_pauses_double_until_something_is_served(monkeypatch):
     assert backoff.pause(clock[0] + 1, 1e9) and backoff.paused_until == clock[0] + MAX_PAUSE_S
 
 
-def test_of_requests_sent_together_only_the_first_answer_is_news(monkeypatch):
+def test_of_requests_in_flight_only_the_first_refusal_starts_a_pause(monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     limiter = RateLimiter(64, Backoff(1.0))
@@ -45,7 +45,7 @@ def test_of_requests_sent_together_only_the_first_answer_is_news(monkeypatch):
     assert limiter.slots == 64
 
 
-def test_turns_wait_for_a_slot():
+def test_requests_wait_for_a_slot():
     async def run() -> int:
         limiter, most_in_flight = RateLimiter(8, Backoff()), 0
         limiter.slots = 2.0
@@ -63,7 +63,7 @@ def test_turns_wait_for_a_slot():
     assert asyncio.run(run()) == 2
 
 
-def test_turns_keep_to_the_tokens_a_minute():
+def test_requests_keep_to_the_tokens_per_minute():
     async def run() -> float:
         limiter, began = RateLimiter(8, Backoff(), tokens_per_minute=60_000), time.monotonic()
         for _ in range(4):

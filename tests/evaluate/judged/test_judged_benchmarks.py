@@ -75,7 +75,7 @@ def prefers(good: Callable[[str], float]):
 
 
 @pytest.mark.parametrize("always", ["A", "B", "C"])
-def test_a_judge_that_looks_at_the_order_alone_gives_one_half(server: FakeEndpoint, always):
+def test_a_judge_that_only_sees_the_order_gives_one_half(server: FakeEndpoint, always):
     server.reply = lambda _: fine(f"[[{always}]]")
     result = alpaca.evaluate(Parrot(), judge_of(server), ALPACA)
     assert result.value == 0.5 and set(result.scores.values()) == {0.5}
@@ -121,7 +121,7 @@ def test_without_a_single_verdict_there_is_no_value(server: FakeEndpoint):
     json.dumps(result.to_dict(), allow_nan=False)
 
 
-def test_lengths_are_told(server: FakeEndpoint):
+def test_mean_lengths_are_reported(server: FakeEndpoint):
     server.reply = lambda _: fine("[[A]]")
     result = alpaca.evaluate(Parrot(lambda _: "x" * 30), judge_of(server), ALPACA)
     assert (result.details["answer_characters"], result.details["reference_characters"]) == (30, len("reference 0"))
@@ -211,7 +211,7 @@ def test_mt_bench_is_resumed(server: FakeEndpoint):
     assert server.hits == 3 + 4
 
 
-def test_a_fused_models_answers_outlive_a_judge_that_died(server: FakeEndpoint, tokenizer, tmp_path, monkeypatch):
+def test_answers_are_saved_when_the_judge_dies(server: FakeEndpoint, tokenizer, tmp_path, monkeypatch):
     from tiny_models import fuse, tiny
     from ultrafuser.data.templates import BUILTIN, Renderer
     from ultrafuser.evaluate.lm.fused import FusionLM

@@ -67,14 +67,14 @@ def test_no_temperature_is_sent_to_a_model_that_refuses_it(server: FakeEndpoint)
     assert "temperature" not in server.requests[0]
 
 
-def test_four_stop_strings_are_sent_and_all_are_cut_here(server: FakeEndpoint):
+def test_four_stop_strings_are_sent_and_the_text_is_truncated_at_all(server: FakeEndpoint):
     server.reply = lambda _: fine("one two three four")
     stops = ["a!", "b!", "c!", "d!", " four", " three", ""]
     assert lm_of(server).generate_until(instances("x", until=stops)) == ["one two"]
     assert server.requests[0]["stop"] == stops[:4]
 
 
-def test_an_answer_that_was_begun_is_to_be_continued(server: FakeEndpoint):
+def test_an_answer_start_is_continued(server: FakeEndpoint):
     lm_of(server).generate_until(instances(encode_chat([*CHAT, {"role": "assistant", "content": "Since"}])))
     assert server.requests[0]["continue_final_message"] is True
     assert server.requests[0]["add_generation_prompt"] is False
@@ -95,13 +95,13 @@ def test_a_filtered_answer_is_empty(server: FakeEndpoint):
 
 
 @pytest.mark.parametrize("method", ["loglikelihood", "loglikelihood_rolling"])
-def test_it_scores_no_given_text(server: FakeEndpoint, method):
+def test_it_does_not_score_given_text(server: FakeEndpoint, method):
     with pytest.raises(UltraFuserError, match=f"{server.url}.*task 'task' compares the log-probabilities.*gsm8k"):
         getattr(lm_of(server), method)(instances("x", kind=method))
     assert server.hits == 0
 
 
-def test_an_option_that_it_cannot_pass_on(server: FakeEndpoint):
+def test_an_unknown_generation_option(server: FakeEndpoint):
     with pytest.raises(UltraFuserError, match="task 'task': the generation option 'num_beams' does not exist"):
         lm_of(server).generate_until(instances("x", num_beams=3))
 

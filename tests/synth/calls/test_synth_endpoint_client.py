@@ -59,7 +59,7 @@ def scripted(*steps: Step):
 # ---------------------------------------------------------------- what is sent
 
 
-def test_the_request_is_what_recipe_and_ask_say(server: FakeAsyncEndpoint, store: CallStore, monkeypatch):
+def test_the_request_follows_the_recipe_and_the_stage(server: FakeAsyncEndpoint, store: CallStore, monkeypatch):
     monkeypatch.setenv("WRITER_KEY", " secret\n")
     client = EndpointClient(server.recipe(endpoint_api_key_env="WRITER_KEY", endpoint_extra_body={"top_k": 3}))
     assert ask(store, client, request("why?", temperature=0.5, max_tokens=9)) == [Response("ok", "re: why?", "", 7, 3)]
@@ -69,19 +69,19 @@ def test_the_request_is_what_recipe_and_ask_say(server: FakeAsyncEndpoint, store
     assert server.headers[0]["content-type"] == "application/json"
 
 
-def test_endpoints_that_name_the_limit_otherwise_and_refuse_a_temperature(server: FakeAsyncEndpoint, store: CallStore):
+def test_max_completion_tokens_and_no_temperature(server: FakeAsyncEndpoint, store: CallStore):
     recipe = server.recipe(endpoint_max_tokens_key="max_completion_tokens", endpoint_temperature=None)
     ask(store, EndpointClient(recipe), request("a", temperature=0.5, max_tokens=9))
     assert server.bodies[0] | {"messages": 0} == {"model": "writer", "messages": 0, "max_completion_tokens": 9}
     assert "authorization" not in server.headers[0]
 
 
-def test_a_stage_without_a_temperature_takes_the_endpoints(server: FakeAsyncEndpoint, store: CallStore):
+def test_a_stage_without_a_temperature_uses_the_endpoints(server: FakeAsyncEndpoint, store: CallStore):
     ask(store, EndpointClient(server.recipe(endpoint_temperature=0.4)), request("a"))
     assert server.bodies[0]["temperature"] == 0.4
 
 
-def test_a_reply_that_is_begun_is_to_be_continued(server: FakeAsyncEndpoint, store: CallStore):
+def test_a_reply_start_is_continued(server: FakeAsyncEndpoint, store: CallStore):
     begun = Request(
         "instructions", "code", "i", "m", (("user", "Write tasks."), ("assistant", "1. Write")), schema=SCHEMA
     )
@@ -107,9 +107,7 @@ def test_structured_output_where_the_endpoint_has_it(server: FakeAsyncEndpoint, 
     assert "response_format" not in server.bodies[-1]
 
 
-def test_structured_output_is_given_up_for_good_where_the_endpoint_has_none(
-    server: FakeAsyncEndpoint, store: CallStore
-):
+def test_structured_output_is_turned_off_where_the_endpoint_has_none(server: FakeAsyncEndpoint, store: CallStore):
     def reply(question: str, attempt: int) -> Step:
         return (
             failing(400, "response_format json_schema is not supported")
@@ -125,7 +123,7 @@ def test_structured_output_is_given_up_for_good_where_the_endpoint_has_none(
     assert server.hits == 7
 
 
-def test_as_many_at_once_as_the_recipe_says(server: FakeAsyncEndpoint, store: CallStore):
+def test_concurrency_is_that_of_the_recipe(server: FakeAsyncEndpoint, store: CallStore):
     server.delay_s = 1.0
     ask(store, EndpointClient(server.recipe(endpoint_concurrency=256)), *[request(str(i)) for i in range(400)])
     assert server.most_in_flight == 256 and server.hits == 400
@@ -135,7 +133,7 @@ def test_as_many_at_once_as_the_recipe_says(server: FakeAsyncEndpoint, store: Ca
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_what_may_pass_is_asked_again(server: FakeAsyncEndpoint, store: CallStore, name):
+def test_transient_failures_are_retried(server: FakeAsyncEndpoint, store: CallStore, name):
     server.reply = scripted(UNUSABLE[name], UNUSABLE[name])
     client = EndpointClient(server.recipe(endpoint_timeout_s=0.3 if UNUSABLE[name] is HANG else 5))
     assert ask(store, client, request("a"))[0].text == "ok" and server.hits == 3
@@ -143,7 +141,7 @@ def test_what_may_pass_is_asked_again(server: FakeAsyncEndpoint, store: CallStor
 
 @pytest.mark.parametrize("step, message", [(failing(500), "status 500: no"), (HANG, "no reply within 0.3 s"), (CUT, "the connection broke"),
                                         (NOT_JSON, "the reply is no chat completion"), (HTML, "no JSON: '<html>welcome")])  # fmt: skip
-def test_a_request_that_alone_fails_is_a_failure_after_all_retries(
+def test_a_request_that_fails_alone_is_a_failure_after_all_retries(
     server: FakeAsyncEndpoint, store: CallStore, step, message
 ):
     server.reply = lambda question, attempt: step if question == "bad" else fine("ok")
@@ -158,7 +156,7 @@ def test_a_request_that_alone_fails_is_a_failure_after_all_retries(
     assert server.asked == {"bad": 3, "Say ok.": 1}  # nothing else had been served, so it was tried
 
 
-def test_whether_others_are_served_is_asked_only_when_nothing_shows_it(server: FakeAsyncEndpoint, store: CallStore):
+def test_no_probe_is_sent_while_others_are_served(server: FakeAsyncEndpoint, store: CallStore):
     server.reply = lambda question, attempt: failing(500) if question == "bad" else fine("ok")
     server.delay_s = 0.01
     responses = ask(
@@ -174,7 +172,7 @@ def test_whether_others_are_served_is_asked_only_when_nothing_shows_it(server: F
 # ---------------------------------------------------------------- what is final
 
 
-def test_a_question_that_is_too_long(server: FakeAsyncEndpoint, store: CallStore):
+def test_context_overflow_is_final(server: FakeAsyncEndpoint, store: CallStore):
     server.reply = lambda question, attempt: failing(400, "This model's maximum context length is 64 tokens.")
     responses = ask(store, EndpointClient(server.recipe()), *[request(str(i)) for i in range(20)])
     assert {response.kind for response in responses} == {"context overflow"} and set(server.asked.values()) == {1}
@@ -193,7 +191,7 @@ def test_filtered_questions_and_refusals_of_the_model(server: FakeAsyncEndpoint,
     assert [response.status for response in responses] == ["failed"] * 5 + ["ok"] and server.hits == 6
 
 
-def test_one_request_that_the_endpoint_does_not_take(server: FakeAsyncEndpoint, store: CallStore):
+def test_one_refused_request_is_final(server: FakeAsyncEndpoint, store: CallStore):
     server.reply = lambda question, attempt: failing(400, "odd letters") if question == "bad" else fine("ok")
     responses = ask(store, EndpointClient(server.recipe()), request("bad"), request("good"))
     assert [response.reason for response in responses] == ["refused: status 400: odd letters", ""] and server.asked[
@@ -201,7 +199,7 @@ def test_one_request_that_the_endpoint_does_not_take(server: FakeAsyncEndpoint, 
     ] == 1
 
 
-def test_a_reply_without_end(server: FakeAsyncEndpoint, store: CallStore):
+def test_a_long_reply_is_not_read_to_its_end(server: FakeAsyncEndpoint, store: CallStore):
     server.reply = lambda question, attempt: fine("x" * 300_000 if question == "giant" else "ok")
     client = EndpointClient(server.recipe(completion_usd=1000.0), max_reply_bytes=100_000)
     responses = ask(store, client, request("giant", max_tokens=100), request("small"))
@@ -237,14 +235,14 @@ def test_a_key_that_no_header_can_hold_is_not_shown(server: FakeAsyncEndpoint, m
                                         (failing(402, "pay"), "402: pay. This account has nothing left"),
                                         (Step("", 308, {"location": "/v2"}), "308: no words. The endpoint has moved. Set `base_url`"),
                                         (failing(400, "no max_tokens"), "400: no max_tokens. The endpoint does not accept such .*`max_tokens_key`")])  # fmt: skip
-def test_what_no_request_can_pass_stops_the_run(server: FakeAsyncEndpoint, store: CallStore, step, message):
+def test_fatal_errors_stop_the_run(server: FakeAsyncEndpoint, store: CallStore, step, message):
     server.reply = lambda question, attempt: step
     with pytest.raises(EndpointError, match=f"endpoint {server.url}, model 'writer': status {message}"):
         ask(store, EndpointClient(server.recipe()), *[request(str(i)) for i in range(50)])
     assert server.hits < 20 and not store.counts() and store.under_way() == 0
 
 
-def test_an_endpoint_that_is_not_there(server: FakeAsyncEndpoint, store: CallStore):
+def test_an_unreachable_endpoint(server: FakeAsyncEndpoint, store: CallStore):
     recipe = server.recipe(endpoint_backoff_s=100)
     server.down()
     with pytest.raises(
@@ -312,7 +310,7 @@ def test_an_endpoint_that_breaks_in_the_middle_is_not_blamed_on_the_requests(
 # ---------------------------------------------------------------- floods
 
 
-def test_what_the_endpoint_asks_for_holds_for_all_requests(server: FakeAsyncEndpoint, store: CallStore):
+def test_a_pause_holds_for_all_requests(server: FakeAsyncEndpoint, store: CallStore):
     full_until: list[float] = []
 
     def reply(question: str, attempt: int) -> Step:
@@ -334,7 +332,7 @@ def test_what_the_endpoint_asks_for_holds_for_all_requests(server: FakeAsyncEndp
     assert server.hits <= 180 + 40
 
 
-def test_a_flood_without_end_stops_the_run(server: FakeAsyncEndpoint, store: CallStore):
+def test_endless_429s_stop_the_run(server: FakeAsyncEndpoint, store: CallStore):
     server.reply = lambda question, attempt: failing(429, "slow down", retry_after="0.1")
     client = EndpointClient(server.recipe(endpoint_concurrency=64), patience_s=1.0)
     with pytest.raises(EndpointError, match="no reply for .* at last status 429: slow down"):
@@ -345,12 +343,12 @@ def test_a_flood_without_end_stops_the_run(server: FakeAsyncEndpoint, store: Cal
 # ---------------------------------------------------------------- money
 
 
-def test_cost_is_what_the_endpoint_counted(server: FakeAsyncEndpoint, store: CallStore):
+def test_cost_follows_the_token_counts_of_the_endpoint(server: FakeAsyncEndpoint, store: CallStore):
     client = EndpointClient(server.recipe(prompt_usd=1000, completion_usd=10_000))
     assert ask(store, client, request("a"))[0].cost_usd == pytest.approx(0.007 + 0.03) == store.spent_usd()
 
 
-def test_an_endpoint_that_does_not_count_is_charged_the_most(server: FakeAsyncEndpoint, store: CallStore):
+def test_without_token_counts_the_maximum_cost_is_charged(server: FakeAsyncEndpoint, store: CallStore):
     body = json.loads(fine("four").body)
     del body["usage"]
     server.reply = lambda question, attempt: Step(json.dumps(body))
@@ -359,7 +357,7 @@ def test_an_endpoint_that_does_not_count_is_charged_the_most(server: FakeAsyncEn
     assert (response.prompt_tokens, response.completion_tokens) == (len("be brief" + "a") + 3 * 16, 4)
 
 
-def test_a_reply_that_broke_off_is_paid_for_and_the_budget_holds(server: FakeAsyncEndpoint, store: CallStore):
+def test_a_broken_reply_is_charged_and_the_budget_holds(server: FakeAsyncEndpoint, store: CallStore):
     server.reply = lambda question, attempt: CUT
     client = EndpointClient(server.recipe(completion_usd=1000.0, endpoint_retries=50))
     with pytest.raises(BudgetExceeded, match=r"\$1.0000 is spent"):
@@ -376,21 +374,21 @@ def test_a_refused_request_costs_nothing(server: FakeAsyncEndpoint, store: CallS
 # ---------------------------------------------------------------- limits, packages
 
 
-def test_requests_a_minute(server: FakeAsyncEndpoint, store: CallStore):
+def test_requests_per_minute(server: FakeAsyncEndpoint, store: CallStore):
     client = EndpointClient(server.recipe(requests_per_minute=1200, endpoint_concurrency=50))
     ask(store, client, *[request(str(i)) for i in range(21)])
     assert 0.95 < server.times[-1] - server.times[0] < 2.0
     assert min(b - a for a, b in zip(server.times, server.times[1:], strict=False)) > 0.02
 
 
-def test_tokens_a_minute_are_those_that_replies_take(server: FakeAsyncEndpoint, store: CallStore):
+def test_tokens_per_minute_count_used_tokens(server: FakeAsyncEndpoint, store: CallStore):
     """600 tokens per second. Each request may use 1,000 and more, and uses 10."""
     client = EndpointClient(server.recipe(tokens_per_minute=36_000, endpoint_concurrency=1))
     ask(store, client, *[request(str(i), max_tokens=1000) for i in range(20)])
     assert server.times[-1] - server.times[0] < 2.0
 
 
-def test_models_at_one_address_share_its_health(server: FakeAsyncEndpoint):
+def test_models_at_one_address_share_its_backoff(server: FakeAsyncEndpoint):
     clients = make_clients([server.recipe("a"), server.recipe("b"), server.recipe("c", endpoint_api_key_env="OTHER")])
     assert clients["a"].backoff is clients["b"].backoff is not clients["c"].backoff
     assert isinstance(clients["a"].backoff, Backoff)
@@ -402,7 +400,7 @@ def test_without_the_package(server: FakeAsyncEndpoint, monkeypatch):
         EndpointClient(server.recipe())
 
 
-def test_a_long_pause_is_told_once(server: FakeAsyncEndpoint, store: CallStore, monkeypatch):
+def test_a_long_pause_is_logged_once(server: FakeAsyncEndpoint, store: CallStore, monkeypatch):
     class RecordingProgress(Progress):
         lines: list[str] = []
 
