@@ -1,4 +1,4 @@
-"""What every reader of a model's answer needs to know: where its reasoning ends, which parts are code, how it refuses."""
+"""Parse a model's answer: the end of its reasoning, its code blocks, and refusals."""
 
 from __future__ import annotations
 

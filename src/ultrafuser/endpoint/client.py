@@ -1,4 +1,4 @@
-"""The one client of OpenAI-compatible endpoints: asynchronous for synthesis, with a synchronous face for evaluation.
+"""The client of OpenAI-compatible endpoints: asynchronous for synthesis, synchronous for evaluation.
 
 Plain requests by aiohttp: the `openai` package takes six times the processor time per call
 (benchmarks/synth_throughput.py), which does not matter for a judge and does for a million replies.

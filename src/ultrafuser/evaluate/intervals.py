@@ -1,4 +1,4 @@
-"""Means with 95% intervals; differences are paired row by row. All statistics of the package are computed here.
+"""Means with 95% intervals, and differences paired row by row. All statistics of the package are computed here.
 
 Intervals are bootstraps over rows drawn with replacement. Answers that are only right or wrong have Wilson's interval
 instead. Their differences have that of Agresti and Min (2005). A bootstrap of 0 right of 32 would have no width at all.

@@ -1,4 +1,4 @@
-"""Fingerprints of weights from a sample of each tensor: hashes to keep on disk, and marks that show which weights were written."""
+"""Fingerprints of weights, from a sample of each tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parent's side of the protocol with driver.py: send a program, read replies and output, enforce the time limit."""
+"""The parent's side of the protocol with driver.py: send a program, read its replies, enforce the time limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a program in the sandbox: find an isolation that works on this machine, and turn the program's end into an outcome."""
+"""Run a program in an isolation that works on this machine, and turn its end into an outcome."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of the sandbox: bubblewrap's command line, the driver's start, and the end of everything it started."""
+"""The processes of the sandbox: bubblewrap's command line, the driver's start, and the end of all its processes."""
 
 from __future__ import annotations
 

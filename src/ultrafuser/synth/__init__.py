@@ -1,1 +1,1 @@
-"""UltraChat 2: from topics to a clean, balanced, documented data set, by any model behind an endpoint or in this process."""
+"""UltraChat 2: from topics to a filtered, balanced data set with a card, by any models."""

@@ -1,4 +1,4 @@
-"""Counts of the items of every stage and domain: asked = kept + rejected by reason (+ pending, while a run is under way)."""
+"""Counts of the items of every stage and domain: asked = kept + rejected + pending."""
 
 from __future__ import annotations
 

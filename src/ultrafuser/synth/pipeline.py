@@ -1,4 +1,4 @@
-"""`ultrafuser synth`: derive the items of each stage from stored responses, request what is missing, write the data set."""
+"""`ultrafuser synth`: derive items from stored responses, request what is missing, write the data set."""
 
 from __future__ import annotations
 

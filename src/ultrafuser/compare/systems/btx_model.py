@@ -1,4 +1,4 @@
-"""Branch-Train-MiX: the specialists' MLPs side by side in one model, a trained router between them, all else averaged.
+"""Branch-Train-MiX: the specialists' MLPs side by side behind a trained router, all other weights averaged.
 
 Source: arXiv 2403.07816: K feed-forward blocks in each layer, the top two by a linear router weighed by a softmax over
 the two, every other weight the mean of the specialists', then everything trained. A minimal build for models whose

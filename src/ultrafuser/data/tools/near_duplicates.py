@@ -1,4 +1,4 @@
-"""Find rows that say the same: exact duplicates, and near duplicates by MinHash, each verified by its true similarity."""
+"""Find exact duplicates, and near duplicates by MinHash, each verified by its true similarity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Split a data set for training, validation and test: stratified by domain, seeded, without duplicates across parts."""
+"""Split a data set by domain for training, validation and test, seeded and without duplicates across parts."""
 
 from __future__ import annotations
 

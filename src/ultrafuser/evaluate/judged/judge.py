@@ -1,4 +1,4 @@
-"""A judge model behind an endpoint: our prompts, verdicts read strictly, every judgement saved as soon as it arrives."""
+"""A judge model behind an endpoint: prompts, strict parsing of verdicts, and their cache."""
 
 from __future__ import annotations
 

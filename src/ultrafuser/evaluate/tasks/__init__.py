@@ -1,4 +1,4 @@
-"""The benchmarks of the paper as lm-eval task files, with the Python that reads their rows and scores their answers."""
+"""The benchmarks of the paper as lm-eval task files, with Python that reads rows and scores answers."""
 
 from __future__ import annotations
 
