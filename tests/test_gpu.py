@@ -48,9 +48,9 @@ def test_bfloat16_stays_close_and_keeps_the_gate_in_float32(mixing):
     ids = tokens(2, 9).cuda()
     exact = model(ids).logits
     model.groups.to(torch.bfloat16)
-    near = model(ids, output_gate_weights=True)
-    assert near.logits.dtype == torch.float32 and near.gate_weights.dtype == torch.float32
-    p, q = exact.log_softmax(-1), near.logits.log_softmax(-1)
+    rounded = model(ids, output_gate_weights=True)
+    assert rounded.logits.dtype == torch.float32 and rounded.gate_weights.dtype == torch.float32
+    p, q = exact.log_softmax(-1), rounded.logits.log_softmax(-1)
     assert (p.exp() * (p - q)).sum(-1).mean() < 0.02  # nats
 
 

@@ -31,18 +31,18 @@ def test_references_and_sizes(adapters, tmp_path):
     assert facts["folder"] == str(adapters) and facts["mixing"] == "probabilities" and facts["context"] == 192
     assert facts["gate_size_bytes"] == (adapters / "model.safetensors").stat().st_size
     assert facts["size_bytes"] == sum(f.stat().st_size for f in adapters.rglob("*") if f.is_file())
-    loras = [one["adapter"]["size_bytes"] for one in facts["specialists"]]
+    loras = [specialist["adapter"]["size_bytes"] for specialist in facts["specialists"]]
     assert facts["referenced_size_bytes"] == weights + sum(loras), "the shared base counts once"
-    for one, name in zip(facts["specialists"], NAMES, strict=True):
-        assert one["name"] == name and one["architecture"] == "llama"
-        assert one["shares_base_with"] == [other for other in NAMES if other != name]
-        assert one["model"] == {
+    for specialist, name in zip(facts["specialists"], NAMES, strict=True):
+        assert specialist["name"] == name and specialist["architecture"] == "llama"
+        assert specialist["shares_base_with"] == [mate for mate in NAMES if mate != name]
+        assert specialist["model"] == {
             "source": str(tmp_path / "base"),
             "size_bytes": weights,
             "inside": False,
             "status": "here",
         }
-        assert one["adapter"]["status"] == "here"
+        assert specialist["adapter"]["status"] == "here"
     assert not facts["verified"] and not facts["has_recipe"]
 
 
@@ -51,7 +51,9 @@ def test_copies_lie_inside(tiny_run, tmp_path):
     model.save_pretrained(tmp_path / "fused", copy=True)
     facts = describe(tmp_path / "fused", verify=True)
     assert facts["referenced_size_bytes"] == 0 and facts["verified"]
-    assert all(one["model"]["inside"] and one["shares_base_with"] == [] for one in facts["specialists"])
+    assert all(
+        specialist["model"]["inside"] and specialist["shares_base_with"] == [] for specialist in facts["specialists"]
+    )
 
 
 def test_a_moved_folder_of_copies_is_still_whole(tiny_run, tmp_path):
@@ -64,9 +66,9 @@ def test_a_moved_folder_of_copies_is_still_whole(tiny_run, tmp_path):
 def test_a_reference_that_is_gone_is_shown_and_refused_when_verified(adapters, tmp_path):
     shutil.rmtree(tmp_path / "base")
     facts = describe(adapters)
-    for one in facts["specialists"]:
-        assert one["model"]["status"] == "gone" and "is gone. Put it back" in one["model"]["problem"]
-        assert one["adapter"]["status"] == "here"
+    for specialist in facts["specialists"]:
+        assert specialist["model"]["status"] == "gone" and "is gone. Put it back" in specialist["model"]["problem"]
+        assert specialist["adapter"]["status"] == "here"
     with pytest.raises(CheckpointError, match="specialist 'text': its source .*base is gone"):
         describe(adapters, verify=True)
 
@@ -90,14 +92,14 @@ def test_a_changed_gate_is_refused_when_verified(adapters):
         describe(adapters, verify=True)
 
 
-@pytest.mark.parametrize("what", ["nothing", "empty", "plain"])
-def test_what_is_no_fused_checkpoint(tmp_path, tiny_run, what):
+@pytest.mark.parametrize("case", ["nothing", "empty", "plain"])
+def test_what_is_no_fused_checkpoint(tmp_path, tiny_run, case):
     (tmp_path / "empty").mkdir()
-    where = {"nothing": tmp_path / "nothing", "empty": tmp_path / "empty", "plain": tiny_run.folder / "text"}[what]
-    said = {
+    folder = {"nothing": tmp_path / "nothing", "empty": tmp_path / "empty", "plain": tiny_run.folder / "text"}[case]
+    message = {
         "nothing": "no such folder",
         "empty": "no config.json",
         "plain": "model_type is 'llama', expected 'ultrafuser'",
     }
-    with pytest.raises(CheckpointError, match=said[what]):
-        describe(where)
+    with pytest.raises(CheckpointError, match=message[case]):
+        describe(folder)

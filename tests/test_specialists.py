@@ -41,46 +41,46 @@ def recipe(*specialists: dict[str, Any], **fields: Any) -> Any:
 
 def rebuilt(tokenizer: PreTrainedTokenizerFast, change: Any) -> PreTrainedTokenizerFast:
     """The same tokenizer with its parts changed."""
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    change(parts)
+    fields = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(fields)
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(parts)),
+        tokenizer_object=Tokenizer.from_str(json.dumps(fields)),
         **{key: getattr(tokenizer, key) for key in ("bos_token", "eos_token", "pad_token")},
     )
 
 
-def swap_ids(parts: dict[str, Any]) -> None:
-    vocab = parts["model"]["vocab"]
+def swap_ids(fields: dict[str, Any]) -> None:
+    vocab = fields["model"]["vocab"]
     a, b = [token for token in vocab if len(token) == 1][:2]
     vocab[a], vocab[b] = vocab[b], vocab[a]
 
 
-def swap_merges(parts: dict[str, Any]) -> None:
-    merges = parts["model"]["merges"]
+def swap_merges(fields: dict[str, Any]) -> None:
+    merges = fields["model"]["merges"]
     merges[3], merges[4] = merges[4], merges[3]
 
 
-def drop_merges(parts: dict[str, Any]) -> None:
-    del parts["model"]["merges"][5:]
+def drop_merges(fields: dict[str, Any]) -> None:
+    del fields["model"]["merges"][5:]
 
 
-def rename_token(parts: dict[str, Any]) -> None:
-    vocab = parts["model"]["vocab"]
+def rename_token(fields: dict[str, Any]) -> None:
+    vocab = fields["model"]["vocab"]
     last = max(vocab, key=vocab.get)
-    parts["model"]["merges"] = [m for m in parts["model"]["merges"] if "".join(m) != last]
+    fields["model"]["merges"] = [m for m in fields["model"]["merges"] if "".join(m) != last]
     vocab["zebra"] = vocab.pop(last)
 
 
-def split_otherwise(parts: dict[str, Any]) -> None:
-    parts["pre_tokenizer"]["add_prefix_space"] = True
+def split_otherwise(fields: dict[str, Any]) -> None:
+    fields["pre_tokenizer"]["add_prefix_space"] = True
 
 
 def test_equal_tokenizers_pass(tokenizer):
-    compare_tokenizers({"a": tokenizer, "b": copy.deepcopy(tokenizer), "c": rebuilt(tokenizer, lambda parts: None)})
+    compare_tokenizers({"a": tokenizer, "b": copy.deepcopy(tokenizer), "c": rebuilt(tokenizer, lambda fields: None)})
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (swap_ids, r"the same tokens have other ids: '\S+ \(\d+ and \d+\)'"),
         (swap_merges, "their merges differ from merge 3 on"),
@@ -90,51 +90,51 @@ def test_equal_tokenizers_pass(tokenizer):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_tokenizers_that_differ_are_refused(tokenizer, change, said):
+def test_tokenizers_that_differ_are_refused(tokenizer, change, message):
     with pytest.raises(
-        TokenizerMismatchError, match=f"specialist 'b': its tokenizer differs from that of 'a': .*{said}"
+        TokenizerMismatchError, match=f"specialist 'b': its tokenizer differs from that of 'a': .*{message}"
     ):
         compare_tokenizers({"a": tokenizer, "b": rebuilt(tokenizer, change)})
 
 
 def test_an_added_token_is_named(tokenizer):
-    other = copy.deepcopy(tokenizer)
-    other.add_tokens([AddedToken("<|tool|>", special=True)])
+    changed = copy.deepcopy(tokenizer)
+    changed.add_tokens([AddedToken("<|tool|>", special=True)])
     with pytest.raises(TokenizerMismatchError, match=r"only one of them has: '<\|tool\|>'"):
-        compare_tokenizers({"a": tokenizer, "b": other})
+        compare_tokenizers({"a": tokenizer, "b": changed})
     with pytest.raises(TokenizerMismatchError, match=r"'<\|tool\|>'"):
-        compare_tokenizers({"a": other, "b": tokenizer})
+        compare_tokenizers({"a": changed, "b": tokenizer})
 
 
 def test_only_some_of_many_tokens_are_named(tokenizer):
-    other = copy.deepcopy(tokenizer)
-    other.add_tokens([f"<extra-{i}>" for i in range(20)])
+    changed = copy.deepcopy(tokenizer)
+    changed.add_tokens([f"<extra-{i}>" for i in range(20)])
     with pytest.raises(TokenizerMismatchError, match="and 15 more"):
-        compare_tokenizers({"a": tokenizer, "b": other})
+        compare_tokenizers({"a": tokenizer, "b": changed})
 
 
 def test_fuse_refuses_specialists_of_different_tokenizers(tiny_run, tmp_path, tokenizer):
-    other = shutil.copytree(tiny_run.folder / "code", tmp_path / "other")
+    folder = shutil.copytree(tiny_run.folder / "code", tmp_path / "other")
     changed = copy.deepcopy(tokenizer)
     changed.add_tokens(["<|tool|>"])
-    changed.save_pretrained(other)
+    changed.save_pretrained(folder)
     with pytest.raises(TokenizerMismatchError, match=r"'code'.*'text'.*<\|tool\|>"):
-        fuse(recipe({"name": "text", "model": str(tiny_run.folder / "text")}, {"name": "code", "model": str(other)}))
+        fuse(recipe({"name": "text", "model": str(tiny_run.folder / "text")}, {"name": "code", "model": str(folder)}))
 
 
 # ---------------------------------------------------------------- what is missing
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         ("/nowhere/at/all", "specialist 'a': its source /nowhere/at/all is gone"),
         ("nowhere/nothing-there", "specialist 'a': no model in nowhere/nothing-there"),
         ("package:nowhere/x.gguf", "the Python package 'nowhere' is not installed"),
     ],
 )
-def test_a_missing_model_is_named(model, said):
-    with pytest.raises(CheckpointError, match=said):
+def test_a_missing_model_is_named(model, message):
+    with pytest.raises(CheckpointError, match=message):
         fuse(recipe({"name": "a", "model": model}))
 
 
@@ -154,10 +154,10 @@ def test_a_specialist_without_a_template_is_named(tmp_path, tokenizer):
     bare.chat_template = None
     tiny(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "bare")
     bare.save_pretrained(tmp_path / "bare")
-    one = {"name": "a", "model": str(tmp_path / "bare")}
+    bare = {"name": "a", "model": str(tmp_path / "bare")}
     with pytest.raises(DataError, match="specialist 'a': its tokenizer has no chat template. Give one: .*chatml"):
-        fuse(recipe(one))
-    model, _ = fuse(recipe(one | {"chat_template": "plain"}))
+        fuse(recipe(bare))
+    model, _ = fuse(recipe(bare | {"chat_template": "plain"}))
     assert model.config.specialists[0]["chat_template"] == BUILTIN["plain"]
 
 
@@ -205,10 +205,10 @@ def test_a_configuration_that_is_not_json_is_named(tmp_path):
 def test_every_specialist_keeps_its_template(tiny_run, tmp_path):
     jinja = tmp_path / "own.jinja"
     jinja.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}|")
-    given = [None, "plain", "inst", "alpaca", str(jinja), "{{ messages[0].content }}:"]
+    chat_templates = [None, "plain", "inst", "alpaca", str(jinja), "{{ messages[0].content }}:"]
     specialists = [
         {"name": f"s{i}", "model": str(tiny_run.folder / "text"), "chat_template": template}
-        for i, template in enumerate(given)
+        for i, template in enumerate(chat_templates)
     ]
     model, tokenizer = fuse(recipe(*specialists))
     assert [s["chat_template"] for s in model.config.specialists] == [
@@ -218,7 +218,7 @@ def test_every_specialist_keeps_its_template(tiny_run, tmp_path):
     model.save_pretrained(tmp_path / "fused")
     tokenizer.save_pretrained(tmp_path / "fused")
     jinja.unlink()  # the checkpoint holds the text
-    again, renderer = ultrafuser.load(tmp_path / "fused", device_map="cpu")
+    reloaded, renderer = ultrafuser.load(tmp_path / "fused", device_map="cpu")
     prompts = renderer.prompt([{"role": "user", "content": "hi"}])
     assert [tokenizer.decode(ids) for ids in prompts] == [
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
@@ -243,8 +243,8 @@ def test_mixed_architectures_with_one_tokenizer(tmp_path, tokenizer):
     for k, kind in enumerate(kinds):
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / kind).eval()
         with torch.no_grad():
-            ours = force_gate(model, one_hot(k, 3))(ids).logits
-            torch.testing.assert_close(ours, plain(ids).logits, atol=1e-5, rtol=1e-5)
+            logits = force_gate(model, one_hot(k, 3))(ids).logits
+            torch.testing.assert_close(logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_each_specialist_may_have_a_dtype_of_its_own(tiny_run, tmp_path):
@@ -258,19 +258,19 @@ def test_each_specialist_may_have_a_dtype_of_its_own(tiny_run, tmp_path):
         )
     )
     model.save_pretrained(tmp_path / "fused")
-    again = ultrafuser.UltraFuserForCausalLM.from_pretrained(tmp_path / "fused", dtype="float32")
-    for one in (model, again):
-        assert [g.model.dtype for g in one.groups] == [torch.float32, torch.bfloat16, torch.float16]
-        assert one.gate.hidden.weight.dtype == torch.float32
+    reloaded = ultrafuser.UltraFuserForCausalLM.from_pretrained(tmp_path / "fused", dtype="float32")
+    for loaded_model in (model, reloaded):
+        assert [g.model.dtype for g in loaded_model.groups] == [torch.float32, torch.bfloat16, torch.float16]
+        assert loaded_model.gate.hidden.weight.dtype == torch.float32
 
 
 def test_adapters_on_one_base_load_it_once(tiny_run, tmp_path, monkeypatch):
     loaded = []
     real = checkpoint.AutoModelForCausalLM.from_pretrained
 
-    def counting(where, *args, **kwargs):
-        loaded.append(Path(where))
-        return real(where, *args, **kwargs)
+    def counting(folder, *args, **kwargs):
+        loaded.append(Path(folder))
+        return real(folder, *args, **kwargs)
 
     monkeypatch.setattr(checkpoint.AutoModelForCausalLM, "from_pretrained", counting)
     specialists = tiny_run.adapter_recipe(tmp_path, save_adapter)
@@ -287,8 +287,8 @@ def test_adapters_on_one_base_load_it_once(tiny_run, tmp_path, monkeypatch):
     assert len(loaded) == 3 and len(apart.groups) == 3
     ids = tokens(2, 7, high=len(tokenizer))
     with torch.no_grad():
-        for own, other in zip(model.specialist_states(ids), apart.specialist_states(ids), strict=True):
-            torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+        for states, expected in zip(model.specialist_states(ids), apart.specialist_states(ids), strict=True):
+            torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_base_itself_may_be_a_specialist_beside_its_adapters(tiny_run, tmp_path):
@@ -315,16 +315,16 @@ def test_adapters_that_are_not_plain_lora_are_merged_by_peft(tiny_run, tmp_path,
         )
     )
     assert [group.names for group in model.groups] == [["odd"], ["text", "code"]]
-    theirs = peft.PeftModel.from_pretrained(base, odd).eval()
+    peft_model = peft.PeftModel.from_pretrained(base, odd).eval()
     ids = tokens(2, 9, high=len(tiny_run.tokenizer))
     model.save_pretrained(tmp_path / "fused")
     tokenizer.save_pretrained(tmp_path / "fused")
-    again, _ = ultrafuser.load(tmp_path / "fused", device_map="cpu")
+    reloaded, _ = ultrafuser.load(tmp_path / "fused", device_map="cpu")
     with torch.no_grad():
-        expected = theirs(ids).logits
-        for one in (model, again):
-            ours = force_gate(one, one_hot(0, 3))(ids).logits
-            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+        expected = peft_model(ids).logits
+        for loaded_model in (model, reloaded):
+            logits = force_gate(loaded_model, one_hot(0, 3))(ids).logits
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_an_adapter_with_an_option_that_is_not_known_is_merged_by_peft(tiny_run, tmp_path):
@@ -343,8 +343,8 @@ def test_an_adapter_with_an_option_that_is_not_known_is_merged_by_peft(tiny_run,
 
 
 def test_the_gate_starts_from_the_seed(tiny_run):
-    one = {"name": "a", "model": str(tiny_run.folder / "text")}
-    gates = [fuse(recipe(one, seed=seed))[0].gate.hidden.weight for seed in (0, 0, 1)]
+    specialist = {"name": "a", "model": str(tiny_run.folder / "text")}
+    gates = [fuse(recipe(specialist, seed=seed))[0].gate.hidden.weight for seed in (0, 0, 1)]
     assert torch.equal(gates[0], gates[1]) and not torch.equal(gates[0], gates[2])
 
 

@@ -122,7 +122,7 @@ def left_pad(rows: Sequence[torch.Tensor], pad: int = 2) -> tuple[torch.Tensor, 
 
 def naive_mix(logits: Sequence[torch.Tensor], weights: torch.Tensor, mixing: str) -> torch.Tensor:
     """The oracle: explicit softmax mixing in double precision. K x (..., V), (..., K) -> (..., V)."""
-    stacked = torch.stack([own.double() for own in logits], dim=-2)  # (..., K, V)
+    stacked = torch.stack([specialist_logits.double() for specialist_logits in logits], dim=-2)  # (..., K, V)
     w = weights.double()[..., None]
     if mixing == "logits":
         return (w * stacked).sum(-2)
@@ -162,7 +162,7 @@ def save_adapter(
 def entry(name: str, model: Path, adapter: Path | None = None, **fields: Any) -> dict[str, Any]:
     """A manifest entry for a specialist on disk, with its checksums."""
     source = {"model": str(model)} | ({"adapter": str(adapter)} if adapter else {})
-    files = {part: record_files(Path(where)) for part, where in source.items()}
+    files = {key: record_files(Path(path)) for key, path in source.items()}
     config = AutoConfig.from_pretrained(model).to_dict()
     return {"name": name, "domain": name, "source": source, "files": files, "config": config, **fields}
 

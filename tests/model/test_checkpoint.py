@@ -83,16 +83,16 @@ def fused_shared(shared, tmp_path) -> Path:
 def test_save_then_load_is_exact(full, tmp_path, mixing):
     full.config.mixing = mixing
     full.save_pretrained(tmp_path / "fused")
-    again = load(tmp_path / "fused")
-    assert not again.training and again.config.mixing == mixing and again.config.names == list(NAMES)
-    same(again, full)
-    assert torch.equal(again.generate(IDS, max_new_tokens=6), full.generate(IDS, max_new_tokens=6))
+    reloaded = load(tmp_path / "fused")
+    assert not reloaded.training and reloaded.config.mixing == mixing and reloaded.config.names == list(NAMES)
+    same(reloaded, full)
+    assert torch.equal(reloaded.generate(IDS, max_new_tokens=6), full.generate(IDS, max_new_tokens=6))
 
 
 def test_save_then_load_of_a_shared_base_is_exact(shared, fused_shared):
-    again = load(fused_shared)
-    assert [group.size for group in again.groups] == [3]
-    same(again, shared)
+    reloaded = load(fused_shared)
+    assert [group.size for group in reloaded.groups] == [3]
+    same(reloaded, shared)
 
 
 def test_save_then_load_of_mixed_architectures_and_widths(save, tmp_path):
@@ -132,8 +132,8 @@ def test_generation_settings_survive(full, tmp_path):
     full.generation_config.eos_token_id = [1, 9]
     full.generation_config.max_new_tokens = 3
     full.save_pretrained(tmp_path / "fused")
-    again = load(tmp_path / "fused")
-    assert again.generation_config.eos_token_id == [1, 9] and again.generation_config.max_new_tokens == 3
+    reloaded = load(tmp_path / "fused")
+    assert reloaded.generation_config.eos_token_id == [1, 9] and reloaded.generation_config.max_new_tokens == 3
 
 
 def test_other_files_of_the_folder_stay(full, tmp_path):
@@ -206,9 +206,9 @@ def test_changed_adapters_are_peft_folders(shared, tmp_path):
     peft = pytest.importorskip("peft")
     train(shared, shared.groups[0].adapter_parameters())
     shared.save_pretrained(tmp_path / "fused")
-    again = load(tmp_path / "fused")
-    same(again, shared)
-    assert [group.size for group in again.groups] == [3], "they still share their base"
+    reloaded = load(tmp_path / "fused")
+    same(reloaded, shared)
+    assert [group.size for group in reloaded.groups] == [3], "they still share their base"
     for name in NAMES:
         folder = tmp_path / "fused" / "specialists" / name
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -274,15 +274,15 @@ def test_copy_needs_nothing_else(which, request, tmp_path):
         if path.name != "fused":
             shutil.rmtree(path)
     moved = (tmp_path / "fused").rename(tmp_path / "moved")
-    again = load(moved)
-    assert torch.equal(logits(again), expected)
-    assert len(again.groups) == len(model.groups)
+    reloaded = load(moved)
+    assert torch.equal(logits(reloaded), expected)
+    assert len(reloaded.groups) == len(model.groups)
 
 
 def test_copy_of_adapters_on_different_bases(save, tmp_path):
-    one, two = save("one"), save("two", seed=5)
-    lora, other = (save_adapter(tiny(), tmp_path / name, seed) for seed, name in enumerate(("lora", "other")))
-    model = fuse_entries([entry("a", one, lora), entry("b", two, other), entry("c", one, other)])
+    base_1, base_2 = save("one"), save("two", seed=5)
+    lora_1, lora_2 = (save_adapter(tiny(), tmp_path / name, seed) for seed, name in enumerate(("lora", "other")))
+    model = fuse_entries([entry("a", base_1, lora_1), entry("b", base_2, lora_2), entry("c", base_1, lora_2)])
     model.save_pretrained(tmp_path / "fused", copy=True)
     expected = logits(model)
     for name in ("one", "two", "lora", "other"):
@@ -337,9 +337,9 @@ def test_writing_weights_is_a_change(full, write):
 
 
 def test_training_the_gate_leaves_the_specialists_bitwise(full):
-    before = [copy.deepcopy(group.state_dict()) for group in full.groups]
+    initial = [copy.deepcopy(group.state_dict()) for group in full.groups]
     train(full, full.gate.parameters())
-    for group, state in zip(full.groups, before, strict=True):
+    for group, state in zip(full.groups, initial, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in group.state_dict().items())
     assert not any(is_changed(group) for group in full.groups)
 
@@ -539,8 +539,8 @@ def test_a_flipped_byte_in_the_gate(fused):
 
 
 def test_a_gate_of_another_fusion(fused, save, tmp_path):
-    other = fuse_entries([entry("a", save("a")), entry("b", save("b", hidden_size=16))])
-    other.save_pretrained(tmp_path / "other")
+    another = fuse_entries([entry("a", save("a")), entry("b", save("b", hidden_size=16))])
+    another.save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", fused)
     facts = manifest(fused)
     facts["gate_files"] = manifest(tmp_path / "other")["gate_files"]
@@ -672,19 +672,19 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("where", ["gate", "specialist", "manifest"])
-def test_a_full_disk_leaves_the_old_folder_as_it_was(fused, tmp_path, monkeypatch, where):
-    before = snapshot(fused)
+@pytest.mark.parametrize("fault", ["gate", "specialist", "manifest"])
+def test_a_full_disk_leaves_the_old_folder_as_it_was(fused, tmp_path, monkeypatch, fault):
+    initial = snapshot(fused)
     model = load(fused)
-    if where == "specialist":
+    if fault == "specialist":
         train(model, model.groups[0].parameters())
 
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    if where == "gate":
+    if fault == "gate":
         monkeypatch.setattr(saving, "save_file", full_disk)
-    elif where == "specialist":
+    elif fault == "specialist":
         monkeypatch.setattr(model.groups[0].model, "save_pretrained", full_disk)
     else:
         monkeypatch.setattr(type(model.config), "save_pretrained", full_disk)
@@ -694,19 +694,19 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(fused, tmp_path, monkeypatc
             CheckpointError, match=rf"{target.name}: could not be written: the disk is full. Nothing was changed"
         ):
             model.save_pretrained(target)
-    assert snapshot(fused) == before
+    assert snapshot(fused) == initial
     assert sorted(p.name for p in tmp_path.iterdir()) == listing, "a temporary folder was left behind"
     monkeypatch.undo()
-    same(load(fused), model) if where != "specialist" else load(fused)
+    same(load(fused), model) if fault != "specialist" else load(fused)
 
 
 def test_an_error_while_writing_leaves_nothing_behind(fused, tmp_path, monkeypatch):
-    before, listing = snapshot(fused), sorted(p.name for p in tmp_path.iterdir())
+    initial, listing = snapshot(fused), sorted(p.name for p in tmp_path.iterdir())
     model = load(fused)
     monkeypatch.setattr(saving, "record_files", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save_pretrained(fused)
-    assert snapshot(fused) == before and sorted(p.name for p in tmp_path.iterdir()) == listing
+    assert snapshot(fused) == initial and sorted(p.name for p in tmp_path.iterdir()) == listing
 
 
 def test_not_writable(full, tmp_path):

@@ -87,9 +87,9 @@ def test_finished_rows_are_padded(mixing):
     free = generate(model, ids, new=10, eos_token_id=None)[:, 5:]
     stop = int(free[0, 3])
     out = generate(model, ids, new=10, eos_token_id=stop, pad_token_id=2)[:, 5:]
-    for got, own in zip(out.tolist(), free.tolist(), strict=True):
-        end = own.index(stop) + 1 if stop in own else len(own)
-        assert got[:end] == own[:end] and set(got[end:]) <= {2}
+    for got, unstopped in zip(out.tolist(), free.tolist(), strict=True):
+        end = unstopped.index(stop) + 1 if stop in unstopped else len(unstopped)
+        assert got[:end] == unstopped[:end] and set(got[end:]) <= {2}
 
 
 def test_sampling_follows_the_seed():
@@ -160,9 +160,15 @@ def test_eos_comes_from_the_first_specialist():
 def test_each_specialist_continues_its_own_prompt(mixing, way):
     """Equal prompts given one by one are the same as one prompt for all."""
     model, ids = three(mixing=mixing), tokens(2, 5)
-    own = ids[:, None].expand(-1, 3, -1)
+    prompts = ids[:, None].expand(-1, 3, -1)
     expected = generate(model, ids, **WAYS[way])
-    got = generate(model, ids, specialist_input_ids=own, specialist_attention_mask=torch.ones_like(own), **WAYS[way])
+    got = generate(
+        model,
+        ids,
+        specialist_input_ids=prompts,
+        specialist_attention_mask=torch.ones_like(prompts),
+        **WAYS[way],
+    )
     assert got.tolist() == expected.tolist()
 
 
@@ -187,11 +193,11 @@ def test_prompts_of_different_lengths(mixing, use_cache):
 
 def test_specialist_prompts_need_matching_input_ids():
     model = three()
-    own = tokens(2, 6)[:, None].expand(-1, 3, -1)
+    prompts = tokens(2, 6)[:, None].expand(-1, 3, -1)
     with pytest.raises(UltraFuserError, match="input_ids"):
-        generate(model, None, specialist_input_ids=own)
+        generate(model, None, specialist_input_ids=prompts)
     with pytest.raises(UltraFuserError, match="input_ids"):
-        generate(model, tokens(2, 4), specialist_input_ids=own)
+        generate(model, tokens(2, 4), specialist_input_ids=prompts)
 
 
 # ---------------------------------------------------------------- assistants
@@ -211,12 +217,11 @@ def test_a_specialist_may_draft(kind):
 def test_a_specialist_may_draft_for_prompts_of_its_own():
     model = fuse([tiny(seed=s) for s in range(2)], names=["a", "b"])
     prompts, mask = left_pad([tokens(1, 4, seed=1)[0], tokens(1, 7, seed=2)[0]])
-    own = {"specialist_input_ids": prompts[None], "specialist_attention_mask": mask[None]}
+    inputs = {"specialist_input_ids": prompts[None], "specialist_attention_mask": mask[None]}
     ids = prompts[None, 0]
-    expected = generate(model, ids, do_sample=False, attention_mask=mask[None, 0], **own)
-    got = generate(
-        model, ids, do_sample=False, attention_mask=mask[None, 0], assistant_model=model.specialist("a"), **own
-    )
+    inputs["attention_mask"] = mask[None, 0]
+    expected = generate(model, ids, do_sample=False, **inputs)
+    got = generate(model, ids, do_sample=False, assistant_model=model.specialist("a"), **inputs)
     assert got.tolist() == expected.tolist()
 
 

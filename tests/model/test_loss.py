@@ -57,8 +57,8 @@ def test_value_and_all_gradients_equal_plain_autograd(mixing, chunk):
     expected = naive_log_prob(states, tables, biases, scores, y, mixing)
     got = mixed_log_prob(states, heads_of(tables, biases), scores.log_softmax(-1), y, mixing, chunk)
     torch.testing.assert_close(got, expected)
-    for mine, plain in zip(gradients(got, leaves), gradients(expected, leaves), strict=True):
-        torch.testing.assert_close(mine, plain)
+    for gradient, plain in zip(gradients(got, leaves), gradients(expected, leaves), strict=True):
+        torch.testing.assert_close(gradient, plain)
 
 
 @both
@@ -74,17 +74,17 @@ def test_gradcheck(mixing, chunk):
 
 
 @both
-@pytest.mark.parametrize("wanted", ["gate", "states", "tables", "first state"])
-def test_any_part_may_be_frozen(mixing, wanted):
+@pytest.mark.parametrize("trained", ["gate", "states", "tables", "first state"])
+def test_any_part_may_be_frozen(mixing, trained):
     states, tables, biases, scores, y = problem(2)
-    chosen = {"gate": [scores], "states": states, "tables": tables, "first state": states[:1]}[wanted]
+    weights = {"gate": [scores], "states": states, "tables": tables, "first state": states[:1]}[trained]
     for leaf in [*states, *tables, *biases, scores]:
         if leaf is not None:
-            leaf.requires_grad_(any(leaf is c for c in chosen))
-    expected = gradients(naive_log_prob(states, tables, biases, scores, y, mixing), chosen)
+            leaf.requires_grad_(any(leaf is c for c in weights))
+    expected = gradients(naive_log_prob(states, tables, biases, scores, y, mixing), weights)
     got = mixed_log_prob(states, heads_of(tables, biases), scores.log_softmax(-1), y, mixing, 2)
-    for mine, plain in zip(gradients(got, chosen), expected, strict=True):
-        torch.testing.assert_close(mine, plain)
+    for gradient, plain in zip(gradients(got, weights), expected, strict=True):
+        torch.testing.assert_close(gradient, plain)
 
 
 @both
@@ -98,8 +98,8 @@ def test_one_table_shared_by_all(mixing):
     got = mixed_log_prob(states, [Head(table[:V])] * 3, scores.log_softmax(-1), y, mixing, 3)
     mixed = naive_mix([h @ table[:V].T for h in states], scores.softmax(-1), mixing)
     expected = mixed.log_softmax(-1)[torch.arange(N), y]
-    for mine, plain in zip(gradients(got, [table, *states]), gradients(expected, [table, *states]), strict=True):
-        torch.testing.assert_close(mine, plain)
+    for gradient, plain in zip(gradients(got, [table, *states]), gradients(expected, [table, *states]), strict=True):
+        torch.testing.assert_close(gradient, plain)
 
 
 @both
@@ -142,9 +142,9 @@ def test_low_precision_tables(mixing):
     assert got.dtype == torch.float32
     assert (got.double() - exact).abs().max() < 0.1
     rough = gradients(got, [*low_states, *low_tables])
-    for mine, plain in zip(rough, gradients(exact, [*states, *tables]), strict=True):
-        assert mine.dtype == torch.bfloat16
-        assert (mine.double() - plain).norm() < 0.1 * plain.norm()
+    for gradient, plain in zip(rough, gradients(exact, [*states, *tables]), strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient.double() - plain).norm() < 0.1 * plain.norm()
 
 
 # ---------------------------------------------------------------- what is held
@@ -158,11 +158,11 @@ def test_nothing_as_large_as_the_logits_is_kept(mixing, stage):
     states = [torch.randn(n, d, generator=g).requires_grad_(stage == 2) for _ in range(3)]
     heads = [Head(torch.randn(v, d, generator=g)) for _ in range(3)]
     scores = torch.randn(n, 3, generator=g).requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+    saved_sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved_sizes.append(t.numel()), t)[1], lambda t: t):
         out = mixed_log_prob(states, heads, scores.log_softmax(-1), torch.arange(n), mixing, 4)
         out.sum().backward()
-    assert max(kept) <= v * d < n * v
+    assert max(saved_sizes) <= v * d < n * v
 
 
 @both
@@ -180,9 +180,9 @@ def test_stage_one_never_goes_back_through_the_heads(mixing, monkeypatch):
 
 def test_chunks_fit_the_budget_and_cover_every_token():
     weight = torch.empty(49_152, 1)
-    parts = loss_module.token_chunks(4096, weight, None)
-    assert parts[0].stop * 49_152 <= loss_module._CHUNK_VALUES["cpu"]
-    assert [i for part in parts for i in range(4096)[part]] == list(range(4096))
+    chunks = loss_module.token_chunks(4096, weight, None)
+    assert chunks[0].stop * 49_152 <= loss_module._CHUNK_VALUES["cpu"]
+    assert [i for chunk in chunks for i in range(4096)[chunk]] == list(range(4096))
 
 
 # ---------------------------------------------------------------- the model's loss
@@ -234,9 +234,9 @@ def test_num_items_in_batch_makes_accumulation_exact(mixing):
     labels[0, :5] = -100
     total = (labels[:, 1:] != -100).sum()
     with torch.no_grad():
-        whole = model(ids, labels=labels).loss
-        parts = [model(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=total).loss for i in range(4)]
-    torch.testing.assert_close(sum(parts), whole)
+        batch_loss = model(ids, labels=labels).loss
+        row_losses = [model(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=total).loss for i in range(4)]
+    torch.testing.assert_close(sum(row_losses), batch_loss)
 
 
 @both
@@ -277,9 +277,9 @@ def rendered():
     for b, answer in enumerate(answers):
         labels[b, : len(answer)] = answer
         for k, prompt in enumerate(prompts[b]):
-            whole = torch.cat([prompt, answer])
-            ids[b, k, : len(whole)], mask[b, k, : len(whole)] = whole, 1
-            index[b, k, : len(answer)] = torch.arange(len(prompt) - 1, len(whole) - 1)
+            sequence = torch.cat([prompt, answer])
+            ids[b, k, : len(sequence)], mask[b, k, : len(sequence)] = sequence, 1
+            index[b, k, : len(answer)] = torch.arange(len(prompt) - 1, len(sequence) - 1)
     return prompts, answers, ids, mask, index, labels
 
 
@@ -294,11 +294,11 @@ def test_response_index_lines_up_different_templates(mixing, masked):
         out = model(specialist_input_ids=ids, specialist_attention_mask=mask, response_index=index, labels=labels,
                     output_gate_weights=True)  # fmt: skip
         for b, answer in enumerate(answers):
-            own = [
+            plain_logits = [
                 model.specialist(name)(torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1]
                 for name, prompt in zip(model.config.names, prompts[b], strict=True)
             ]
-            mixed = naive_mix(own, out.gate_weights[b, : len(answer)], mixing).log_softmax(-1)
+            mixed = naive_mix(plain_logits, out.gate_weights[b, : len(answer)], mixing).log_softmax(-1)
             expected = -mixed[torch.arange(len(answer)), answer]
             torch.testing.assert_close(out.token_loss[b, : len(answer)], expected)
     torch.testing.assert_close(out.loss, out.token_loss.sum() / 8)
@@ -320,17 +320,17 @@ def test_cached_features_give_the_same_loss_and_gate_gradient(mixing, monkeypatc
         states = [
             s.gather(1, i[..., None].expand(-1, -1, s.shape[-1])) for s, i in zip(states, index.unbind(1), strict=True)
         ]
-        kept = labels != -100
+        labelled = labels != -100
         log_probs = torch.zeros(*labels.shape, 3, dtype=torch.float64)
-        log_probs[kept] = model.specialist_log_probs([s[kept] for s in states], labels[kept])
+        log_probs[labelled] = model.specialist_log_probs([s[labelled] for s in states], labels[labelled])
     if mixing == "probabilities":
         monkeypatch.setattr(Head, "logits", lambda *_: pytest.fail("an output layer ran"))
     monkeypatch.setattr(model, "specialist_states", lambda *_: pytest.fail("a specialist ran"))
     cached = model(specialist_hidden_states=states, specialist_log_probs=log_probs, labels=labels)
     cached.loss.backward()
     torch.testing.assert_close(cached.loss, direct.loss)
-    for mine, expected in zip(model.gate.parameters(), plain, strict=True):
-        torch.testing.assert_close(mine.grad, expected)
+    for parameter, expected in zip(model.gate.parameters(), plain, strict=True):
+        torch.testing.assert_close(parameter.grad, expected)
 
 
 @both
@@ -347,8 +347,8 @@ def test_specialist_log_probs_are_each_specialists_own():
         states = [s[:, :-1].flatten(0, 1) for s in model.specialist_states(ids)]
         got = model.specialist_log_probs(states, ids[:, 1:].flatten())
         for k, name in enumerate(model.config.names):
-            own = model.specialist(name)(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
-            torch.testing.assert_close(got[:, k], own.flatten())
+            log_probs = model.specialist(name)(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
+            torch.testing.assert_close(got[:, k], log_probs.flatten())
 
 
 @both

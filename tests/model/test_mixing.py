@@ -63,11 +63,11 @@ def test_one_specialist_cached_and_padded(kind):
     rows = [tokens(1, n, seed=n)[0] for n in (5, 11)]
     ids, mask = left_pad(rows)
     with torch.no_grad():
-        whole = [plain(row[None]).logits[0] for row in rows]
+        expected_rows = [plain(row[None]).logits[0] for row in rows]
         padded = fused(ids, attention_mask=mask).logits
         first = fused(ids[:, :7], attention_mask=mask[:, :7], use_cache=True)
         then = fused(ids[:, 7:], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True).logits
-    for row, expected in enumerate(whole):
+    for row, expected in enumerate(expected_rows):
         torch.testing.assert_close(padded[row, -len(expected) :], expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(then[row], expected[-4:], rtol=1e-4, atol=1e-4)
 
@@ -78,10 +78,10 @@ def test_one_hot_gate_is_that_specialist(mixing, k):
     model = three(mixing=mixing)
     ids = tokens(2, 8)
     with torch.no_grad():
-        own = model.specialist(f"s{k}")(ids).logits
+        plain = model.specialist(f"s{k}")(ids).logits
         got = force_gate(model, one_hot(k, 3))(ids, output_gate_weights=True)
     assert got.gate_weights.unique().tolist() == [0.0, 1.0]
-    torch.testing.assert_close(got.logits, own if mixing == "logits" else own.log_softmax(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.logits, plain if mixing == "logits" else plain.log_softmax(-1), rtol=1e-5, atol=1e-5)
 
 
 @both
@@ -89,12 +89,12 @@ def test_identical_specialists_make_the_gate_irrelevant(mixing):
     ids = tokens(2, 8)
     model = fuse([tiny(seed=5) for _ in range(3)], mixing=mixing)
     with torch.no_grad():
-        own = tiny(seed=5)(ids).logits
+        plain = tiny(seed=5)(ids).logits
         outs = [model(ids).logits]
         for scores in ([0.0, 0.0, 0.0], [3.0, -1.0, 0.5], one_hot(1, 3)):
             outs.append(force_gate(model, scores)(ids).logits)
     for got in outs:
-        torch.testing.assert_close(got, own if mixing == "logits" else own.log_softmax(-1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, plain if mixing == "logits" else plain.log_softmax(-1), rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------- the gate
@@ -144,8 +144,8 @@ def test_mixing_equals_the_naive_mixture(mixing, kind):
     ids = tokens(2, 10)
     with torch.no_grad():
         out = model(ids, output_gate_weights=True)
-        own = [model.specialist(name)(ids).logits for name in model.config.names]
-    expected = naive_mix(own, out.gate_weights, mixing)
+        plain = [model.specialist(name)(ids).logits for name in model.config.names]
+    expected = naive_mix(plain, out.gate_weights, mixing)
     torch.testing.assert_close(out.logits.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -173,22 +173,22 @@ def test_left_padded_equals_unpadded(mixing):
 def test_cached_equals_uncached(mixing):
     model, ids = three(mixing=mixing), tokens(2, 14)
     with torch.no_grad():
-        whole = model(ids).logits
+        expected = model(ids).logits
         cache, steps = None, []
-        for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:11], ids[:, 11:]):
-            out = model(part, past_key_values=cache, use_cache=True)
+        for chunk in (ids[:, :6], ids[:, 6:7], ids[:, 7:11], ids[:, 11:]):
+            out = model(chunk, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             steps.append(out.logits)
     assert isinstance(cache, UltraFuserCache) and cache.get_seq_length() == 14
-    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_logits_to_keep():
     model, ids = three(), tokens(2, 6)
     with torch.no_grad():
-        whole = model(ids).logits
-        torch.testing.assert_close(model(ids, logits_to_keep=2).logits, whole[:, -2:])
-        torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, whole[:, [1, 4]])
+        expected = model(ids).logits
+        torch.testing.assert_close(model(ids, logits_to_keep=2).logits, expected[:, -2:])
+        torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, expected[:, [1, 4]])
 
 
 def test_tuple_output():
@@ -211,11 +211,11 @@ def test_each_specialist_reads_its_own_prompt(mixing):
     ids, mask = left_pad([torch.cat([prompt, response]) for prompt in prompts])
     with torch.no_grad():
         out = model(specialist_input_ids=ids[None], specialist_attention_mask=mask[None], output_gate_weights=True)
-        own = [
+        plain = [
             model.specialist(name)(torch.cat([prompt, response])[None]).logits[0, -5:]
             for name, prompt in zip(model.config.names, prompts, strict=True)
         ]
-    expected = naive_mix(own, out.gate_weights[0, -5:], mixing)
+    expected = naive_mix(plain, out.gate_weights[0, -5:], mixing)
     torch.testing.assert_close(out.logits[0, -5:].double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -228,9 +228,9 @@ def test_padded_embedding_table_is_masked(mixing):
     assert model.config.vocab_size == VOCAB
     with torch.no_grad():
         out = model(tokens(1, 6), output_gate_weights=True)
-        own = [model.specialist(name)(tokens(1, 6)).logits[..., :VOCAB] for name in model.config.names]
+        plain = [model.specialist(name)(tokens(1, 6)).logits[..., :VOCAB] for name in model.config.names]
     assert out.logits.shape[-1] == VOCAB
-    torch.testing.assert_close(out.logits.double(), naive_mix(own, out.gate_weights, mixing), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.logits.double(), naive_mix(plain, out.gate_weights, mixing), rtol=1e-4, atol=1e-4)
 
 
 @both
@@ -242,8 +242,8 @@ def test_tied_and_untied_embeddings(mixing, tied):
     ids = tokens(2, 6)
     with torch.no_grad():
         out = model(ids, output_gate_weights=True)
-        own = [model.specialist(name)(ids).logits for name in model.config.names]
-    torch.testing.assert_close(out.logits.double(), naive_mix(own, out.gate_weights, mixing), rtol=1e-4, atol=1e-4)
+        plain = [model.specialist(name)(ids).logits for name in model.config.names]
+    torch.testing.assert_close(out.logits.double(), naive_mix(plain, out.gate_weights, mixing), rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- precision

@@ -26,20 +26,20 @@ def test_defaults():
 def test_survives_json_and_a_folder(tmp_path):
     config = UltraFuserConfig([spec("a"), spec("b", "gemma2")], mixing="logits", gate_hidden_size=7)
     config.save_pretrained(tmp_path)
-    again = UltraFuserConfig.from_pretrained(tmp_path)
-    assert again.names == config.names and (again.mixing, again.gate_hidden_size) == ("logits", 7)
-    for mine, other in zip(again.specialist_configs(), config.specialist_configs(), strict=True):
-        assert mine.to_dict() == other.to_dict()
+    reloaded = UltraFuserConfig.from_pretrained(tmp_path)
+    assert reloaded.names == config.names and (reloaded.mixing, reloaded.gate_hidden_size) == ("logits", 7)
+    for loaded, saved in zip(reloaded.specialist_configs(), config.specialist_configs(), strict=True):
+        assert loaded.to_dict() == saved.to_dict()
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "ultrafuser"
-    assert [own.model_type for own in again.specialist_configs()] == ["llama", "gemma2"]
-    assert again.specialist_configs()[1].final_logit_softcapping == 5.0
+    assert [loaded.model_type for loaded in reloaded.specialist_configs()] == ["llama", "gemma2"]
+    assert reloaded.specialist_configs()[1].final_logit_softcapping == 5.0
 
 
 def test_its_dictionaries_are_its_own():
-    mine = spec("a")
-    config = UltraFuserConfig([mine])
+    entry_a = spec("a")
+    config = UltraFuserConfig([entry_a])
     config.specialists[0]["name"] = config.specialists[0]["config"]["vocab_size"] = "changed"
-    assert mine["name"] == "a" and mine["config"]["vocab_size"] == VOCAB
+    assert entry_a["name"] == "a" and entry_a["config"]["vocab_size"] == VOCAB
 
 
 def test_vocabulary_is_the_smallest_table():

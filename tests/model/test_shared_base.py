@@ -103,9 +103,9 @@ def test_mixture_of_adapters_equals_the_oracle(shared, mixing):
     with torch.no_grad():
         out = shared(ids, attention_mask=mask, output_gate_weights=True)
         for b, row in enumerate(rows):
-            own = [peft_model(spec)(row[None]).logits[0] for spec in shared.config.specialists]
+            plain_logits = [peft_model(spec)(row[None]).logits[0] for spec in shared.config.specialists]
             weights = out.gate_weights[b, -len(row) :]
-            close(out.logits[b, -len(row) :].double(), naive_mix(own, weights, mixing), rtol=1e-4, atol=1e-4)
+            close(out.logits[b, -len(row) :].double(), naive_mix(plain_logits, weights, mixing), rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_of_its_own_for_each_adapter(shared):
@@ -124,14 +124,14 @@ def test_prompts_of_its_own_for_each_adapter(shared):
 @pytest.mark.parametrize("name", NAMES)
 def test_specialist_is_pefts_merge(shared, name):
     spec = shared.config.specialists[NAMES.index(name)]
-    merged, mine = peft_model(spec).merge_and_unload(), shared.specialist(name)
-    assert type(mine) is type(merged)
+    merged, extracted = peft_model(spec).merge_and_unload(), shared.specialist(name)
+    assert type(extracted) is type(merged)
     expected = merged.state_dict()
-    assert set(mine.state_dict()) == set(expected)
-    for key, weight in mine.state_dict().items():
+    assert set(extracted.state_dict()) == set(expected)
+    for key, weight in extracted.state_dict().items():
         close(weight, expected[key])
     with torch.no_grad():
-        mine.model.embed_tokens.weight.zero_()
+        extracted.model.embed_tokens.weight.zero_()
     assert shared.groups[0].model.model.embed_tokens.weight.any(), "a merged specialist must be a copy"
 
 
@@ -150,8 +150,8 @@ def test_some_adapters_alone(shared, active):
         got = group(ids.expand(max(1, len(active)), -1, -1))
     models = [peft_model(shared.config.specialists[i]).model for i in active] or [tiny()]
     with torch.no_grad():
-        for own, model in zip(got, models, strict=True):
-            close(own, model.model(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
+        for states, model in zip(got, models, strict=True):
+            close(states, model.model(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
         assert group(ids.expand(3, -1, -1)).shape[0] == 3
 
 
@@ -193,9 +193,9 @@ def test_order_of_specialists_is_the_manifests(save, tmp_path, mixing):
     """Adapters that are not neighbours still come out in their places."""
     base, plain = save("base"), tiny()
     first = entry("first", base, save_adapter(plain, tmp_path / "a", 1))
-    other = entry("other", save("other", "gpt2", seed=3))
+    gpt2_entry = entry("other", save("other", "gpt2", seed=3))
     last = entry("last", base, save_adapter(plain, tmp_path / "b", 2))
-    model, ids = fuse_entries([first, other, last], mixing=mixing), tokens(2, 6)
+    model, ids = fuse_entries([first, gpt2_entry, last], mixing=mixing), tokens(2, 6)
     assert [group.names for group in model.groups] == [["first", "last"], ["other"]]
     flat, mask = left_pad([tokens(1, n, seed=n)[0] for n in (4, 7, 9)])
     with torch.no_grad():
@@ -298,10 +298,10 @@ def test_gradients_of_each_adapter_equal_those_of_separate_runs(shared, mixing):
     compared = 0
     for name, lora in shared.groups[0].loras.items():
         for i, model in enumerate(models):
-            own = dict(model.base_model.model.named_modules())[name]
+            layer = dict(model.base_model.model.named_modules())[name]
             if rank := lora.ranks[i]:
-                close(lora.lora_A.grad[i, :rank], own.lora_A["default"].weight.grad)
-                close(lora.lora_B.grad[i, :, :rank], own.lora_B["default"].weight.grad)
+                close(lora.lora_A.grad[i, :rank], layer.lora_A["default"].weight.grad)
+                close(lora.lora_B.grad[i, :, :rank], layer.lora_B["default"].weight.grad)
                 compared += 1
             assert not lora.lora_A.grad[i, rank:].any() and not lora.lora_B.grad[i, :, rank:].any()
     assert compared == 2 * 2 * 3
@@ -338,10 +338,10 @@ def test_dropout_only_while_training():
 def test_new_adapters_change_nothing_at_first(targets):
     model, ids = fuse([tiny(seed=s) for s in range(2)]), tokens(2, 6)
     with torch.no_grad():
-        before = model(ids).logits
+        logits_before = model(ids).logits
         for group in model.groups:
             group.new_adapters(r=4, alpha=8, dropout=0.0, target_modules=targets)
-        close(model(ids).logits, before, rtol=0, atol=0)
+        close(model(ids).logits, logits_before, rtol=0, atol=0)
     assert len(model.groups[0].loras) == (4 if isinstance(targets, list) else 14)
     assert "lm_head" not in model.groups[0].loras
     adapters = [p for group in model.groups for p in group.adapter_parameters()]
@@ -371,9 +371,9 @@ def test_new_adapters_train_and_merge():
 def test_new_adapters_on_gpt2():
     model, ids = fuse([tiny("gpt2")]), tokens(2, 6)
     with torch.no_grad():
-        before = model(ids).logits
+        logits_before = model(ids).logits
         model.groups[0].new_adapters(r=2, alpha=4, dropout=0.0, target_modules="all-linear")
-        close(model(ids).logits, before, rtol=0, atol=0)
+        close(model(ids).logits, logits_before, rtol=0, atol=0)
     assert len(model.groups[0].loras) == 2 * 4
 
 

@@ -49,9 +49,9 @@ def test_a_saved_one_is_read_back(full, tmp_path):
     with torch.no_grad():
         model.gate.scores.copy_(torch.tensor([1.0, 2.0, 3.0]))
     model.save_pretrained(tmp_path / "static")
-    again = type(full).from_pretrained(tmp_path / "static")
-    assert isinstance(again.gate, StaticGate)
-    assert torch.equal(again.gate.scores, model.gate.scores)
+    reloaded = type(full).from_pretrained(tmp_path / "static")
+    assert isinstance(reloaded.gate, StaticGate)
+    assert torch.equal(reloaded.gate.scores, model.gate.scores)
 
 
 def test_an_unknown_gate_is_refused():

@@ -35,7 +35,7 @@ def opinionated() -> UltraFuserForCausalLM:
 
 
 @torch.no_grad()
-def said(
+def planted_rows(
     model: UltraFuserForCausalLM, domain: str, temperature: float, rows: int = 48, length: int = 48
 ) -> list[Rendered]:
     """Answers that the specialist of a domain draws at a temperature."""
@@ -53,16 +53,16 @@ def said(
 
 def test_each_specialist_gets_the_temperature_at_which_its_domain_was_written():
     model = opinionated()
-    rows = [row for domain, temperature in PLANTED.items() for row in said(model, domain, temperature)]
-    found = calibrate(model, rows)
-    assert found == pytest.approx(list(PLANTED.values()), rel=0.06)
-    assert found == calibrate(model, rows)
+    rows = [row for domain, temperature in PLANTED.items() for row in planted_rows(model, domain, temperature)]
+    temperatures = calibrate(model, rows)
+    assert temperatures == pytest.approx(list(PLANTED.values()), rel=0.06)
+    assert temperatures == calibrate(model, rows)
     assert not model.training and model.config.temperatures == [1.0] * 3  # nothing is set here
 
 
 def test_it_is_the_minimum_of_the_loss():
     model = opinionated()
-    rows = said(model, "text", 1.3)
+    rows = planted_rows(model, "text", 1.3)
     best = calibrate(model, rows)[0]
 
     def loss(temperature: float) -> float:
@@ -76,9 +76,10 @@ def test_it_is_the_minimum_of_the_loss():
 
 def test_a_domain_without_a_row_goes_by_all_rows_and_few_tokens_change_nothing():
     model = opinionated()
-    rows = said(model, "text", 1.3)
-    found = calibrate(model, rows)
-    assert found[0] == pytest.approx(1.3, rel=0.06) and found[1] > 1.5 and found[2] > 1.5  # others know nothing of it
+    rows = planted_rows(model, "text", 1.3)
+    temperatures = calibrate(model, rows)
+    # The other specialists know nothing of this domain.
+    assert temperatures[0] == pytest.approx(1.3, rel=0.06) and temperatures[1] > 1.5 and temperatures[2] > 1.5
     few = rows[: module.FEWEST_TOKENS // 48]
     assert sum(len(row.labels) for row in few) < module.FEWEST_TOKENS
     assert calibrate(model, few) == [1.0] * 3
@@ -86,7 +87,7 @@ def test_a_domain_without_a_row_goes_by_all_rows_and_few_tokens_change_nothing()
 
 def test_no_more_rows_are_read_than_needed(monkeypatch):
     monkeypatch.setattr(module, "MOST_TOKENS", 100)
-    assert len(module._sample_rows(said(opinionated(), "text", 1.0), "text", 0)) == 3  # of 48 tokens each
+    assert len(module._sample_rows(planted_rows(opinionated(), "text", 1.0), "text", 0)) == 3  # of 48 tokens each
 
 
 @pytest.mark.parametrize("losses, expected", [
@@ -107,7 +108,7 @@ def test_logits_are_divided_by_them_before_they_are_mixed(mixing):
     ids = tokens(2, 6)
     states = model.specialist_states(ids)
     log_w = model.gate(states)
-    plain = [head.logits(own) for own, head in zip(states, model.heads(), strict=True)]
+    plain = [head.logits(tensor) for tensor, head in zip(states, model.heads(), strict=True)]
     model.config.set_temperatures([0.5, 2.0])
     cold, hot = plain[0] / 0.5, plain[1] / 2.0
     if mixing == "logits":
@@ -126,18 +127,18 @@ def test_a_checkpoint_keeps_them(tiny_run, tmp_path):
     assert model.config.temperatures == [1.0] * 3  # too few tokens to tell
     model.config.set_temperatures([1.25, 1.0, 0.8])
     model.save_pretrained(tmp_path / "again")
-    again = UltraFuserForCausalLM.from_pretrained(tmp_path / "again")
-    assert again.config.temperatures == [1.25, 1.0, 0.8]
-    torch.testing.assert_close(again(input_ids=tokens(1, 5)).logits, model(input_ids=tokens(1, 5)).logits)
+    reloaded = UltraFuserForCausalLM.from_pretrained(tmp_path / "again")
+    assert reloaded.config.temperatures == [1.25, 1.0, 0.8]
+    torch.testing.assert_close(reloaded(input_ids=tokens(1, 5)).logits, model(input_ids=tokens(1, 5)).logits)
 
 
 def test_info_and_the_model_card_show_them(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FEWEST_TOKENS", 1)
     folder = train(tiny_run.recipe(tmp_path / "run"))
     temperatures = load(folder)[0].config.temperatures
-    shown = CliRunner().invoke(app, ["info", str(folder)]).output
+    printed = CliRunner().invoke(app, ["info", str(folder)]).output
     pairs = ", ".join(f"{name} {value:g}" for name, value in zip(NAMES, temperatures, strict=True))
-    assert f"temperatures: {pairs}\n" in shown
+    assert f"temperatures: {pairs}\n" in printed
     card = (folder / "README.md").read_text()
     assert all(f"| {value:g} |\n" in card for value in temperatures)
 
@@ -161,8 +162,8 @@ def test_the_gate_stage_sets_them_unless_it_is_told_not_to(tiny_run, tmp_path, m
 
 
 def test_a_temperature_at_the_limit_is_pointed_out(tiny_run, tmp_path, monkeypatch):
-    found = iter([[1.1, 0.9, 1.0], [0.5, 1.0, 2.0]])
-    monkeypatch.setattr("ultrafuser.train.stages.calibrate", lambda *args, **options: next(found))
+    temperatures = iter([[1.1, 0.9, 1.0], [0.5, 1.0, 2.0]])
+    monkeypatch.setattr("ultrafuser.train.stages.calibrate", lambda *args, **options: next(temperatures))
     for name in ("plain", "odd"):
         spoken = RecordingProgress()
         tiny_run.train(tmp_path / name, progress=spoken)
@@ -172,8 +173,8 @@ def test_a_temperature_at_the_limit_is_pointed_out(tiny_run, tmp_path, monkeypat
 
 def test_what_a_stage_began_with_is_not_measured_again(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FEWEST_TOKENS", 1)
-    whole = tiny_run.train(tmp_path / "whole", [GATE, JOINT])
-    expected = load(whole / "fused")[0].config.temperatures
+    uninterrupted = tiny_run.train(tmp_path / "whole", [GATE, JOINT])
+    expected = load(uninterrupted / "fused")[0].config.temperatures
     assert expected != [1.0] * 3
 
     def once_more(*args, **options):
@@ -184,8 +185,10 @@ def test_what_a_stage_began_with_is_not_measured_again(tiny_run, tmp_path, monke
     (cut / "1-gate" / MEASURED).write_text(json.dumps(expected))
     monkeypatch.setattr("ultrafuser.train.stages.calibrate", once_more)
     tiny_run.train(cut, [GATE, JOINT])
-    assert losses(cut) == losses(whole)
-    assert all(torch.equal(own, trained_weights(cut)[name]) for name, own in trained_weights(whole).items())
+    assert losses(cut) == losses(uninterrupted)
+    assert all(
+        torch.equal(tensor, trained_weights(cut)[name]) for name, tensor in trained_weights(uninterrupted).items()
+    )
 
 
 @pytest.mark.parametrize("mixing", ["logits", "probabilities"])
@@ -199,9 +202,9 @@ def test_the_cache_changes_nothing_at_other_temperatures(tiny_run, tmp_path, mon
 
 def test_a_feature_cache_serves_all_temperatures(tmp_path, monkeypatch):
     model = opinionated()
-    rows = [row for domain in NAMES for row in said(model, domain, 1.0, rows=3, length=12)]
+    rows = [row for domain in NAMES for row in planted_rows(model, domain, 1.0, rows=3, length=12)]
     plain = FeatureStore.build(model, rows, tmp_path / "f")
-    before = plain.log_probs.clone()
+    log_probs_before = plain.log_probs.clone()
     model.config.set_temperatures([1.5, 1.0, 0.7])
     monkeypatch.setattr(model, "specialist_states", None)  # no specialist runs again
     warm = FeatureStore.build(model, rows, tmp_path / "f")
@@ -209,8 +212,8 @@ def test_a_feature_cache_serves_all_temperatures(tmp_path, monkeypatch):
     monkeypatch.undo()
     fresh = FeatureStore.build(model, rows, tmp_path / "g")
     torch.testing.assert_close(warm.log_probs, fresh.log_probs)
-    assert torch.equal(plain.log_probs, before) and not torch.equal(warm.log_probs, before)
-    assert torch.equal(warm.log_probs[:, 1], before[:, 1])
+    assert torch.equal(plain.log_probs, log_probs_before) and not torch.equal(warm.log_probs, log_probs_before)
+    assert torch.equal(warm.log_probs[:, 1], log_probs_before[:, 1])
 
 
 def test_the_joint_stage_does_not_measure_them():
@@ -223,7 +226,7 @@ def test_vocabularies_are_read_without_padding_rows():
     """Padding rows of an embedding table are no tokens: they must not take part in the softmax."""
     model = opinionated()
     assert {head.weight.shape[0] for head in model.heads()} == {VOCAB}
-    rows = said(model, "text", 1.3)
+    rows = planted_rows(model, "text", 1.3)
     table = model.groups[0].model.get_output_embeddings()
     expected = calibrate(model, rows)[0]
     table.weight.data = torch.cat([table.weight.data, torch.full((8, table.weight.shape[1]), 50.0)])

@@ -35,27 +35,27 @@ for recipe in sys.argv[1:]:
 @pytest.fixture(scope="module")
 def folders(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of each case, alone/CASE and two/CASE, and the output of the launch."""
-    home = tmp_path_factory.mktemp("ranks")
+    folder = tmp_path_factory.mktemp("ranks")
     files = []
     for case, (changes, stages) in CASES.items():
         changes = changes | {"eval_every": 2, "data": {"validation": [str(tiny_run.folder / "held-out.jsonl")]}}
-        tiny_run.train(home / "alone" / case, stages, **changes)
-        files.append(home / f"{case}.yaml")
-        files[-1].write_text(dump_recipe(tiny_run.recipe(home / "two" / case, stages, **changes)))
-    (home / "driver.py").write_text(DRIVER)
-    done = _launch(str(home / "driver.py"), *map(str, files))
-    assert done.returncode == 0, done.stderr[-3000:]
-    (home / "stdout").write_text(done.stdout)
-    (home / "stderr").write_text(done.stderr)
-    return home
+        tiny_run.train(folder / "alone" / case, stages, **changes)
+        files.append(folder / f"{case}.yaml")
+        files[-1].write_text(dump_recipe(tiny_run.recipe(folder / "two" / case, stages, **changes)))
+    (folder / "driver.py").write_text(DRIVER)
+    process = _launch(str(folder / "driver.py"), *map(str, files))
+    assert process.returncode == 0, process.stderr[-3000:]
+    (folder / "stdout").write_text(process.stdout)
+    (folder / "stderr").write_text(process.stderr)
+    return folder
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_give_the_losses_of_one(folders: Path, case: str) -> None:
-    ours, theirs = losses(folders / "alone" / case), losses(folders / "two" / case)
-    assert [row[:2] for row in ours] == [row[:2] for row in theirs]
-    for (*where, own), (*_, other) in zip(ours, theirs, strict=True):
-        assert own == pytest.approx(other, abs=1e-5, rel=1e-5), where
+    one_rank, two_ranks = losses(folders / "alone" / case), losses(folders / "two" / case)
+    assert [row[:2] for row in one_rank] == [row[:2] for row in two_ranks]
+    for (*location, loss), (*_, expected) in zip(two_ranks, one_rank, strict=True):
+        assert loss == pytest.approx(expected, abs=1e-5, rel=1e-5), location
     weights = trained_weights(folders / "two" / case)
     for name, tensor in trained_weights(folders / "alone" / case).items():
         if "score.bias" not in name:  # the softmax cancels it: its gradient is rounding alone

@@ -41,12 +41,14 @@ def uninterrupted(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -
     return tiny_run.train(tmp_path_factory.mktemp("resume") / "whole", STAGES, **options(tiny_run))
 
 
-def assert_equal_runs(output: Path, other: Path) -> None:
-    assert metrics(output) == metrics(other)
-    ours, theirs = trained_weights(output), trained_weights(other)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert (output / "fused" / "model.safetensors").read_bytes() == (other / "fused" / "model.safetensors").read_bytes()
+def assert_equal_runs(output: Path, reference: Path) -> None:
+    assert metrics(output) == metrics(reference)
+    weights, expected = trained_weights(output), trained_weights(reference)
+    assert weights.keys() == expected.keys()
+    assert [name for name in weights if not torch.equal(weights[name], expected[name])] == []
+    assert (output / "fused" / "model.safetensors").read_bytes() == (
+        reference / "fused" / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize(("stage", "step"), [("gate", 1), ("gate", 3), ("joint", 1), ("joint", 3)])
@@ -77,12 +79,12 @@ def test_an_interruption_around_saving_is_survived(tiny_run, tmp_path, uninterru
 
 
 def test_an_interruption_before_the_first_checkpoint_leaves_no_double_rows(tiny_run, tmp_path):
-    whole = tiny_run.train(tmp_path / "whole")
+    complete = tiny_run.train(tmp_path / "whole")
     with pytest.raises(Interruption):
         tiny_run.train(tmp_path / "run", progress=StopAt("gate", 3))
     assert metrics(tmp_path / "run")
     tiny_run.train(tmp_path / "run", resume=True)
-    assert_equal_runs(tmp_path / "run", whole)
+    assert_equal_runs(tmp_path / "run", complete)
 
 
 def test_an_interruption_between_a_stages_end_and_the_next(tiny_run, tmp_path, uninterrupted, monkeypatch):
@@ -106,42 +108,42 @@ def test_an_interruption_while_writing_the_checkpoint(tiny_run, tmp_path, uninte
         tiny_run.train(tmp_path, STAGES, **options(tiny_run))
     monkeypatch.undo()
     assert not (tmp_path / "fused").exists()
-    said = RecordingProgress()
-    tiny_run.train(tmp_path, STAGES, resume=True, progress=said, **options(tiny_run))
+    progress = RecordingProgress()
+    tiny_run.train(tmp_path, STAGES, resume=True, progress=progress, **options(tiny_run))
     assert_equal_runs(tmp_path, uninterrupted)
-    assert [text for text in said.news if "finished before" in text] == [
+    assert [text for text in progress.news if "finished before" in text] == [
         "stage gate: finished before", "stage joint: finished before",
     ]  # fmt: skip
 
 
 def test_checkpoints_are_saved_between_validations(tiny_run, tmp_path):
     """Keeping the best must not cost the checkpoints that `save_every` asks for."""
-    known = {"save_every": 1, "data": {"validation": [str(tiny_run.folder / "held-out.jsonl")]}}
+    settings = {"save_every": 1, "data": {"validation": [str(tiny_run.folder / "held-out.jsonl")]}}
     with pytest.raises(Interruption):
-        tiny_run.train(tmp_path, progress=StopAt("gate", 3), **known)
+        tiny_run.train(tmp_path, progress=StopAt("gate", 3), **settings)
     assert sorted(path.name for path in (tmp_path / "1-gate").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert not [row for row in metrics(tmp_path) if "eval_loss" in row], "the stage's end alone is validated"
 
 
 def test_resume_with_accumulation_and_metrics_every_other_step(tiny_run, tmp_path):
     stage, often = GATE | {"rows_per_device": 2}, {"save_every": 1, "log_every": 2}
-    whole = tiny_run.train(tmp_path / "whole", [stage], **often)
+    complete = tiny_run.train(tmp_path / "whole", [stage], **often)
     with pytest.raises(Interruption):
         tiny_run.train(tmp_path / "run", [stage], progress=StopAt("gate", 3), **often)
     tiny_run.train(tmp_path / "run", [stage], resume=True, **often)
-    assert_equal_runs(tmp_path / "run", whole)
+    assert_equal_runs(tmp_path / "run", complete)
 
 
 def test_early_stopping_remembers_how_long_it_waited(tiny_run, tmp_path):
     wild = GATE | {"lr": 3.0, "steps": 30, "schedule": "constant", "max_grad_norm": 0}
-    known = options(tiny_run) | {"eval_every": 1, "early_stop_patience": 3, "cache_features": True}
-    whole = tiny_run.train(tmp_path / "whole", [wild], **known)
-    last = max(row["step"] for row in metrics(whole))
+    settings = options(tiny_run) | {"eval_every": 1, "early_stop_patience": 3, "cache_features": True}
+    complete = tiny_run.train(tmp_path / "whole", [wild], **settings)
+    last = max(row["step"] for row in metrics(complete))
     assert last < 30
     with pytest.raises(Interruption):
-        tiny_run.train(tmp_path / "run", [wild], progress=StopAt("gate", last), **known)
-    tiny_run.train(tmp_path / "run", [wild], resume=True, **known)
-    assert_equal_runs(tmp_path / "run", whole)
+        tiny_run.train(tmp_path / "run", [wild], progress=StopAt("gate", last), **settings)
+    tiny_run.train(tmp_path / "run", [wild], resume=True, **settings)
+    assert_equal_runs(tmp_path / "run", complete)
 
 
 def test_full_training_of_mixed_and_tied_architectures_resumes(tiny_run, tmp_path):
@@ -150,16 +152,16 @@ def test_full_training_of_mixed_and_tied_architectures_resumes(tiny_run, tmp_pat
         folder = tiny_run.specialist(f"{kind}-tied", kind, seed, tie_word_embeddings=True, **changes)
         specialists.append({"name": kind, "model": str(folder), "chat_template": "plain"})
     stages = [GATE, {"name": "joint", "steps": 3, "samples_per_domain": 2, "specialists": "full", "lr": 1e-3}]
-    known = {"save_every": 1, "specialists": specialists}
-    whole = tiny_run.train(tmp_path / "whole", stages, **known)
+    settings = {"save_every": 1, "specialists": specialists}
+    complete = tiny_run.train(tmp_path / "whole", stages, **settings)
     with pytest.raises(Interruption):
-        tiny_run.train(tmp_path / "run", stages, progress=StopAt("joint", 2), **known)
-    tiny_run.train(tmp_path / "run", stages, resume=True, **known)
-    assert_equal_runs(tmp_path / "run", whole)
+        tiny_run.train(tmp_path / "run", stages, progress=StopAt("joint", 2), **settings)
+    tiny_run.train(tmp_path / "run", stages, resume=True, **settings)
+    assert_equal_runs(tmp_path / "run", complete)
     ids = torch.tensor([[5, 6, 7, 8]])
-    one, other = (ultrafuser.load(run / "fused", device_map="cpu")[0] for run in (whole, tmp_path / "run"))
+    first, second = (ultrafuser.load(run / "fused", device_map="cpu")[0] for run in (complete, tmp_path / "run"))
     with torch.no_grad():
-        assert torch.equal(one(ids).logits, other(ids).logits)
+        assert torch.equal(first(ids).logits, second(ids).logits)
 
 
 # ---------------------------------------------------------------- refusals
@@ -199,13 +201,16 @@ def test_an_interrupted_computation_of_features_goes_on(tiny_run, tmp_path, monk
     monkeypatch.setitem(responses.TOKENS_PER_BATCH, "cpu", 1)  # row by row
     with pytest.raises(Interruption):
         tiny_run.train(tmp_path / "run", progress=StopReading(after=6), cache_features=True)
-    said = RecordingProgress()
-    output = tiny_run.train(tmp_path / "run", resume=True, progress=said, cache_features=True)
-    whole_said = RecordingProgress()
-    whole = tiny_run.train(tmp_path / "whole", progress=whole_said, cache_features=True)
-    [left], [everything] = ([n for what, n in one.started if "read the rows" in what] for one in (said, whole_said))
-    assert 0 < left < everything
-    assert_equal_runs(output, whole)
+    progress = RecordingProgress()
+    output = tiny_run.train(tmp_path / "run", resume=True, progress=progress, cache_features=True)
+    whole_progress = RecordingProgress()
+    complete = tiny_run.train(tmp_path / "whole", progress=whole_progress, cache_features=True)
+    [remaining], [total] = (
+        [size for label, size in recording.started if "read the rows" in label]
+        for recording in (progress, whole_progress)
+    )
+    assert 0 < remaining < total
+    assert_equal_runs(output, complete)
 
 
 class StopReading(RecordingProgress):
@@ -230,7 +235,7 @@ def test_features_are_computed_once_and_again_when_specialists_change(tiny_run, 
         model.groups[1].model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
     store = FeatureStore.build(model, rows, tmp_path / "f", progress=third)
     FeatureStore.build(model, rows[:4], tmp_path / "f", progress=fourth)
-    assert [said.started[0][1] for said in (first, second, third)] == [total, 0, total]
+    assert [recording.started[0][1] for recording in (first, second, third)] == [total, 0, total]
     assert fourth.started[0][1] == sum(row.num_tokens for row in rows[:4])
     assert len(store) == len(rows)
 
@@ -244,20 +249,20 @@ def test_features_are_the_states_that_the_model_gives(tiny_run, tmp_path):
         with torch.no_grad():
             for k, ids in enumerate(item.row.input_ids):
                 out = model.groups[k].model(torch.tensor([ids]), output_hidden_states=True)
-                at = list(item.row.response_index[k])
-                torch.testing.assert_close(item.states[k], out.hidden_states[-1][0, at], atol=1e-4, rtol=1e-4)
-                log_p = out.logits[0, at].log_softmax(-1)[range(len(at)), list(item.row.labels)]
+                positions = list(item.row.response_index[k])
+                torch.testing.assert_close(item.states[k], out.hidden_states[-1][0, positions], atol=1e-4, rtol=1e-4)
+                log_p = out.logits[0, positions].log_softmax(-1)[range(len(positions)), list(item.row.labels)]
                 torch.testing.assert_close(item.log_probs[:, k], log_p, atol=1e-4, rtol=1e-4)
 
 
 def test_features_of_several_ranks_fill_one_store(tiny_run, tmp_path):
     model, rows = _model_and_rows(tiny_run, tiny_run.recipe(tmp_path))
     alone = FeatureStore.build(model, rows, tmp_path / "alone")
-    said = [RecordingProgress(), RecordingProgress()]
+    progress = [RecordingProgress(), RecordingProgress()]
     for rank in range(2):
-        together = FeatureStore.build(model, rows, tmp_path / "two", rank=rank, num_ranks=2, progress=said[rank])
+        together = FeatureStore.build(model, rows, tmp_path / "two", rank=rank, num_ranks=2, progress=progress[rank])
     assert together.read.all() and together.scored.all()
-    assert sum(one.started[0][1] for one in said) == sum(row.num_tokens for row in rows)
+    assert sum(recording.started[0][1] for recording in progress) == sum(row.num_tokens for row in rows)
     torch.testing.assert_close(together.log_probs, alone.log_probs)
 
 
@@ -276,8 +281,8 @@ def test_auto_caches_only_what_is_read_more_than_once(tiny_run, tmp_path):
     once, often = RecordingProgress(), RecordingProgress()
     tiny_run.train(tmp_path / "once", [GATE | {"steps": 2}], progress=once)  # 12 rows drawn of 15
     output = tiny_run.train(tmp_path / "often", [GATE | {"steps": 3}], progress=often)  # 18
-    assert [what for what, _ in once.started] == ["stage gate"]
-    assert [what for what, _ in often.started] == ["specialists read the rows", "stage gate"]
+    assert [label for label, _ in once.started] == ["stage gate"]
+    assert [label for label, _ in often.started] == ["specialists read the rows", "stage gate"]
     assert not (output / "features").exists(), "a finished run does not keep them"
 
 

@@ -40,8 +40,8 @@ def fused_and_rows(tiny_run: TinyRun, output: Path, **changes: Any) -> tuple[Any
 
 def assert_close(a: list, b: list, atol: float = 1e-5) -> None:
     assert [row[:2] for row in a] == [row[:2] for row in b]
-    for (*where, ours), (*_, theirs) in zip(a, b, strict=True):
-        assert ours == pytest.approx(theirs, abs=atol, rel=atol), where
+    for (*location, loss), (*_, expected) in zip(a, b, strict=True):
+        assert loss == pytest.approx(expected, abs=atol, rel=atol), location
 
 
 # ---------------------------------------------------------------- what moves
@@ -50,14 +50,14 @@ def assert_close(a: list, b: list, atol: float = 1e-5) -> None:
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
 def test_stage_1_moves_the_gate_and_leaves_the_specialists_bitwise_unchanged(tiny_run, tmp_path, cache):
     model, rows, recipe = fused_and_rows(tiny_run, tmp_path, cache_features=cache)
-    before = by_name(model)
+    initial = by_name(model)
     run_stage(StageRun(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-gate"))
     after = by_name(model)
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {
-        name for name in before if name.startswith("gate.")
+    assert {name for name in initial if not torch.equal(initial[name], after[name])} == {
+        name for name in initial if name.startswith("gate.")
     }
     assert {name for name, p in model.named_parameters() if p.grad is not None or p.requires_grad} <= {
-        name for name in before if name.startswith("gate.")
+        name for name in initial if name.startswith("gate.")
     }
 
 
@@ -77,29 +77,29 @@ def test_stage_2_lora_moves_adapters_and_gate_and_nothing_else(tiny_run, tmp_pat
     model, rows, recipe = fused_and_rows(tiny_run, tmp_path, stages=[JOINT])
     stage = recipe.stages[0]
     prepare_joint(model, stage)  # creates the adapters
-    before = by_name(model)
+    initial = by_name(model)
     run_stage(StageRun(model, stage, recipe, rows, [], tmp_path / "1-joint"))
     after = by_name(model)
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {name for name in before if name.startswith("gate.") or "lora_" in name}
+    moved = {name for name in initial if not torch.equal(initial[name], after[name])}
+    assert moved == {name for name in initial if name.startswith("gate.") or "lora_" in name}
     assert any("lora_" in name for name in moved)
 
 
 def test_stage_2_full_moves_all_weights(tiny_run, tmp_path):
     model, rows, recipe = fused_and_rows(tiny_run, tmp_path, stages=[FULL])
-    before = by_name(model)
+    initial = by_name(model)
     run_stage(StageRun(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint"))
-    assert not [name for name, parameter in model.named_parameters() if torch.equal(before[name], parameter)]
+    assert not [name for name, parameter in model.named_parameters() if torch.equal(initial[name], parameter)]
 
 
 def test_stage_2_moves_the_adapters_of_a_shared_base_and_not_the_base(tiny_run, tmp_path):
     specialists = tiny_run.adapter_recipe(tmp_path, save_adapter)
     model, rows, recipe = fused_and_rows(tiny_run, tmp_path / "run", stages=[JOINT], specialists=specialists)
-    before = by_name(model)
+    initial = by_name(model)
     run_stage(StageRun(model, recipe.stages[0], recipe, rows, [], tmp_path / "run" / "1-joint"))
     after = by_name(model)
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {name for name in before if name.startswith("gate.") or "lora_" in name}
+    moved = {name for name in initial if not torch.equal(initial[name], after[name])}
+    assert moved == {name for name in initial if name.startswith("gate.") or "lora_" in name}
 
 
 def test_stage_2_full_on_a_shared_base_is_refused(tiny_run, tmp_path):
@@ -121,10 +121,10 @@ def test_specialists_have_a_learning_rate_of_their_own(tiny_run, tmp_path):
         tiny_run, tmp_path, stages=[JOINT | {"specialist_lr": 1e-12, "lr": 0.01, "schedule": "constant"}]
     )
     prepare_joint(model, recipe.stages[0])
-    before = by_name(model)
+    initial = by_name(model)
     run_stage(StageRun(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint"))
     for name, parameter in model.named_parameters():
-        distance = (parameter - before[name]).abs().max()
+        distance = (parameter - initial[name]).abs().max()
         assert distance > 1e-3 if name.startswith("gate.") else distance < 1e-10, name
 
 
@@ -148,20 +148,21 @@ def test_adapters_learn_in_float32_on_a_bfloat16_model(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("mixing", ["logits", "probabilities"])
 def test_the_feature_cache_does_not_change_a_loss(tiny_run, tmp_path, mixing):
-    said = {True: RecordingProgress(), False: RecordingProgress()}
+    progress = {True: RecordingProgress(), False: RecordingProgress()}
     runs = [
         tiny_run.train(
-            tmp_path / f"{cache}", progress=said[cache], mixing=mixing, cache_features=cache, eval_every=2,
+            tmp_path / f"{cache}", progress=progress[cache], mixing=mixing, cache_features=cache, eval_every=2,
             data={"validation": [str(tiny_run.folder / "held-out.jsonl")]},
         )
         for cache in (True, False)
     ]  # fmt: skip
-    assert len(said[True].started) == 3 and len(said[False].started) == 1, "training and validation rows are read once"
+    # With the cache, training and validation rows are read once.
+    assert len(progress[True].started) == 3 and len(progress[False].started) == 1
     assert_close(losses(runs[0]), losses(runs[1]))
-    ours, theirs = (trained_weights(run) for run in runs)
-    for name, tensor in ours.items():
+    weights, expected = (trained_weights(run) for run in runs)
+    for name, tensor in weights.items():
         if not name.endswith("score.bias"):  # the softmax cancels it: its gradient is rounding alone
-            torch.testing.assert_close(tensor, theirs[name], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("case", ["cached", "uncached", "joint"])
@@ -179,12 +180,12 @@ def test_accumulation_gives_one_trajectory(tiny_run, tmp_path, case):
 
 def test_the_same_seed_gives_the_same_run_and_another_one_does_not(tiny_run, tmp_path):
     dropout = JOINT | {"lora": JOINT["lora"] | {"dropout": 0.5}}
-    one, two, other = (
+    first, second, third = (
         tiny_run.train(tmp_path / name, [GATE, dropout], seed=seed) for name, seed in [("a", 0), ("b", 0), ("c", 1)]
     )
-    assert metrics(one) == metrics(two)
-    assert all(torch.equal(tensor, trained_weights(two)[name]) for name, tensor in trained_weights(one).items())
-    assert metrics(one) != metrics(other)
+    assert metrics(first) == metrics(second)
+    assert all(torch.equal(tensor, trained_weights(second)[name]) for name, tensor in trained_weights(first).items())
+    assert metrics(first) != metrics(third)
 
 
 def test_joint_training_from_the_start_and_unbalanced_batches_are_switches(tiny_run, tmp_path):
@@ -206,10 +207,13 @@ def test_a_logged_loss_is_the_mean_over_response_tokens_of_plain_transformers(ti
             outs = [
                 m(torch.tensor([ids]), output_hidden_states=True) for m, ids in zip(plain, row.input_ids, strict=True)
             ]
-            states = [out.hidden_states[-1][0, list(at)] for out, at in zip(outs, row.response_index, strict=True)]
-            logits = [out.logits[0, list(at)] for out, at in zip(outs, row.response_index, strict=True)]
+            states = [
+                out.hidden_states[-1][0, list(positions)]
+                for out, positions in zip(outs, row.response_index, strict=True)
+            ]
+            logits = [out.logits[0, list(positions)] for out, positions in zip(outs, row.response_index, strict=True)]
             w = gate(states).exp()
-            p = sum(w[:, k, None] * own.softmax(-1) for k, own in enumerate(logits))
+            p = sum(w[:, k, None] * specialist_logits.softmax(-1) for k, specialist_logits in enumerate(logits))
             label_p = p[range(len(row.labels)), list(row.labels)]
             nats[row.domain] = nats.get(row.domain, 0) - label_p.log().sum().item()
             tokens[row.domain] = tokens.get(row.domain, 0) + len(row.labels)
@@ -258,8 +262,8 @@ def test_the_best_checkpoint_is_kept(tiny_run, tmp_path):
     evaluations = {row["step"]: row["eval_loss"] for row in metrics(output) if "eval_loss" in row}
     best = min(evaluations, key=evaluations.get)
     assert best < 6
-    again = tiny_run.train(tmp_path / "again", [wild | {"steps": best}], **options)
-    for name, tensor in trained_weights(again).items():
+    repeated = tiny_run.train(tmp_path / "again", [wild | {"steps": best}], **options)
+    for name, tensor in trained_weights(repeated).items():
         assert torch.equal(tensor, trained_weights(output)[name]), name
 
 
@@ -336,26 +340,28 @@ def test_no_data_is_an_error(tiny_run, tmp_path):
 
 
 def test_truncation_is_reported(tiny_run, tmp_path):
-    said = RecordingProgress()
+    progress = RecordingProgress()
     file = tmp_path / "long.jsonl"
     messages = [{"role": "user", "content": "many"}, {"role": "assistant", "content": "fox " * 200}]
     file.write_text(json.dumps({"domain": "text", "messages": messages}) + "\n")
-    tiny_run.train(tmp_path / "run", data={"train": [str(tiny_run.folder / "text.jsonl"), str(file)]}, progress=said)
-    [news] = [text for text in said.news if text.startswith("training rows")]
+    tiny_run.train(
+        tmp_path / "run", data={"train": [str(tiny_run.folder / "text.jsonl"), str(file)]}, progress=progress
+    )
+    [news] = [text for text in progress.news if text.startswith("training rows")]
     assert "6 text" in news
     assert "1 of them truncated" in news
 
 
 def test_rows_longer_than_a_specialists_context_are_cut_to_it(tiny_run, tmp_path):
     """max_length defaults to 1024; a context of 192 must not break a run in its middle."""
-    said = RecordingProgress()
+    progress = RecordingProgress()
     file = tmp_path / "long.jsonl"
     messages = [{"role": "user", "content": "many"}, {"role": "assistant", "content": "fox " * 300}]
     file.write_text(json.dumps({"domain": "text", "messages": messages}) + "\n")
     tiny_run.train(
-        tmp_path / "run", [GATE | {"steps": 1}], data={"train": [str(file)], "max_length": 1024}, progress=said
+        tmp_path / "run", [GATE | {"steps": 1}], data={"train": [str(file)], "max_length": 1024}, progress=progress
     )
-    assert any("1 of them truncated" in text for text in said.news)
+    assert any("1 of them truncated" in text for text in progress.news)
 
 
 # ---------------------------------------------------------------- what is left behind
@@ -395,8 +401,8 @@ def test_training_goes_on_from_a_fused_folder(tiny_run, tmp_path):
     first = tiny_run.train(tmp_path / "first", mixing="logits")
     train(from_fused(tiny_run, tmp_path / "second", first / "fused"))
     both = tiny_run.train(tmp_path / "both", [GATE, JOINT], mixing="logits")
-    ours = [row for row in losses(both) if row[0] == "joint"]
-    assert_close(ours, losses(tmp_path / "second"))
+    joint_losses = [row for row in losses(both) if row[0] == "joint"]
+    assert_close(joint_losses, losses(tmp_path / "second"))
     written = load_recipe(tmp_path / "second" / "recipe.yaml")
     assert (written.mixing, written.gate.hidden_size) == ("logits", 16), "what the folder has, not the defaults"
     train(written, resume=True)
@@ -419,15 +425,16 @@ def test_full_training_of_bfloat16_weights_learns_in_float32(tiny_run, tmp_path)
     """At this learning rate, below the spacing of most bfloat16 weights, training in bfloat16 would move few of them."""
     stage = FULL | {"lr": 1e-4, "schedule": "constant", "steps": 8}
     model, rows, recipe = fused_and_rows(tiny_run, tmp_path, stages=[stage], dtype="bfloat16")
-    before = by_name(model)
+    initial = by_name(model)
     run_stage(StageRun(model, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint"))
     assert {group.model.dtype for group in model.groups} == {torch.bfloat16}
     for name, tensor in trained_weights(tmp_path).items():
         name = name.removeprefix("1-joint/")
-        assert tensor.dtype == torch.float32 and not torch.equal(tensor, before[name].float()), name
-    again, *_ = fused_and_rows(tiny_run, tmp_path, stages=[stage], dtype="bfloat16")
-    run_stage(StageRun(again, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint"))  # finished: loads its weights
-    assert all(torch.equal(tensor, by_name(again)[name]) for name, tensor in by_name(model).items())
+        assert tensor.dtype == torch.float32 and not torch.equal(tensor, initial[name].float()), name
+    repeated, *_ = fused_and_rows(tiny_run, tmp_path, stages=[stage], dtype="bfloat16")
+    # The stage is finished: this loads its weights.
+    run_stage(StageRun(repeated, recipe.stages[0], recipe, rows, [], tmp_path / "1-joint"))
+    assert all(torch.equal(tensor, by_name(repeated)[name]) for name, tensor in by_name(model).items())
 
 
 def test_tensorboard_gets_the_metrics(tiny_run, tmp_path):
