@@ -72,7 +72,7 @@ def check_figures(comparison: Comparison) -> None:
         with Image.open(ROOT / "docs" / "assets" / name) as image:
             if image.info.get("Results") != comparison.digest:
                 sys.exit(
-                    f"docs/assets/{name}: not drawn from docs/results/demo.json; run: python scripts/demo_page.py RUN"
+                    f"docs/assets/{name}: not drawn from docs/results/demo.json. Run: python scripts/demo_page.py runs/demo"
                 )
 
 
