@@ -1,4 +1,4 @@
-"""`ultrafuser compare` on tiny adapters: every kind of system, failures that stop no other, and what is done stays."""
+"""`ultrafuser compare` on tiny adapters: every kind of system, failures that stop no other, and skipped finished systems."""
 
 from __future__ import annotations
 
@@ -78,12 +78,19 @@ def measured(folder: Path, name: str) -> Measurement:
 
 
 EVERY_KIND = [
-    "base", "specialist", "oracle", {"kind": "static", "name": "uniform"},
-    {"kind": "static", "name": "searched", "weights": "searched"}, {"kind": "tuned", "specialist": "text"},
-    "router", "best_of", "btx", {"kind": "fused", "name": "stage1", "stages": ["gate"]},
+    "base",
+    "specialist",
+    "oracle",
+    {"kind": "static", "name": "uniform"},
+    {"kind": "static", "name": "searched", "weights": "searched"},
+    {"kind": "tuned", "specialist": "text"},
+    "router",
+    "best_of",
+    "btx",
+    {"kind": "fused", "name": "stage1", "stages": ["gate"]},
     {"kind": "fused", "name": "joint", "after": "stage1", "versus": "stage1"},
     {"kind": "fused", "name": "logits", "mixing": "logits"},
-]  # fmt: skip
+]
 
 
 def test_every_kind_side_by_side(training, in_process, tmp_path):
@@ -124,14 +131,14 @@ def test_every_kind_side_by_side(training, in_process, tmp_path):
     assert [len(table.rows) for table in tables(results)] == [len(systems) - 1]  # whole answers alone have no losses
 
 
-def test_what_is_done_stays_and_what_changed_is_made_anew(training, in_process):
+def test_finished_systems_are_skipped_and_changed_ones_rebuilt(training, in_process):
     systems = [{"kind": "static", "name": "uniform"}, {"kind": "fused", "stages": ["gate"], "name": "stage1"}]
     first = compare(load(training, systems))
     assert in_process == [("build", "uniform"), ("measure", "uniform"), ("build", "stage1"), ("measure", "stage1")]
     in_process.clear()
-    again = compare(load(training, systems))
+    second = compare(load(training, systems))
     assert in_process == []
-    assert again.systems == first.systems
+    assert second.systems == first.systems
     changed = [
         systems[0],
         systems[1] | {"set": ["stages.gate.steps=4"]},
@@ -163,7 +170,7 @@ def test_a_system_that_fails_stops_no_other(training, in_process, tmp_path):
     assert "nowhere.jsonl: no such file" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_nothing_that_could_be_measured(training, in_process):
+def test_no_measured_system_is_an_error(training, in_process):
     with pytest.raises(DataError, match="no system could be measured. The first error: DataError: .*nowhere"):
         compare(load(training, [{"kind": "fused", "set": ["data.train=[nowhere.jsonl]"]}]))
 
@@ -184,7 +191,7 @@ def test_full_specialists_have_no_base(training, in_process, tmp_path):
     assert results.systems["router"].status == "done"
 
 
-def test_full_specialists_have_the_base_that_is_named(training, in_process, tmp_path):
+def test_full_specialists_have_the_named_base(training, in_process, tmp_path):
     pytest.importorskip("mergekit", reason="the merge extra is not installed")
     recipe = yaml.safe_load(Path(training["recipe"]).read_text())
     for seed, specialist in enumerate(recipe["specialists"], 1):
@@ -198,14 +205,14 @@ def test_full_specialists_have_the_base_that_is_named(training, in_process, tmp_
     assert {name: s.error for name, s in results.systems.items() if s.error} == {}
     folder = tmp_path / "out" / "systems" / "task_arithmetic" / "model"
     weights = [
-        load_file(place / "model.safetensors")
-        for place in (folder, *(tmp_path / name for name in ("base", "text", "code")))
+        load_file(checkpoint / "model.safetensors")
+        for checkpoint in (folder, *(tmp_path / name for name in ("base", "text", "code")))
     ]
     for key, merged in weights[0].items():  # the base and both differences
-        base, text, code = (own[key] for own in weights[1:])
+        base, text, code = (value[key] for value in weights[1:])
         torch.testing.assert_close(merged, text + code - base, atol=1e-5, rtol=1e-4)
     state = system_states(load(training, systems, base=str(tmp_path / "text")))
-    assert {name for name, own in state.items() if "to be built" in own} == {"base", "task_arithmetic"}
+    assert {name for name, value in state.items() if "to be built" in value} == {"base", "task_arithmetic"}
 
 
 def test_tasks_and_answers_are_shared(training, in_process, tmp_path):
@@ -230,19 +237,27 @@ def test_tasks_and_answers_are_shared(training, in_process, tmp_path):
     assert len(list((tmp_path / "out" / "answers").glob("*.sqlite"))) == 4  # no specialist was asked a second time
 
 
-def test_what_does_not_depend_on_a_change_stays(training, in_process):
-    systems = ["base", "specialist", "router", {"kind": "static", "name": "uniform"}, {"kind": "tuned", "specialist": "text"},
-               {"kind": "fused", "name": "stage1", "stages": ["gate"]}, {"kind": "fused", "name": "joint", "after": "stage1"}]  # fmt: skip
+def test_a_change_rebuilds_only_the_systems_that_depend_on_it(training, in_process):
+    systems = [
+        "base",
+        "specialist",
+        "router",
+        {"kind": "static", "name": "uniform"},
+        {"kind": "tuned", "specialist": "text"},
+        {"kind": "fused", "name": "stage1", "stages": ["gate"]},
+        {"kind": "fused", "name": "joint", "after": "stage1"},
+    ]
     compare(load(training, systems))
     changed = system_states(load(training, systems, set=["stages.joint.steps=3"]))
     assert {name for name, state in changed.items() if "to be built" in state} == {"tuned-text", "joint"}
     changed = system_states(load(training, systems, set=["balanced=false"]))
     assert {name for name, state in changed.items() if "to be built" in state} == {"tuned-text", "stage1", "joint"}
-    shown = [*systems[:-1], systems[-1] | {"versus": "stage1", "label": "the second stage"}]
-    assert {state.rpartition(", ")[2] for state in system_states(load(training, shown)).values()} == {"done"}
+    relabelled = [*systems[:-1], systems[-1] | {"versus": "stage1", "label": "the second stage"}]
+    assert {state.rpartition(", ")[2] for state in system_states(load(training, relabelled)).values()} == {"done"}
     changed = system_states(load(training, systems, decode={"new_tokens": 5}))
-    assert set(changed.values()) == {f"{kind}, built, to be measured" for kind in
-                                     ("base", "specialist", "router", "static", "tuned", "fused")}  # fmt: skip
+    assert set(changed.values()) == {
+        f"{kind}, built, to be measured" for kind in ("base", "specialist", "router", "static", "tuned", "fused")
+    }
     with Path(training["test"][0]).open("a") as rows:
         rows.write(json.dumps({"instruction": "one more?", "output": "fox", "domain": "text"}) + "\n")
     changed = system_states(load(training, systems))
@@ -280,7 +295,7 @@ def test_tasks_are_checked_before_any_system(training, in_process, fields, probl
     assert in_process == []
 
 
-def test_packages_are_looked_for_before_any_system(training, in_process, monkeypatch):
+def test_packages_are_checked_before_any_system(training, in_process, monkeypatch):
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"matplotlib.*ultrafuser\[report\]"):
         compare(load(training, ["base"]))

@@ -68,8 +68,8 @@ def taste(answer: str) -> tuple[int, str]:
 
 def connoisseur(prompt: str) -> Step:
     """Likes the answer of most different letters, wherever it is shown."""
-    shown = answers_in(prompt)
-    return fine(f"Variety.\n[[{1 + shown.index(max(shown, key=taste))}]]")
+    texts = answers_in(prompt)
+    return fine(f"Variety.\n[[{1 + texts.index(max(texts, key=taste))}]]")
 
 
 def test_the_answer_that_the_judge_likes_is_given(recipe, server, in_process):
@@ -77,15 +77,20 @@ def test_the_answer_that_the_judge_likes_is_given(recipe, server, in_process):
     systems = ["specialist", "best_of", BY_JUDGE]
     results = compare(load(recipe, systems, server, tasks=["gsm8k"]))
     assert not errors(results)
-    each, chosen = [answers(recipe, name) for name in NAMES], answers(recipe, "best_of-judge")
-    assert chosen == {document: max((own[document] for own in each), key=taste) for document in DOCUMENTS}
-    assert chosen != answers(recipe, "best_of-log_prob")
+    specialist_answers, returned = [answers(recipe, name) for name in NAMES], answers(recipe, "best_of-judge")
+    assert returned == {
+        document: max((by_document[document] for by_document in specialist_answers), key=taste)
+        for document in DOCUMENTS
+    }
+    assert returned != answers(recipe, "best_of-log_prob")
     assert results.systems["best_of-judge"].tasks["gsm8k"].samples == len(DOCUMENTS)
     assert results.systems["best_of-judge"].loss is None
     sums = [request for prompt in server.questions if (request := request_of(prompt)).endswith("= ?")]
-    open_ones = [document for document in DOCUMENTS if len({own[document] for own in each}) > 1]
-    assert sorted(sums) == [f"{document} + 1 = ?" for document in open_ones]
-    assert results.systems["best_of-judge"].chosen["by"]["judge"] == len(open_ones)
+    open_documents = [
+        document for document in DOCUMENTS if len({by_document[document] for by_document in specialist_answers}) > 1
+    ]
+    assert sorted(sums) == [f"{document} + 1 = ?" for document in open_documents]
+    assert results.systems["best_of-judge"].chosen["by"]["judge"] == len(open_documents)
     assert max(Counter(server.questions).values()) == 1
     in_process.clear()
     hits = server.hits
@@ -96,11 +101,11 @@ def test_the_answer_that_the_judge_likes_is_given(recipe, server, in_process):
 def test_the_order_in_which_answers_are_shown_differs(recipe, server, in_process):
     server.reply = connoisseur
     assert not errors(compare(load(recipe, ["specialist", BY_JUDGE], server, tasks=["gsm8k"])))
-    each, orders = [answers(recipe, name) for name in NAMES], set()
+    specialist_answers, orders = [answers(recipe, name) for name in NAMES], set()
     for prompt in server.questions:
-        document, shown = request_of(prompt).split()[0], answers_in(prompt)
-        if document in DOCUMENTS and len(set(shown)) == len(NAMES):
-            orders.add(tuple(shown.index(own[document]) for own in each))
+        document, texts = request_of(prompt).split()[0], answers_in(prompt)
+        if document in DOCUMENTS and len(set(texts)) == len(NAMES):
+            orders.add(tuple(texts.index(by_document[document]) for by_document in specialist_answers))
     assert len(orders) > 1
 
 
@@ -112,7 +117,7 @@ def test_without_a_readable_verdict_the_log_probability_chooses(recipe, server, 
     assert server.hits > 0
 
 
-def test_a_verdict_that_never_came_is_an_error_and_is_asked_for_again(recipe, server, in_process):
+def test_a_missing_verdict_is_an_error_and_its_request_is_repeated(recipe, server, in_process):
     server.reply = lambda prompt: HANG if request_of(prompt) == "2 + 1 = ?" else connoisseur(prompt)
     systems = ["specialist", BY_JUDGE]
     first = compare(load(recipe, systems, server, tasks=["gsm8k"]))
@@ -122,8 +127,11 @@ def test_a_verdict_that_never_came_is_an_error_and_is_asked_for_again(recipe, se
     second = compare(load(recipe, systems, server, tasks=["gsm8k"]))
     assert not errors(second)
     assert list(map(request_of, server.questions[hits:])) == ["2 + 1 = ?"]
-    each = [answers(recipe, name) for name in NAMES]
-    liked = {document: max((own[document] for own in each), key=taste) for document in DOCUMENTS}
+    specialist_answers = [answers(recipe, name) for name in NAMES]
+    liked = {
+        document: max((by_document[document] for by_document in specialist_answers), key=taste)
+        for document in DOCUMENTS
+    }
     assert answers(recipe, "best_of-judge") == liked
     assert {name: second.systems[name] for name in NAMES} == {name: first.systems[name] for name in NAMES}
 
@@ -145,7 +153,7 @@ def test_a_judged_benchmark_side_by_side(recipe, server, in_process, tmp_path):
     assert "6.5" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_errors_of_the_judge_are_asked_again_and_counted_till_then(recipe, server, in_process):
+def test_failed_requests_to_the_judge_are_counted_and_repeated(recipe, server, in_process):
     server.reply = lambda prompt: HANG if request_of(prompt) == "win 1" else opinion(prompt)
     silent = compare(load(recipe, ["base"], server, tasks=["alpaca_eval"])).systems["base"].tasks["alpaca_eval"]
     assert (silent.value, silent.samples, silent.counts["error"]) == (0.5, 4, 2)
@@ -186,7 +194,7 @@ def mergekit() -> None:
 
 
 @pytest.mark.slow
-def test_merges_by_two_methods_that_come_to_the_same(mergekit, recipe, tiny_run, in_process):
+def test_equivalent_merges_by_two_methods_agree(mergekit, recipe, tiny_run, in_process):
     """theta_0 + sum d_k / K is the mean of the theta_k."""
     rows = {"test": [str(tiny_run.folder / f"{name}.jsonl") for name in NAMES], "tasks": ["gsm8k"]}
     shifted = {"kind": "merge", "method": "task_arithmetic", "weight": 1 / len(NAMES)}

@@ -22,8 +22,18 @@ def test_every_kind_by_its_bare_name():
     kinds = ["base", "specialist", "oracle", "static", "merge", "router", "best_of", "btx", "fused"]
     names = [system.name for system in load(kinds).systems]
     assert names == [
-        "base", "text", "code", "math", "oracle", "uniform-mixing", "linear", "router", "best_of-log_prob", "btx", "fused",
-    ]  # fmt: skip
+        "base",
+        "text",
+        "code",
+        "math",
+        "oracle",
+        "uniform-mixing",
+        "linear",
+        "router",
+        "best_of-log_prob",
+        "btx",
+        "fused",
+    ]
 
 
 def test_the_main_system_is_the_last_fused_one():
@@ -33,7 +43,7 @@ def test_the_main_system_is_the_last_fused_one():
     assert load(["base"]).main is None
 
 
-def test_a_line_varies_the_training_recipe():
+def test_an_entry_varies_the_training_recipe():
     recipe = load([{"kind": "fused", "stages": ["gate"], "set": ["balanced=false", "stages.gate.lr=0.5"]}])
     training = recipe.systems[0].training(recipe)
     assert [stage.name for stage in training.stages] == ["gate"]
@@ -42,25 +52,25 @@ def test_a_line_varies_the_training_recipe():
     assert recipe.training().balanced is True
 
 
-def test_benchmarks_of_some_systems_only_leave_the_measurements_of_the_others():
+def test_benchmarks_of_some_systems_do_not_change_the_keys_of_others():
     def keys(systems, **fields):
         recipe = load(systems, **fields)
         return [step_key(recipe, recipe.system(name), "measure") for name in ("base", "fused")]
 
     quiet = [{"kind": "base", "tasks": []}, "fused"]
     assert [load(quiet, tasks=["gsm8k", "mbpp"]).tasks_of(s) for s in load(quiet).systems] == [[], ["gsm8k", "mbpp"]]
-    before, with_tasks = keys(["base", "fused"]), keys(quiet, tasks=["gsm8k"])
-    assert (with_tasks[0] == before[0], with_tasks[1] == before[1]) == (True, False)
+    initial, with_tasks = keys(["base", "fused"]), keys(quiet, tasks=["gsm8k"])
+    assert (with_tasks[0] == initial[0], with_tasks[1] == initial[1]) == (True, False)
     shorter = keys(quiet, tasks=["gsm8k"], limit=3)
-    assert (shorter[0] == before[0], shorter[1] == with_tasks[1]) == (True, False)
+    assert (shorter[0] == initial[0], shorter[1] == with_tasks[1]) == (True, False)
 
 
-def test_what_is_dumped_is_read_back(tmp_path):
+def test_a_dumped_recipe_loads_unchanged(tmp_path):
     recipe = load_compare_recipe(ROOT / "recipes" / "compare" / "zoo.yaml", ["output=elsewhere", "limit=3"])
     (tmp_path / "compare.yaml").write_text(dump_compare_recipe(recipe))
-    again = load_compare_recipe(tmp_path / "compare.yaml")
-    assert again.model_dump() == recipe.model_dump()
-    assert len(again.systems) > 15
+    reloaded = load_compare_recipe(tmp_path / "compare.yaml")
+    assert reloaded.model_dump() == recipe.model_dump()
+    assert len(reloaded.systems) > 15
 
 
 @pytest.mark.parametrize(
@@ -120,13 +130,13 @@ def test_what_is_dumped_is_read_back(tmp_path):
         ),
     ],
 )
-def test_bad_lines_are_named(systems, fields, problem):
+def test_invalid_entries_are_named(systems, fields, problem):
     with pytest.raises(RecipeError) as error:
         load(systems, **fields)
     assert problem in str(error.value)
 
 
-def test_one_specialist_is_nothing_to_compare(tmp_path):
+def test_a_single_specialist_is_an_error(tmp_path):
     (tmp_path / "one.yaml").write_text("specialists: [{name: a, model: b}]")
     with pytest.raises(RecipeError, match="at least two specialists"):
         load(["base"], recipe=str(tmp_path / "one.yaml"))

@@ -20,8 +20,17 @@ _MEASURED_BY = {"test", "tasks", "decode", "seed", "device"}
 _TASKS_BY = {"data_dir", "limit", "max_new_tokens", "batch_size", "unsafe_code"}
 _JUDGED_BY = {"model", "base_url", "temperature", "max_tokens", "extra_body"}
 # Every kind once had all fields. Their defaults stay in the key, so that systems that were built then are kept.
-_ALL_FIELDS = {"specialist": None, "mixing": None, "weights": "uniform", "method": "linear", "weight": None,
-               "density": 0.6, "by": "log_prob", "stages": None, "after": None}  # fmt: skip
+_ALL_FIELDS = {
+    "specialist": None,
+    "mixing": None,
+    "weights": "uniform",
+    "method": "linear",
+    "weight": None,
+    "density": 0.6,
+    "by": "log_prob",
+    "stages": None,
+    "after": None,
+}
 _HASH_LIMIT_BYTES = 64 << 20  # larger files are told apart by size and time
 
 

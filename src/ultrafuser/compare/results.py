@@ -1,4 +1,16 @@
-"""Put the measurements of systems side by side: intervals, paired differences, gate weights."""
+"""Put the measurements of systems side by side: intervals, paired differences, gate weights.
+
+A comparison of losses alone needs row losses and nothing else:
+
+    losses = {"base": group_losses(...), "text": ..., "fused": fused_losses(...)[0]}     # lists of RowLoss
+    systems = [SystemResult(name, KINDS[name], Measurement(losses=by_stratum(rows, row_losses)))
+               for name, row_losses in losses.items()]
+    systems[-1].measurement.sample_weights = by_domain(rows, weights)                    # of fused_losses
+    systems[-1].measurement.training = read_metrics(output / "metrics.jsonl")
+    comparison = compare_systems(systems, title="Demo", specialists=names, main="fused", seed=seed)
+    write_json(output / "results.json", comparison.model_dump(mode="json"))
+    write_report(comparison, output, traces=traces)
+"""
 
 from __future__ import annotations
 
@@ -131,17 +143,6 @@ def compare_systems(
 ) -> Comparison:
     """Put measured systems side by side.
 
-    A comparison of losses alone needs row losses and nothing else:
-
-        losses = {"base": group_losses(...), "text": ..., "fused": fused_losses(...)[0]}     # lists of RowLoss
-        systems = [SystemResult(name, KINDS[name], Measurement(losses=by_stratum(rows, row_losses)))
-                   for name, row_losses in losses.items()]
-        systems[-1].measurement.sample_weights = by_domain(rows, weights)                    # of fused_losses
-        systems[-1].measurement.training = read_metrics(output / "metrics.jsonl")
-        comparison = compare_systems(systems, title="Demo", specialists=names, main="fused", seed=seed)
-        write_json(output / "results.json", comparison.model_dump(mode="json"))
-        write_report(comparison, output, traces=traces)
-
     Args:
         systems: in the order of the report.
         specialists: names of the specialists, in the order of the gate's weights.
@@ -160,13 +161,7 @@ def compare_systems(
         if system.kind == ORACLE:
             numbers.copy_best(system.name, best)
     main = main if main in measured else None
-    rivals = {"best_specialist": best}
-    for kind in ("router", ORACLE):
-        name = next((system.name for system in systems if system.kind == kind), None)
-        if name in numbers.scores:
-            rivals[kind] = dict.fromkeys(numbers.columns, str(name))
-    if main is not None:
-        rivals["main"] = dict.fromkeys(numbers.columns, main)
+    rivals = {"best_specialist": best, **_rivals(systems, numbers, main)}
     return Comparison(
         title=title,
         created=time.strftime("%Y-%m-%d"),
@@ -195,6 +190,13 @@ def compare_systems(
         main=main,
         config=config,
     )
+
+
+def _rivals(systems: Sequence[SystemResult], numbers: _Numbers, main: str | None) -> dict[str, dict[str, str]]:
+    """The measured router, oracle and main system, with which every system is compared in every column."""
+    first = {kind: next((s.name for s in systems if s.kind == kind), None) for kind in ("router", ORACLE)}
+    rivals = {kind: name for kind, name in {**first, "main": main}.items() if name is not None}
+    return {kind: dict.fromkeys(numbers.columns, name) for kind, name in rivals.items() if name in numbers.scores}
 
 
 @dataclass

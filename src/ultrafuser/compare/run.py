@@ -125,7 +125,7 @@ def _state(recipe: CompareRecipe, system: SystemRecipe) -> str:
         return "made of the specialists"
     built, measured = read_built(recipe, system), read_measured(recipe, system)
     if measured is not None and _lacks_verdicts(measured):
-        return "measured, the judge to be asked again"
+        return "measured, verdicts of the judge are missing"
     return ("to be built", "built, to be measured", "done")[sum(result is not None for result in (built, measured))]
 
 

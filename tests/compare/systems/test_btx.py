@@ -75,8 +75,8 @@ def test_identical_specialists_are_the_plain_model_whatever_the_router(kind, siz
     for mlp in routed(model):
         nn.init.normal_(mlp.router.weight, std=3.0)
     torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, atol=1e-4, rtol=1e-4)
-    ours, theirs = (one.generate(IDS, max_new_tokens=5, do_sample=False) for one in (model, plain))
-    assert torch.equal(ours, theirs)
+    actual, expected = (lm.generate(IDS, max_new_tokens=5, do_sample=False) for lm in (model, plain))
+    assert torch.equal(actual, expected)
 
 
 @torch.no_grad()
@@ -96,52 +96,52 @@ def test_each_token_is_the_weighted_sum_of_its_chosen_mlps(top_k):
     mlp = routed(build_btx(three(), top_k=top_k))[0]
     nn.init.normal_(mlp.router.weight, std=1.0)
     x = torch.randn(3, 4, 32)
-    ours = mlp(x)
+    actual = mlp(x)
     for b in range(3):
         for t in range(4):
             scores = mlp.router.weight @ x[b, t]
             best = scores.argsort(descending=True)[:top_k].tolist()
             weights = scores[best].softmax(0)
             expected = sum(w * mlp.mlps[k](x[b, t]) for w, k in zip(weights, best, strict=True))
-            torch.testing.assert_close(ours[b, t], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(actual[b, t], expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_everything_but_the_mlps_is_the_mean():
     models = three(tie_word_embeddings=True)
-    before = [copy.deepcopy(one.state_dict()) for one in models]
+    initial = [copy.deepcopy(lm.state_dict()) for lm in models]
     merged = build_btx(models)
     for name, parameter in merged.named_parameters():
         if ".mlp." not in name:
-            torch.testing.assert_close(parameter, sum(state[name] for state in before) / 3, msg=name)
+            torch.testing.assert_close(parameter, sum(state[name] for state in initial) / 3, msg=name)
     for i, mlp in enumerate(routed(merged)):
         for k in range(3):
             for name, parameter in mlp.mlps[k].named_parameters():
-                assert torch.equal(parameter, before[k][f"model.layers.{i}.mlp.{name}"])
+                assert torch.equal(parameter, initial[k][f"model.layers.{i}.mlp.{name}"])
     assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
-    for one, state in zip(models, before, strict=True):  # the specialists are left alone
-        assert all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
+    for lm, state in zip(models, initial, strict=True):  # the specialists are left alone
+        assert all(torch.equal(tensor, state[name]) for name, tensor in lm.state_dict().items())
 
 
 def test_routers_are_seeded_and_independent_of_other_draws():
     torch.manual_seed(3)
     first = routed(build_btx(three(), seed=1))[1].router.weight
-    again, other = (routed(build_btx(three(), seed=seed))[1].router.weight for seed in (1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    second, third = (routed(build_btx(three(), seed=seed))[1].router.weight for seed in (1, 2))
+    assert torch.equal(first, second) and not torch.equal(first, third)
 
 
-def test_parameters_in_all_and_of_each_token():
+def test_total_and_active_parameters():
     models = three()
     plain = count_parameters(models[0])
     assert plain["total"] == plain["active"] == sum(p.numel() for p in models[0].parameters())
     mlps, routers = 2 * 3 * 32 * 48, 2 * 3 * 32  # two layers, three matrices, three scores
-    found = count_parameters(build_btx(models))
-    assert found == {"total": plain["total"] + 2 * mlps + routers, "active": plain["total"] + mlps + routers}
+    counts = count_parameters(build_btx(models))
+    assert counts == {"total": plain["total"] + 2 * mlps + routers, "active": plain["total"] + mlps + routers}
     dense = count_parameters(build_btx(models, top_k=3))
-    assert dense["active"] == dense["total"] == found["total"]
+    assert dense["active"] == dense["total"] == counts["total"]
 
 
-def test_what_cannot_be_built_is_said():
+def test_models_that_cannot_be_built_are_errors():
     with pytest.raises(UltraFuserError, match="BTX needs at least one specialist, got none"):
         build_btx([])
     with pytest.raises(UltraFuserError, match="specialist number 1 has other weights than the first"):
@@ -156,14 +156,14 @@ def test_what_cannot_be_built_is_said():
 def test_balance_is_one_where_all_are_used_alike_and_more_where_not():
     model = build_btx(three()).train()
     mask = torch.ones_like(IDS, dtype=torch.bool)
-    found = {}
+    counts = {}
     for name, scores in {"one": [9.0, 0.0, -9.0], "alike": [0.0, 0.0, 0.0]}.items():
         for mlp in routed(model):
             mlp.router = Scripted(scores)
         model(IDS)
-        found[name] = balance_loss(model, mask).item()
-    assert found["one"] == pytest.approx(1.5, abs=0.01)  # two of three slots: 3 * (1/2 * 1)
-    assert found["alike"] == pytest.approx(1.0)
+        counts[name] = balance_loss(model, mask).item()
+    assert counts["one"] == pytest.approx(1.5, abs=0.01)  # two of three slots: 3 * (1/2 * 1)
+    assert counts["alike"] == pytest.approx(1.0)
 
 
 def test_balance_leaves_padding_out():
@@ -195,12 +195,12 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 def test_training_moves_everything_and_lowers_the_loss(tmp_path):
     model = build_btx(three())
-    before = weights(model)
+    initial = weights(model)
     start = group_losses(SpecialistGroup(model, ["btx"]), rows(), 72)
     train(model, tmp_path, recipe(steps=15))
     end = group_losses(SpecialistGroup(model, ["btx"]), rows(), 72)
     assert sum(r.nats for r in end) < 0.5 * sum(r.nats for r in start)
-    assert not [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert not [name for name, parameter in model.named_parameters() if torch.equal(parameter, initial[name])]
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 16)) and {line["stage"] for line in lines} == {"joint"}
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -235,15 +235,15 @@ def test_training_equals_a_plain_loop(tmp_path, rows_per_device):
                 )
             mask = torch.tensor([[t < row.num_tokens for t in range(longest)] for row in micro])
             balance.append(balance_loss(oracle, mask))
-        loss = torch.cat([each for domain in nats.values() for each in domain]).mean()
+        loss = torch.cat([values for domain in nats.values() for values in domain]).mean()
         optimizer.zero_grad()
         (loss + 0.5 * torch.stack(balance).mean()).backward()
         nn.utils.clip_grad_norm_(oracle.parameters(), 1.0)
         optimizer.step()
         line = metrics(tmp_path)[step]
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
-        for domain, each in nats.items():
-            assert line[f"loss/{domain}"] == pytest.approx(torch.cat(each).mean().item(), rel=1e-4)
+        for domain, values in nats.items():
+            assert line[f"loss/{domain}"] == pytest.approx(torch.cat(values).mean().item(), rel=1e-4)
     for name, parameter in mixture.named_parameters():
         torch.testing.assert_close(parameter, dict(oracle.named_parameters())[name], atol=2e-3, rtol=1e-2, msg=name)
 
@@ -260,17 +260,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop):
     with pytest.raises(Interruption):
         train(fresh(), tmp_path / "resumed", saving, progress=StopAt("joint", stop))
     resumed = train(fresh(), tmp_path / "resumed", saving)
-    ours, reference = weights(resumed), weights(uninterrupted)
-    assert [name for name in ours if not torch.equal(ours[name], reference[name])] == []
+    actual, reference = weights(resumed), weights(uninterrupted)
+    assert [name for name in actual if not torch.equal(actual[name], reference[name])] == []
     assert metrics(tmp_path / "resumed") == metrics(tmp_path / "uninterrupted")
 
 
 def test_a_finished_run_is_loaded(tmp_path):
     first = train(build_btx(three()), tmp_path, recipe())
     lines = metrics(tmp_path)
-    again = train(build_btx(three()), tmp_path, recipe(), progress=StopAt("joint", 1))
-    ours, reference = weights(again), weights(first)
-    assert [name for name in ours if not torch.equal(ours[name], reference[name])] == []
+    second = train(build_btx(three()), tmp_path, recipe(), progress=StopAt("joint", 1))
+    actual, reference = weights(second), weights(first)
+    assert [name for name in actual if not torch.equal(actual[name], reference[name])] == []
     assert metrics(tmp_path) == lines
 
 
@@ -285,10 +285,10 @@ def test_the_balance_loss_can_be_left_out(tmp_path):
 def test_the_weights_keep_their_type(tmp_path):
     """They are trained in float32, since AdamW's small steps vanish in bfloat16."""
     model = build_btx(three()).to(torch.bfloat16)
-    before = weights(model)
+    initial = weights(model)
     train(model, tmp_path, recipe(steps=1))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert any(not torch.equal(parameter, initial[name]) for name, parameter in model.named_parameters())
 
 
 # ---------------------------------------------------------------- files
@@ -299,13 +299,13 @@ def test_saving_is_exact(tmp_path, tied):
     model = build_btx(three(tie_word_embeddings=tied))
     save_btx(model, tmp_path / "btx")
     loaded = load_btx(tmp_path / "btx")
-    theirs = dict(loaded.named_parameters())
-    assert list(theirs) == [name for name, _ in model.named_parameters()]
-    assert all(torch.equal(parameter, theirs[name]) for name, parameter in model.named_parameters())
+    expected = dict(loaded.named_parameters())
+    assert list(expected) == [name for name, _ in model.named_parameters()]
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-        ours, theirs = (one.generate(IDS, max_new_tokens=4, do_sample=False) for one in (model, loaded))
-    assert torch.equal(ours, theirs)
+        actual, expected = (lm.generate(IDS, max_new_tokens=4, do_sample=False) for lm in (model, loaded))
+    assert torch.equal(actual, expected)
     assert count_parameters(loaded) == count_parameters(model)
     assert not (tmp_path / "btx" / "config.json").exists()
 

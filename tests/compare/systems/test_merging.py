@@ -49,10 +49,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
 
 
-def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=1e-5, msg=name)
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-5, msg=name)
 
 
 @needs_mergekit
@@ -60,10 +60,12 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 @pytest.mark.parametrize(("kind", "shares"), [("llama", None), ("qwen2", [1.0, 2.0, 1.0])])
 def test_linear_is_the_average(checkpoints, tmp_path, kind, shares):
     _, *sources = checkpoints(kind)
-    each = [weights(source) for source in sources]
+    states = [weights(source) for source in sources]
     merged = merge(sources, None, "linear", tmp_path / "merged", weight=shares)
-    parts = [w / sum(shares or [1] * 3) for w in shares or [1] * 3]
-    assert_close(weights(merged), {n: sum(w * own[n] for w, own in zip(parts, each, strict=True)) for n in each[0]})
+    normalized = [w / sum(shares or [1] * 3) for w in shares or [1] * 3]
+    assert_close(
+        weights(merged), {n: sum(w * state[n] for w, state in zip(normalized, states, strict=True)) for n in states[0]}
+    )
 
 
 @needs_mergekit
@@ -71,15 +73,15 @@ def test_linear_is_the_average(checkpoints, tmp_path, kind, shares):
 def test_task_arithmetic_adds_differences_to_the_base(checkpoints, tmp_path, monkeypatch):
     """With equal shares their mean. The folder is made once, and anew for other settings."""
     base, *sources = checkpoints()
-    start, each = weights(base), [weights(source) for source in sources]
-    deltas = {name: sum(own[name] - tensor for own in each) for name, tensor in start.items()}
+    start, states = weights(base), [weights(source) for source in sources]
+    deltas = {name: sum(state[name] - tensor for state in states) for name, tensor in start.items()}
     output = merge(sources, base, "task_arithmetic", tmp_path / "merged")
     assert_close(weights(output), {name: tensor + deltas[name] / 3 for name, tensor in start.items()})
     merge(sources, base, "task_arithmetic", output, weight=1.0)
     assert_close(weights(output), {name: tensor + deltas[name] for name, tensor in start.items()})
     recipe = yaml.safe_load((output / "merge.yaml").read_text())
     assert (recipe["merge_method"], recipe["seed"]) == ("task_arithmetic", 0)
-    assert [one["parameters"] for one in recipe["models"]] == [{"weight": 1.0}] * 3
+    assert [entry["parameters"] for entry in recipe["models"]] == [{"weight": 1.0}] * 3
     assert AutoTokenizer.from_pretrained(output).get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
     monkeypatch.setattr(merging.subprocess, "run", None)  # nothing runs again
     assert merge(sources, base, "task_arithmetic", output, weight=1.0) == output
@@ -87,14 +89,14 @@ def test_task_arithmetic_adds_differences_to_the_base(checkpoints, tmp_path, mon
 
 @needs_mergekit
 @torch.no_grad()
-def test_ties_is_the_mean_of_what_is_large_and_agrees_with_the_elected_sign(checkpoints, tmp_path):
+def test_ties_is_the_mean_of_large_differences_with_the_elected_sign(checkpoints, tmp_path):
     base, *sources = checkpoints()
-    start, each = weights(base), [weights(source) for source in sources]
+    start, states = weights(base), [weights(source) for source in sources]
     merged = weights(merge(sources, base, "ties", tmp_path / "merged", density=0.5, weight=1.0))
     for name in (name for name, tensor in start.items() if tensor.dim() == 2):
-        deltas = torch.stack([own[name] - start[name] for own in each])
+        deltas = torch.stack([state[name] - start[name] for state in states])
         large = torch.stack(
-            [own.abs() > own.abs().median() for own in deltas]
+            [state.abs() > state.abs().median() for state in deltas]
         )  # an even number of values: half of them
         deltas = deltas * large
         agrees = large & (deltas.sign() == torch.where(deltas.sum(0) >= 0, 1.0, -1.0))
@@ -117,14 +119,14 @@ def test_dare_keeps_a_random_share_by_its_seed(checkpoints, tmp_path):
 
 
 @needs_mergekit
-def test_mergekits_own_error_is_shown_and_nothing_is_left(checkpoints, tmp_path, tokenizer):
+def test_an_error_of_mergekit_is_shown_and_no_folder_remains(checkpoints, tmp_path, tokenizer):
     base, *sources = checkpoints()
-    other = tmp_path / "gpt2"
-    tiny("gpt2", vocab_size=len(tokenizer)).save_pretrained(other)
+    foreign = tmp_path / "gpt2"
+    tiny("gpt2", vocab_size=len(tokenizer)).save_pretrained(foreign)
     with pytest.raises(
         UltraFuserError, match=r"(?s)could not make the ties merge of text, gpt2 .exit status 1.:\n.*\w"
     ):
-        merge([sources[0], other], base, "ties", tmp_path / "merged")
+        merge([sources[0], foreign], base, "ties", tmp_path / "merged")
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 
@@ -158,7 +160,7 @@ def test_a_missing_mergekit_names_the_extra(tmp_path, monkeypatch):
         ("linear", {"sources": ["nowhere"]}, "nowhere: no config.json, so it is no checkpoint. Write one with save"),
     ],
 )
-def test_what_cannot_be_merged_is_said_before_anything_runs(save, tmp_path, method, options, message):
+def test_impossible_merges_are_errors_before_mergekit_runs(save, tmp_path, method, options, message):
     given = {"sources": [save("a"), save("b", seed=1)], "base": save("base"), **options}
     with pytest.raises(UltraFuserError, match=message):
         merge(given.pop("sources"), given.pop("base"), method, tmp_path / "out", **given)

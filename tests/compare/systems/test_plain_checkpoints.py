@@ -30,24 +30,24 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_adapters_are_merged_and_the_base_is_bare(adapters, tmp_path):
     model, tokenizer = adapters
-    found = write_plain_checkpoints(model, tokenizer, tmp_path / "plain")
-    assert list(found.specialists) == list(NAMES) and found.base is not None
-    for name, home in found.specialists.items():
-        plain = AutoModelForCausalLM.from_pretrained(home)
+    checkpoints = write_plain_checkpoints(model, tokenizer, tmp_path / "plain")
+    assert list(checkpoints.specialists) == list(NAMES) and checkpoints.base is not None
+    for name, folder in checkpoints.specialists.items():
+        plain = AutoModelForCausalLM.from_pretrained(folder)
         torch.testing.assert_close(logits(plain), logits(model.specialist(name)))
     bare = plain_model(model.groups[0], {})
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(found.base)), logits(bare))
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(checkpoints.base)), logits(bare))
     assert not torch.allclose(logits(bare), logits(model.specialist("text")), atol=1e-2)
 
 
 def test_each_has_the_template_of_its_specialist(tiny_run, tmp_path):
     model, tokenizer = fuse(tiny_run.recipe(tmp_path))
-    found = write_plain_checkpoints(model, tokenizer, tmp_path / "plain")
-    assert found.base is None
+    checkpoints = write_plain_checkpoints(model, tokenizer, tmp_path / "plain")
+    assert checkpoints.base is None
     for spec in model.config.specialists:
-        theirs = AutoTokenizer.from_pretrained(found.specialists[spec["name"]])
-        assert theirs.chat_template == spec["chat_template"]
-        assert theirs.get_vocab() == tokenizer.get_vocab()
+        loaded = AutoTokenizer.from_pretrained(checkpoints.specialists[spec["name"]])
+        assert loaded.chat_template == spec["chat_template"]
+        assert loaded.get_vocab() == tokenizer.get_vocab()
     assert len({spec["chat_template"] for spec in model.config.specialists}) == len(set(TEMPLATES.values()))
 
 
@@ -55,25 +55,25 @@ def times(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
 
 
-def test_they_are_written_once_and_again_where_something_changed(adapters, tmp_path):
+def test_they_are_written_once_and_rewritten_when_weights_change(adapters, tmp_path):
     model, tokenizer = adapters
     write_plain_checkpoints(model, tokenizer, tmp_path / "plain")
-    before = times(tmp_path / "plain")
+    first_times = times(tmp_path / "plain")
     write_plain_checkpoints(model, tokenizer, tmp_path / "plain", RecordingProgress())
-    assert times(tmp_path / "plain") == before
+    assert times(tmp_path / "plain") == first_times
     with torch.no_grad():
         next(iter(model.groups[0].loras.values())).lora_B[1].mul_(1.5)  # code's adapter alone
-    found = write_plain_checkpoints(model, tokenizer, tmp_path / "plain")
-    changed = {name for name, time in times(tmp_path / "plain").items() if time != before[name]}
+    checkpoints = write_plain_checkpoints(model, tokenizer, tmp_path / "plain")
+    changed = {name for name, time in times(tmp_path / "plain").items() if time != first_times[name]}
     assert changed == {"specialists/code/model.safetensors"}
     torch.testing.assert_close(
-        logits(AutoModelForCausalLM.from_pretrained(found.specialists["code"])), logits(model.specialist("code"))
+        logits(AutoModelForCausalLM.from_pretrained(checkpoints.specialists["code"])), logits(model.specialist("code"))
     )
 
 
-def test_a_half_written_folder_is_written_again(adapters, tmp_path):
+def test_an_incomplete_folder_is_rewritten(adapters, tmp_path):
     model, tokenizer = adapters
-    found = write_plain_checkpoints(model, tokenizer, tmp_path / "plain")
-    (found.specialists["math"] / "config.json").unlink()
+    checkpoints = write_plain_checkpoints(model, tokenizer, tmp_path / "plain")
+    (checkpoints.specialists["math"] / "config.json").unlink()
     write_plain_checkpoints(model, tokenizer, tmp_path / "plain")
-    AutoModelForCausalLM.from_pretrained(found.specialists["math"])
+    AutoModelForCausalLM.from_pretrained(checkpoints.specialists["math"])

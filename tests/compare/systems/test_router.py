@@ -37,7 +37,7 @@ class Rows(list):
 
     @property
     def states(self) -> list[torch.Tensor]:
-        return [own[:1] for own in self[0].states]
+        return [tensor[:1] for tensor in self[0].states]
 
 
 def made_up(counts: dict[str, int], seed: int = 0, noise: float = 0.1, widths: tuple[int, ...] = (4, 6)) -> Any:
@@ -58,7 +58,7 @@ def made_up(counts: dict[str, int], seed: int = 0, noise: float = 0.1, widths: t
 
 
 @pytest.mark.parametrize("candidate", CANDIDATES)
-def test_it_finds_what_the_first_states_say_and_uses_it_on_new_rows(candidate):
+def test_it_learns_from_the_first_states_and_generalises_to_new_rows(candidate):
     router = Router.train(made_up({"text": 30, "code": 20}), candidates=[candidate])
     test = made_up({"text": 20, "code": 20}, seed=1)
     best = [int(item.log_probs.sum(0).argmax()) for item in test]
@@ -68,7 +68,7 @@ def test_it_finds_what_the_first_states_say_and_uses_it_on_new_rows(candidate):
     )
 
 
-def test_a_router_without_anything_to_go_by_takes_the_specialist_that_is_best_on_the_whole():
+def test_without_a_signal_it_chooses_the_specialist_with_the_best_mean():
     store = made_up({"text": 60}, noise=0.0)
     for i, item in enumerate(store):
         item.states[0][0, 0] = 0.0  # no sign of what is better
@@ -77,14 +77,14 @@ def test_a_router_without_anything_to_go_by_takes_the_specialist_that_is_best_on
     assert router.report["chosen"]["nll"] == pytest.approx(1.25, abs=0.08)  # 1.25 is to choose the first always
 
 
-def test_only_the_rows_it_is_given_are_read():
+def test_only_training_rows_are_read():
     """The losses of the test rows may be anything: the choice is made from the states alone."""
     router = Router.train(made_up({"text": 30}), candidates=CANDIDATES)
     test = made_up({"text": 10}, seed=3)
-    chosen = router_choices(router, test)
+    choices = router_choices(router, test)
     for item in test:
         item.log_probs[:] = torch.randn(item.log_probs.shape)
-    assert router_choices(router, test) == chosen
+    assert router_choices(router, test) == choices
 
 
 def test_cross_validation_is_out_of_fold():
@@ -163,39 +163,43 @@ def fused(tiny_run: TinyRun, tmp_path_factory) -> tuple[Any, Renderer, FeatureSt
 
 CHATS = [
     [{"role": "user", "content": "how many text 0?"}],
-    [{"role": "user", "content": "how many code 1?"}, {"role": "assistant", "content": "ok"}, {"role": "user", "content": "and now, 12345?"}],
+    [
+        {"role": "user", "content": "how many code 1?"},
+        {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": "and now, 12345?"},
+    ],
     [{"role": "user", "content": "the"}],
-]  # fmt: skip
+]
 
 
 def test_first_states_of_a_batch_are_those_of_training_rows(fused):
     """Each specialist's own template, padded or not, cached or not: the state that predicts the answer's first token."""
     model, renderer, _ = fused
-    found = first_states(model, renderer, CHATS)
-    for chat, states in zip(CHATS, found, strict=True):
+    batch_states = first_states(model, renderer, CHATS)
+    for chat, states in zip(CHATS, batch_states, strict=True):
         turns = tuple((m["role"], m["content"]) for m in chat)
         row = renderer.render(Row(id="r", domain="text", messages=(*turns, ("assistant", "the lazy dog"))))
         for k, ids in enumerate(row.input_ids):
-            at = len(renderer.prompt(chat)[k]) - 1
+            position = len(renderer.prompt(chat)[k]) - 1
             out = model.groups[k].model(torch.tensor([ids]), output_hidden_states=True)
-            assert at in row.response_index[k]
-            torch.testing.assert_close(states[k], out.hidden_states[-1][0, at], atol=1e-4, rtol=1e-4)
+            assert position in row.response_index[k]
+            torch.testing.assert_close(states[k], out.hidden_states[-1][0, position], atol=1e-4, rtol=1e-4)
 
 
-def test_an_answer_that_was_begun_changes_no_choice(fused):
+def test_the_beginning_of_an_answer_changes_no_choice(fused):
     model, renderer, _ = fused
     begun = [*CHATS[0], {"role": "assistant", "content": "The answer is"}]
     plain, with_answer = first_states(model, renderer, [CHATS[0], begun])
-    for ours, theirs in zip(plain, with_answer, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for plain_state, answer_state in zip(plain, with_answer, strict=True):
+        torch.testing.assert_close(plain_state, answer_state)
 
 
 def test_the_losses_are_those_of_the_chosen_specialists(fused):
     model, _, store = fused
     router = Router.train(store, candidates=CANDIDATES)
-    each = specialist_losses(store, NAMES)
-    chosen = router_choices(router, store)
-    assert router_losses(router, store) == [each[NAMES[k]][i] for i, k in enumerate(chosen)]
+    losses = specialist_losses(store, NAMES)
+    choices = router_choices(router, store)
+    assert router_losses(router, store) == [losses[NAMES[k]][i] for i, k in enumerate(choices)]
 
 
 def test_training_and_use_agree_on_the_same_conversation(fused):

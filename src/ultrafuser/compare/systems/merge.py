@@ -76,8 +76,13 @@ class Merge(SystemNode):
         from ultrafuser.compare.loaded import load_model
 
         folder = workspace.system_folder(self.id)
-        source = {"model": str(folder / "model"), "adapter": None, "gguf_file": None, "revision": None,
-                  "adapter_revision": None}  # fmt: skip
+        source = {
+            "model": str(folder / "model"),
+            "adapter": None,
+            "gguf_file": None,
+            "revision": None,
+            "adapter_revision": None,
+        }
         first = workspace.settings.training().specialists[0]
         return load_model(
             workspace,
@@ -133,25 +138,29 @@ def merge(
         return output
     program = find_program()
     with atomic_directory(output) as draft:
-        (draft / "mergekit.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        command = [
-            program,
-            str(draft / "mergekit.yaml"),
-            str(draft),
-            "--random-seed",
-            str(seed),
-            "--no-write-model-card",
-        ]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0 or not (draft / "config.json").is_file():
-            lines = [line for line in (result.stderr or result.stdout).splitlines() if line.strip()]
-            raise UltraFuserError(
-                f"mergekit could not make the {method} merge of {', '.join(Path(s).name for s in sources)} (exit status "
-                f"{result.returncode}):\n" + "\n".join(lines[-_ERROR_LINES:])
-            )
-        (draft / "mergekit.yaml").unlink()
+        _run_mergekit(program, recipe, draft, seed)
         (draft / RECIPE_FILE).write_text(facts, encoding="utf-8")
     return output
+
+
+def _run_mergekit(program: str, recipe: dict[str, Any], folder: Path, seed: int) -> None:
+    """Write the merged checkpoint into a folder.
+
+    Raises:
+        UltraFuserError: mergekit's own error.
+    """
+    file = folder / "mergekit.yaml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    command = [program, str(file), str(folder), "--random-seed", str(seed), "--no-write-model-card"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0 or not (folder / "config.json").is_file():
+        lines = [line for line in (result.stderr or result.stdout).splitlines() if line.strip()]
+        sources = ", ".join(Path(entry["model"]).name for entry in recipe["models"])
+        raise UltraFuserError(
+            f"mergekit could not make the {recipe['merge_method']} merge of {sources} (exit status "
+            f"{result.returncode}):\n" + "\n".join(lines[-_ERROR_LINES:])
+        )
+    file.unlink()
 
 
 def find_program() -> str:

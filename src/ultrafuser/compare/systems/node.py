@@ -18,8 +18,18 @@ if TYPE_CHECKING:
 
 # Fields of the training recipe on which a system can depend.
 SPECIALISTS = frozenset({"specialists", "share_base", "dtype", "device"})
-TRAINING = SPECIALISTS | {"mixing", "gate", "data", "stages", "balanced", "seed", "eval_every", "save_every", "keep_best",
-                          "early_stop_patience"}  # fmt: skip
+TRAINING = SPECIALISTS | {
+    "mixing",
+    "gate",
+    "data",
+    "stages",
+    "balanced",
+    "seed",
+    "eval_every",
+    "save_every",
+    "keep_best",
+    "early_stop_patience",
+}
 
 
 class SystemNode(Node):

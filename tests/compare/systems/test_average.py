@@ -30,9 +30,9 @@ def test_averaging_leaves_the_specialists_alone(full, shared):
     ids = tokens(1, 6)
     for model in (full, shared):
         with torch.no_grad():
-            before = model(ids).logits
+            logits = model(ids).logits
             group = weight_average(model)
-            assert torch.equal(model(ids).logits, before)
+            assert torch.equal(model(ids).logits, logits)
             states = group(ids[None])[0]
             plain = group.model(ids).logits
         torch.testing.assert_close(group.head(72).logits(states), plain)
@@ -50,8 +50,10 @@ def test_the_average_is_an_ordinary_model(full, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "average")
 
 
-@pytest.mark.parametrize("other", [tiny("gpt2", 2), tiny("llama", 2, hidden_size=16)], ids=["architecture", "width"])
-def test_different_shapes_have_no_average(other):
-    model = fuse([tiny(seed=1), other], ["a", "b"])
+@pytest.mark.parametrize(
+    "specialist", [tiny("gpt2", 2), tiny("llama", 2, hidden_size=16)], ids=["architecture", "width"]
+)
+def test_different_shapes_have_no_average(specialist):
+    model = fuse([tiny(seed=1), specialist], ["a", "b"])
     with pytest.raises(UltraFuserError, match="specialist 'b' has other weights than 'a' .names or shapes."):
         weight_average(model)

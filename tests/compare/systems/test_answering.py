@@ -70,23 +70,24 @@ def by_length(prompt: Any) -> str:
     return "ab"[len(prompt if isinstance(prompt, str) else prompt[-1]["content"]) % 2]
 
 
-def test_every_request_is_answered_by_the_chosen_one_in_order():
+def test_every_request_is_answered_by_the_chosen_specialist_in_order():
     routed = RoutedLM({"a": Specialist("a"), "b": Specialist("b")}, by_length)
     contexts = ["x" * n for n in (1, 2, 3, 4, 5, 70, 3)]
     assert routed.generate_until(requests(contexts)) == [f"{by_length(c)}: {c}" for c in contexts]
     assert routed.chosen == {"b": 4, "a": 3}
-    found = routed.loglikelihood(requests(contexts, "loglikelihood", "yes"))
-    assert found == [(-3.0, by_length(c) == "a") for c in contexts]
+    likelihoods = routed.loglikelihood(requests(contexts, "loglikelihood", "yes"))
+    assert likelihoods == [(-3.0, by_length(c) == "a") for c in contexts]
 
 
-def test_each_finished_call_is_stored_under_the_requests_own_arguments():
+def test_each_finished_call_is_stored_under_the_arguments_of_its_request():
     routed = RoutedLM({"a": Specialist("a", "|"), "b": Specialist("b", "#")}, by_length)
     routed.set_cache_hook(hook := Hook())
-    mine = requests([encode_chat([{"role": "user", "content": "x" * n}]) for n in (1, 2, 2)])
-    answers = routed.generate_until(mine)
-    key = lambda one: (one[1][0], one[2])  # noqa: E731
+    instances = requests([encode_chat([{"role": "user", "content": "x" * n}]) for n in (1, 2, 2)])
+    answers = routed.generate_until(instances)
+    key = lambda instance: (instance[1][0], instance[2])  # noqa: E731
     assert sorted(hook.kept, key=key) == sorted(
-        [("generate_until", one.args, answer) for one, answer in zip(mine, answers, strict=True)], key=key
+        [("generate_until", instance.args, answer) for instance, answer in zip(instances, answers, strict=True)],
+        key=key,
     )
 
 
@@ -104,24 +105,24 @@ def test_a_run_that_dies_has_stored_what_was_answered():
     assert len(hook.kept) == 2 * REQUESTS_PER_CALL
 
 
-def test_each_specialist_renders_the_conversation_its_own_way():
+def test_each_specialist_renders_the_conversation_with_its_template():
     chat = [{"role": "user", "content": "one"}]
     begun = [*chat, {"role": "assistant", "content": "So"}]
-    plain, own = Specialist("a", "|"), Specialist("b")
+    plain, untemplated = Specialist("a", "|"), Specialist("b")
     for messages, expected in ((chat, "|one|"), (begun, "|one|So")):
         [(_, answer)] = ask(plain, "generate_until", requests([encode_chat(messages)]))
         assert answer == f"a: {expected}"
-        [(_, answer)] = ask(own, "generate_until", requests([encode_chat(messages)]))
+        [(_, answer)] = ask(untemplated, "generate_until", requests([encode_chat(messages)]))
         assert decode_chat(answer.removeprefix("b: ")) == messages
     [(_, answer)] = ask(plain, "generate_until", requests(["just text"]))
     assert answer == "a: just text"
 
 
 def test_a_prompt_is_routed_once_and_by_its_messages():
-    asked = []
+    prompts = []
 
     def choose(prompt: Any) -> str:
-        asked.append(prompt)
+        prompts.append(prompt)
         return "a"
 
     routed = RoutedLM({"a": Specialist("a")}, choose)
@@ -129,7 +130,7 @@ def test_a_prompt_is_routed_once_and_by_its_messages():
     assert decode_chat(routed.apply_chat_template(chat)) == chat
     routed.loglikelihood(requests([encode_chat(chat)] * 3, "loglikelihood", "yes"))
     routed.generate_until(requests([encode_chat(chat), "text"]))
-    assert asked == [chat, "text"]
+    assert prompts == [chat, "text"]
 
 
 def test_a_router_that_names_no_specialist():
@@ -145,10 +146,10 @@ def test_a_router_that_names_no_specialist():
 
 class Verdict:
     def __init__(self, *verdicts: Any) -> None:
-        self.verdicts, self.asked = list(verdicts), []
+        self.verdicts, self.items = list(verdicts), []
 
     def choose_all(self, items: Sequence[tuple[str, Sequence[str]]]) -> list[int | None]:
-        self.asked += items
+        self.items += items
         verdicts = [self.verdicts.pop(0) for _ in items]
         return [None if v is None else list(answers).index(v) for v, (_, answers) in zip(verdicts, items, strict=True)]
 
@@ -159,10 +160,10 @@ def test_the_likeliest_answer_per_token_wins(tmp_path: Path):
     lms = {"a": Specialist("a", log_p=-2.0, says="xx"), "b": Specialist("b", log_p=-1.0, says="yyyyyy")}
     best = BestOfLM(lms, Letters(), store=store)
     best.set_cache_hook(hook := Hook())
-    mine = requests(["one", "two"])
-    assert best.generate_until(mine) == ["yyyyyy", "yyyyyy"]
+    instances = requests(["one", "two"])
+    assert best.generate_until(instances) == ["yyyyyy", "yyyyyy"]
     assert choices(store) == {"of": {"b": 2}, "by": {"log_prob": 2}}
-    assert hook.kept == [("generate_until", one.args, "yyyyyy") for one in mine]
+    assert hook.kept == [("generate_until", instance.args, "yyyyyy") for instance in instances]
 
 
 def test_an_empty_answer_comes_last_and_equal_answers_need_no_choice():
@@ -171,7 +172,7 @@ def test_an_empty_answer_comes_last_and_equal_answers_need_no_choice():
     same = {"a": Specialist("a", says="y"), "b": Specialist("b", says="y")}
     judge = Verdict()
     assert BestOfLM(same, Letters(), judge).generate_until(requests(["one"])) == ["y"]
-    assert not judge.asked and len(same["a"].calls) == 1
+    assert not judge.items and len(same["a"].calls) == 1
     empty = {"a": Specialist("a", says=""), "b": Specialist("b", says="")}
     assert BestOfLM(empty, Letters()).generate_until(requests(["one"])) == [""]
 
@@ -183,7 +184,7 @@ def test_a_judge_decides_and_the_log_probability_where_it_does_not(tmp_path: Pat
     chat = encode_chat([{"role": "user", "content": "one"}, {"role": "assistant", "content": "So"}])
     assert best.generate_until(requests([chat, "two", "three", "four"])) == ["yy", "xx", "xx", "xx"]
     assert choices(store) == {"of": {"b": 1, "a": 3}, "by": {"judge": 2, "log_prob": 2}}
-    assert [question for question, _ in judge.asked] == ["one", "two", "three", "four"]
+    assert [question for question, _ in judge.items] == ["one", "two", "three", "four"]
 
 
 def test_log_likelihoods_have_no_best_of():
