@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from ultrafuser.compare.keys import step_key
 from ultrafuser.compare.recipe import dump_compare_recipe, load_compare_recipe
+from ultrafuser.compare.systems import SystemRecipe
 from ultrafuser.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
@@ -140,3 +144,14 @@ def test_a_single_specialist_is_an_error(tmp_path):
     (tmp_path / "one.yaml").write_text("specialists: [{name: a, model: b}]")
     with pytest.raises(RecipeError, match="at least two specialists"):
         load(["base"], recipe=str(tmp_path / "one.yaml"))
+
+
+def test_comparison_recipes_import_no_torch():
+    code = "import sys, ultrafuser.compare.recipe; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_every_kind_has_a_label_and_a_description():
+    kinds = get_args(get_args(SystemRecipe)[0])
+    assert len({kind.model_fields["kind"].annotation for kind in kinds}) == len(kinds)
+    assert all(kind.kind_label and kind.description.endswith(".") for kind in kinds)
