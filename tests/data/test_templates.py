@@ -96,7 +96,7 @@ def test_system_message_reaches_every_template(tokenizer):
 
 
 def test_a_template_that_rewrites_earlier_answers_supervises_only_the_last(tokenizer):
-    """E.g. templates that drop the reasoning of earlier turns; all specialists then learn the same answer."""
+    """E.g. templates that drop the reasoning of earlier turns. All specialists then learn the same answer."""
     forgetful = (
         "{% for m in messages %}{% if m.role == 'assistant' %}A:[cut]\n{% else %}"
         "Q:{{ m.content }}\n{% endif %}{% endfor %}"
@@ -203,7 +203,7 @@ def test_chatml():
 
 @pytest.mark.parametrize("name", BUILTIN)
 def test_builtin_templates_without_bos(tokenizer, name):
-    """Qwen's tokenizers have no bos_token; the word None must not appear."""
+    """Qwen's tokenizers have no bos_token. The word None must not appear."""
     import copy
 
     bare = copy.deepcopy(tokenizer)

@@ -170,13 +170,9 @@ def find_clusters(rows: Sequence[Row], rule: NearDuplicateRule, progress: Progre
     Raises:
         MissingExtraError: the rule asks for near duplicates and datasketch is not installed.
     """
-    progress = progress or Progress()
     clusters: dict[int, Cluster] = {}
     rows_by_shingle = NearDuplicateIndex(rule) if rule.threshold is not None else None
-    progress.start("rows compared with each other", len(rows))
-    for step, (index, copies) in enumerate(_exact_duplicates(rows, rule.on)):
-        if step % _REPORT_EVERY == 0 and step:
-            progress.advance(_REPORT_EVERY)
+    for index, copies in _exact_duplicates(rows, rule.on, progress):
         matches, sketch = rows_by_shingle.find_similar(rows[index]) if rows_by_shingle is not None else ([], None)
         if matches:
             best, similarity = matches[0]
@@ -185,7 +181,6 @@ def find_clusters(rows: Sequence[Row], rule: NearDuplicateRule, progress: Progre
             clusters[index] = Cluster(index, exact=copies)
             if rows_by_shingle is not None:
                 rows_by_shingle.add(index, sketch)
-    progress.finish()
     return list(clusters.values())
 
 
@@ -195,7 +190,6 @@ def find_groups(rows: Sequence[Row], rule: NearDuplicateRule, progress: Progress
     Raises:
         MissingExtraError: the rule asks for near duplicates and datasketch is not installed.
     """
-    progress = progress or Progress()
     parent = list(range(len(rows)))  # a union-find forest
 
     def root(index: int) -> int:
@@ -204,10 +198,7 @@ def find_groups(rows: Sequence[Row], rule: NearDuplicateRule, progress: Progress
         return index
 
     rows_by_shingle = NearDuplicateIndex(rule) if rule.threshold is not None else None
-    progress.start("rows compared with each other", len(rows))
-    for step, (index, copies) in enumerate(_exact_duplicates(rows, rule.on)):
-        if step % _REPORT_EVERY == 0 and step:
-            progress.advance(_REPORT_EVERY)
+    for index, copies in _exact_duplicates(rows, rule.on, progress):
         for copy in copies:
             parent[root(copy)] = root(index)
         if rows_by_shingle is not None:
@@ -215,22 +206,26 @@ def find_groups(rows: Sequence[Row], rule: NearDuplicateRule, progress: Progress
             for match, _ in matches:
                 parent[root(index)] = root(match)
             rows_by_shingle.add(index, sketch)
-    progress.finish()
     groups: dict[int, list[int]] = {}
     for index in range(len(rows)):
         groups.setdefault(root(index), []).append(index)
     return list(groups.values())
 
 
-def _exact_duplicates(rows: Sequence[Row], on: str) -> Iterator[tuple[int, list[int]]]:
+def _exact_duplicates(rows: Sequence[Row], on: str, progress: Progress | None) -> Iterator[tuple[int, list[int]]]:
     """The first row by id of every set of equal rows, and the rest of the set. Equal ids keep the order of the list."""
     equal_rows: dict[bytes, list[int]] = {}
     for index in sorted(range(len(rows)), key=lambda index: (rows[index].id, index)):
         # Rows are equal when their words and signs are. A text without any counts as it stands.
         key = "\x1e".join(" ".join(word_and_sign_tokens(text)) or text for text in _texts(rows[index], on))
         equal_rows.setdefault(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest(), []).append(index)
-    for first, *copies in equal_rows.values():
+    progress = progress or Progress()
+    progress.start("rows compared with each other", len(rows))
+    for step, (first, *copies) in enumerate(equal_rows.values()):
+        if step % _REPORT_EVERY == 0 and step:
+            progress.advance(_REPORT_EVERY)
         yield first, copies
+    progress.finish()
 
 
 def _texts(row: Row, on: str) -> list[str]:
