@@ -134,7 +134,6 @@ def synthesise(
         DataError: no row is left. The report says why.
     """
     from ultrafuser.synth.calls.clients import make_clients
-    from ultrafuser.synth.calls.scheduler import answer
 
     progress = progress or Progress()
     budgets = {"budget_usd": budget_usd, "budget_tokens": budget_tokens}
@@ -151,17 +150,7 @@ def synthesise(
             progress.log(f"{store.forget_failures()} failed or truncated calls are requested again")
         models = clients if clients is not None else make_clients(recipe.used_models())
 
-        def get_responses(requests: Sequence[Request]) -> Mapping[str, Response]:
-            answer(
-                requests,
-                store,
-                models,
-                budget_usd=recipe.budget_usd,
-                budget_tokens=recipe.budget_tokens,
-                progress=progress,
-            )
-            return stored_responses(store, requests)
-
+        get_responses = partial(_request_missing, recipe, store, models, progress)
         # 2. Probe the served models of a new store.
         if clients is None and all(count.stage == PROBE.stage for count in store.counts()):
             get_responses(_probes(recipe, first_stages))
@@ -232,6 +221,27 @@ def _write(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStor
             "examples, then change the filters, the prompts or the models"
         )
     return data
+
+
+def _request_missing(
+    recipe: SynthRecipe,
+    store: CallStore,
+    clients: Mapping[str, ModelClient],
+    progress: Progress,
+    requests: Sequence[Request],
+) -> dict[str, Response]:
+    """The responses by key, after requesting those that are missing. A `Lookup` once all but the last argument is bound."""
+    from ultrafuser.synth.calls.scheduler import answer
+
+    answer(
+        requests,
+        store,
+        clients,
+        budget_usd=recipe.budget_usd,
+        budget_tokens=recipe.budget_tokens,
+        progress=progress,
+    )
+    return stored_responses(store, requests)
 
 
 def stored_responses(store: CallStore, requests: Sequence[Request]) -> dict[str, Response]:

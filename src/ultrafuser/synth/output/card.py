@@ -147,19 +147,7 @@ def card(recipe: SynthRecipe, facts: Mapping[str, Any], rows: Sequence[Row]) -> 
         "",
         _licences(rows),
         "",
-        "## How it was made",
-        "",
-        "Topics, sub-topics with concepts, instructions on each, further ones strongly and weakly related to those, "
-        f"{recipe.complex_share:.0%} of all rewritten to be more complex, answers"
-        + (f", up to {recipe.turns} turns with a simulated user" if recipe.turns > 1 else "")
-        + ": the stages of UltraChat 2 (arXiv 2403.08281). Asked = kept + rejected"
-        + (" + open" if facts["open"] else "")
-        + f", by stage and domain; examples of what was rejected are in `{REPORT}`.",
-        "",
-        "| stage | domain | asked | kept | rejected |" + (" open |" if facts["open"] else ""),
-        "|---|---|---:|---:|---|" + ("---:|" if facts["open"] else ""),
-        *(_stage_line(entry, bool(facts["open"])) for entry in facts["stages"]),
-        "",
+        *_stage_lines(recipe, facts),
         *_filter_lines(recipe, facts),
         f"Calls: {sum(count['calls'] for count in facts['calls'])}, "
         f"{sum(count['prompt_tokens'] for count in facts['calls'])} tokens read and "
@@ -173,6 +161,25 @@ def card(recipe: SynthRecipe, facts: Mapping[str, Any], rows: Sequence[Row]) -> 
         "",
     ]
     return "\n".join(lines)
+
+
+def _stage_lines(recipe: SynthRecipe, facts: Mapping[str, Any]) -> list[str]:
+    """The stages, and a table of their items."""
+    return [
+        "## How it was made",
+        "",
+        "Topics, sub-topics with concepts, instructions on each, further ones strongly and weakly related to those, "
+        f"{recipe.complex_share:.0%} of all rewritten to be more complex, answers"
+        + (f", up to {recipe.turns} turns with a simulated user" if recipe.turns > 1 else "")
+        + ": the stages of UltraChat 2 (arXiv 2403.08281). Asked = kept + rejected"
+        + (" + open" if facts["open"] else "")
+        + f", by stage and domain; examples of what was rejected are in `{REPORT}`.",
+        "",
+        "| stage | domain | asked | kept | rejected |" + (" open |" if facts["open"] else ""),
+        "|---|---|---:|---:|---|" + ("---:|" if facts["open"] else ""),
+        *(_stage_line(entry, bool(facts["open"])) for entry in facts["stages"]),
+        "",
+    ]
 
 
 def _domain_line(name: str, rows: Sequence[Row]) -> str:

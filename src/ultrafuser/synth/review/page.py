@@ -22,40 +22,7 @@ def review_page(session: ReviewSession) -> Any:
         import gradio as gr
     except ImportError:
         raise MissingExtraError("gradio", "review", "the review page") from None
-    num_boxes = max((len(row.messages) for row in session.rows), default=2)
-
-    def show(domain: str, state: str, index: int | None, step: int) -> list[Any]:
-        """New values of all outputs, for the selected row `step` positions after `index`."""
-        index = _move(session.select(domain, state), index, step)
-        if index is None:
-            return [None, NO_ROWS, session.summary(), "", *[gr.update(visible=False) for _ in range(num_boxes)]]
-        row, messages = session.rows[index], session.messages(index)
-        heading = f"**{row.domain}** / {row.topic} / {row.subtopic} · `{row.id}` · {row.source}"
-        decision = session.decision(row)
-        boxes = [gr.update(label=role, value=content, visible=True) for role, content in messages]
-        boxes += [gr.update(visible=False) for _ in range(num_boxes - len(messages))]
-        heading = f"{heading} · {decision or 'not reviewed'}"
-        return [index, heading, session.summary(), session.reject_note(row), *boxes]
-
-    def accept(domain: str, state: str, index: int | None) -> list[Any]:
-        if index is not None:
-            session.accept(index)
-        return show(domain, state, index, 1)
-
-    def reject(domain: str, state: str, index: int | None, note: str) -> list[Any]:
-        if index is not None:
-            session.reject(index, note)
-        return show(domain, state, index, 1)
-
-    def save(domain: str, state: str, index: int | None, *contents: str) -> list[Any]:
-        if index is None:
-            return show(domain, state, index, 0)
-        try:
-            session.edit(index, list(contents[: len(session.rows[index].messages)]))
-        except DataError as error:
-            raise gr.Error(str(error)) from error
-        return show(domain, state, index, 1)
-
+    actions = _Actions(gr, session)
     with gr.Blocks(title="ultrafuser: review") as page:
         index = gr.State(None)
         summary = gr.Markdown(session.summary())
@@ -63,7 +30,7 @@ def review_page(session: ReviewSession) -> Any:
             domain = gr.Dropdown(list(session.domains), value=ALL_DOMAINS, label="domain")
             state = gr.Dropdown(list(STATES), value=STATES[0], label="show")
         heading = gr.Markdown()
-        boxes = [gr.Textbox(lines=3, max_lines=30, visible=False, interactive=True) for _ in range(num_boxes)]
+        boxes = [gr.Textbox(lines=3, max_lines=30, visible=False, interactive=True) for _ in range(actions.num_boxes)]
         with gr.Row():
             accept_button = gr.Button("Accept", variant="primary")
             save_button = gr.Button("Save edit")
@@ -72,15 +39,63 @@ def review_page(session: ReviewSession) -> Any:
             next_button = gr.Button("Next")
         note = gr.Textbox(label="reason for rejecting (optional)", lines=1)
         outputs = [index, heading, summary, note, *boxes]
-        page.load(lambda d, s: show(d, s, None, 0), [domain, state], outputs, api_name="show")
+        page.load(lambda d, s: actions.show(d, s, None, 0), [domain, state], outputs, api_name="show")
         for dropdown in (domain, state):
-            dropdown.change(lambda d, s: show(d, s, None, 0), [domain, state], outputs)
-        accept_button.click(accept, [domain, state, index], outputs, api_name="accept")
-        reject_button.click(reject, [domain, state, index, note], outputs, api_name="reject")
-        save_button.click(save, [domain, state, index, *boxes], outputs, api_name="save")
-        previous_button.click(lambda d, s, i: show(d, s, i, -1), [domain, state, index], outputs, api_name="previous")
-        next_button.click(lambda d, s, i: show(d, s, i, 1), [domain, state, index], outputs, api_name="next")
+            dropdown.change(lambda d, s: actions.show(d, s, None, 0), [domain, state], outputs)
+        accept_button.click(actions.accept, [domain, state, index], outputs, api_name="accept")
+        reject_button.click(actions.reject, [domain, state, index, note], outputs, api_name="reject")
+        save_button.click(actions.save, [domain, state, index, *boxes], outputs, api_name="save")
+        previous_button.click(
+            lambda d, s, i: actions.show(d, s, i, -1), [domain, state, index], outputs, api_name="previous"
+        )
+        next_button.click(lambda d, s, i: actions.show(d, s, i, 1), [domain, state, index], outputs, api_name="next")
     return page
+
+
+class _Actions:
+    """The actions of the page. Each one returns the new values of all outputs."""
+
+    def __init__(self, gr: Any, session: ReviewSession) -> None:
+        self.gr, self.session = gr, session
+        self.num_boxes = max((len(row.messages) for row in session.rows), default=2)
+
+    def show(self, domain: str, state: str, index: int | None, step: int) -> list[Any]:
+        """New values of all outputs, for the selected row `step` positions after `index`."""
+        index = _move(self.session.select(domain, state), index, step)
+        if index is None:
+            return [
+                None,
+                NO_ROWS,
+                self.session.summary(),
+                "",
+                *[self.gr.update(visible=False) for _ in range(self.num_boxes)],
+            ]
+        row, messages = self.session.rows[index], self.session.messages(index)
+        heading = f"**{row.domain}** / {row.topic} / {row.subtopic} · `{row.id}` · {row.source}"
+        decision = self.session.decision(row)
+        boxes = [self.gr.update(label=role, value=content, visible=True) for role, content in messages]
+        boxes += [self.gr.update(visible=False) for _ in range(self.num_boxes - len(messages))]
+        heading = f"{heading} · {decision or 'not reviewed'}"
+        return [index, heading, self.session.summary(), self.session.reject_note(row), *boxes]
+
+    def accept(self, domain: str, state: str, index: int | None) -> list[Any]:
+        if index is not None:
+            self.session.accept(index)
+        return self.show(domain, state, index, 1)
+
+    def reject(self, domain: str, state: str, index: int | None, note: str) -> list[Any]:
+        if index is not None:
+            self.session.reject(index, note)
+        return self.show(domain, state, index, 1)
+
+    def save(self, domain: str, state: str, index: int | None, *contents: str) -> list[Any]:
+        if index is None:
+            return self.show(domain, state, index, 0)
+        try:
+            self.session.edit(index, list(contents[: len(self.session.rows[index].messages)]))
+        except DataError as error:
+            raise self.gr.Error(str(error)) from error
+        return self.show(domain, state, index, 1)
 
 
 def _move(indices: list[int], index: int | None, step: int) -> int | None:
