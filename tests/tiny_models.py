@@ -27,7 +27,7 @@ VOCAB = 72
 
 # ---------------------------------------------------------------- tiny models
 
-# Widths chosen so that architectures may be mixed; every entry is a complete model of two layers.
+# Widths chosen so that architectures may be mixed. Every entry is a complete model of two layers.
 _LLAMA_LIKE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ _COMMON = {"vocab_size": VOCAB, "max_position_embeddings": 64, "initializer_rang
 
 
 def tiny(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random model of two layers, in eval mode; the same seed gives the same weights."""
+    """A random model of two layers, in eval mode. The same seed gives the same weights."""
     fields = {**_COMMON, **ARCHITECTURES.get(kind, {"model_type": kind}), **changes}
     if kind == "gpt2":
         fields.pop("max_position_embeddings", None)
@@ -97,7 +97,7 @@ class ScriptedGate(Gate):
 
 
 def force_gate(model: UltraFuserForCausalLM, scores: Sequence[float]) -> UltraFuserForCausalLM:
-    """Replace the gate by given scores; infinite ones make it choose."""
+    """Replace the gate by given scores. Infinite ones make it choose."""
     model.gate = ScriptedGate(torch.tensor(scores, dtype=torch.float32), model.gate)
     return model
 
@@ -140,7 +140,7 @@ def save_adapter(
     targets: Sequence[str] | str = ("q_proj", "v_proj"),
     **options: Any,
 ) -> Path:
-    """Write an ordinary PEFT LoRA adapter whose B is random; the base itself stays as it was."""
+    """Write an ordinary PEFT LoRA adapter whose B is random. The base does not change."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=r,

@@ -21,7 +21,7 @@ TEMPLATES = {"text": None, "code": "plain", "math": "inst"}  # None: the tokeniz
 ANSWERS = {"text": "The lazy dog jumps", "code": "def add(a, b): return a", "math": "12345 + 67890 = 80235"}
 GATE = {"name": "gate", "steps": 4, "samples_per_domain": 2, "lr": 0.01}
 JOINT = {"name": "joint", "steps": 3, "samples_per_domain": 2, "lr": 0.005, "lora": {"r": 2, "alpha": 4}}
-TIMES = ("tokens_per_s",)  # of a row of metrics: what differs from run to run
+TIMES = ("tokens_per_s",)  # keys of a row of metrics that differ from run to run
 
 
 class TinyRun:
@@ -42,8 +42,8 @@ class TinyRun:
         self.tokenizer.save_pretrained(folder)
         return folder
 
-    def rows(self, name: str, number: int, domains: Sequence[str] = (), answer: str | None = None) -> Path:
-        """Rows of unequal lengths, `number` of each domain (default: the domain `name`)."""
+    def rows(self, name: str, count: int, domains: Sequence[str] = (), answer: str | None = None) -> Path:
+        """Rows of unequal lengths, `count` of each domain (default: the domain `name`)."""
         file = self.folder / f"{name}.jsonl"
         lines = [
             {
@@ -55,13 +55,13 @@ class TinyRun:
                 ],
             }
             for domain in domains or (name,)
-            for i in range(number)
+            for i in range(count)
         ]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         return file
 
     def fields(self, output: Path | str, stages: Sequence[Mapping[str, Any]] = (GATE,), **changes: Any) -> dict:
-        """A recipe as a mapping; `changes` replace its fields, those of `data` one by one."""
+        """A recipe as a mapping; `changes` replace its fields, and those of `data` one by one."""
         data = {"train": [str(self.folder / f"{name}.jsonl") for name in NAMES], "max_length": 128}
         fields = {
             "specialists": [
@@ -88,7 +88,7 @@ class TinyRun:
         progress: Progress | None = None,
         **changes: Any,
     ) -> Path:
-        """Run a recipe; returns the output folder."""
+        """Run a recipe and return its output folder."""
         train(self.recipe(output, stages, **changes), resume=resume, progress=progress)
         return output
 
@@ -103,7 +103,7 @@ class TinyRun:
 
 
 def metrics(output: Path, without: Sequence[str] = TIMES) -> list[dict[str, Any]]:
-    """The rows of metrics of a run, without what may differ."""
+    """The rows of metrics of a run, without the keys that differ from run to run."""
     return [
         {key: value for key, value in row.items() if key not in without}
         for row in read_metrics(output / "metrics.jsonl")
@@ -135,26 +135,26 @@ class StopAt(Progress):
     """Stops a run right after an optimizer step, before it is logged and saved."""
 
     def __init__(self, stage: str, step: int) -> None:
-        self.stage, self.step, self.what, self.done = f"stage {stage}", step, "", 0
+        self.stage, self.step, self.label, self.steps_done = f"stage {stage}", step, "", 0
 
-    def start(self, what: str, total: int) -> None:
-        self.what, self.done = what, 0
+    def start(self, label: str, total: int) -> None:
+        self.label, self.steps_done = label, 0
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        self.done += steps
-        if self.what == self.stage and self.done >= self.step:
-            raise Interruption(f"{self.what}: {self.done}")
+        self.steps_done += steps
+        if self.label == self.stage and self.steps_done >= self.step:
+            raise Interruption(f"{self.label}: {self.steps_done}")
 
 
 class RecordingProgress(Progress):
-    """Keeps what was said and started."""
+    """Record the log lines and the started tasks."""
 
     def __init__(self) -> None:
         self.news: list[str] = []
         self.started: list[tuple[str, int]] = []
 
-    def start(self, what: str, total: int) -> None:
-        self.started.append((what, total))
+    def start(self, label: str, total: int) -> None:
+        self.started.append((label, total))
 
     def log(self, text: str) -> None:
         self.news.append(text)
@@ -164,7 +164,7 @@ _WORKSHOPS: list[TinyRun] = []
 
 
 def shared_tiny_run(folder: Callable[[], Path], tokenizer: PreTrainedTokenizerFast) -> TinyRun:
-    """One tiny_run for all the tests of a process; they must not change its folders."""
+    """One tiny_run for all the tests of a process, which must not change its folders."""
     if not _WORKSHOPS:
         _WORKSHOPS.append(TinyRun(folder(), tokenizer))
     return _WORKSHOPS[0]

@@ -9,6 +9,6 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_collection() -> None:
-    """Each training ends with a full garbage collection; not looking at all of transformers makes it three times faster."""
+    """Each training ends with a full garbage collection. Skipping the objects of transformers makes it three times faster."""
     gc.collect()
     gc.freeze()
