@@ -69,7 +69,7 @@ def estimate(strata: Sequence[Stratum], seed: int = 0) -> Estimate:
 
 
 def difference(minuend: Sequence[Stratum], subtrahend: Sequence[Stratum], seed: int = 0) -> Difference | None:
-    """The difference on the rows of which both systems saw the same tokens; None if a stratum has no such row."""
+    """The difference on the rows of which both systems saw the same tokens, or None if a stratum has no such row."""
     paired = [_paired(a, b) for a, b in zip(minuend, subtrahend, strict=True)]
     if not all(stratum.totals for stratum in paired):
         return None

@@ -29,8 +29,8 @@ class EvalOptions:
         benchmarks: `loss`, `mixed`, our tasks, `alpaca_eval`, `mt_bench`.
         required: benchmarks that were named one by one. An endpoint cannot score given text, so a benchmark that needs it
             is an error if it is required, and is skipped otherwise.
-        data: files with the rows for `loss` and `mixed`; empty: the zoo's test rows.
-        limit: rows of each domain and documents of each task, the same for all models; None: all.
+        data: files with the rows for `loss` and `mixed`. Empty: the zoo's test rows.
+        limit: rows of each domain and documents of each task, the same for all models. None: all.
         seed: of the rows drawn for the limit, of sampling and of the intervals.
         judge: the endpoint that judges `alpaca_eval` and `mt_bench`.
     """

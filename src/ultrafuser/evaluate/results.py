@@ -55,7 +55,7 @@ class EvalResults(TypedDict):
 
 
 def read_models(file: Path) -> dict[str, ModelResults]:
-    """What earlier runs measured into the same results.json; empty if there is none.
+    """What earlier runs measured into the same results.json, or nothing if there is none.
 
     Raises:
         DataError: the file holds something else, such as a comparison.

@@ -1,4 +1,4 @@
-"""`ultrafuser eval`: losses, benchmarks and judged benchmarks of several models; answers are kept as they arrive."""
+"""`ultrafuser eval`: losses, benchmarks and judged benchmarks of several models. Answers are saved as they arrive."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class TaskScores:
         scores: by document, the task's metric, from 0 to 1 (ratings: 1 to 10).
         extra: by name of a second metric, by document (e.g. `unparsed`, `pass@10`).
         counts: sums over all documents (e.g. a judge's refusals and errors).
-        answers: by document, what the model wrote; empty where options are scored.
+        answers: by document, what the model wrote. Empty if options are scored.
         details: further numbers of a judged benchmark.
     """
 
@@ -120,7 +120,7 @@ def score_losses(
     """By domain, the nats of each row under a model, and each row's mean weight of every specialist.
 
     Args:
-        folder: of the rows' cached features; an interrupted computation resumes there.
+        folder: of the rows' cached features, where an interrupted computation resumes.
 
     Raises:
         DataError: no row fits into the model's context.

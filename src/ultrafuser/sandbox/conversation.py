@@ -95,7 +95,7 @@ class Conversation:
         return Outcome("error", f"the sandbox did not start within {START_TIMEOUT_S:g} s")
 
     def _read_output(self) -> bool:
-        """Read what was printed; False if there was nothing."""
+        """Read what was printed. False if there was nothing."""
         with contextlib.suppress(BlockingIOError):
             chunk = os.read(self.output, _READ_BYTES)
             self.printed += chunk

@@ -64,7 +64,7 @@ def check(
 
 
 def available() -> str | None:
-    """Why there is no sandbox on this machine; None if there is one. The result of the first call is cached."""
+    """Why there is no sandbox on this machine, or None if there is one. The result of the first call is cached."""
     return find_isolation()[1]
 
 

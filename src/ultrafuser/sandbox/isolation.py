@@ -60,7 +60,7 @@ def resource_limits(isolation: Isolation, limits: Limits) -> dict[str, int]:
 
 
 def spare_user() -> int | None:
-    """A random user id that nobody has; None if we may not become it. RLIMIT_NPROC counts by user, and never for root."""
+    """A random user id that nobody has, or None if we may not become it. RLIMIT_NPROC counts by user, and never for root."""
     if os.geteuid() != 0 or not sys.platform.startswith("linux"):
         return None
     uid_map = Path("/proc/self/uid_map").read_text(encoding="ascii")
@@ -72,7 +72,7 @@ def spare_user() -> int | None:
 
 @contextlib.contextmanager
 def started_driver(isolation: Isolation, limits: Limits) -> Iterator[Driver]:
-    """Start the driver; on leaving, kill it with all that it started, and wait until they have ended."""
+    """Start the driver. On leaving, kill it with all that it started, and wait until they have ended."""
     with contextlib.ExitStack() as stack:
         # 1. The ends that stay here, and those that the driver inherits.
         channel, driver_channel = socket.socketpair()
@@ -122,7 +122,7 @@ def _command(isolation: Isolation, limits: Limits, channel: int, info: int) -> l
 
 
 def _bubblewrap(isolation: Isolation, limits: Limits, python: str, info: int) -> list[str]:
-    """The command line of bubblewrap; it applies its arguments in this order."""
+    """The command line of bubblewrap, which applies its arguments in this order."""
     command = f"{shutil.which('bwrap')} --info-fd {info} --die-with-parent --new-session --clearenv".split(" ")
     # 1. Namespaces and capabilities.
     command += "--unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --cap-drop ALL".split()
@@ -160,7 +160,7 @@ def _readable_files(python: str) -> list[str]:
 
 
 def _first_process(info: int) -> int | None:
-    """A pidfd of the first process in the namespace; None if bubblewrap made none."""
+    """A pidfd of the first process in the namespace, or None if bubblewrap made none."""
     report = b""
     while b"}" not in report and (chunk := os.read(info, 4096)):
         report += chunk

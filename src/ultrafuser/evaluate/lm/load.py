@@ -58,7 +58,7 @@ class LoadedModel:
     renderer: Renderer | None = None
 
     def parameters(self) -> dict[str, int] | None:
-        """Weights in total (`total`) and weights used for each token (`active`); None for an endpoint."""
+        """Weights in total (`total`) and weights used for each token (`active`), or None for an endpoint."""
         if self.model is None:
             return None
         single = len(self.model.config.names) == 1  # whose gate is not counted
@@ -107,7 +107,7 @@ def wrap_model(
     """A model in memory as one that answers.
 
     Args:
-        folder: with the model's weight files, if it has one; they are part of the fingerprint.
+        folder: with the model's weight files, if it has one. They are part of the fingerprint.
     """
     lm = FusionLM(model, renderer, batch_size=batch_size, seed=seed)
     return LoadedModel(name, lm, _fingerprint(model, renderer, folder), model, renderer)

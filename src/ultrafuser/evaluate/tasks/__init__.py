@@ -90,11 +90,11 @@ class TaskOptions:
     """How tasks are loaded and answered.
 
     Attributes:
-        data_dir: folder with our benchmarks' files; None: load them from the hub.
+        data_dir: folder with our benchmarks' files. None: load them from the hub.
         unsafe_code: run generated programs without the sandbox.
-        samples: answers to each question of the code tasks; several give pass@1 and pass@samples.
-        temperature: of those answers; None: 0 for one answer, 0.8 for several.
-        max_new_tokens: of every generated answer; None: each task's own limit.
+        samples: answers to each question of the code tasks. Several give pass@1 and pass@samples.
+        temperature: of those answers. None: 0 for one answer, 0.8 for several.
+        max_new_tokens: of every generated answer. None: each task's own limit.
         include_path: folder with the user's own task files.
     """
 

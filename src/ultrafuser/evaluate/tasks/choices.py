@@ -27,7 +27,7 @@ def score_stated_letter(doc: Mapping[str, Any], results: Sequence[str]) -> dict[
 
 
 def stated_letter(answer: str, num_options: int) -> str | None:
-    """The final letter of an answer; None if it states none.
+    """The final letter of an answer, or None if it states none.
 
     The first of these that has a letter:
 

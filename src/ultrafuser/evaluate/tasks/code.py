@@ -84,7 +84,7 @@ def pass_at_k(num_answers: int, num_passed: int, k: int) -> float:
 
 
 def extract_code(answer: str, entry_point: str, context: str = "") -> str | None:
-    """The program in an answer; None if there is no code.
+    """The program in an answer, or None if there is no code.
 
     The first of these that exists:
 

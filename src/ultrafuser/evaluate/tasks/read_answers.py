@@ -14,7 +14,7 @@ _NUMBER = re.compile(r"(?:(?<![\w.)\]}])[-−])?(?<![\w.])(?:(?:\d{1,3}(?:,\d{3}
 
 
 def number(answer: str) -> str | None:
-    """The final number of an answer, e.g. "1319"; None if there is none.
+    """The final number of an answer, e.g. "1319", or None if there is none.
 
     The first of these that has one:
 
@@ -34,7 +34,7 @@ def number(answer: str) -> str | None:
 
 
 def expression(answer: str) -> str | None:
-    """The final formula, value or word of an answer; None if there is none.
+    """The final formula, value or word of an answer, or None if there is none.
 
     The first of these that has one:
 
