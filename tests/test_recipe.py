@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ultrafuser.errors import RecipeError
 from ultrafuser.recipe import Recipe, dump_recipe, load_node, load_recipe
-from ultrafuser.typed_yaml import DiscriminatedBy, Node, describe
+from ultrafuser.typed_yaml import DiscriminatedBy, Node
 
 ROOT = Path(__file__).parents[1]
 # comparison and synthesis recipes have tests of their own; recipes/zoo/ is read by scripts/train_specialist.py
@@ -480,8 +480,8 @@ def test_wrong_values_in_a_union(models, words):
         load_node(Models, {"models": models})
 
 
-def test_a_union_is_described_field_by_field():
-    fields = {field.path: field for field in describe(Models)}
+def test_a_union_is_described_field_by_field(recipe_docs):
+    fields = {field.path: field for field in recipe_docs.describe(Models)}
     assert list(fields) == [
         "models",
         "models[].endpoint",
@@ -503,8 +503,8 @@ def test_a_union_is_described_field_by_field():
 # --- The package and its pages.
 
 
-def test_every_field_is_described():
-    fields = list(describe(Recipe))
+def test_every_field_is_described(recipe_docs):
+    fields = list(recipe_docs.describe(Recipe))
     assert len({path for path, *_ in fields}) == len(fields) > 50
     for path, kind, default, description in fields:
         assert kind and default and "|" not in kind, path

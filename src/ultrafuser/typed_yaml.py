@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, core_schema
+from pydantic_core import core_schema
 
 from ultrafuser.errors import RecipeError
 
@@ -64,7 +63,7 @@ class DiscriminatedBy:
 
     def values(self, node: type[Node]) -> tuple[Any, ...]:
         """The values that pick a node. None for the node that takes all others."""
-        kinds = _options(_child(node, self.field))
+        kinds = _options(child_of(node, self.field))
         return tuple(value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind))
 
     def pick(self, nodes: Sequence[type[Node]], value: Any) -> type[Node] | None:
@@ -78,7 +77,7 @@ class DiscriminatedBy:
         return next(iter(matches or [node for node in nodes if not self.values(node)]), None)
 
     def __get_pydantic_core_schema__(self, union: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        nodes = _nodes(union)
+        nodes = nodes_of(union)
         choices = {node.__name__: handler.generate_schema(node) for node in nodes}
         return core_schema.tagged_union_schema(
             choices, lambda value: getattr(self.pick(nodes, value), "__name__", None)
@@ -189,7 +188,7 @@ def apply_override(root: type[Node], tree: dict[str, Any], override: str) -> str
     path: list[str] = []
     for depth, key in enumerate(keys, start=1):
         slot: Any = _index(node, key, f"{source}: {'.'.join(path)}") if isinstance(node, list) else key
-        inner = _child(_narrow(kind, node), slot)
+        inner = child_of(_narrow(kind, node), slot)
         if inner is None:
             raise RecipeError(f"{source}: {'.'.join([*path, key])}: {_unknown(key, kind, _narrow(kind, node))}")
         path.append(str(slot))
@@ -216,7 +215,7 @@ def _container(value: Any, kind: Any, source: str) -> Any:
         if value is None and (is_mapping or is_list or option is Any):
             return [] if is_list else {}
     current = "" if value is None else f" (here {_got(value)})"
-    raise RecipeError(f"{source}: expected {_in_words(kind)}{current}, so nothing inside it can be set")
+    raise RecipeError(f"{source}: expected {in_words(kind)}{current}, so nothing inside it can be set")
 
 
 def _index(items: list[Any], key: str, source: str) -> int:
@@ -243,8 +242,8 @@ def explain(root: type[Node], error: ValidationError) -> tuple[str, str]:
     union: Any = root
     path: list[str] = []
     for key in first["loc"]:
-        picked = [node for node in _nodes(kind) if node.__name__ == key]  # pydantic names the node of a union
-        child = picked[0] if picked else _child(kind, key)
+        picked = [node for node in nodes_of(kind) if node.__name__ == key]  # pydantic names the node of a union
+        child = picked[0] if picked else child_of(kind, key)
         if child is None:
             continue  # an unknown key, which comes last, or pydantic's name for a member of a union
         if child is Any:
@@ -258,105 +257,29 @@ def explain(root: type[Node], error: ValidationError) -> tuple[str, str]:
         return ".".join([*path, key]), _unknown(key, union, kind)
     if first["type"] == "union_tag_not_found":
         return _explain_discriminator(path, kind, first["input"])
-    return ".".join(path), _problem(first, _in_words(kind))
-
-
-def _problem(error: ErrorDetails, expected: str) -> str:
-    if error["type"] == "missing":
-        return f"missing, expected {expected}"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    return f"got {_got(error['input'])}, expected {expected}"
+    if first["type"] == "value_error":
+        return ".".join(path), str(first["ctx"]["error"])
+    problem = "missing" if first["type"] == "missing" else f"got {_got(first['input'])}"
+    return ".".join(path), f"{problem}, expected {in_words(kind)}"
 
 
 def _explain_discriminator(path: list[str], union: Any, value: Any) -> tuple[str, str]:
     """The path and the problem of a value that picks no node of a union."""
     marker = _discriminator(union)
     assert marker is not None  # pydantic has looked for its field
-    nodes, name = _nodes(union), marker.field
+    nodes, name = nodes_of(union), marker.field
     fields = _expanded(nodes[0], value)
     if not isinstance(fields, Mapping):
-        return ".".join(path), f"got {_got(value)}, expected {_in_words(union)}"
+        return ".".join(path), f"got {_got(value)}, expected {in_words(union)}"
     problem = f"got {_got(fields[name])}" if name in fields else "missing"
-    return ".".join(
-        [*path, name]
-    ), f"{problem}, expected {' or '.join(_in_words(_child(node, name)) for node in nodes)}"
+    expected = " or ".join(in_words(child_of(node, name)) for node in nodes)
+    return ".".join([*path, name]), f"{problem}, expected {expected}"
 
 
-class FieldRow(NamedTuple):
-    """One field of a tree, as the documentation shows it."""
-
-    path: str
-    kind: str
-    default: str
-    description: str
-
-
-def describe(kind: Any, prefix: str = "", values: Node | None = None) -> Iterator[FieldRow]:
-    """Every field of a node, or of a union of nodes, and of all nodes below. `values`: a node that holds the defaults."""
-    nodes = _nodes(kind)
-    for name in dict.fromkeys(name for node in nodes for name in node.model_fields):
-        fields = {node: node.model_fields[name] for node in nodes if name in node.model_fields}
-        kinds = [field.rebuild_annotation() for field in fields.values()]
-        defaults = {
-            node: _default(field) if values is None else getattr(values, name) for node, field in fields.items()
-        }
-        yield FieldRow(
-            path=prefix + name,
-            kind=" or ".join(dict.fromkeys(word for kind in kinds for word in _in_words(kind).split(" or "))),
-            default=_merged_defaults(kind, {node: _default_in_words(value) for node, value in defaults.items()}),
-            description=_merged_descriptions(kind, {node: field.description or "" for node, field in fields.items()}),
-        )
-        for inner, default in zip(kinds, defaults.values(), strict=True):
-            item = _child(inner, 0)  # None: not a list
-            inner = inner if item is None else item
-            if _nodes(inner):
-                values_below = default if type(default) in _nodes(inner) else None
-                yield from describe(inner, prefix + name + ("." if item is None else "[]."), values_below)
-                break
-
-
-def _labels(union: Any, node: type[Node]) -> list[str]:
+def labels_of(union: Any, node: type[Node]) -> list[str]:
     """The values that pick a node of a union."""
     marker = _discriminator(union)
     return [str(value) for value in marker.values(node)] if marker is not None and marker.values(node) else ["others"]
-
-
-def _merged_defaults(union: Any, defaults: Mapping[type[Node], str]) -> str:
-    """One default if all nodes share it, otherwise the default of each node."""
-    if len(set(defaults.values())) == 1:
-        return next(iter(defaults.values()))
-    return ", ".join(f"{'/'.join(_labels(union, node))}: {default}" for node, default in defaults.items())
-
-
-def _merged_descriptions(union: Any, descriptions: Mapping[type[Node], str]) -> str:
-    """One description if all nodes of a union share it, otherwise each one after the nodes it applies to."""
-    texts = list(dict.fromkeys(descriptions.values()))
-    if len(texts) == 1 and len(descriptions) == len(_nodes(union)):
-        return texts[0]
-    owners = {text: [node for node in descriptions if descriptions[node] == text] for text in texts}
-    return " ".join(
-        ", ".join(f"`{label}`" for node in nodes for label in _labels(union, node)) + f": {text}"
-        for text, nodes in owners.items()
-    )
-
-
-def _default(field: FieldInfo) -> Any:
-    if field.is_required():
-        return "required"
-    if field.default_factory_takes_validated_data:  # it depends on other fields: its docstring says how
-        return field.default_factory.__doc__ or ""
-    return field.get_default(call_default_factory=True)
-
-
-def _default_in_words(default: Any) -> str:
-    if isinstance(default, Node):
-        return "its fields' own"
-    if isinstance(default, list):
-        return f"[{', '.join(item.name for item in default)}]"
-    if default is None or isinstance(default, bool):
-        return "null" if default is None else str(default).lower()
-    return str(default)
 
 
 def _is_node(kind: Any) -> bool:
@@ -372,7 +295,7 @@ def _options(kind: Any) -> list[Any]:
     return [kind]
 
 
-def _nodes(kind: Any) -> list[type[Node]]:
+def nodes_of(kind: Any) -> list[type[Node]]:
     return [option for option in _options(kind) if _is_node(option)]
 
 
@@ -388,10 +311,10 @@ def _discriminator(kind: Any) -> DiscriminatedBy | None:
 def _narrow(kind: Any, value: Any) -> Any:
     """The node of a union that a value picks. Any other type is returned as it is."""
     marker = _discriminator(kind)
-    return (marker and marker.pick(_nodes(kind), value)) or kind
+    return (marker and marker.pick(nodes_of(kind), value)) or kind
 
 
-def _child(kind: Any, key: str | int) -> Any:
+def child_of(kind: Any, key: str | int) -> Any:
     """The type at `key` inside `kind`. None if there is none."""
     for option in _options(kind):
         if _is_node(option) and key in option.model_fields:
@@ -407,16 +330,16 @@ _WORDS = {str: "text", int: "whole number", float: "number", bool: "true or fals
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
-def _in_words(kind: Any, metadata: Sequence[Any] = ()) -> str:
+def in_words(kind: Any, metadata: Sequence[Any] = ()) -> str:
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _in_words(args[0], args[1:])
+        return in_words(args[0], args[1:])
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(map(_in_words, args)))
+        return " or ".join(dict.fromkeys(map(in_words, args)))
     if origin is Literal:
         return " or ".join(map(str, args))
     if origin is list:
-        return "list" if _nodes(args[0]) else f"list of {_in_words(args[0])}"
+        return "list" if nodes_of(args[0]) else f"list of {in_words(args[0])}"
     if origin is dict or _is_node(kind):
         return "mapping"
     limits = [limit for item in metadata for limit in getattr(item, "metadata", [item])]
@@ -439,11 +362,11 @@ def _nearest(key: str, names: Sequence[str]) -> str:
 
 def _unknown(key: str, union: Any, kind: Any) -> str:
     """The error text for a key that `kind` does not have. `union`: the nodes among which `kind` was picked."""
-    names = [name for node in _nodes(kind) for name in node.model_fields]
-    owners = [label for node in _nodes(union) if key in node.model_fields for label in _labels(union, node)]
+    names = [name for node in nodes_of(kind) for name in node.model_fields]
+    owners = [label for node in nodes_of(union) if key in node.model_fields for label in labels_of(union, node)]
     if not owners or (marker := _discriminator(union)) is None:
         return f"unknown key. {_nearest(key, names)}"
-    picked = " or ".join(map(repr, _labels(union, kind)))
+    picked = " or ".join(map(repr, labels_of(union, kind)))
     return (
         f"unknown key for {marker.field} {picked}. {' and '.join(map(repr, owners))} would take it. "
         f"Known: {', '.join(names)}"
