@@ -41,13 +41,7 @@ class ConsoleProgress(Progress):
         self._label, self._total, self._steps, self._start, self._last_line = "", 0, 0, 0.0, 0.0
 
     def start(self, label: str, total: int) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
         self._label, self._total, self._steps = label, total, 0

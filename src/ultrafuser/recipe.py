@@ -72,8 +72,7 @@ class SpecialistRecipe(Node):
     revision: str | None = Field(default=None, description="Branch, tag or commit of `model` on the hub.")
     gguf_file: str | None = Field(default=None, description="GGUF file to read inside `model`.")
     adapter: LocalPath | None = Field(
-        default=None,
-        description="PEFT adapter on `model`: a hub id, a local folder or `package:MODULE/FOLDER`.",
+        default=None, description="PEFT adapter on `model`: a hub id, a local folder or `package:MODULE/FOLDER`."
     )
     adapter_revision: str | None = Field(default=None, description="Branch, tag or commit of `adapter` on the hub.")
     chat_template: LocalPath | None = Field(
@@ -224,10 +223,7 @@ class Recipe(Node):
     dtype: Dtype = Field(default="auto", description="Type of the weights. `auto`: the type of each checkpoint.")
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or another torch device.")
     data: DataRecipe = Field(default_factory=DataRecipe, description="Training and validation rows.")
-    stages: list[StageRecipe] = Field(
-        default_factory=_both_stages,
-        description="The training stages, in order.",
-    )
+    stages: list[StageRecipe] = Field(default_factory=_both_stages, description="The training stages, in order.")
     balanced: bool = Field(default=True, description="Draw the same number of rows of each domain into every batch.")
     cache_features: Literal["auto"] | bool = Field(
         default="auto",

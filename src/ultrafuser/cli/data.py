@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice, echo, quiet
 from ultrafuser.errors import DataError
@@ -26,28 +27,28 @@ data_app = typer.Typer(
 
 Sources = Annotated[
     list[str],
-    typer.Argument(
+    Argument(
         help="Rows: files (JSONL, JSON, CSV, Parquet), folders, globs, package:MODULE/FILE, hub ids.", metavar="DATA..."
     ),
 ]
-Domain = Annotated[str | None, typer.Option(help="Domain of all rows. Default: the domain that each row names.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
-Report = Annotated[Path | None, typer.Option(help="Also write the full report to this JSON file.")]
+Domain = Annotated[str | None, Option(help="Domain of all rows. Default: the domain that each row names.")]
+Force = Annotated[bool, Option("--force", help="Replace existing files.")]
+Report = Annotated[Path | None, Option(help="Also write the full report to this JSON file.")]
 Cleaned = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--output", "-o", help="Write the kept rows to this file (.jsonl, .json, .csv, .parquet). Default: only report."
     ),
 ]
-On = Annotated[str, typer.Option(help="Messages to compare: conversation, instructions or answers.")]
-Threshold = Annotated[float, typer.Option(help="Lowest Jaccard similarity of near duplicates.")]
-Shingle = Annotated[int, typer.Option(min=1, help="Consecutive words in a shingle.")]
-ExactOnly = Annotated[bool, typer.Option("--exact-only", help="Find exact duplicates only. This needs no datasketch.")]
+On = Annotated[str, Option(help="Messages to compare: conversation, instructions or answers.")]
+Threshold = Annotated[float, Option(help="Lowest Jaccard similarity of near duplicates.")]
+Shingle = Annotated[int, Option(min=1, help="Consecutive words in a shingle.")]
+ExactOnly = Annotated[bool, Option("--exact-only", help="Find exact duplicates only. This needs no datasketch.")]
 
 
 Embedder = Annotated[
     str,
-    typer.Option(
+    Option(
         "--model",
         "-m",
         help="Model that embeds the rows: a causal or sentence embedding model, BASE+ADAPTER, GGUF or fused.",
@@ -59,7 +60,7 @@ Embedder = Annotated[
 def stats_command(
     sources: Sources,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", "-t", help="Hub id or folder of the tokenizer that counts tokens.")
+        str | None, Option("--tokenizer", "-t", help="Hub id or folder of the tokenizer that counts tokens.")
     ] = None,
     domain: Domain = None,
     as_json: Json = False,
@@ -110,15 +111,13 @@ def _cells(name: str, counts: DomainStatistics) -> list[str]:
 def map_command(
     sources: Sources,
     model: Embedder,
-    output: Annotated[Path, typer.Option("--output", "-o", help="HTML page to write.")] = Path("map.html"),
-    png: Annotated[Path | None, typer.Option(help="Also write the map as a picture.")] = None,
-    part: Annotated[
-        str, typer.Option(help="Messages to embed: instructions, answers or conversation.")
-    ] = "instructions",
-    per_domain: Annotated[int, typer.Option(min=1, help="Draw at most N rows of each domain, by --seed.")] = 5000,
-    method: Annotated[str, typer.Option(help="Layout: tsne, or umap if umap-learn is installed.")] = "tsne",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Read at most N tokens of each row.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Number of rows per batch.")] = 16,
+    output: Annotated[Path, Option("--output", "-o", help="HTML page to write.")] = Path("map.html"),
+    png: Annotated[Path | None, Option(help="Also write the map as a picture.")] = None,
+    part: Annotated[str, Option(help="Messages to embed: instructions, answers or conversation.")] = "instructions",
+    per_domain: Annotated[int, Option(min=1, help="Draw at most N rows of each domain, by --seed.")] = 5000,
+    method: Annotated[str, Option(help="Layout: tsne, or umap if umap-learn is installed.")] = "tsne",
+    max_tokens: Annotated[int, Option(min=1, help="Read at most N tokens of each row.")] = 256,
+    batch_size: Annotated[int, Option(min=1, help="Number of rows per batch.")] = 16,
     domain: Domain = None,
     force: Force = False,
     seed: Seed = 0,
@@ -174,7 +173,7 @@ def decontaminate_command(
     sources: Sources,
     against: Annotated[
         list[str],
-        typer.Option(
+        Option(
             "--against",
             "-a",
             help="Test data: JSONL, JSON, CSV, Parquet or text files, a folder or a glob. Repeat it for several.",
@@ -183,13 +182,11 @@ def decontaminate_command(
     output: Cleaned = None,
     report: Report = None,
     field: Annotated[
-        list[str] | None,
-        typer.Option(help="Top-level field of the test items to read. Repeat it for several. Default: all."),
+        list[str] | None, Option(help="Top-level field of the test items to read. Repeat it for several. Default: all.")
     ] = None,
-    ngram: Annotated[int, typer.Option(min=3, help="A row may not share N consecutive words with a test text.")] = 13,
+    ngram: Annotated[int, Option(min=3, help="A row may not share N consecutive words with a test text.")] = 13,
     min_words: Annotated[
-        int,
-        typer.Option(min=3, help="Test texts of at least N words and fewer than --ngram match as a whole."),
+        int, Option(min=3, help="Test texts of at least N words and fewer than --ngram match as a whole.")
     ] = 8,
     domain: Domain = None,
     force: Force = False,
@@ -270,17 +267,17 @@ def dedup_command(
 @data_app.command(name="split")
 def split_command(
     sources: Sources,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the parts and split.json.")],
+    output: Annotated[Path, Option("--output", "-o", help="Folder for the parts and split.json.")],
     part: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--part",
             "-p",
             help="NAME=SHARE of a part. Repeat it for each part. Default: train=0.9, validation=0.05, test=0.05.",
             metavar="PART",
         ),
     ] = None,
-    kind: Annotated[str, typer.Option(help="File type: jsonl, json, csv or parquet.")] = "jsonl",
+    kind: Annotated[str, Option(help="File type: jsonl, json, csv or parquet.")] = "jsonl",
     threshold: Threshold = 0.7,
     on: On = "conversation",
     shingle: Shingle = 3,
@@ -338,16 +335,16 @@ def _shares(options: Iterable[str]) -> dict[str, float]:
 @data_app.command(name="convert")
 def convert_command(
     sources: Sources,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .jsonl, .json, .csv, .parquet.")],
+    output: Annotated[Path, Option("--output", "-o", help="File to write: .jsonl, .json, .csv, .parquet.")],
     layout: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="messages, conversations (ShareGPT), or columns such as instruction/input/output or prompt/completion. "
             "Default: messages, or instruction/input/output for CSV."
         ),
     ] = None,
     domain: Domain = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read at most N rows.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Read at most N rows.")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice, echo, overrides_like, quiet
 from ultrafuser.errors import RecipeError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Models = Annotated[
     list[str],
-    typer.Argument(
+    Argument(
         help="Fused folder, folder or hub id of any causal model, BASE+ADAPTER, GGUF file, or "
         "openai:NAME@http://host/v1. Write NAME=MODEL to name the model.",
         metavar="MODEL...",
@@ -26,43 +26,39 @@ Models = Annotated[
 ]
 Suites = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         "--suite", "-s", help="Suite of tasks: quick (loss), paper, paper-cot, code or mt-bench. Repeat it for several."
     ),
 ]
 Tasks = Annotated[
-    str | None,
-    typer.Option("--tasks", "-t", help="Tasks, instead of a suite or in addition: gsm8k,humaneval,loss,mixed,..."),
+    str | None, Option("--tasks", "-t", help="Tasks, instead of a suite or in addition: gsm8k,humaneval,loss,mixed,...")
 ]
 Output = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder of the results. Rerunning with the same folder resumes.")
+    Path, Option("--output", "-o", help="Folder of the results. Rerunning with the same folder resumes.")
 ]
 TestRows = Annotated[
     list[str] | None,
-    typer.Option(help="Rows for `loss` and `mixed` (JSONL, JSON, CSV, Parquet). Default: the test rows of the zoo."),
+    Option(help="Rows for `loss` and `mixed` (JSONL, JSON, CSV, Parquet). Default: the test rows of the zoo."),
 ]
-DataDir = Annotated[str | None, typer.Option(help="Folder with the files of the benchmarks. Default: the hub.")]
+DataDir = Annotated[str | None, Option(help="Folder with the files of the benchmarks. Default: the hub.")]
 Limit = Annotated[
-    int | None,
-    typer.Option(min=1, help="Use at most N documents of each task, and N rows of each domain, drawn by --seed."),
+    int | None, Option(min=1, help="Use at most N documents of each task, and N rows of each domain, drawn by --seed.")
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Number of answers to each code task. Several give pass@k.")]
+Samples = Annotated[int, Option(min=1, help="Number of answers to each code task. Several give pass@k.")]
 SamplesTemperature = Annotated[
     float | None,
-    typer.Option(min=0.0, help="Sampling temperature for --samples. Default: 0 for one answer, 0.8 for several."),
+    Option(min=0.0, help="Sampling temperature for --samples. Default: 0 for one answer, 0.8 for several."),
 ]
 TaskTokens = Annotated[
-    int | None, typer.Option(min=1, help="Generate at most N tokens per answer. Default: the limit of each task.")
+    int | None, Option(min=1, help="Generate at most N tokens per answer. Default: the limit of each task.")
 ]
 ChatTemplate = Annotated[
     str | None,
-    typer.Option(
-        help="Chat template for a model without one: chatml, plain, inst, alpaca, a Jinja file or Jinja text."
-    ),
+    Option(help="Chat template for a model without one: chatml, plain, inst, alpaca, a Jinja file or Jinja text."),
 ]
 Judge = Annotated[
     str | None,
-    typer.Option(
+    Option(
         help="Judge of alpaca_eval and mt_bench: NAME@http://host/v1, or a YAML file with the fields of an endpoint "
         "(docs/judged.md)."
     ),
@@ -80,11 +76,11 @@ def eval_command(
     samples: Samples = 1,
     temperature: SamplesTemperature = None,
     max_new_tokens: TaskTokens = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Number of requests per batch.")] = 8,
+    batch_size: Annotated[int, Option(min=1, help="Number of requests per batch.")] = 8,
     chat_template: ChatTemplate = None,
     judge: Judge = None,
-    include_path: Annotated[str | None, typer.Option(help="Folder with your lm-eval task files, for --tasks.")] = None,
-    unsafe_code: Annotated[bool, typer.Option("--unsafe-code", help="Run generated code without a sandbox.")] = False,
+    include_path: Annotated[str | None, Option(help="Folder with your lm-eval task files, for --tasks.")] = None,
+    unsafe_code: Annotated[bool, Option("--unsafe-code", help="Run generated code without a sandbox.")] = False,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -152,11 +148,9 @@ def _table(results: EvalResults) -> Any:
 
 
 def compare_command(
-    recipe: Annotated[Path, typer.Argument(help="Comparison recipe (YAML). `docs/comparing.md` lists the fields.")],
+    recipe: Annotated[Path, Argument(help="Comparison recipe (YAML). `docs/comparing.md` lists the fields.")],
     overrides: Annotated[list[str] | None, overrides_like("limit=20 or systems.btx.label=BTX")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the systems and their state, and run nothing.")
-    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="List the systems and their state, and run nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Fuse, merge, route or fine-tune: build and measure every system of a recipe, and write one report.

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from ultrafuser.cli.options import Device, Folder, Json, Overrides, Seed, echo, quiet
 from ultrafuser.cli.tables import print_info
@@ -16,11 +16,11 @@ from ultrafuser.errors import RecipeError
 
 
 def fuse_command(
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML) that lists the specialists.")] = None,
+    recipe: Annotated[Path | None, Argument(help="Recipe (YAML) that lists the specialists.")] = None,
     overrides: Overrides = None,
     specialist: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--specialist",
             "-s",
             help="NAME=MODEL or NAME=BASE+ADAPTER, instead of a recipe. Repeat it for each specialist.",
@@ -28,18 +28,14 @@ def fuse_command(
     ] = None,
     template: Annotated[
         list[str] | None,
-        typer.Option(
-            "--template", "-t", help="NAME=TEMPLATE: chatml, plain, inst, alpaca, a Jinja file or Jinja text."
-        ),
+        Option("--template", "-t", help="NAME=TEMPLATE: chatml, plain, inst, alpaca, a Jinja file or Jinja text."),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the fused checkpoint.")] = Path("fused"),
+    output: Annotated[Path, Option("--output", "-o", help="Folder of the fused checkpoint.")] = Path("fused"),
     mixing: Annotated[
-        str | None, typer.Option(help="What to mix: logits or probabilities. Default: as in the recipe.")
+        str | None, Option(help="What to mix: logits or probabilities. Default: as in the recipe.")
     ] = None,
-    copy: Annotated[
-        bool, typer.Option("--copy", help="Copy the weights of the specialists into the checkpoint.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
+    copy: Annotated[bool, Option("--copy", help="Copy the weights of the specialists into the checkpoint.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace an existing checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
     """Put an untrained gate on top of specialists and write a checkpoint.
@@ -92,9 +88,9 @@ def _specialists(options: list[str], templates: list[str]) -> list[dict[str, Any
 
 
 def train_command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML). `docs/recipes.md` lists the fields.")],
+    recipe: Annotated[Path, Argument(help="Recipe (YAML). `docs/recipes.md` lists the fields.")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted run in `output`.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Resume the interrupted run in `output`.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train the stages of a recipe: the gate, then the gate and the specialists."""
@@ -121,8 +117,8 @@ def train_command(
 
 
 def demo_command(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("runs/demo"),
-    full: Annotated[bool, typer.Option("--full", help="Use all rows of the zoo, and longer stages.")] = False,
+    output: Annotated[Path, Option("--output", "-o", help="Folder of the results.")] = Path("runs/demo"),
+    full: Annotated[bool, Option("--full", help="Use all rows of the zoo, and longer stages.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -159,7 +155,7 @@ def demo_command(
 
 def info_command(
     folder: Folder,
-    verify: Annotated[bool, typer.Option("--verify", help="Check every weight file against its checksum.")] = False,
+    verify: Annotated[bool, Option("--verify", help="Check every weight file against its checksum.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show a fused checkpoint: its specialists, the locations and the sizes of their weights."""

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
+from typer import Option
 
 from ultrafuser.cli.options import (
     DTYPES,
@@ -29,7 +29,7 @@ from ultrafuser.cli.options import (
 from ultrafuser.cli.tables import print_means
 from ultrafuser.errors import DataError, UltraFuserError
 
-Response = Annotated[str | None, typer.Option(help="Show the weights of this answer instead of generating one.")]
+Response = Annotated[str | None, Option(help="Show the weights of this answer instead of generating one.")]
 
 
 def generate_command(
@@ -37,7 +37,7 @@ def generate_command(
     prompt: Prompt = None,
     file: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Text file with one prompt per line, or rows (JSONL, JSON, CSV, Parquet) to answer again. Default: standard input."
         ),
     ] = None,
@@ -45,8 +45,8 @@ def generate_command(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
-    num_beams: Annotated[int, typer.Option(min=1, help="Number of beams. 1: no beam search.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Number of prompts per batch.")] = 8,
+    num_beams: Annotated[int, Option(min=1, help="Number of beams. 1: no beam search.")] = 1,
+    batch_size: Annotated[int, Option(min=1, help="Number of prompts per batch.")] = 8,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -71,10 +71,7 @@ def generate_command(
     prompts = [chat[-1]["content"] for chat in chats]
     if as_json:
         echo(
-            json.dumps(
-                [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)],
-                ensure_ascii=False,
-            )
+            json.dumps([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)], ensure_ascii=False)
         )
         return
     for question, text in zip(prompts, answers, strict=True):
@@ -140,16 +137,14 @@ def inspect_command(
     system: System = None,
     response: Response = None,
     file: Annotated[
-        Path | None, typer.Option(help="Show the weights of the answers in these rows (JSONL, JSON, ...).")
+        Path | None, Option(help="Show the weights of the answers in these rows (JSONL, JSON, ...).")
     ] = None,
-    domain: Annotated[
-        str | None, typer.Option(help="Domain of the rows in --file. Default: as each row names it.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read at most N rows of --file.")] = None,
-    weights: Annotated[bool, typer.Option("--weights", help="Also print the weights of every token.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write an HTML page with coloured tokens.")] = None,
+    domain: Annotated[str | None, Option(help="Domain of the rows in --file. Default: as each row names it.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Read at most N rows of --file.")] = None,
+    weights: Annotated[bool, Option("--weights", help="Also print the weights of every token.")] = False,
+    html: Annotated[Path | None, Option(help="Write an HTML page with coloured tokens.")] = None,
     png: Annotated[
-        Path | None, typer.Option(help="Write a figure of the first answer, or of the weights by domain for --file.")
+        Path | None, Option(help="Write a figure of the first answer, or of the weights by domain for --file.")
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,

@@ -7,37 +7,34 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from ultrafuser.errors import RecipeError
 from ultrafuser.progress import quiet_libraries
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-Folder = Annotated[str, typer.Argument(help="A fused checkpoint: a folder or a hub id.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
-Dtype = Annotated[str, typer.Option(help="Precision of the specialists: auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda or another one. auto: a GPU if there is one.")]
+Folder = Annotated[str, Argument(help="A fused checkpoint: a folder or a hub id.")]
+Json = Annotated[bool, Option("--json", help="Print JSON on stdout instead of text.")]
+Dtype = Annotated[str, Option(help="Precision of the specialists: auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, Option(help="Torch device: cpu, cuda or another one. auto: a GPU if there is one.")]
 
 
 def overrides_like(example: str) -> Any:
     """The argument KEY=VALUE, with an example for the recipes of the command."""
-    return typer.Argument(help=f"Change fields of the recipe, e.g. {example}.", metavar="KEY=VALUE")
+    return Argument(help=f"Change fields of the recipe, e.g. {example}.", metavar="KEY=VALUE")
 
 
 Overrides = Annotated[list[str] | None, overrides_like("stages.gate.lr=2e-5 or stages=\\[joint]")]
 Prompt = Annotated[
-    list[str] | None, typer.Option("--prompt", "-p", help="User message. Repeat the option for several prompts.")
+    list[str] | None, Option("--prompt", "-p", help="User message. Repeat the option for several prompts.")
 ]
-System = Annotated[str | None, typer.Option(help="System message before every prompt.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")]
-Temperature = Annotated[
-    float, typer.Option(min=0.0, help="Sampling temperature. 0: always take the most likely token.")
-]
+System = Annotated[str | None, Option(help="System message before every prompt.")]
+MaxNewTokens = Annotated[int, Option(min=1, help="Generate at most this many tokens.")]
+Temperature = Annotated[float, Option(min=0.0, help="Sampling temperature. 0: always take the most likely token.")]
 TopP = Annotated[
-    float,
-    typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens with this total probability."),
+    float, Option(min=0.0, max=1.0, help="Sample from the most likely tokens with this total probability.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the random numbers.")]
+Seed = Annotated[int, Option(help="Seed of the random numbers.")]
 
 
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:

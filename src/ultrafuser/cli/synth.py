@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer import Argument, Option
 from typer.core import TyperGroup
 
 from ultrafuser.cli.options import Json, echo, overrides_like
@@ -35,33 +36,28 @@ synth_app = typer.Typer(
     help="Synthesise instruction data: topics, instructions, answers, filters, a balanced data set.\n\n"
     "`ultrafuser synth RECIPE` is short for `ultrafuser synth run RECIPE`. `ultrafuser synth run --help` shows its options.",
 )
-SynthRecipeFile = Annotated[Path, typer.Argument(help="Synthesis recipe (YAML). `docs/synthesis.md` lists the fields.")]
+SynthRecipeFile = Annotated[Path, Argument(help="Synthesis recipe (YAML). `docs/synthesis.md` lists the fields.")]
 BudgetUsd = Annotated[
     float | None,
-    typer.Option(
-        min=0.0, help="Spend at most this many dollars, over all runs on this store. Default: as in the recipe."
-    ),
+    Option(min=0.0, help="Spend at most this many dollars, over all runs on this store. Default: as in the recipe."),
 ]
 BudgetTokens = Annotated[
-    int | None,
-    typer.Option(min=1, help="Stop after this many prompt and completion tokens, over all runs on this store."),
+    int | None, Option(min=1, help="Stop after this many prompt and completion tokens, over all runs on this store.")
 ]
 Until = Annotated[
     str | None,
-    typer.Option(
+    Option(
         help="Stop after this stage, to check its results: meta_topics, sub_topics (topics.json), instructions, expand, "
         "complex (instructions.jsonl), responses, checks, judge, turns (report.json)."
     ),
 ]
 Shard = Annotated[
     str | None,
-    typer.Option(help="I/N, such as 2/8: process only shard I of N of the sub-topics. `synth join` joins the shards."),
+    Option(help="I/N, such as 2/8: process only shard I of N of the sub-topics. `synth join` joins the shards."),
 ]
 RetryFailed = Annotated[
     bool,
-    typer.Option(
-        "--retry-failed", help="Retry requests that failed permanently, e.g. after raising the context of a model."
-    ),
+    Option("--retry-failed", help="Retry requests that failed permanently, e.g. after raising the context of a model."),
 ]
 Overrides = Annotated[list[str] | None, overrides_like("calls.responses.temperature=0.3 or filters.language=null")]
 
@@ -71,7 +67,7 @@ def run_command(
     recipe: SynthRecipeFile,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Estimate calls, tokens and cost up to --until, and send no request.")
+        bool, Option("--dry-run", help="Estimate calls, tokens and cost up to --until, and send no request.")
     ] = False,
     budget_usd: BudgetUsd = None,
     budget_tokens: BudgetTokens = None,
@@ -155,9 +151,8 @@ def join_command(
     recipe: SynthRecipeFile,
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Stores of shards (calls.sqlite) to join, and recipe fields to change (KEY=VALUE).",
-            metavar="STORE...",
+        Argument(
+            help="Stores of shards (calls.sqlite) to join, and recipe fields to change (KEY=VALUE).", metavar="STORE..."
         ),
     ] = None,
     as_json: Json = False,
@@ -186,8 +181,8 @@ def join_command(
 def review_command(
     recipe: SynthRecipeFile,
     overrides: Overrides = None,
-    host: Annotated[str, typer.Option(help="Address of the page.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 7860,
+    host: Annotated[str, Option(help="Address of the page.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=1, max=65535, help="Port of the page.")] = 7860,
 ) -> None:
     """Review the rows in a browser: accept, edit or reject them. Decisions are stored at once.
 

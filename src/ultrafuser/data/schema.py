@@ -10,13 +10,7 @@ from typing import Any
 from ultrafuser.errors import DataError
 
 ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # (question, context, answer) columns of the layouts on the hub, tried in this order.
 PAIR_LAYOUTS = (
     ("instruction", "input", "output"),

@@ -17,11 +17,7 @@ from ultrafuser.data.writing import check_targets, row_writer, write_json
 from ultrafuser.errors import DataError, MissingExtraError
 from ultrafuser.progress import Progress
 
-COMPARED_ROLES = {
-    "conversation": ("system", "user", "assistant"),
-    "instructions": ("user",),
-    "answers": ("assistant",),
-}
+COMPARED_ROLES = {"conversation": ("system", "user", "assistant"), "instructions": ("user",), "answers": ("assistant",)}
 _REPORT_EVERY = 200  # rows between two reports of progress
 
 
