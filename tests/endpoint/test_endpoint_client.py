@@ -19,13 +19,13 @@ import pytest
 from pydantic import ValidationError
 
 from fake_endpoint import HANG, UNUSABLE, FakeEndpoint, Step, failing, fake_endpoint, fine
+from recipe_docs import describe
 from ultrafuser.endpoint.client import MAX_FAILURES, Endpoint
 from ultrafuser.endpoint.errors import read_failure
 from ultrafuser.endpoint.messages import Reply, Request
 from ultrafuser.endpoint.pace import MAX_BACKOFF_S, retry_wait_s
 from ultrafuser.endpoint.recipe import OPENAI_URL, EndpointRecipe
 from ultrafuser.errors import ContextOverflowError, EndpointError, MissingExtraError, RequestError, UltraFuserError
-from ultrafuser.typed_yaml import describe
 
 QUESTION = [{"role": "user", "content": "why?"}]
 VLLM_OVERFLOW = "This model's maximum context length is 64 tokens. However, you requested 80 tokens."
