@@ -93,10 +93,26 @@ def _messages(raw: Mapping[str, Any], location: str) -> tuple[tuple[str, str], .
     for key, role_key, content_key in (("messages", "role", "content"), ("conversations", "from", "value")):
         if raw.get(key) is not None:
             return _turns(raw[key], key, role_key, content_key, location)
-    for question_column, context_column, answer_column in PAIR_LAYOUTS:
-        has_context = context_column is None or context_column in raw
-        if question_column in raw and answer_column in raw and has_context:
-            return _pair(raw, question_column, context_column, answer_column, location)
+    question_column, context_column, answer_column = pair_layout(raw, location)
+    question, answer = raw[question_column], raw[answer_column]
+    for column, value in ((question_column, question), (answer_column, answer)):
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{location}: column {column!r} is empty")
+    context = raw.get(context_column) if context_column else None
+    if isinstance(context, str) and context.strip():
+        question = f"{question.strip()}\n\n{context.strip()}"
+    return (("user", question.strip()), ("assistant", answer.strip()))
+
+
+def pair_layout(raw: Mapping[str, Any], location: str) -> tuple[str, str | None, str]:
+    """The columns of the question, its context and the answer in one raw record.
+
+    Raises:
+        DataError: no known layout.
+    """
+    for layout in PAIR_LAYOUTS:
+        if all(column in raw for column in layout if column):
+            return layout
     layouts = "; ".join("/".join(column for column in layout if column) for layout in PAIR_LAYOUTS)
     raise DataError(
         f"{location}: no known layout in the columns {sorted(map(str, raw))}, expected 'messages', 'conversations', or "
@@ -118,19 +134,6 @@ def _turns(turns: Any, key: str, role_key: str, content_key: str, location: str)
             raise DataError(f"{location}: {key}[{index}]: empty content of the {role}")
         messages.append((str(role), content.strip()))
     return tuple(messages)
-
-
-def _pair(
-    raw: Mapping[str, Any], question_column: str, context_column: str | None, answer_column: str, location: str
-) -> tuple[tuple[str, str], ...]:
-    question, answer = raw[question_column], raw[answer_column]
-    for column, value in ((question_column, question), (answer_column, answer)):
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{location}: column {column!r} is empty")
-    context = raw.get(context_column) if context_column else None
-    if isinstance(context, str) and context.strip():
-        question = f"{question.strip()}\n\n{context.strip()}"
-    return (("user", question.strip()), ("assistant", answer.strip()))
 
 
 def _check_messages(messages: tuple[tuple[str, str], ...], location: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -191,7 +192,7 @@ def test_clean_rows_are_copied_and_the_report_names_the_items(folder):
     match = {"test": f"{folder}/gsm8k.jsonl:1", "field": "question", "kind": "13-gram", "words": shared}
     assert first == {"id": "l1", "domain": "math", "source": "s", "test_texts": 1, "touches": [match]}
     assert second["touches"][0]["test"] == f"{folder}/truthfulqa.json[0]"
-    assert json.loads(file.read_text()) == report.to_dict()
+    assert json.loads(file.read_text()) == asdict(report)
 
 
 def test_without_an_output_it_only_reports(folder):

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
@@ -130,10 +130,15 @@ class ContaminationIndex:
 
     def find_matches(self, rows: Iterable[Row]) -> Iterator[tuple[Row, list[Match]]]:
         """Every row with its matches, in the order of the test texts. A clean row has none."""
+        names = {"ngram": f"{self.rule.ngram}-gram", "whole": "whole text", "message": "whole message"}
         stream = iter(rows)
         while batch := list(islice(stream, _BATCH_ROWS)):
-            for row, shared_words in zip(batch, self._search(batch), strict=True):
-                yield row, [self._match(index, shared) for index, shared in sorted(shared_words.items())]
+            for row, shared in zip(batch, self._search(batch), strict=True):
+                matches = []
+                for index, words_of_match in sorted(shared.items()):
+                    text, kind = self.texts[index], names[self._kinds[index]]
+                    matches.append(Match(text.location, text.field, kind, " ".join(words_of_match)))
+                yield row, matches
 
     def _search(self, batch: Sequence[Row]) -> list[dict[int, tuple[str, ...]]]:
         """For each row, the words that it shares with each test text, by the index of the text."""
@@ -180,11 +185,6 @@ class ContaminationIndex:
         same = (ids[windows[:, None] + span] == self._flat[positions[:, None] + span]).all(axis=1)
         return windows[same], positions[same]
 
-    def _match(self, index: int, shared: tuple[str, ...]) -> Match:
-        names = {"ngram": f"{self.rule.ngram}-gram", "whole": "whole text", "message": "whole message"}
-        text = self.texts[index]
-        return Match(text.location, text.field, names[self._kinds[index]], " ".join(shared))
-
 
 class RuleReport(TypedDict):
     """The rule and the test files as the report shows them."""
@@ -216,10 +216,6 @@ class Report:
     dropped_by_domain: dict[str, int] = field(default_factory=dict)
     dropped_by_test: dict[str, int] = field(default_factory=dict)
     dropped_rows: list[DroppedRow] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON."""
-        return asdict(self)
 
 
 def decontaminate(
@@ -276,7 +272,7 @@ def decontaminate(
     result.dropped = result.rows - result.kept
     result.dropped_by_domain, result.dropped_by_test = dict(sorted(domains.items())), dict(sorted(test_files.items()))
     if report is not None:
-        write_json(report, result.to_dict(), force=force)
+        write_json(report, asdict(result), force=force)
     return result
 
 

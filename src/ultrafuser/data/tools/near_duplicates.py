@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypedDict
@@ -18,15 +18,8 @@ from ultrafuser.errors import DataError, MissingExtraError
 from ultrafuser.progress import Progress
 
 COMPARED_ROLES = {"conversation": ("system", "user", "assistant"), "instructions": ("user",), "answers": ("assistant",)}
+_NUM_PERM = 128  # permutations of MinHash. More find more of the pairs near the threshold, and take longer
 _REPORT_EVERY = 200  # rows between two reports of progress
-
-
-class RuleReport(TypedDict):
-    """A rule as reports show it."""
-
-    threshold: float | None
-    on: str
-    shingle: int
 
 
 class NearDuplicate(TypedDict):
@@ -52,7 +45,7 @@ class DuplicateReport(TypedDict):
     kept: int
     exact_duplicates: int
     near_duplicates: int
-    rule: RuleReport
+    rule: dict[str, Any]  # the fields of a NearDuplicateRule
     clusters: list[ClusterReport]
 
 
@@ -64,23 +57,17 @@ class NearDuplicateRule:
         threshold: the lowest Jaccard similarity of the shingles of near duplicates. None: find exact duplicates only.
         on: the messages to compare: `conversation`, `instructions` (user) or `answers` (assistant).
         shingle: consecutive words that make a shingle. A shorter text is one shingle.
-        num_perm: permutations of MinHash. More of them find more of the pairs near the threshold, and take longer.
     """
 
     threshold: float | None = 0.7
     on: str = "conversation"
     shingle: int = 3
-    num_perm: int = 128
 
     def __post_init__(self) -> None:
         if self.on not in COMPARED_ROLES:
             raise DataError(f"compare on {self.on!r}: expected one of {', '.join(COMPARED_ROLES)}")
         if self.threshold is not None and not 0.1 <= self.threshold <= 1:
             raise DataError(f"a similarity of {self.threshold}: expected 0.1 to 1. 0.7 is usual")
-
-    def report(self) -> RuleReport:
-        """The rule as reports show it."""
-        return {"threshold": self.threshold, "on": self.on, "shingle": self.shingle}
 
 
 @dataclass
@@ -110,27 +97,28 @@ class NearDuplicateIndex:
     def __init__(self, rule: NearDuplicateRule) -> None:
         """
         Raises:
-            MissingExtraError: datasketch is not installed.
+            MissingExtraError: the rule asks for near duplicates and datasketch is not installed.
         """
+        self.rule, self._codes = rule, WordCodes()
+        self._shingles: dict[int, np.ndarray] = {}
+        if rule.threshold is None:
+            return
         try:
             from datasketch import MinHash, MinHashLSH
         except ImportError as error:
             raise MissingExtraError("datasketch", "data", "finding near duplicates") from error
-        assert rule.threshold is not None
-        self.rule, self._codes = rule, WordCodes()
         # A false candidate costs one comparison, a missed one costs a duplicate: hence the weights.
-        self._lsh = MinHashLSH(threshold=min(rule.threshold, 0.95), num_perm=rule.num_perm, weights=(0.1, 0.9))
-        self._empty = MinHash(num_perm=rule.num_perm, seed=1, hashfunc=int)  # shingles come as hashes
-        self._shingles: dict[int, np.ndarray] = {}
+        self._lsh = MinHashLSH(threshold=min(rule.threshold, 0.95), num_perm=_NUM_PERM, weights=(0.1, 0.9))
+        self._empty = MinHash(num_perm=_NUM_PERM, seed=1, hashfunc=int)  # shingles come as hashes
 
     def find_similar(self, row: Row) -> tuple[list[tuple[int, float]], Sketch | None]:
         """The near duplicates of a row among the indexed rows, with their similarity, most similar first.
 
         Returns:
-            (index, similarity) pairs, and the sketch that `add` takes. None for a row without words.
+            (index, similarity) pairs, and the sketch that `add` takes. None for a row without words or an exact rule.
         """
-        shingles = self._shingles_of(row)
-        if not len(shingles):
+        threshold = self.rule.threshold
+        if threshold is None or not len(shingles := self._shingles_of(row)):
             return [], None
         minhash = self._empty.copy()
         minhash.update_batch(shingles.tolist())
@@ -139,7 +127,7 @@ class NearDuplicateIndex:
             candidate = self._shingles[index]
             shared = len(np.intersect1d(shingles, candidate, assume_unique=True))
             similarity = shared / (len(shingles) + len(candidate) - shared)
-            if similarity >= (self.rule.threshold or 0):
+            if similarity >= threshold:
                 matches.append((index, similarity))
         return sorted(matches, key=lambda pair: (-pair[1], pair[0])), Sketch(shingles, minhash)
 
@@ -167,16 +155,15 @@ def find_clusters(rows: Sequence[Row], rule: NearDuplicateRule, progress: Progre
         MissingExtraError: the rule asks for near duplicates and datasketch is not installed.
     """
     clusters: dict[int, Cluster] = {}
-    rows_by_shingle = NearDuplicateIndex(rule) if rule.threshold is not None else None
+    rows_by_shingle = NearDuplicateIndex(rule)
     for index, copies in _exact_duplicates(rows, rule.on, progress):
-        matches, sketch = rows_by_shingle.find_similar(rows[index]) if rows_by_shingle is not None else ([], None)
+        matches, sketch = rows_by_shingle.find_similar(rows[index])
         if matches:
             best, similarity = matches[0]
             clusters[best].near += [(duplicate, similarity) for duplicate in (index, *copies)]
         else:
             clusters[index] = Cluster(index, exact=copies)
-            if rows_by_shingle is not None:
-                rows_by_shingle.add(index, sketch)
+            rows_by_shingle.add(index, sketch)
     return list(clusters.values())
 
 
@@ -193,15 +180,14 @@ def find_groups(rows: Sequence[Row], rule: NearDuplicateRule, progress: Progress
             parent[index] = index = parent[parent[index]]
         return index
 
-    rows_by_shingle = NearDuplicateIndex(rule) if rule.threshold is not None else None
+    rows_by_shingle = NearDuplicateIndex(rule)
     for index, copies in _exact_duplicates(rows, rule.on, progress):
         for copy in copies:
             parent[root(copy)] = root(index)
-        if rows_by_shingle is not None:
-            matches, sketch = rows_by_shingle.find_similar(rows[index])
-            for match, _ in matches:
-                parent[root(index)] = root(match)
-            rows_by_shingle.add(index, sketch)
+        matches, sketch = rows_by_shingle.find_similar(rows[index])
+        for match, _ in matches:
+            parent[root(index)] = root(match)
+        rows_by_shingle.add(index, sketch)
     groups: dict[int, list[int]] = {}
     for index in range(len(rows)):
         groups.setdefault(root(index), []).append(index)
@@ -261,15 +247,13 @@ def deduplicate(
         "kept": len(clusters),
         "exact_duplicates": sum(len(cluster.exact) for cluster in clusters),
         "near_duplicates": sum(len(cluster.near) for cluster in clusters),
-        "rule": rule.report(),
+        "rule": asdict(rule),
         "clusters": [_cluster_by_ids(cluster, rows) for cluster in clusters if cluster.exact or cluster.near],
     }
     if output is not None:
-        kept_rows = {cluster.kept for cluster in clusters}
         with row_writer(output, force=force) as write:
-            for index, row in enumerate(rows):
-                if index in kept_rows:
-                    write(row)
+            for index in sorted(cluster.kept for cluster in clusters):
+                write(rows[index])
     if report is not None:
         write_json(report, summary, force=force)
     return summary

@@ -26,16 +26,18 @@ def words(text: str) -> list[str]:
 
     Runs of letters and digits are words. All other characters, `_` included, separate words.
     """
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    return _WORD.findall(_INSIDE.sub("", text.casefold()))
+    return _WORD.findall(_normalised(text))
 
 
 def word_and_sign_tokens(text: str) -> list[str]:
     """The words of a text and the signs that change its meaning: `5 + 3` is not `5 - 3`, and C is not `C++`."""
+    return _WORD_OR_SIGN.findall(_normalised(text))
+
+
+def _normalised(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
-    return _WORD_OR_SIGN.findall(_INSIDE.sub("", text.casefold()))
+    return _INSIDE.sub("", text.casefold())
 
 
 class WordCodes(dict[str, int]):

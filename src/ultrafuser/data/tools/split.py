@@ -6,12 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from ultrafuser.data.schema import Row
-from ultrafuser.data.tools.near_duplicates import NearDuplicateRule, RuleReport, find_groups
+from ultrafuser.data.tools.near_duplicates import NearDuplicateRule, find_groups
 from ultrafuser.data.tools.streaming import stream_rows
 from ultrafuser.data.writing import check_layout, check_target, row_writer, write_json
 from ultrafuser.errors import DataError
@@ -33,7 +34,7 @@ class SplitReport(TypedDict):
     rows: int
     seed: int
     shares: dict[str, float]
-    rule: RuleReport
+    rule: dict[str, Any]  # the fields of a NearDuplicateRule
     parts: dict[str, PartCounts]
     files: dict[str, str]
 
@@ -135,7 +136,7 @@ def split(
         "rows": len(rows),
         "seed": seed,
         "shares": dict(shares),
-        "rule": rule.report(),
+        "rule": asdict(rule),
         "parts": {
             name: {"rows": count.total(), "domains": dict(sorted(count.items()))} for name, count in counts.items()
         },

@@ -8,11 +8,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.data.schema import PAIR_LAYOUTS, ROLES, SHAREGPT_ROLES, parse_row
+from ultrafuser.data.schema import PAIR_LAYOUTS, ROLES, SHAREGPT_ROLES, pair_layout
 from ultrafuser.data.sources import local_files, read_file, read_records
 from ultrafuser.data.tools.streaming import estimate_rows
 from ultrafuser.errors import DataError
@@ -40,10 +40,6 @@ class Findings:
     domains: dict[str, int] = field(default_factory=dict)
     problems: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The findings as JSON."""
-        return asdict(self)
 
 
 def validate(sources: Sequence[str], *, domain: str | None = None, progress: Progress | None = None) -> Findings:
@@ -112,7 +108,10 @@ def problems_of(raw: Any, domain: str | None = None) -> Iterator[str]:
             yield f"{key!r}: holds a lone surrogate, half of a character"
     for key in ("tests", "check"):
         if isinstance(raw.get(key), str):
-            yield from _code_problems(key, raw[key])
+            try:
+                ast.parse(raw[key])
+            except (SyntaxError, ValueError) as error:  # ValueError: null bytes
+                yield f"{key!r}: not Python: {error}"
 
 
 def _turn_problems(turns: Any, key: str) -> Iterator[str]:
@@ -145,26 +144,17 @@ def _turn_problems(turns: Any, key: str) -> Iterator[str]:
 
 
 def _pair_problems(raw: Mapping[str, Any]) -> Iterator[str]:
-    for question, context, answer in PAIR_LAYOUTS:
-        if question in raw and answer in raw and (context is None or context in raw):
-            for column in (question, answer):
-                value = raw[column]
-                if not isinstance(value, str):
-                    yield f"column {column!r}: expected text, got {type(value).__name__}"
-                elif not value.strip():
-                    yield f"column {column!r} is empty"
-            return
     try:
-        parse_row(raw, "", "any")
+        question, _, answer = pair_layout(raw, "")
     except DataError as error:
         yield str(error).removeprefix(": ")
-
-
-def _code_problems(key: str, code: str) -> Iterator[str]:
-    try:
-        ast.parse(code)
-    except (SyntaxError, ValueError) as error:  # ValueError: null bytes
-        yield f"{key!r}: not Python: {error}"
+        return
+    for column in (question, answer):
+        value = raw[column]
+        if not isinstance(value, str):
+            yield f"column {column!r}: expected text, got {type(value).__name__}"
+        elif not value.strip():
+            yield f"column {column!r} is empty"
 
 
 def _repeated_id(raw: Mapping[str, Any], location: str, locations: dict[str, str]) -> list[str]:
