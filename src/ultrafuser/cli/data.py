@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from typer import Argument, Option
 
-from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice, echo, quiet
+from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice, echo
 from ultrafuser.errors import DataError
+from ultrafuser.progress import ConsoleProgress, quiet_libraries
 
 if TYPE_CHECKING:
     from ultrafuser.data.tools.statistics import DomainStatistics
@@ -21,8 +25,6 @@ data_app = typer.Typer(
     name="data",
     help="Count, map, decontaminate, deduplicate, split, convert and validate the rows of data sets.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Sources = Annotated[
@@ -68,12 +70,11 @@ def stats_command(
     """Count conversations, topics, tokens and turns by domain, and rows by source and licence."""
     from ultrafuser.data.tools.statistics import data_statistics, load_tokenizer
     from ultrafuser.data.tools.streaming import stream_rows
-    from ultrafuser.progress import ConsoleProgress
 
     counter = None
     if tokenizer is not None:
-        with quiet():
-            counter = load_tokenizer(tokenizer)
+        quiet_libraries()
+        counter = load_tokenizer(tokenizer)
     rows = stream_rows(sources, domain=domain, progress=ConsoleProgress(), label="rows counted")
     statistics = data_statistics(rows, counter)
     if as_json:
@@ -83,13 +84,12 @@ def stats_command(
     heads = ["conversations", "topics", "sub-topics", "turns"]
     heads += ["tokens, mean", "median", "longest"] if counter is not None else []
     _print_table("rows by domain", ["domain", *heads], (_cells(name, counts) for name, counts in by_domain.items()))
-    sources_of = {name: counts["sources"] for name, counts in statistics["domains"].items()}
-    licences_of = {name: counts["licences"] for name, counts in statistics["domains"].items()}
-    for head, counts_of in (("source", sources_of), ("licence", licences_of)):
+    columns: dict[str, Literal["sources", "licences"]] = {"source": "sources", "licence": "licences"}
+    for head, key in columns.items():
         lines = [
             [name, value or "(none given)", f"{count:,}"]
-            for name, counts in counts_of.items()
-            for value, count in counts.items()
+            for name, counts in statistics["domains"].items()
+            for value, count in counts[key].items()
         ]
         _print_table(f"rows by domain and {head}", ["domain", head, "rows"], lines, text_columns=2)
 
@@ -131,7 +131,6 @@ def map_command(
     from ultrafuser.data.writing import atomic_file, check_target
     from ultrafuser.datamap import layout as maps
     from ultrafuser.datamap.page import map_figure, map_page
-    from ultrafuser.progress import ConsoleProgress
 
     check_choice("--part", part, COMPARED_ROLES)
     check_choice("--method", method, maps.METHODS)
@@ -140,12 +139,12 @@ def map_command(
         check_target(target, force=force)
     progress = ConsoleProgress()
     rows = maps.sample(stream_rows(sources, domain=domain, progress=progress, label="rows read"), per_domain, seed)
-    with quiet():
-        from ultrafuser.datamap.embed import embed, load_reader
+    quiet_libraries()
+    from ultrafuser.datamap.embed import embed, load_reader
 
-        reader = load_reader(model, dtype=dtype, device=device)
-        texts = [maps.text_of(row, part) for row in rows]
-        vectors = embed(reader, texts, max_tokens=max_tokens, batch_size=batch_size, progress=progress)
+    reader = load_reader(model, dtype=dtype, device=device)
+    texts = [maps.text_of(row, part) for row in rows]
+    vectors = embed(reader, texts, max_tokens=max_tokens, batch_size=batch_size, progress=progress)
     vectors = maps.principal(vectors, seed)
     points = maps.as_points(rows, maps.lay_out(vectors, method, seed=seed, progress=progress), part)
     agreement = maps.neighbour_agreement(vectors, [row.domain for row in rows])
@@ -194,7 +193,6 @@ def decontaminate_command(
 ) -> None:
     """Drop rows that share 13 consecutive words with test data, and report the test items that they match."""
     from ultrafuser.data.tools.decontaminate import Rule, decontaminate
-    from ultrafuser.progress import ConsoleProgress
 
     result = decontaminate(
         sources,
@@ -208,16 +206,14 @@ def decontaminate_command(
         progress=ConsoleProgress(),
     )
     if as_json:
-        echo(json.dumps(result.to_dict(), ensure_ascii=False))
+        echo(json.dumps(asdict(result), ensure_ascii=False))
         return
     if result.dropped_by_test:
         lines = [[test, f"{count:,}"] for test, count in result.dropped_by_test.items()]
         _print_table("rows that match each test file", ["test file", "rows"], lines)
     by_domain = ", ".join(f"{name} {count:,}" for name, count in result.dropped_by_domain.items())
-    echo(
-        f"{result.rows:,} rows: {result.kept:,} kept, {result.dropped:,} dropped"
-        + (f" ({by_domain})" if by_domain else "")
-    )
+    dropped = f"{result.dropped:,} dropped" + (f" ({by_domain})" if by_domain else "")
+    echo(f"{result.rows:,} rows: {result.kept:,} kept, {dropped}")
     texts = result.test_texts
     echo(
         f"test texts: {texts['ngram']:,} by {ngram}-grams, {texts['whole']:,} whole, {texts['message']:,} as a whole "
@@ -241,7 +237,6 @@ def dedup_command(
 ) -> None:
     """Drop exact and near duplicates. The first row by id of each cluster is kept."""
     from ultrafuser.data.tools.near_duplicates import NearDuplicateRule, deduplicate
-    from ultrafuser.progress import ConsoleProgress
 
     rule = NearDuplicateRule(None if exact_only else threshold, on, shingle)
     summary = deduplicate(
@@ -290,7 +285,6 @@ def split_command(
     """Split rows into parts, each with its share of every domain. Duplicates stay in one part."""
     from ultrafuser.data.tools.near_duplicates import NearDuplicateRule
     from ultrafuser.data.tools.split import split
-    from ultrafuser.progress import ConsoleProgress
 
     rule = NearDuplicateRule(None if exact_only else threshold, on, shingle)
     report = split(
@@ -316,7 +310,7 @@ def split_command(
     echo(f"parts: {output}")
 
 
-def _shares(options: Iterable[str]) -> dict[str, float]:
+def _shares(options: list[str]) -> dict[str, float]:
     shares: dict[str, float] = {}
     for text in options:
         name, separator, value = text.partition("=")
@@ -350,7 +344,6 @@ def convert_command(
 ) -> None:
     """Convert rows from any known layout and file type to another."""
     from ultrafuser.data.tools.convert import convert
-    from ultrafuser.progress import ConsoleProgress
 
     count = convert(sources, output, layout, domain=domain, limit=limit, force=force, progress=ConsoleProgress())
     if as_json:
@@ -363,33 +356,26 @@ def convert_command(
 def validate_command(sources: Sources, domain: Domain = None, as_json: Json = False) -> None:
     """Check every row and list all problems with file and line. The exit code is 2 if there is a problem."""
     from ultrafuser.data.tools.validate import validate
-    from ultrafuser.progress import ConsoleProgress
 
     findings = validate(sources, domain=domain, progress=ConsoleProgress())
     if as_json:
-        echo(json.dumps(findings.to_dict(), ensure_ascii=False))
+        echo(json.dumps(asdict(findings), ensure_ascii=False))
     else:
         for problem in findings.problems:
             echo(f"{problem['where']}: {problem['problem']}")
         for note in findings.notes:
             echo(f"note: {note}")
         domains = ", ".join(f"{name} {count:,}" for name, count in findings.domains.items())
-        echo(
-            f"{findings.rows:,} rows" + (f" ({domains})" if domains else "") + f", {len(findings.problems):,} problems"
-        )
-    if findings.problems:
-        raise DataError(
-            f"{len(findings.problems)} problems in {findings.bad_rows} of {findings.rows} rows, listed above"
-        )
+        rows = f"{findings.rows:,} rows" + (f" ({domains})" if domains else "")
+        echo(f"{rows}, {len(findings.problems):,} problems")
+    if count := len(findings.problems):
+        raise DataError(f"{count} problems in {findings.bad_rows} of {findings.rows} rows, listed above")
 
 
 # ---------------------------------------------------------------- shared by the commands
 
 
 def _print_table(title: str, heads: list[str], lines: Iterable[list[str]], text_columns: int = 1) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(title=title, title_justify="left")
     for index, head in enumerate(heads):
         table.add_column(head, justify="left" if index < text_columns else "right", overflow="fold")

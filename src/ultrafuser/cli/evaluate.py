@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
+from rich.box import HORIZONTALS
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from typer import Argument, Option
 
-from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice, echo, overrides_like, quiet
+from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice, echo, overrides_like
 from ultrafuser.errors import RecipeError
+from ultrafuser.progress import ConsoleProgress, quiet_libraries
 
 if TYPE_CHECKING:
     from ultrafuser.evaluate.results import EvalResults
-
 
 Models = Annotated[
     list[str],
@@ -91,35 +94,34 @@ def eval_command(
     Every answer is saved in --output at once. Rerun the same command after an interruption: it requests only the missing
     answers.
     """
-    from ultrafuser.progress import ConsoleProgress
 
     check_choice("--dtype", dtype, DTYPES)
-    with quiet():
-        from ultrafuser.evaluate.tasks import require_lm_eval
+    quiet_libraries()
+    from ultrafuser.evaluate.tasks import require_lm_eval
 
-        require_lm_eval()
-        from ultrafuser.evaluate.lm.load import LoadOptions, endpoint_recipe
-        from ultrafuser.evaluate.options import EvalOptions, select_benchmarks
-        from ultrafuser.evaluate.run import evaluate_models
-        from ultrafuser.evaluate.tasks import TaskOptions
+    require_lm_eval()
+    from ultrafuser.evaluate.lm.load import LoadOptions, endpoint_recipe
+    from ultrafuser.evaluate.options import EvalOptions, select_benchmarks
+    from ultrafuser.evaluate.run import evaluate_models
+    from ultrafuser.evaluate.tasks import TaskOptions
 
-        task_names = [task.strip() for task in (tasks or "").split(",") if task.strip()]
-        suites = suite or ([] if task_names else ["quick"])
-        names, skipped = select_benchmarks(suites, task_names, has_judge=judge is not None)
-        progress = ConsoleProgress()
-        if skipped:
-            progress.log(f"skipped without --judge: {', '.join(skipped)}")
-        options = EvalOptions(
-            names,
-            required=task_names,
-            data=data or [],
-            limit=limit,
-            seed=seed,
-            judge=endpoint_recipe(judge) if judge else None,
-            task_options=TaskOptions(data_dir, unsafe_code, samples, temperature, max_new_tokens, include_path),
-            load_options=LoadOptions(chat_template, dtype, device, batch_size),
-        )
-        results = evaluate_models(models, options, output, progress)
+    task_names = [task.strip() for task in (tasks or "").split(",") if task.strip()]
+    suites = suite or ([] if task_names else ["quick"])
+    names, skipped = select_benchmarks(suites, task_names, has_judge=judge is not None)
+    progress = ConsoleProgress()
+    if skipped:
+        progress.log(f"skipped without --judge: {', '.join(skipped)}")
+    options = EvalOptions(
+        names,
+        required=task_names,
+        data=data or [],
+        limit=limit,
+        seed=seed,
+        judge=endpoint_recipe(judge) if judge else None,
+        task_options=TaskOptions(data_dir, unsafe_code, samples, temperature, max_new_tokens, include_path),
+        load_options=LoadOptions(chat_template, dtype, device, batch_size),
+    )
+    results = evaluate_models(models, options, output, progress)
     if as_json:
         echo(json.dumps(results))
         return
@@ -127,12 +129,8 @@ def eval_command(
     echo(f"results: {output / 'results.json'}, {output / 'table.md'}, with answers and scores by document beside them")
 
 
-def _table(results: EvalResults) -> Any:
+def _table(results: EvalResults) -> Table:
     """Models and columns for the terminal, each number over its interval."""
-    from rich.box import HORIZONTALS
-    from rich.table import Table
-    from rich.text import Text
-
     from ultrafuser.evaluate.results import cell_texts, columns_of
 
     columns = columns_of(results)
@@ -158,20 +156,19 @@ def compare_command(
     Rerunning with the same output skips finished systems and rebuilds those whose entry changed.
     """
     from ultrafuser.compare.recipe import load_compare_recipe
-    from ultrafuser.progress import ConsoleProgress
 
     typed = load_compare_recipe(recipe, overrides or [])
-    with quiet():
-        from ultrafuser.evaluate.tasks import require_lm_eval
+    quiet_libraries()
+    from ultrafuser.evaluate.tasks import require_lm_eval
 
-        require_lm_eval()
-        from ultrafuser.compare.run import compare, system_states, tables
+    require_lm_eval()
+    from ultrafuser.compare.run import compare, system_states, tables
 
-        if dry_run:
-            for name, state in system_states(typed).items():
-                echo(f"{name}: {state}")
-            return
-        comparison = compare(typed, ConsoleProgress())
+    if dry_run:
+        for name, state in system_states(typed).items():
+            echo(f"{name}: {state}")
+        return
+    comparison = compare(typed, ConsoleProgress())
     if as_json:
         echo(json.dumps(comparison.model_dump(mode="json")))
     else:

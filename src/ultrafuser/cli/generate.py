@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
+from rich.table import Table
 from typer import Option
 
 from ultrafuser.cli.options import (
@@ -24,10 +25,9 @@ from ultrafuser.cli.options import (
     TopP,
     check_choice,
     echo,
-    quiet,
 )
-from ultrafuser.cli.tables import print_means
 from ultrafuser.errors import DataError, UltraFuserError
+from ultrafuser.progress import ConsoleProgress, quiet_libraries
 
 Response = Annotated[str | None, Option(help="Show the weights of this answer instead of generating one.")]
 
@@ -54,28 +54,24 @@ def generate_command(
 ) -> None:
     """Answer prompts, in batches."""
     chats = _conversations(prompt, file, system)
-    with quiet():
-        model, renderer = _load(folder, dtype, device, seed)
-        from ultrafuser.inspect.run import answer
-        from ultrafuser.progress import ConsoleProgress
+    model, renderer = _load(folder, dtype, device, seed)
+    from ultrafuser.inspect.run import answer
 
-        options = _sampling(max_new_tokens, temperature, top_p) | {"num_beams": num_beams}
-        progress = ConsoleProgress()
-        progress.start("answers", len(chats))
-        answers: list[str] = []
-        for start in range(0, len(chats), batch_size):
-            batch = chats[start : start + batch_size]
-            answers += [renderer.tokenizer.decode(ids) for ids in answer(model, renderer, batch, **options)]
-            progress.advance(len(batch))
-        progress.finish()
-    prompts = [chat[-1]["content"] for chat in chats]
+    options = _sampling(max_new_tokens, temperature, top_p) | {"num_beams": num_beams}
+    progress = ConsoleProgress()
+    progress.start("answers", len(chats))
+    answers: list[str] = []
+    for start in range(0, len(chats), batch_size):
+        batch = chats[start : start + batch_size]
+        answers += [renderer.tokenizer.decode(ids) for ids in answer(model, renderer, batch, **options)]
+        progress.advance(len(batch))
+    progress.finish()
     if as_json:
-        echo(
-            json.dumps([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)], ensure_ascii=False)
-        )
+        pairs = [{"prompt": chat[-1]["content"], "answer": text} for chat, text in zip(chats, answers, strict=True)]
+        echo(json.dumps(pairs, ensure_ascii=False))
         return
-    for question, text in zip(prompts, answers, strict=True):
-        echo(f"> {question}\n{text}\n" if len(prompts) > 1 else text)
+    for chat, text in zip(chats, answers, strict=True):
+        echo(f"> {chat[-1]['content']}\n{text}\n" if len(chats) > 1 else text)
 
 
 def chat_command(
@@ -92,8 +88,7 @@ def chat_command(
 
     Commands in the chat: /reset starts a new chat, /weights colours the last answer by specialist, /exit ends the program.
     """
-    with quiet():
-        model, renderer = _load(folder, dtype, device, seed)
+    model, renderer = _load(folder, dtype, device, seed)
     from transformers import TextStreamer
 
     from ultrafuser.inspect.run import answer, trace_tokens
@@ -164,16 +159,15 @@ def inspect_command(
 
     rows = load_rows(str(file), domain=domain, limit=limit) if file else []
     chats = [_chat(text, system) for text in prompt or []]
-    with quiet():
-        model, renderer = _load(folder, dtype, device, seed)
-        from ultrafuser.inspect.run import answer, trace_rows, trace_tokens
+    model, renderer = _load(folder, dtype, device, seed)
+    from ultrafuser.inspect.run import answer, trace_rows, trace_tokens
 
-        if response is not None:
-            answers = [renderer.tokenizer.encode(response, add_special_tokens=False)]
-        else:
-            answers = answer(model, renderer, chats, **_sampling(max_new_tokens, temperature, top_p)) if chats else []
-        traces = [trace_tokens(model, renderer, c, ids) for c, ids in zip(chats, answers, strict=True) if ids]
-        traces += trace_rows(model, renderer, rows) if file else []
+    if response is not None:
+        answers = [renderer.tokenizer.encode(response, add_special_tokens=False)]
+    else:
+        answers = answer(model, renderer, chats, **_sampling(max_new_tokens, temperature, top_p)) if chats else []
+    traces = [trace_tokens(model, renderer, c, ids) for c, ids in zip(chats, answers, strict=True) if ids]
+    traces += trace_rows(model, renderer, rows) if file else []
     if not traces:
         raise DataError(
             "there is no answer to inspect: the model generated none, or no row of the file fits its context"
@@ -183,7 +177,7 @@ def inspect_command(
     if as_json:
         echo(json.dumps({"mean_weights": means, "traces": [trace.to_dict() for trace in traces]}, ensure_ascii=False))
     elif file:
-        print_means(means)
+        _print_means(means)
     else:
         from ultrafuser.inspect.terminal import render_terminal
 
@@ -195,6 +189,7 @@ def inspect_command(
 
 
 def _load(folder: str, dtype: str, device: str, seed: int) -> tuple[Any, Any]:
+    quiet_libraries()
     from transformers import set_seed
 
     from ultrafuser.specialists import load, pick_device
@@ -249,12 +244,21 @@ def _write_traces(traces: list[Any], means: dict[str, Any], html: Path | None, p
 
         html.write_text(trace_page("Which specialist leads", traces), encoding="utf-8")
     if png is not None:
+        from ultrafuser.display.drawing import png_bytes
         from ultrafuser.inspect.figure import trace_png
         from ultrafuser.report.figures.gate import weights_by_domain
 
         if means:
-            from ultrafuser.display.drawing import png_bytes
-
             png.write_bytes(png_bytes(weights_by_domain(means)))
         else:
             trace_png(traces[0], png)
+
+
+def _print_means(means: dict[str, dict[str, float]]) -> None:
+    table = Table(title="mean gate weight by domain")
+    table.add_column("domain")
+    for name in next(iter(means.values())):
+        table.add_column(name, justify="right")
+    for domain, row in means.items():
+        table.add_row(domain, *(f"{value:.3f}" for value in row.values()))
+    Console().print(table)

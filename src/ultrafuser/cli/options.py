@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from ultrafuser.errors import RecipeError
-from ultrafuser.progress import quiet_libraries
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Folder = Annotated[str, Argument(help="A fused checkpoint: a folder or a hub id.")]
@@ -49,10 +47,3 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
 def echo(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()  # long work may follow
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Turn off the bars and hints of transformers."""
-    quiet_libraries()
-    yield

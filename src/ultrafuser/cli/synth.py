@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import HORIZONTALS
 from rich.console import Console
+from rich.table import Table
 from typer import Argument, Option
 from typer.core import TyperGroup
 
 from ultrafuser.cli.options import Json, echo, overrides_like
 from ultrafuser.errors import DataError, RecipeError
+from ultrafuser.progress import ConsoleProgress, quiet_libraries
 
 if TYPE_CHECKING:
     from ultrafuser.synth.recipe import SynthRecipe
@@ -93,7 +97,6 @@ def run_command(
         }
         _dry_run(typed, until, [name for name, value in options.items() if value is not None], as_json)
         return
-    from ultrafuser.progress import ConsoleProgress, quiet_libraries
     from ultrafuser.synth.pipeline import synthesise
 
     if any(model.endpoint == "local" for model in typed.used_models()):
@@ -142,7 +145,10 @@ def status_command(recipe: SynthRecipeFile, overrides: Overrides = None, as_json
     Console().print(_status_table(progress))
     rows = ", ".join(f"{domain} {count}" for domain, count in progress.rows.items()) or "none"
     echo(f"rows if it ended now, near duplicates included: {rows}")
-    remaining = "unknown" if progress.left_s is None else _duration(progress.left_s)
+    remaining = "unknown"
+    if progress.left_s is not None:
+        minutes = round(progress.left_s / 60)
+        remaining = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
     echo(f"remaining: about {progress.left_calls} calls, ${progress.left_usd:.4f} (time: {remaining})")
 
 
@@ -161,7 +167,6 @@ def join_command(
 
     Without a store it rewrites the data set: after a review, with other filters, or from an abandoned run.
     """
-    from ultrafuser.progress import ConsoleProgress
     from ultrafuser.synth.recipe import load_synth_recipe
 
     texts = arguments or []
@@ -212,40 +217,24 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 
 
 def _echo_results(output: str, outcome: Any, as_json: bool) -> None:
-    rows: dict[str, int] = {}
-    for row in outcome.rows:
-        rows[row.domain] = rows.get(row.domain, 0) + 1
+    rows = Counter(row.domain for row in outcome.rows)
+    stopped_after, folder = outcome.stopped_after, Path(output)
     if as_json:
-        echo(
-            json.dumps(
-                {
-                    "folder": output,
-                    "rows": rows,
-                    "stopped_after": outcome.stopped_after,
-                    "stages": outcome.ledger.rows(),
-                }
-            )
-        )
+        facts = {"folder": output, "rows": rows, "stopped_after": stopped_after, "stages": outcome.ledger.rows()}
+        echo(json.dumps(facts))
         return
-    if outcome.stopped_after is not None:
+    if stopped_after is not None:
         files = {"report": "report.json", "topics": "topics.json"}
         files |= {} if outcome.instructions is None else {"instructions": "instructions.jsonl"}
-        echo(
-            f"stopped after {outcome.stopped_after}: " + ", ".join(f"{k}: {Path(output) / v}" for k, v in files.items())
-        )
+        echo(f"stopped after {stopped_after}: " + ", ".join(f"{k}: {folder / name}" for k, name in files.items()))
         return
     echo(f"{len(outcome.rows)} rows: " + ", ".join(f"{domain} {count}" for domain, count in sorted(rows.items())))
     if missing := outcome.ledger.pending():
         echo(f"{missing} items have no response yet, so their rows are missing. Run the recipe to its end")
-    echo(
-        f"data set: {Path(output) / 'data.jsonl'}, {Path(output) / 'data.parquet'}, card: {Path(output) / 'README.md'}"
-    )
+    echo(f"data set: {folder / 'data.jsonl'}, {folder / 'data.parquet'}, card: {folder / 'README.md'}")
 
 
-def _plan_table(estimates: list[Any]) -> Any:
-    from rich.box import HORIZONTALS
-    from rich.table import Table
-
+def _plan_table(estimates: list[Any]) -> Table:
     title = "estimate in tokens, if every response is usable: four characters per token, answers as long as those of the paper"
     # narrow enough for the paper's sizes in 80 columns
     table = Table(title=title, title_justify="left", box=HORIZONTALS, padding=(0, 1, 0, 0))
@@ -254,54 +243,34 @@ def _plan_table(estimates: list[Any]) -> Any:
     table.add_column("model", overflow="fold")
     for name in ("calls", "read", "written", "dollars"):
         table.add_column(name, justify="right", no_wrap=True)
+    formats = {"calls": ",", "prompt_tokens": ",", "completion_tokens": ",", "usd": ",.2f"}
     for estimate in estimates:
         table.add_row(
             f"{estimate.stage} {estimate.part}".rstrip(),
             estimate.domain,
             estimate.model,
-            f"{estimate.calls:,}",
-            f"{estimate.prompt_tokens:,}",
-            f"{estimate.completion_tokens:,}",
-            f"{estimate.usd:,.2f}",
+            *(f"{getattr(estimate, key):{form}}" for key, form in formats.items()),
         )
-    sums = [
-        sum(getattr(estimate, key) for estimate in estimates) for key in ("calls", "prompt_tokens", "completion_tokens")
-    ]
+    sums = (f"{sum(getattr(estimate, key) for estimate in estimates):{form}}" for key, form in formats.items())
     table.add_section()
-    table.add_row(
-        "all", "", "", *(f"{total:,}" for total in sums), f"{sum(estimate.usd for estimate in estimates):,.2f}"
-    )
+    table.add_row("all", "", "", *sums)
     return table
 
 
-def _status_table(progress: Any) -> Any:
-    from rich.box import HORIZONTALS
-    from rich.table import Table
-
+def _status_table(progress: Any) -> Table:
     table = Table(box=HORIZONTALS)
     table.add_column("stage")
     for name in ("calls", "planned", "asked", "kept", "open", "rejected", "yield", "dollars"):
         table.add_column(name, justify="right")
     table.add_column("why rejected", overflow="fold")
     for stage in progress.stages:
-        share_kept = "" if stage.share_kept is None else f"{stage.share_kept:.0%}"
-        reasons = ", ".join(f"{reason} {count}" for reason, count in list(stage.reasons.items())[:3])
-        calls, planned = (f"{stage.answered}", f"{stage.planned}") if stage.planned else ("", "")
+        has_calls = bool(stage.planned)
         table.add_row(
             stage.stage,
-            calls,
-            planned,
-            f"{stage.asked}",
-            f"{stage.kept}",
-            f"{stage.open}",
-            f"{stage.rejected}",
-            share_kept,
-            f"{stage.usd:.4f}" if stage.planned else "",
-            reasons,
+            *((f"{stage.answered}", f"{stage.planned}") if has_calls else ("", "")),
+            *(f"{count}" for count in (stage.asked, stage.kept, stage.open, stage.rejected)),
+            "" if stage.share_kept is None else f"{stage.share_kept:.0%}",
+            f"{stage.usd:.4f}" if has_calls else "",
+            ", ".join(f"{reason} {count}" for reason, count in list(stage.reasons.items())[:3]),
         )
     return table
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
