@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from ultrafuser.errors import DataError
-from ultrafuser.synth.calls.merge import Merged
 from ultrafuser.synth.calls.request import CUT_OFF, Request, Response
-from ultrafuser.synth.calls.reviews import Review
-from ultrafuser.synth.calls.store import CallStore
+from ultrafuser.synth.calls.schema import Merged
+from ultrafuser.synth.calls.store import CallStore, Review
 
 
 def request(text: str, stage: str = "responses", **changes) -> Request:

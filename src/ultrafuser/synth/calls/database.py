@@ -112,8 +112,8 @@ class Database:
     def _prepare(self, identity: str | None) -> None:
         """Check what the file is, then create or migrate its tables."""
         try:
-            has_tables = self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] > 0
-            version, mark = self._pragma("user_version"), self._pragma("application_id")
+            queries = ("SELECT count(*) FROM sqlite_master", "PRAGMA user_version", "PRAGMA application_id")
+            has_tables, version, mark = (self.connection.execute(query).fetchone()[0] for query in queries)
         except sqlite3.OperationalError as error:
             raise self._error(error) from error
         except sqlite3.DatabaseError as error:
@@ -126,7 +126,17 @@ class Database:
             raise DataError(f"{self.file}: written in version {version} of the format, expected {FORMAT}; {next_step}")
         if not has_tables and identity is None:
             raise self._not_a_store("an empty file")
-        self._use_wal()
+        # With WAL readers never wait, and a commit needs no fsync: it survives a kill, though not always a power cut.
+        deadline = time.monotonic() + BUSY_S
+        while True:  # SQLite does not wait for other processes when it changes this mode
+            try:
+                self.connection.execute("PRAGMA journal_mode = WAL")
+                self.connection.execute("PRAGMA synchronous = NORMAL")
+                break
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise self._error(error) from error
+                time.sleep(0.05)
         # A reader may do the same at once, so both steps check again inside the transaction.
         with self.transaction() as connection:
             if identity is not None:
@@ -137,22 +147,6 @@ class Database:
                 f"{self.file}: holds the calls of another recipe ({stored!r}), expected {identity!r}; "
                 "choose another output folder, or go back to that recipe"
             )
-
-    def _use_wal(self) -> None:
-        """Readers never wait, and a commit needs no fsync: it survives a kill, though not always a power cut."""
-        deadline = time.monotonic() + BUSY_S
-        while True:  # SQLite does not wait for other processes when it changes this mode
-            try:
-                self.connection.execute("PRAGMA journal_mode = WAL")
-                self.connection.execute("PRAGMA synchronous = NORMAL")
-                return
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise self._error(error) from error
-                time.sleep(0.05)
-
-    def _pragma(self, name: str) -> int:
-        return self.connection.execute(f"PRAGMA {name}").fetchone()[0]
 
     def _not_a_store(self, problem: str) -> DataError:
         return DataError(f"{self.file}: not a file of calls ({problem}); move it away, or choose another output folder")

@@ -58,23 +58,26 @@ class LocalClient:
         """Nothing."""
 
     async def answer(self, requests: Sequence[Request], run: CallContext) -> list[Response | None]:
-        return list(await asyncio.to_thread(self._answer_alone, requests))  # progress and Ctrl-C work meanwhile
+        def answer_alone() -> list[Response | None]:
+            with _ONE_AT_A_TIME:
+                return list(self._answer(requests))
 
-    def _answer_alone(self, requests: Sequence[Request]) -> list[Response]:
-        with _ONE_AT_A_TIME:
-            return self._answer(requests)
+        return await asyncio.to_thread(answer_alone)  # progress and Ctrl-C work meanwhile
 
     def _answer(self, requests: Sequence[Request]) -> list[Response]:
         model = self._model = self._model or self._load()
+        assert model.renderer is not None and model.model is not None
+        context = model.model.config.max_position_embeddings
         responses: dict[int, Response] = {}
         prompt_tokens, max_tokens = [0] * len(requests), [0] * len(requests)
         # 1. Requests that do not fit fail without the model.
         for i, request in enumerate(requests):
             try:
-                prompt_tokens[i], max_tokens[i] = _token_limits(model, request)
+                prompt_tokens[i] = max(map(len, model.renderer.prompt(request.chat())))
             except DataError as error:  # the template refuses the messages
                 responses[i] = Response("failed", reason=f"refused: {error}")
                 continue
+            max_tokens[i] = min(request.max_tokens, context - prompt_tokens[i])
             if max_tokens[i] < 1:
                 reason = f"context overflow: a prompt of {prompt_tokens[i]} tokens leaves no room for a reply"
                 responses[i] = Response("failed", reason=reason)
@@ -101,30 +104,14 @@ class LocalClient:
         instances = []
         for i, (request, tokens) in enumerate(zip(requests, max_tokens, strict=True)):
             prompt = model.lm.apply_chat_template(request.chat())
-            instances.append(Instance("generate_until", {}, (prompt, self._options(request, tokens)), i))
+            options: dict[str, Any] = {"until": [], "do_sample": bool(request.temperature), "max_gen_toks": tokens}
+            if request.temperature:
+                options["temperature"] = request.temperature
+            instances.append(Instance("generate_until", {}, (prompt, options | self.recipe.generation), i))
         return model.lm.generate_until(instances)
-
-    def _options(self, request: Request, max_tokens: int) -> dict[str, Any]:
-        options: dict[str, Any] = {"until": [], "do_sample": bool(request.temperature), "max_gen_toks": max_tokens}
-        if request.temperature:
-            options["temperature"] = request.temperature
-        return options | self.recipe.generation
 
     def _load(self) -> LoadedModel:
         from ultrafuser.evaluate.lm.load import LoadOptions, load_model
 
-        recipe = self.recipe
-        return load_model(
-            recipe.model, LoadOptions(recipe.chat_template, recipe.dtype, recipe.device, recipe.batch_size)
-        )
-
-
-def _token_limits(model: LoadedModel, request: Request) -> tuple[int, int]:
-    """Tokens of the longest prompt, and of the longest reply that the request and the model's context allow.
-
-    Raises:
-        DataError: the template refuses the messages.
-    """
-    assert model.renderer is not None and model.model is not None
-    prompt_tokens = max(map(len, model.renderer.prompt(request.chat())))
-    return prompt_tokens, min(request.max_tokens, model.model.config.max_position_embeddings - prompt_tokens)
+        model = self.recipe
+        return load_model(model.model, LoadOptions(model.chat_template, model.dtype, model.device, model.batch_size))

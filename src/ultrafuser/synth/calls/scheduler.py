@@ -162,10 +162,6 @@ class _CallRun:
             spent_usd = self.store.spent_usd()
             self.progress.advance(stored, f"${spent_usd:.2f}" if spent_usd else "")
 
-    def tokens_used_up(self) -> bool:
-        """Whether the budget of tokens lets nothing more be sent."""
-        return self.budget_tokens is not None and self.store.tokens() >= self.budget_tokens
-
     # ---------------------------------------------------------------- the `CallContext` of clients
 
     @property
@@ -211,9 +207,13 @@ class _Queue:
         """
         was_idle = False
         while not self.run.stopping and (self.reserved or self.waiting):
-            if self.run.tokens_used_up():
+            if self.run.budget_tokens is not None and self.run.store.tokens() >= self.run.budget_tokens:
                 if not self.run.active_batches:
-                    raise self._out_of_tokens()
+                    raise BudgetExceeded(
+                        f"the budget of {self.run.budget_tokens:,} tokens is used up: {self.run.store.tokens():,} were read "
+                        f"and written, and {len(self.waiting) + len(self.reserved)} requests have no answer; raise "
+                        f"--budget-tokens and run again: {_NEXT_STEP}"
+                    )
                 await self._until_something_changes()
             elif self.reserved:
                 size = min(self.client.batch_size, len(self.reserved))
@@ -222,7 +222,12 @@ class _Queue:
                 # A request under way may cost less than was set aside for it. With none, waiting frees nothing.
                 idle = self.run.store.under_way() == 0
                 if idle and was_idle:
-                    raise self._out_of_money()
+                    assert self.run.budget_usd is not None
+                    raise BudgetExceeded(
+                        f"the budget of ${self.run.budget_usd:.2f} does not last: ${self.run.store.spent_usd():.4f} is "
+                        f"spent, the next call may cost up to ${self.client.ceiling_usd(self.waiting[0]):.4f}, and "
+                        f"{len(self.waiting)} requests have no answer; raise --budget-usd and run again: {_NEXT_STEP}"
+                    )
                 was_idle = idle
                 await self._until_something_changes()
         return []
@@ -241,19 +246,3 @@ class _Queue:
         self.run.changed.clear()
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.run.changed.wait(), _POLL_S)
-
-    def _out_of_money(self) -> BudgetExceeded:
-        spent_usd, budget_usd = self.run.store.spent_usd(), self.run.budget_usd
-        assert budget_usd is not None
-        return BudgetExceeded(
-            f"the budget of ${budget_usd:.2f} does not last: ${spent_usd:.4f} is spent, the next call may cost up to "
-            f"${self.client.ceiling_usd(self.waiting[0]):.4f}, and {len(self.waiting)} requests have no answer; "
-            f"raise --budget-usd and run again: {_NEXT_STEP}"
-        )
-
-    def _out_of_tokens(self) -> BudgetExceeded:
-        return BudgetExceeded(
-            f"the budget of {self.run.budget_tokens:,} tokens is used up: {self.run.store.tokens():,} were read and written, "
-            f"and {len(self.waiting) + len(self.reserved)} requests have no answer; raise --budget-tokens and run again: "
-            f"{_NEXT_STEP}"
-        )

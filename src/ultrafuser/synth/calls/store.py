@@ -15,11 +15,8 @@ from pathlib import Path
 
 from ultrafuser.errors import DataError
 from ultrafuser.synth.calls.database import Database
-from ultrafuser.synth.calls.merge import Merged, merge
 from ultrafuser.synth.calls.request import CUT_OFF, Request, Response
-from ultrafuser.synth.calls.reviews import Reviews
-from ultrafuser.synth.calls.schema import CALL
-from ultrafuser.synth.calls.verdicts import Verdicts
+from ultrafuser.synth.calls.schema import CALL, Merged, merge
 
 _NANO = 1_000_000_000  # money is counted in whole billionths of a dollar, so that sums are exact
 _ADD_LOST = "INSERT INTO lost SELECT key, ceiling FROM sent WHERE ceiling > 0{and_} ON CONFLICT (key) DO UPDATE SET cost = cost + excluded.cost"
@@ -38,6 +35,55 @@ class Count:
     prompt_tokens: int
     completion_tokens: int
     usd: float
+
+
+@dataclass(frozen=True)
+class Review:
+    """A reader's decision on a row of the data set."""
+
+    decision: str
+    note: str
+    at: float
+
+
+class Reviews:
+    """The decisions of readers, by the id of the row."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def get(self, row_id: str) -> Review | None:
+        """The decision on a row. None: not reviewed."""
+        rows = self._database.read("SELECT decision, note, at FROM reviews WHERE row = ?", (row_id,))
+        return Review(*rows[0]) if rows else None
+
+    def all(self) -> dict[str, Review]:
+        """Every decision, by row id."""
+        rows = self._database.read("SELECT row, decision, note, at FROM reviews ORDER BY row")
+        return {row_id: Review(*columns) for row_id, *columns in rows}
+
+    def set(self, row_id: str, decision: str, note: str = "") -> None:
+        """Store a decision. It replaces an earlier one on the same row."""
+        with self._database.transaction() as connection:
+            values = (row_id, decision, note, time.time())
+            connection.execute("INSERT OR REPLACE INTO reviews VALUES (?, ?, ?, ?)", values)
+
+
+class Verdicts:
+    """Key of an answer with its tests -> why it is rejected. Empty: the tests pass. So code runs once."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def get(self, keys: Iterable[str]) -> dict[str, str]:
+        """The verdicts that are stored for these keys."""
+        rows = self._database.read_keys("SELECT key, reason FROM verdicts", list(keys))
+        return {key: reason for key, (reason,) in rows.items()}
+
+    def add(self, verdicts: Mapping[str, str]) -> None:
+        """Store verdicts. One that is stored already stays."""
+        with self._database.transaction() as connection:
+            connection.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", verdicts.items())
 
 
 class CallStore:
@@ -82,8 +128,8 @@ class CallStore:
         rows = self._database.read(sql, (key,))
         if not rows:
             return None
-        status, text, reason, prompt_tokens, completion_tokens, cost = rows[0]
-        return Response(status, text, reason, prompt_tokens, completion_tokens, cost / _NANO)
+        *columns, cost = rows[0]
+        return Response(*columns, cost / _NANO)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The keys without a response, in their order."""
@@ -94,15 +140,17 @@ class CallStore:
     def finish(self, request: Request, response: Response) -> None:
         """Store a response and end its reservation. A response that is stored already stays; both costs count."""
         cost = round(response.cost_usd * _NANO)
-        text, reason = _storable(response.text), _storable(response.reason)
+        # UTF-8 cannot hold lone surrogates.
+        text, reason = (value.encode("utf-8", "replace").decode() for value in (response.text, response.reason))
         with self._database.transaction() as connection:
             # Tries that broke off belong to the cost of the call.
             if lost := connection.execute("SELECT cost FROM lost WHERE key = ?", (request.key,)).fetchone():
                 cost += lost[0]
                 connection.execute("DELETE FROM lost WHERE key = ?", (request.key,))
             connection.execute("DELETE FROM sent WHERE key = ?", (request.key,))
-            row = (request.key, request.stage, request.domain, request.item, request.role, request.sample, response.status,
-                   reason, response.prompt_tokens, response.completion_tokens, cost, self._run, time.time(), text)  # fmt: skip
+            row = (request.key, request.stage, request.domain, request.item, request.role, request.sample)
+            row += (response.status, reason, response.prompt_tokens, response.completion_tokens)
+            row += (cost, self._run, time.time(), text)
             connection.execute(
                 f"INSERT INTO calls ({CALL}) VALUES ({', '.join('?' * len(row))}) "
                 "ON CONFLICT (key) DO UPDATE SET cost = cost + excluded.cost",
@@ -154,7 +202,7 @@ class CallStore:
         with self._database.transaction() as connection:
             budget = self._remaining(budget_usd)
             for key, usd in ceilings.items():
-                cost = _rounded_up(usd)
+                cost = math.ceil(usd * _NANO)
                 if cost > budget:
                     break
                 budget -= cost
@@ -175,7 +223,7 @@ class CallStore:
         with self._database.transaction() as connection:
             connection.execute(_ONE_LOST, (key,))
             reserved = connection.execute("DELETE FROM sent WHERE key = ?", (key,)).rowcount == 1
-            cost = _rounded_up(ceiling_usd)
+            cost = math.ceil(ceiling_usd * _NANO)
             if not reserved or cost > self._remaining(budget_usd):
                 return False
             connection.execute("INSERT INTO sent VALUES (?, ?)", (key, cost))
@@ -228,22 +276,10 @@ class CallStore:
             f"SELECT stage, domain, status, {kind}, count(*), sum(prompt_tokens), sum(completion_tokens), sum(cost) "
             "FROM calls GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4"
         )
-        return [
-            Count(stage, domain, status, kind, calls, prompt_tokens, completion_tokens, cost / _NANO)
-            for stage, domain, status, kind, calls, prompt_tokens, completion_tokens, cost in rows
-        ]
+        return [Count(*columns, cost / _NANO) for *columns, cost in rows]
 
     def calls_per_second(self, window_s: float = 600.0) -> float | None:
         """Mean rate of responses over the last seconds. None: there were none."""
         now = time.time()
         calls, first = self._database.read("SELECT count(*), min(at) FROM calls WHERE at > ?", (now - window_s,))[0]
         return calls / max(now - first, 1.0) if calls else None
-
-
-def _rounded_up(usd: float) -> int:
-    return math.ceil(usd * _NANO)
-
-
-def _storable(text: str) -> str:
-    """The text with lone surrogates replaced, as UTF-8 cannot hold them."""
-    return text.encode("utf-8", "replace").decode()
