@@ -85,6 +85,10 @@ class Ledger:
     def decide(self, stage: str, domain: str, reason: str | None, text: str = "") -> bool:
         """Count one item as asked for, and as kept (no reason) or rejected. Returns whether it is kept."""
         self.request(stage, domain)
+        return self.settle(stage, domain, reason, text)
+
+    def settle(self, stage: str, domain: str, reason: str | None, text: str = "") -> bool:
+        """Count one item that was asked for as kept (no reason) or rejected. Returns whether it is kept."""
         if reason is None:
             self.keep(stage, domain)
         else:

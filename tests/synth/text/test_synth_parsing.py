@@ -23,6 +23,13 @@ from ultrafuser.synth.text.parsing import (
 AB = ["Name a river.", "Name a hill."]
 
 
+def reason_of(read, reply):
+    """Why a reply cannot be read."""
+    with pytest.raises(Unreadable) as error:
+        read(reply)
+    return str(error.value)
+
+
 @pytest.mark.parametrize(
     "reply",
     [
@@ -46,7 +53,6 @@ AB = ["Name a river.", "Name a hill."]
 )
 def test_lists(reply):
     items = read_list(reply)
-    assert not isinstance(items, Unreadable)
     assert [as_instruction(item) for item in items] == AB
 
 
@@ -82,7 +88,7 @@ def test_brackets_and_code_in_an_item_are_part_of_it(reply):
 
 
 def test_a_list_of_numbers_is_no_list_of_texts():
-    assert read_list("I sorted it: [1, 2, 3].") == Unreadable("no list")
+    assert reason_of(read_list, "I sorted it: [1, 2, 3].") == "no list"
 
 
 def test_commas_within_texts_stay():
@@ -103,7 +109,7 @@ def test_commas_within_texts_stay():
     ],
 )
 def test_replies_without_a_list(reply, reason):
-    assert read_list(reply) == Unreadable(reason)
+    assert reason_of(read_list, reply) == reason
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,7 @@ def test_names(item, name):
     ],
 )
 def test_items_that_are_not_names(item, reason):
-    assert as_name(item) == Unreadable(reason)
+    assert reason_of(as_name, item) == reason
 
 
 def test_sub_topics_with_concepts():
@@ -151,15 +157,15 @@ def test_sub_topics_with_concepts():
 def test_instructions_out_of_lists():
     assert as_instruction({"instruction": "Sort.", "input": "3 1"}) == "Sort.\n\n3 1"
     assert as_instruction('"Sort them."') == "Sort them."
-    assert as_instruction(7) == Unreadable("not text")
-    assert as_instruction("?!") == Unreadable("empty item")
+    assert reason_of(as_instruction, 7) == "not text"
+    assert reason_of(as_instruction, "?!") == "empty item"
 
 
 def test_one_text():
     assert read_text("<think>x</think> An answer. ") == "An answer."
     assert read_text("hm\n</think>\nAn answer.") == "An answer."  # some templates open the thoughts in the prompt
     assert read_text("=== the assistant 12ab34cd\nAn answer.\n=== end of the assistant 12ab34cd") == "An answer."
-    assert read_text(" ") == Unreadable("empty reply")
+    assert reason_of(read_text, " ") == "empty reply"
     assert read_instruction("**Rewritten instruction:** Name two rivers.") == "Name two rivers."
     assert read_instruction("New version: “Name two rivers.”") == "Name two rivers."
 
@@ -169,15 +175,15 @@ def test_one_text():
     [
         ("Good.\n[[7]]", 7),
         ("[[10]]", 10),
-        ("[[7]] at first, but\n[[3]]", Unreadable("no rating")),
-        ("It is a 7.", Unreadable("no rating")),
-        ("[[0]]", Unreadable("no rating")),
-        ("[[11]]", Unreadable("no rating")),
-        ("", Unreadable("empty reply")),
+        ("[[7]] at first, but\n[[3]]", "no rating"),
+        ("It is a 7.", "no rating"),
+        ("[[0]]", "no rating"),
+        ("[[11]]", "no rating"),
+        ("", "empty reply"),
     ],
 )
 def test_ratings(reply, rating):
-    assert read_rating(reply) == rating
+    assert (reason_of(read_rating, reply) if isinstance(rating, str) else read_rating(reply)) == rating
 
 
 CODE = "Here:\n\n```python\ndef f():\n    return 1\n```"

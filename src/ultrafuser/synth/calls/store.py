@@ -124,12 +124,9 @@ class CallStore:
 
     def response(self, key: str) -> Response | None:
         """The response to a request. None: not answered yet."""
-        sql = "SELECT status, text, reason, prompt_tokens, completion_tokens, cost FROM calls WHERE key = ?"
+        sql = "SELECT status, text, reason, prompt_tokens, completion_tokens, cost / 1e9 FROM calls WHERE key = ?"
         rows = self._database.read(sql, (key,))
-        if not rows:
-            return None
-        *columns, cost = rows[0]
-        return Response(*columns, cost / _NANO)
+        return Response(*rows[0]) if rows else None
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The keys without a response, in their order."""
@@ -148,9 +145,9 @@ class CallStore:
                 cost += lost[0]
                 connection.execute("DELETE FROM lost WHERE key = ?", (request.key,))
             connection.execute("DELETE FROM sent WHERE key = ?", (request.key,))
-            row = (request.key, request.stage, request.domain, request.item, request.role, request.sample)
-            row += (response.status, reason, response.prompt_tokens, response.completion_tokens)
-            row += (cost, self._run, time.time(), text)
+            row = [request.key, request.stage, request.domain, request.item, request.role, request.sample]
+            row += [response.status, reason, response.prompt_tokens, response.completion_tokens]
+            row += [cost, self._run, time.time(), text]
             connection.execute(
                 f"INSERT INTO calls ({CALL}) VALUES ({', '.join('?' * len(row))}) "
                 "ON CONFLICT (key) DO UPDATE SET cost = cost + excluded.cost",
@@ -273,10 +270,10 @@ class CallStore:
         # The kind of `context overflow: 9000 tokens` is `context overflow`.
         kind = "CASE instr(reason, ':') WHEN 0 THEN reason ELSE substr(reason, 1, instr(reason, ':') - 1) END"
         rows = self._database.read(
-            f"SELECT stage, domain, status, {kind}, count(*), sum(prompt_tokens), sum(completion_tokens), sum(cost) "
+            f"SELECT stage, domain, status, {kind}, count(*), sum(prompt_tokens), sum(completion_tokens), sum(cost) / 1e9 "
             "FROM calls GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4"
         )
-        return [Count(*columns, cost / _NANO) for *columns, cost in rows]
+        return [Count(*row) for row in rows]
 
     def calls_per_second(self, window_s: float = 600.0) -> float | None:
         """Mean rate of responses over the last seconds. None: there were none."""

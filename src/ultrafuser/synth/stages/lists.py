@@ -53,7 +53,7 @@ class ListRequest(Generic[T]):
     parent: str
     count: int
     prompt_values: Callable[[int], dict[str, Any]]
-    read: Callable[[Any, str], tuple[str, T] | Unreadable]
+    read: Callable[[Any, str], tuple[str, T]]
     seen: set[str]
     items: list[T] = field(default_factory=list)
     num_requests: int = 0
@@ -65,7 +65,7 @@ def request_lists(
     list_requests: Sequence[ListRequest[T]],
     text_of: Callable[[T], str],
     num_known: int,
-    schema: Mapping[str, Any],
+    schema: dict[str, Any],
 ) -> None:
     """Request lists until every parent has enough items, or the rounds of the recipe are over.
 
@@ -82,9 +82,8 @@ def request_lists(
             known = [text_of(item) for item in target.items[-num_known:]]
             for count in portions(target.count - len(target.items), call.per_call):
                 values = target.prompt_values(target.num_requests) | {"number": count, "known": known}
-                request = run.request(
-                    stage, target.domain, target.parent, stage, values, sample=target.num_requests, schema=dict(schema)
-                )
+                sample = target.num_requests
+                request = run.request(stage, target.domain, target.parent, stage, values, sample=sample, schema=schema)
                 requests.append((target, count, request))
                 target.num_requests += 1
         if not requests:
@@ -104,7 +103,7 @@ def _read_items(
     request: Request,
     response: Response | None,
     count: int,
-    read: Callable[[Any, str], tuple[str, T] | Unreadable],
+    read: Callable[[Any, str], tuple[str, T]],
     seen: set[str],
 ) -> list[T]:
     """The valid new items of one response. The ledger accounts for all `count` items that were wanted."""
@@ -112,23 +111,23 @@ def _read_items(
     reply = run.read(request, response, count)
     if reply is None:
         return []
-    raw_items = parsing.read_list(reply)
-    if isinstance(raw_items, Unreadable):
-        ledger.reject(stage, domain, raw_items.reason, reply, count)
+    try:
+        raw_items = parsing.read_list(reply)
+    except Unreadable as error:
+        ledger.reject(stage, domain, str(error), reply, count)
         return []
     ledger.entry(stage, domain).surplus += max(0, len(raw_items) - count)
     ledger.reject(stage, domain, "fewer than asked for", count=count - min(count, len(raw_items)))
     items = []
     for index, raw in enumerate(raw_items[:count]):
-        item = read(raw, item_id(request.item, stage, request.sample, index))
-        if isinstance(item, Unreadable):
-            ledger.reject(stage, domain, item.reason, str(raw))
-        elif (text := plain(item[0])) in seen:
-            ledger.reject(stage, domain, "duplicate", item[0])
-        else:
-            seen.add(text)
-            items.append(item[1])
-            ledger.keep(stage, domain)
+        try:
+            text, item = read(raw, item_id(request.item, stage, request.sample, index))
+        except Unreadable as error:
+            ledger.reject(stage, domain, str(error), str(raw))
+            continue
+        if ledger.settle(stage, domain, "duplicate" if plain(text) in seen else None, text):
+            seen.add(plain(text))
+            items.append(item)
     return items
 
 
@@ -141,28 +140,22 @@ def find_topics(run: StageRun) -> dict[str, list[Topic]]:
     for domain in run.recipe.domains:
         seeds = [Topic(item_id(domain.name, "seed", n), domain.name, name) for n, name in enumerate(domain.topics)]
         seen = {plain(name) for name in domain.topics}
-        target = ListRequest(
-            domain, item_id(domain.name), domain.counts.meta_topics, lambda _: {}, _topic_reader(domain), seen, seeds
-        )
-        list_requests.append(target)
+        count, read = domain.counts.meta_topics, partial(_read_topic, domain)
+        list_requests.append(ListRequest(domain, item_id(domain.name), count, lambda _: {}, read, seen, seeds))
     request_lists(run, "meta_topics", list_requests, lambda topic: topic.name, KNOWN_TOPICS, _STRINGS)
     return {target.domain.name: target.items for target in list_requests}
 
 
-def _topic_reader(domain: DomainRecipe) -> Callable[[Any, str], tuple[str, Topic] | Unreadable]:
-    def read(raw: Any, id: str) -> tuple[str, Topic] | Unreadable:
-        name = parsing.as_name(raw)
-        if isinstance(name, Unreadable):
-            return name
-        reason = filters.check_name(str(raw))
-        return Unreadable(reason) if reason else (name, Topic(id, domain.name, name))
-
-    return read
+def _read_topic(domain: DomainRecipe, raw: Any, id: str) -> tuple[str, Topic]:
+    name = parsing.as_name(raw)
+    _reject(filters.check_name(str(raw)))
+    return name, Topic(id, domain.name, name)
 
 
-def _same_values(values: Mapping[str, Any], _: int) -> dict[str, Any]:
-    """The same values for every request."""
-    return dict(values)
+def _reject(reason: str | None) -> None:
+    """Raise `Unreadable` if there is a reason to reject an item."""
+    if reason is not None:
+        raise Unreadable(reason)
 
 
 def find_sub_topics(run: StageRun, topics: Mapping[str, Sequence[Topic]]) -> dict[str, list[SubTopic]]:
@@ -172,8 +165,8 @@ def find_sub_topics(run: StageRun, topics: Mapping[str, Sequence[Topic]]) -> dic
         domain_topics, seen = topics[domain.name], set[str]()
         counts = shares(domain.counts.sub_topics, len(domain_topics)) if domain_topics else []
         for topic, count in zip(domain_topics, counts, strict=True):
-            values = partial(_same_values, {"topic": topic.name, "num_concepts": domain.counts.concepts})
-            list_requests.append(ListRequest(domain, topic.id, count, values, _sub_topic_reader(domain, topic), seen))
+            values, read = partial(_sub_topic_values, domain, topic), partial(_read_sub_topic, domain, topic)
+            list_requests.append(ListRequest(domain, topic.id, count, values, read, seen))
     request_lists(run, "sub_topics", list_requests, lambda sub_topic: sub_topic.name, KNOWN_TOPICS, _NAMED_CONCEPTS)
     sub_topics: dict[str, list[SubTopic]] = {domain.name: [] for domain in run.recipe.domains}
     for target in list_requests:
@@ -181,17 +174,14 @@ def find_sub_topics(run: StageRun, topics: Mapping[str, Sequence[Topic]]) -> dic
     return sub_topics
 
 
-def _sub_topic_reader(domain: DomainRecipe, topic: Topic) -> Callable[[Any, str], tuple[str, SubTopic] | Unreadable]:
-    def read(raw: Any, id: str) -> tuple[str, SubTopic] | Unreadable:
-        named = parsing.as_named_concepts(raw, domain.counts.concepts)
-        if isinstance(named, Unreadable):
-            return named
-        reason = filters.check_name(str(raw))
-        if reason:
-            return Unreadable(reason)
-        return named.name, SubTopic(id, domain.name, topic.name, named.name, named.concepts)
+def _sub_topic_values(domain: DomainRecipe, topic: Topic, _: int) -> dict[str, Any]:
+    return {"topic": topic.name, "num_concepts": domain.counts.concepts}
 
-    return read
+
+def _read_sub_topic(domain: DomainRecipe, topic: Topic, raw: Any, id: str) -> tuple[str, SubTopic]:
+    named = parsing.as_named_concepts(raw, domain.counts.concepts)
+    _reject(filters.check_name(str(raw)))
+    return named.name, SubTopic(id, domain.name, topic.name, named.name, named.concepts)
 
 
 class NumberedSubTopic(NamedTuple):
@@ -226,37 +216,23 @@ def find_instructions(
     for domain in run.recipe.domains:
         for sub_topic, position, total in sub_topics[domain.name]:
             count = shares(domain.counts.instructions, total)[position]
-            read = _instruction_reader(run, sub_topic, "first")
-            list_requests.append(
-                ListRequest(domain, sub_topic.id, count, _instruction_values(run, sub_topic), read, set())
-            )
+            values = partial(_instruction_values, run, sub_topic)
+            read = partial(_read_instruction, run, sub_topic, "first")
+            list_requests.append(ListRequest(domain, sub_topic.id, count, values, read, set()))
     request_lists(run, "instructions", list_requests, lambda item: item.text, KNOWN_INSTRUCTIONS, _STRINGS)
     return list_requests
 
 
-def _instruction_values(run: StageRun, sub_topic: SubTopic) -> Callable[[int], dict[str, Any]]:
+def _instruction_values(run: StageRun, sub_topic: SubTopic, index: int) -> dict[str, Any]:
     """Values of the prompt. Every request about a sub-topic names other concepts, drawn by its index."""
-
-    def values(index: int) -> dict[str, Any]:
-        order = sorted(sub_topic.concepts, key=lambda concept: draw(run.recipe.seed, sub_topic.id, index, concept))
-        return {"topic": sub_topic.topic, "subtopic": sub_topic.name, "concepts": order[:CONCEPTS]}
-
-    return values
+    order = sorted(sub_topic.concepts, key=lambda concept: draw(run.recipe.seed, sub_topic.id, index, concept))
+    return {"topic": sub_topic.topic, "subtopic": sub_topic.name, "concepts": order[:CONCEPTS]}
 
 
-def _instruction_reader(
-    run: StageRun, sub_topic: SubTopic, origin: str
-) -> Callable[[Any, str], tuple[str, Instruction] | Unreadable]:
-    def read(raw: Any, id: str) -> tuple[str, Instruction] | Unreadable:
-        text = parsing.as_instruction(raw)
-        if isinstance(text, Unreadable):
-            return text
-        reason = filters.check_instruction(text, run.recipe.filters)
-        if reason:
-            return Unreadable(reason)
-        return text, Instruction(id, sub_topic.domain, sub_topic.topic, sub_topic.name, text, origin)
-
-    return read
+def _read_instruction(run: StageRun, sub_topic: SubTopic, origin: str, raw: Any, id: str) -> tuple[str, Instruction]:
+    text = parsing.as_instruction(raw)
+    _reject(filters.check_instruction(text, run.recipe.filters))
+    return text, Instruction(id, sub_topic.domain, sub_topic.topic, sub_topic.name, text, origin)
 
 
 def expand(run: StageRun, list_requests: Sequence[ListRequest[Instruction]]) -> list[Instruction]:
@@ -265,17 +241,13 @@ def expand(run: StageRun, list_requests: Sequence[ListRequest[Instruction]]) -> 
     Returns:
         The first instructions and the related ones, by sub-topic.
     """
-    requests = [
-        (target, relation, count, request)
-        for target in list_requests
-        for relation, count, request in _expansions(run, target)
-    ]
+    requests = [(target, *expansion) for target in list_requests for expansion in _expansions(run, target)]
     responses = run.get_responses([request for *_, request in requests]) if requests else {}
     related: dict[str, list[Instruction]] = {target.parent: [] for target in list_requests}
     for target, relation, count, request in requests:
         first = target.items[0]
         sub_topic = SubTopic(target.parent, first.domain, first.topic, first.subtopic, ())
-        read = _instruction_reader(run, sub_topic, relation)
+        read = partial(_read_instruction, run, sub_topic, relation)
         related[target.parent] += _read_items(run, request, responses.get(request.key), count, read, target.seen)
     return [item for target in list_requests for item in [*target.items, *related[target.parent]]]
 
@@ -291,14 +263,9 @@ def _expansions(run: StageRun, target: ListRequest[Instruction]) -> list[tuple[s
             if not count:
                 continue
             first, examples = group[0], [item.text for item in group]
-            values = {
-                "topic": first.topic,
-                "subtopic": first.subtopic,
-                "relation": relation,
-                "number": count,
-                "examples": examples,
-            }
+            values: dict[str, Any] = {"topic": first.topic, "subtopic": first.subtopic}
+            values |= {"relation": relation, "number": count, "examples": examples}
             item = item_id(first.id, relation)
-            request = run.request("expand", target.domain, item, "expand", values, schema=dict(_STRINGS))
+            request = run.request("expand", target.domain, item, "expand", values, schema=_STRINGS)
             requests.append((relation, count, request))
     return requests

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ultrafuser.synth.calls.request import CUT_OFF, Request, Response
 from ultrafuser.synth.ledger import Ledger
@@ -13,6 +13,7 @@ from ultrafuser.synth.recipe import DomainRecipe, SynthRecipe
 from ultrafuser.synth.text.checks import Case
 from ultrafuser.synth.text.parsing import Unreadable
 
+T = TypeVar("T")
 Lookup = Callable[[Sequence[Request]], Mapping[str, Response]]
 TestRunner = Callable[[Sequence[Case]], Mapping[Case, str | None]]
 
@@ -71,21 +72,31 @@ class StageRun:
             return request.full_reply(response.text)
         return None
 
-    def texts(self, requests: Sequence[Request], read: Callable[[str], str | Unreadable]) -> Iterator[str | None]:
-        """The text of each response, for stages with one text per request. The caller still has to count it as kept."""
+    def texts(
+        self,
+        items: Sequence[T],
+        requests: Sequence[Request],
+        read: Callable[[str], str],
+        check: Callable[[T, str], str | None] = lambda item, text: None,
+    ) -> Iterator[tuple[T, str]]:
+        """Each item with the text of its response, for stages with one text per request. Unusable texts are left out.
+
+        Args:
+            read: reply -> text.
+            check: item, text -> why the text is rejected. None: it is kept.
+        """
         responses = self.get_responses(requests)
-        for request in requests:
+        for item, request in zip(items, requests, strict=True):
             response = responses.get(request.key)
             reply = self.read(request, response)
             if reply is None or response is None:
-                yield None
                 continue
-            text = read(reply)
-            if isinstance(text, Unreadable):
-                self.ledger.reject(request.stage, request.domain, text.reason, reply)
-            elif response.reason == CUT_OFF:
+            try:
+                text = read(reply)
+            except Unreadable as error:
+                self.ledger.reject(request.stage, request.domain, str(error), reply)
+                continue
+            if response.reason == CUT_OFF:
                 self.ledger.reject(request.stage, request.domain, "cut off", reply)
-            else:
-                yield text
-                continue
-            yield None
+            elif self.ledger.settle(request.stage, request.domain, check(item, text), text):
+                yield item, text

@@ -25,18 +25,15 @@ def rewrite_complex(run: StageRun, instructions: Sequence[Instruction]) -> list[
         run.request("complex", recipe.domain(item.domain), item.id, "complex", {"instruction": item.text})
         for item in drawn
     ]
-    rewritten: dict[str, Instruction] = {}
-    for instruction, text in zip(drawn, run.texts(requests, parsing.read_instruction), strict=True):
-        if text is None:
-            continue
-        reason = filters.check_instruction(text, recipe.filters)
-        if reason is None and plain(text) == plain(instruction.text):
-            reason = "unchanged"
-        if reason is not None:
-            run.ledger.reject("complex", instruction.domain, reason, text)
-            continue
-        run.ledger.keep("complex", instruction.domain)
-        rewritten[instruction.id] = replace(instruction, text=text, origin=f"{instruction.origin} complex")
+
+    def check(instruction: Instruction, text: str) -> str | None:
+        unchanged = "unchanged" if plain(text) == plain(instruction.text) else None
+        return filters.check_instruction(text, recipe.filters) or unchanged
+
+    rewritten = {
+        instruction.id: replace(instruction, text=text, origin=f"{instruction.origin} complex")
+        for instruction, text in run.texts(drawn, requests, parsing.read_instruction, check)
+    }
     return [rewritten.get(item.id, item) for item in instructions]
 
 
@@ -44,10 +41,7 @@ def answer(run: StageRun, instructions: Sequence[Instruction]) -> list[Conversat
     """An answer to each instruction."""
     requests = [_answer_request(run, "responses", instruction) for instruction in instructions]
     conversations = []
-    for instruction, text in zip(instructions, run.texts(requests, parsing.read_text), strict=True):
-        if text is None:
-            continue
-        run.ledger.keep("responses", instruction.domain)
+    for instruction, text in run.texts(instructions, requests, parsing.read_text):
         has_tests = run.recipe.domain(instruction.domain).tests
         reply, tests = parsing.split_tests(text) if has_tests else (text, None)
         # The id depends on the words: a review of a row says nothing about another row with the same parent.
@@ -64,16 +58,12 @@ def _answer_request(run: StageRun, stage: str, instruction: Instruction, sample:
 
 def filter_answers(run: StageRun, conversations: Sequence[Conversation]) -> list[Conversation]:
     """The conversations whose first answer passes the filters."""
-    return [
-        conversation
-        for conversation in conversations
-        if run.ledger.decide(
-            "filters",
-            conversation.domain,
-            filters.check_answer(conversation.answer, run.recipe.filters),
-            conversation.answer,
-        )
-    ]
+    passed = []
+    for conversation in conversations:
+        reason = filters.check_answer(conversation.answer, run.recipe.filters)
+        if run.ledger.decide("filters", conversation.domain, reason, conversation.answer):
+            passed.append(conversation)
+    return passed
 
 
 def check_answers(run: StageRun, conversations: Sequence[Conversation]) -> list[Conversation]:
@@ -130,11 +120,9 @@ def compare_samples(run: StageRun, conversations: Sequence[Conversation]) -> lis
         samples = [request.full_reply(response.text) for request, response in pairs if response.status == "ok"]
         # A failed call agrees with nothing.
         share = checks.agreement(conversation.answer, samples) * len(samples) / len(group)
-        if share >= run.recipe.domain(conversation.domain).agreement:
-            run.ledger.keep("samples", conversation.domain)
+        reason = None if share >= run.recipe.domain(conversation.domain).agreement else "samples disagree"
+        if run.ledger.settle("samples", conversation.domain, reason, conversation.answer):
             agreed.append(conversation)
-        else:
-            run.ledger.reject("samples", conversation.domain, "samples disagree", conversation.answer)
     return agreed
 
 
@@ -143,28 +131,21 @@ def judge(run: StageRun, conversations: Sequence[Conversation]) -> list[Conversa
     min_score = run.recipe.filters.min_score
     if min_score is None:
         return list(conversations)
-    requests = [
-        run.request(
-            "judge",
-            run.recipe.domain(item.domain),
-            item.id,
-            "judge",
-            {"instruction": item.instruction.text, "answer": item.answer},
-        )
-        for item in conversations
-    ]
+    requests = []
+    for item in conversations:
+        values = {"instruction": item.instruction.text, "answer": item.answer}
+        requests.append(run.request("judge", run.recipe.domain(item.domain), item.id, "judge", values))
     responses, accepted = run.get_responses(requests), []
     for conversation, request in zip(conversations, requests, strict=True):
         reply = run.read(request, responses.get(request.key))
         if reply is None:
             continue
-        rating = parsing.read_rating(reply)
-        if isinstance(rating, Unreadable):
-            run.ledger.reject("judge", conversation.domain, rating.reason, reply)
-        elif rating < min_score:
-            run.ledger.reject("judge", conversation.domain, f"score below {min_score}", conversation.answer)
-        else:
-            run.ledger.keep("judge", conversation.domain)
+        try:
+            reason = f"score below {min_score}" if parsing.read_rating(reply) < min_score else None
+        except Unreadable as error:
+            run.ledger.reject("judge", conversation.domain, str(error), reply)
+            continue
+        if run.ledger.settle("judge", conversation.domain, reason, conversation.answer):
             accepted.append(conversation)
     return accepted
 
@@ -174,27 +155,19 @@ def add_turns(run: StageRun, conversations: Sequence[Conversation]) -> list[Conv
     recipe = run.recipe
     current = {item.id: item for item in conversations}
     active = [item for item in conversations if draw(recipe.seed, item.id, "turns") < recipe.multi_turn_share]
+
+    def check(question: tuple[Conversation, str], text: str) -> str | None:
+        kind = recipe.domain(question[0].domain).check
+        return filters.check_answer(text, recipe.filters) or checks.check_answer(kind, text)
+
     for _ in range(1, recipe.turns):
         questions = _next_questions(run, active)
-        requests = [
-            run.request(
-                "turns",
-                recipe.domain(item.domain),
-                item.id,
-                "responses",
-                {"instruction": question, "history": history(item.turns)},
-            )
-            for item, question in questions
-        ]
+        requests = []
+        for item, question in questions:
+            values = {"instruction": question, "history": history(item.turns)}
+            requests.append(run.request("turns", recipe.domain(item.domain), item.id, "responses", values))
         active = []
-        for (conversation, question), text in zip(questions, run.texts(requests, parsing.read_text), strict=True):
-            if text is None:
-                continue
-            kind = recipe.domain(conversation.domain).check
-            if reason := filters.check_answer(text, recipe.filters) or checks.check_answer(kind, text):
-                run.ledger.reject("turns", conversation.domain, reason, text)
-                continue
-            run.ledger.keep("turns", conversation.domain)
+        for (conversation, question), text in run.texts(questions, requests, parsing.read_text, check):
             # The tests of a row are those of its last answer. These belong to the first one.
             longer = replace(conversation, turns=(*conversation.turns, (question, text)), tests=None)
             current[conversation.id] = longer
@@ -208,16 +181,9 @@ def _next_questions(run: StageRun, conversations: Sequence[Conversation]) -> lis
         run.request("turns", run.recipe.domain(item.domain), item.id, "turns", {"history": history(item.turns)})
         for item in conversations
     ]
-    questions = []
-    for conversation, text in zip(conversations, run.texts(requests, parsing.read_text), strict=True):
-        if text is None:
-            continue
-        reason = filters.check_instruction(text, run.recipe.filters)
-        if reason is None and any(plain(text) == plain(user) for user, _ in conversation.turns):
-            reason = "unchanged"
-        if reason is None:
-            run.ledger.keep("turns", conversation.domain)
-            questions.append((conversation, text))
-        else:
-            run.ledger.reject("turns", conversation.domain, reason, text)
-    return questions
+
+    def check(conversation: Conversation, text: str) -> str | None:
+        repeated = any(plain(text) == plain(user) for user, _ in conversation.turns)
+        return filters.check_instruction(text, run.recipe.filters) or ("unchanged" if repeated else None)
+
+    return list(run.texts(conversations, requests, parsing.read_text, check))

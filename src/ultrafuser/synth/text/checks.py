@@ -35,10 +35,7 @@ def check_code(answer: str) -> str | None:
     """Why the code of an answer is rejected: a Python block does not parse or is cut off. None: all blocks parse."""
     if answer.count("```") % 2:
         return "code cut off"
-    for code in python_blocks(answer):
-        if not _parses(code):
-            return "code does not parse"
-    return None
+    return None if all(map(_parses, python_blocks(answer))) else "code does not parse"
 
 
 def python_blocks(answer: str) -> list[str]:
@@ -52,22 +49,16 @@ def python_blocks(answer: str) -> list[str]:
 
 
 def _parses(code: str) -> bool:
-    try:
-        ast.parse(code)
-    except IndentationError:
-        return _parses_indented(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the parser raises all of these
-        return False
-    return True
-
-
-def _parses_indented(code: str) -> bool:
-    """Whether an indented excerpt, as from the middle of a function, parses."""
-    try:
-        ast.parse("if True:\n" + "\n".join(f" {line}" for line in code.splitlines()))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+    """Whether code parses. An indented excerpt, as from the middle of a function, is tried inside a block."""
+    for text in (code, "if True:\n" + "\n".join(f" {line}" for line in code.splitlines())):
+        try:
+            ast.parse(text)
+        except IndentationError:
+            continue
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the parser raises all of these
+            return False
+        return True
+    return False
 
 
 Case = tuple[str, str]  # an answer, and the tests that its code must pass
@@ -126,7 +117,9 @@ def check_arithmetic(answer: str) -> str | None:
         left_value, right_value = evaluate(left), evaluate(right)
         if left_value is None or right_value is None:
             continue
-        if abs(left_value - right_value) > _tolerance(right):
+        # A result with decimals may be rounded in its last place, a whole number is exact.
+        decimals = [len(digits) for digits in re.findall(r"\.(\d+)", right)]
+        if abs(left_value - right_value) > (Fraction(1, 10 ** max(decimals)) if decimals else 0):
             return "wrong arithmetic"
     return None
 
@@ -233,16 +226,9 @@ def _value(node: ast.AST) -> Fraction:
         if right.denominator != 1 or abs(right) > MAX_EXPONENT or len(str(left)) > MAX_DIGITS:
             raise ValueError("too large")
         return Fraction(left**right.numerator)
-    operation = _OPERATIONS.get(type(node.op))
-    if operation is None:
+    if type(node.op) not in _OPERATIONS:
         raise ValueError("not arithmetic")
-    return operation(left, right)
-
-
-def _tolerance(right: str) -> Fraction:
-    """The allowed error: a result with decimals may be rounded in its last place, a whole number is exact."""
-    decimals = [len(digits) for digits in re.findall(r"\.(\d+)", right)]
-    return Fraction(1, 10 ** max(decimals)) if decimals else Fraction(0)
+    return _OPERATIONS[type(node.op)](left, right)
 
 
 def final_result(answer: str) -> str | None:

@@ -74,7 +74,7 @@ _FORMULA = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|(?<!\\)\$[^$\n]+\$|`
 
 def check_name(text: str) -> str | None:
     """Why a topic or concept is rejected. None: it passes."""
-    return "instructs the pipeline" if instructs_pipeline(text) else None
+    return "instructs the pipeline" if _PIPELINE.search(text) else None
 
 
 def check_instruction(text: str, filters: FiltersRecipe) -> str | None:
@@ -105,23 +105,17 @@ def check_answer(text: str, filters: FiltersRecipe) -> str | None:
 
 
 def _wrong_length_or_addressee(kind: str, text: str, min_chars: int, max_chars: int) -> str | None:
-    """Why a text is rejected for its length, or because it gives orders to the pipeline."""
     if len(text) < min_chars:
         return f"{kind} too short"
     if len(text) > max_chars:
         return f"{kind} too long"
-    return "instructs the pipeline" if instructs_pipeline(text) else None
+    return check_name(text)
 
 
 def _repetition_or_language(text: str, filters: FiltersRecipe) -> str | None:
     if repetition(text) > filters.max_repetition:
         return "repetition"
     return "another language" if is_other_language(text, filters) else None
-
-
-def instructs_pipeline(text: str) -> bool:
-    """Whether a text gives orders to the models of this pipeline."""
-    return _PIPELINE.search(text) is not None
 
 
 def repetition(text: str) -> float:

@@ -29,11 +29,8 @@ _NAME_KEYS = ("name", "sub_topic", "subtopic", "topic", "title")
 _TEXT_KEYS = ("instruction", "text", "prompt", "question", "task", "request", "content", *_NAME_KEYS)
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """The reason why nothing could be read from a reply."""
-
-    reason: str
+class Unreadable(Exception):
+    """Nothing can be read from a reply. Its text is the reason, and every function below may raise it."""
 
 
 @dataclass(frozen=True)
@@ -47,45 +44,38 @@ class NamedConcepts:
 # ---------------------------------------------------------------- lists
 
 
-def read_list(reply: str) -> list[Any] | Unreadable:
+def read_list(reply: str) -> list[Any]:
     """The items of a reply: strings, or JSON objects.
 
     The order is: JSON in a code block, JSON anywhere, numbered lines, bulleted lines. Lines are first if one of them comes
     before any bracket or code block. JSON may have trailing commas, be cut off in its last item, have the list under any
     key, or be one object per line.
     """
-    text = after_thinking(reply).strip()
-    if not text:
-        return Unreadable("empty reply")
-    if len(text) > GIANT_CHARS:
-        return Unreadable("giant reply")
-    for read in (_listed_lines, _any_json) if _starts_with_a_line(text) else (_any_json, _listed_lines):
-        if items := read(text):
-            return items
-    return Unreadable("wrong JSON" if re.search(r"[\[{]\s*[\"{\[]", text) else "no list")
-
-
-def _starts_with_a_line(text: str) -> bool:
-    """Whether a line of a list comes first, so that later brackets and code are part of an item."""
+    text = _not_empty_or_giant(after_thinking(reply).strip())
+    # If a line of a list comes first, later brackets and code are part of an item.
     line = re.search(rf"^{_ITEM_LINE.pattern}", text, re.M)
     code = re.search(r"[\[{]|^[ \t]*(?:```|~~~)", text, re.M)
-    return line is not None and line[1][0] not in "[{" and (code is None or line.start() < code.start())
+    lines_first = line is not None and line[1][0] not in "[{" and (code is None or line.start() < code.start())
+    for read in (_listed_lines, _any_json) if lines_first else (_any_json, _listed_lines):
+        if items := read(text):
+            return items
+    raise Unreadable("wrong JSON" if re.search(r"[\[{]\s*[\"{\[]", text) else "no list")
 
 
-def _any_json(text: str) -> list[Any] | None:
+def _any_json(text: str) -> list[Any]:
     """The items of JSON in a code block, or else anywhere. A list of numbers alone is not a list of items."""
     for candidate in [*(block.body for block in code_blocks(text)), text]:
         items = _json_items(candidate)
-        if items and any(isinstance(item, (str, dict)) for item in items):
+        if any(isinstance(item, (str, dict)) for item in items):
             return items
-    return None
+    return []
 
 
-def _json_items(text: str) -> list[Any] | None:
+def _json_items(text: str) -> list[Any]:
     # 1. Start at the first bracket.
     start = re.search(r"[\[{]", text)
     if start is None:
-        return None
+        return []
     text = text[start.start() :]
     # 2. Decode the text, or the text without trailing commas. If neither is valid, take its complete items.
     for candidate in (text, repaired := _TRAILING_COMMA.sub(r"\1", text)):
@@ -103,16 +93,15 @@ def _json_items(text: str) -> list[Any] | None:
         if len(lists) == 1 and not any(key in value for key in _NAME_KEYS):
             return lists[0]
         rest = text[end:].lstrip(", \t\r\n")
-        further_items = _json_items(rest) if rest.startswith("{") else None
-        return [value, *(further_items or [])]
-    return value if isinstance(value, list) else None
+        return [value, *(_json_items(rest) if rest.startswith("{") else [])]
+    return value if isinstance(value, list) else []
 
 
-def _complete_items(text: str) -> list[Any] | None:
+def _complete_items(text: str) -> list[Any]:
     """The complete items at the start of a list that is cut off or broken."""
     inner = text[1:] if text.startswith("[") else re.sub(r"^\{[^\[{]*\[", "", text, count=1)
     if inner == text:
-        return None
+        return []
     decoder, position = json.JSONDecoder(strict=False), 0
     items: list[Any] = []
     while match := re.compile(r"[\s,]*(?=[\"{\[])").match(inner, position):
@@ -121,10 +110,10 @@ def _complete_items(text: str) -> list[Any] | None:
         except (ValueError, RecursionError):
             break
         items.append(item)
-    return items or None
+    return items
 
 
-def _listed_lines(text: str) -> list[Any] | None:
+def _listed_lines(text: str) -> list[Any]:
     """Numbered lines if there are any, otherwise bulleted ones. Indented and plain lines continue the item above."""
     # 1. Collect the lines of each item.
     lines = text.splitlines()
@@ -141,38 +130,34 @@ def _listed_lines(text: str) -> list[Any] | None:
         elif items and not line.strip():
             items[-1] += "\n"
     # 2. Further paragraphs after the last item are text after the list.
-    texts: list[Any] = []
-    for item in items:
-        paragraphs = item.strip().split("\n\n")
-        texts.append(paragraphs[0] if len(paragraphs) > 1 and item is items[-1] else item.strip())
-    return texts or None
+    texts: list[Any] = [item.strip() for item in items]
+    texts[-1:] = [text.split("\n\n")[0] for text in texts[-1:]]
+    return texts
 
 
 # ---------------------------------------------------------------- strict checks
 
 
-def as_name(item: Any) -> str | Unreadable:
+def as_name(item: Any) -> str:
     """A topic: one short line."""
     is_object = isinstance(item, dict)
     if isinstance(item, dict):
         item = next((item[key] for key in _NAME_KEYS if isinstance(item.get(key), str)), None)
     if not isinstance(item, str):
-        return Unreadable("not text")
+        raise Unreadable("not text")
     name = _bare(item.strip().splitlines()[0] if item.strip() else "")
     # In a line of text a name may be followed by an explanation.
     name = _bare(name if is_object else _NAME_END.split(name, maxsplit=1)[0]).rstrip(".;,")
     if not any(character.isalpha() for character in name):
-        return Unreadable("empty item")
+        raise Unreadable("empty item")
     if len(name) > MAX_NAME_CHARS or len(name.split()) > MAX_NAME_WORDS:
-        return Unreadable("not a name")
+        raise Unreadable("not a name")
     return name
 
 
-def as_named_concepts(item: Any, at_most: int) -> NamedConcepts | Unreadable:
+def as_named_concepts(item: Any, at_most: int) -> NamedConcepts:
     """A sub-topic with concepts: an object, or text such as `name: concept, concept`."""
     name = as_name(item)
-    if isinstance(name, Unreadable):
-        return name
     candidates: list[Any] = []
     if isinstance(item, dict):
         candidates = next((value for value in item.values() if isinstance(value, list)), [])
@@ -187,45 +172,44 @@ def as_named_concepts(item: Any, at_most: int) -> NamedConcepts | Unreadable:
     return NamedConcepts(name, tuple(concepts[:at_most]))
 
 
-def as_instruction(item: Any) -> str | Unreadable:
+def as_instruction(item: Any) -> str:
     """An instruction of a list: a string, or an object with one under a usual key."""
     if isinstance(item, dict):
         instruction = next((item[key] for key in _TEXT_KEYS if isinstance(item.get(key), str)), None)
         extra = item.get("input")
         item = f"{instruction}\n\n{extra}" if instruction and isinstance(extra, str) and extra.strip() else instruction
     if not isinstance(item, str):
-        return Unreadable("not text")
+        raise Unreadable("not text")
     text = _unquoted(_printable(item).strip())
-    return text if any(character.isalnum() for character in text) else Unreadable("empty item")
+    if not any(character.isalnum() for character in text):
+        raise Unreadable("empty item")
+    return text
 
 
-def read_text(reply: str) -> str | Unreadable:
+def read_text(reply: str) -> str:
     """A reply that is one text, without reasoning and without the lines that our prompts put around quotations."""
     text = after_thinking(_printable(reply)).strip()
     text = re.sub(r"^=== .{0,60} [0-9a-f]{8}\s*\n|\n=== end of .{0,60} [0-9a-f]{8}\s*$", "", text).strip()
-    if not text:
-        return Unreadable("empty reply")
-    return Unreadable("giant reply") if len(text) > GIANT_CHARS else text
+    return _not_empty_or_giant(text)
 
 
-def read_instruction(reply: str) -> str | Unreadable:
+def read_instruction(reply: str) -> str:
     """A reply that is one instruction, without a label or quotes around it."""
-    text = read_text(reply)
-    if isinstance(text, Unreadable):
-        return text
-    text = _unquoted(_LABEL.sub("", text, count=1).strip())
-    return text if any(character.isalnum() for character in text) else Unreadable("empty reply")
+    text = _unquoted(_LABEL.sub("", read_text(reply), count=1).strip())
+    if not any(character.isalnum() for character in text):
+        raise Unreadable("empty reply")
+    return text
 
 
-def read_rating(reply: str) -> int | Unreadable:
+def read_rating(reply: str) -> int:
     """The rating in the last line. A reply with different ratings has none."""
     text = after_thinking(reply).strip()
     if not text:
-        return Unreadable("empty reply")
+        raise Unreadable("empty reply")
     ratings = _RATING.findall(text[-GIANT_CHARS:])
     last = _RATING.search(text.splitlines()[-1])
     if last is None or set(ratings) != {last[1]}:
-        return Unreadable("no rating")
+        raise Unreadable("no rating")
     return int(last[1])
 
 
@@ -239,13 +223,19 @@ def split_tests(answer: str) -> tuple[str, str | None]:
         tree = ast.parse(tests)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return answer, None
-    kinds = (ast.Assert, ast.Import, ast.ImportFrom)
-    if not tree.body or not all(isinstance(node, kinds) for node in tree.body):
-        return answer, None
-    if not any(isinstance(node, ast.Assert) for node in tree.body):
+    kinds = {type(node) for node in tree.body}
+    if ast.Assert not in kinds or not kinds <= {ast.Assert, ast.Import, ast.ImportFrom}:
         return answer, None
     head = answer[: blocks[-1].start()].rstrip()
     return _TEST_HEAD.sub("", head).rstrip(), tests
+
+
+def _not_empty_or_giant(text: str) -> str:
+    if not text:
+        raise Unreadable("empty reply")
+    if len(text) > GIANT_CHARS:
+        raise Unreadable("giant reply")
+    return text
 
 
 def _bare(text: str) -> str:
