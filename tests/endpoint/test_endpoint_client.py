@@ -31,6 +31,13 @@ QUESTION = [{"role": "user", "content": "why?"}]
 VLLM_OVERFLOW = "This model's maximum context length is 64 tokens. However, you requested 80 tokens."
 
 
+def ask(endpoint: Endpoint, messages, **fields) -> Reply:
+    (_, outcome), *_ = endpoint.ask_all([Request(messages, fields)])
+    if isinstance(outcome, RequestError):
+        raise outcome
+    return outcome
+
+
 @pytest.fixture
 def server():
     pytest.importorskip("aiohttp", reason="the endpoint extra is not installed")
@@ -46,7 +53,7 @@ def no_key(monkeypatch):
 def test_the_request_follows_the_recipe_and_the_caller(server: FakeEndpoint, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
     recipe = server.recipe(api_key_env="JUDGE_KEY", max_tokens=9, extra_body={"top_k": 3})
-    reply = Endpoint(recipe).ask(QUESTION, stop=["\n"], top_p=None)
+    reply = ask(Endpoint(recipe), QUESTION, stop=["\n"], top_p=None)
     assert reply == Reply("ok", "stop", None, 7, 3)
     assert server.requests == [
         {"model": "judge", "messages": QUESTION, "max_tokens": 9, "temperature": 0.0, "stop": ["\n"], "top_k": 3}
@@ -56,15 +63,15 @@ def test_the_request_follows_the_recipe_and_the_caller(server: FakeEndpoint, mon
 
 def test_max_completion_tokens_and_no_temperature(server: FakeEndpoint):
     endpoint = Endpoint(server.recipe(max_tokens_key="max_completion_tokens", temperature=None))
-    endpoint.ask(QUESTION, max_tokens=5)
+    ask(endpoint, QUESTION, max_tokens=5)
     assert server.requests == [{"model": "judge", "messages": QUESTION, "max_completion_tokens": 5}]
 
 
 def test_tokens_are_counted(server: FakeEndpoint):
     server.script = [failing(500)]
     endpoint = Endpoint(server.recipe())
-    endpoint.ask(QUESTION)
-    endpoint.ask(QUESTION)
+    ask(endpoint, QUESTION)
+    ask(endpoint, QUESTION)
     usage = endpoint.usage
     assert (usage.requests, usage.replies, usage.prompt_tokens, usage.completion_tokens) == (3, 2, 14, 6)
 
@@ -73,7 +80,7 @@ def test_tokens_are_counted(server: FakeEndpoint):
 def test_transient_failures_are_retried(server: FakeEndpoint, name):
     server.script = [UNUSABLE[name]] * 2
     recipe = server.recipe(timeout_s=0.2 if UNUSABLE[name] is HANG else 5)
-    assert Endpoint(recipe).ask(QUESTION).text == "ok"
+    assert ask(Endpoint(recipe), QUESTION).text == "ok"
     assert server.hits == 3
 
 
@@ -83,13 +90,13 @@ def test_the_error_after_all_retries_names_the_cause(server: FakeEndpoint, name,
     server.script = [UNUSABLE[name]] * 3
     recipe = server.recipe(timeout_s=0.2 if UNUSABLE[name] is HANG else 5)
     with pytest.raises(RequestError, match=f"{server.url}, model 'judge': .*{message}.*, after 3 tries. .*`retries`"):
-        Endpoint(recipe).ask(QUESTION)
+        ask(Endpoint(recipe), QUESTION)
     assert server.hits == 3
 
 
 def test_a_password_in_the_address_comes_before_the_key(server: FakeEndpoint, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "key")
-    Endpoint(server.recipe(base_url=server.url.replace("//", "//user:password@"))).ask(QUESTION)
+    ask(Endpoint(server.recipe(base_url=server.url.replace("//", "//user:password@"))), QUESTION)
     assert server.headers[0]["authorization"] == "Basic " + b64encode(b"user:password").decode()
 
 
@@ -99,10 +106,10 @@ def test_no_access(server: FakeEndpoint, monkeypatch, code):
     with pytest.raises(
         EndpointError, match=f"{server.url}, model 'judge': status {code}: bad key. .*OPENAI_API_KEY is not"
     ):
-        Endpoint(server.recipe()).ask(QUESTION)
+        ask(Endpoint(server.recipe()), QUESTION)
     monkeypatch.setenv("OPENAI_API_KEY", "hidden")
     with pytest.raises(EndpointError, match="OPENAI_API_KEY is set, but its key was not accepted") as caught:
-        Endpoint(server.recipe()).ask(QUESTION)
+        ask(Endpoint(server.recipe()), QUESTION)
     assert "hidden" not in str(caught.value)
     assert server.hits == 2  # never tried again
 
@@ -113,7 +120,7 @@ def test_a_key_that_no_header_can_hold_is_not_shown(server: FakeEndpoint, monkey
         Endpoint(server.recipe())
     assert "hid" not in str(caught.value)
     monkeypatch.setenv("OPENAI_API_KEY", " key\n")  # as a file's end leaves it
-    Endpoint(server.recipe()).ask(QUESTION)
+    ask(Endpoint(server.recipe()), QUESTION)
     assert server.headers[0]["authorization"] == "Bearer key"
 
 
@@ -127,13 +134,13 @@ def test_one_request_that_is_forbidden_where_others_are_served(server: FakeEndpo
 def test_unknown_model(server: FakeEndpoint):
     server.script = [failing(404, "The model `judge` does not exist", "model_not_found")]
     with pytest.raises(EndpointError, match=f"status 404: The model `judge` does not exist. .*{server.url}/models"):
-        Endpoint(server.recipe()).ask(QUESTION)
+        ask(Endpoint(server.recipe()), QUESTION)
     assert server.hits == 1
 
 
 def test_wrong_address(server: FakeEndpoint):
     with pytest.raises(EndpointError, match="status 404.*an address usually ends in /v1"):
-        Endpoint(server.recipe(base_url=server.url.removesuffix("/v1"))).ask(QUESTION)
+        ask(Endpoint(server.recipe(base_url=server.url.removesuffix("/v1"))), QUESTION)
 
 
 def test_unreachable_host():
@@ -142,14 +149,14 @@ def test_unreachable_host():
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
         with pytest.raises(EndpointError, match=f"{url}, model 'm': cannot be reached .*Check the address") as caught:
-            Endpoint(EndpointRecipe(model="m", base_url=url, backoff_s=100)).ask(QUESTION)
+            ask(Endpoint(EndpointRecipe(model="m", base_url=url, backoff_s=100)), QUESTION)
     assert not isinstance(caught.value, RequestError)
 
 
 def test_a_spent_account_is_not_retried(server: FakeEndpoint):
     server.script = [failing(429, "quota", "insufficient_quota")]
     with pytest.raises(EndpointError, match="429: quota. This account has nothing left to spend"):
-        Endpoint(server.recipe()).ask(QUESTION)
+        ask(Endpoint(server.recipe()), QUESTION)
     assert server.hits == 1
 
 
@@ -160,14 +167,14 @@ def test_context_overflow(server: FakeEndpoint, step):
     with pytest.raises(
         ContextOverflowError, match=f"{server.url}, model 'judge': context overflow.*Lower `max_tokens`"
     ):
-        Endpoint(server.recipe()).ask(QUESTION)
+        ask(Endpoint(server.recipe()), QUESTION)
     assert server.hits == 1
 
 
 def test_a_refused_request_is_not_retried(server: FakeEndpoint):
     server.script = [failing(400, "Unsupported parameter: 'max_tokens'")]
     with pytest.raises(RequestError, match="status 400: Unsupported parameter: 'max_tokens'. .*`max_tokens_key`"):
-        Endpoint(server.recipe()).ask(QUESTION)
+        ask(Endpoint(server.recipe()), QUESTION)
     assert server.hits == 1
 
 
@@ -179,12 +186,12 @@ def test_a_refused_request_is_not_retried(server: FakeEndpoint):
 def test_the_words_of_the_endpoint_reach_the_user(server: FakeEndpoint, step, message):
     server.script = [step]
     with pytest.raises(RequestError, match=message):
-        Endpoint(server.recipe(retries=0)).ask(QUESTION)
+        ask(Endpoint(server.recipe(retries=0)), QUESTION)
 
 
 def test_a_filtered_question_is_a_reply_without_text(server: FakeEndpoint):
     server.script = [failing(400, "filtered", "content_filter")]
-    assert Endpoint(server.recipe()).ask(QUESTION) == Reply("", "content_filter")
+    assert ask(Endpoint(server.recipe()), QUESTION) == Reply("", "content_filter")
 
 
 def test_waits_double_with_jitter_unless_the_endpoint_asks_for_a_time():
@@ -212,10 +219,11 @@ def test_waits_double_with_jitter_unless_the_endpoint_asks_for_a_time():
     Step(gzip.compress(b" " * 50_000_000), headers={"content-encoding": "gzip"}),
     Step("x" * 10_000, 500, endless=True),
 ])  # fmt: skip
-def test_a_long_reply_is_not_read_to_its_end(server: FakeEndpoint, step):
+def test_a_long_reply_is_not_read_to_its_end(server: FakeEndpoint, step, monkeypatch):
+    monkeypatch.setattr("ultrafuser.endpoint.client.MAX_REPLY_BYTES", 1_000_000)
     server.script = [step]
     with pytest.raises(RequestError, match="a reply of more than 1,000,000 bytes. Lower `max_tokens`"):
-        Endpoint(server.recipe(), max_reply_bytes=1_000_000).ask(QUESTION)
+        ask(Endpoint(server.recipe()), QUESTION)
     assert server.hits == 1
 
 
@@ -223,20 +231,20 @@ def test_the_timeout_holds_for_the_whole_request(server: FakeEndpoint):
     server.reply = lambda _: replace(fine("ok"), pause_s=0.05)
     began = time.monotonic()
     with pytest.raises(RequestError, match="no reply within 0.3 s, after 1 try"):
-        Endpoint(server.recipe(timeout_s=0.3, retries=0)).ask(QUESTION)
+        ask(Endpoint(server.recipe(timeout_s=0.3, retries=0)), QUESTION)
     assert time.monotonic() - began < 3
 
 
 def test_redirects_are_not_followed(server: FakeEndpoint):
     server.script = [Step("", 308, {"location": f"{server.url}/chat/completions"})]
     with pytest.raises(EndpointError, match="status 308: no words. The endpoint has moved. Set `base_url`"):
-        Endpoint(server.recipe()).ask(QUESTION)
+        ask(Endpoint(server.recipe()), QUESTION)
     assert server.hits == 1
 
 
 def test_inside_a_running_loop(server: FakeEndpoint):
     async def run() -> str:
-        return Endpoint(server.recipe()).ask(QUESTION).text
+        return ask(Endpoint(server.recipe()), QUESTION).text
 
     assert asyncio.run(run()) == "ok"
 

@@ -8,7 +8,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from ultrafuser.endpoint.errors import Malformed, read_failure, retry_after_s
+from ultrafuser.endpoint.errors import Failure, read_failure, retry_after_s
 from ultrafuser.endpoint.messages import Reply, read_reply
 
 
@@ -38,7 +38,7 @@ def test_lone_surrogates_are_replaced():
                                   b'{"choices": {"0": 1}}', b'{"choices": [{"message": "hi"}]}', b'{"choices": [{"message": {}}]}',
                                   b'{"error": {"message": "busy"}}', body(content={"a": 1}), body(content=["a"])])  # fmt: skip
 def test_malformed_replies(sent):
-    with pytest.raises(Malformed):
+    with pytest.raises(Failure, match="the reply is no chat completion"):
         read_reply(sent)
 
 

@@ -14,22 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from ultrafuser.endpoint.errors import Failure, Malformed, next_step, read_failure
+from ultrafuser.endpoint.errors import Failure, next_step, read_failure
 from ultrafuser.endpoint.messages import Reply, Request, read_reply
 from ultrafuser.endpoint.pace import retry_wait_s
 from ultrafuser.endpoint.recipe import EndpointRecipe
 from ultrafuser.errors import ContextOverflowError, EndpointError, MissingExtraError, RequestError
 
-MAX_REPLY_BYTES = 16 * 2**20
+MAX_REPLY_BYTES = 16 * 2**20  # a longer reply is of no use
 MAX_FAILURES = 5  # requests in a row that were not served, retries included: then the endpoint counts as dead
-
-
-class _ReplyTooLong(Exception):
-    """A response of more bytes than any useful one."""
 
 
 @dataclass
@@ -50,34 +45,25 @@ class AsyncEndpoint:
         EndpointError: the key has characters that no header can hold.
     """
 
-    def __init__(
-        self,
-        recipe: EndpointRecipe,
-        *,
-        max_reply_bytes: int = MAX_REPLY_BYTES,
-        extra: str = "endpoint",
-        usage: Usage | None = None,
-    ) -> None:
+    def __init__(self, recipe: EndpointRecipe, *, extra: str = "endpoint", usage: Usage | None = None) -> None:
         try:
             import aiohttp  # noqa: F401
         except ImportError:
             raise MissingExtraError("aiohttp", extra, "a model behind an endpoint") from None
-        self.recipe, self.max_reply_bytes, self.usage = recipe, max_reply_bytes, usage or Usage()
+        self.recipe, self.usage = recipe, usage or Usage()
         self.name = f"endpoint {recipe.base_url}, model {recipe.model!r}"
         self._url = f"{recipe.base_url}/chat/completions"
-        self._proxy = _proxy_for(self._url)
+        address = urlsplit(self._url)
+        self._proxy = None if proxy_bypass(address.netloc) else getproxies().get(address.scheme)
         self._headers = {"content-type": "application/json"}
-        if (key := self._api_key()) and not urlsplit(self._url).username:  # a password in the address comes first
-            self._headers["authorization"] = f"Bearer {key}"
-
-    def _api_key(self) -> str:
-        variable = self.recipe.api_key_env
+        variable = recipe.api_key_env
         key = os.environ.get(variable, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise EndpointError(
                 f"{self.name}: the environment variable {variable} holds blanks or letters that no key has. Set it again"
             )
-        return key
+        if key and not address.username:  # a password in the address comes first
+            self._headers["authorization"] = f"Bearer {key}"
 
     async def open(self) -> None:
         """Open the session, inside the event loop."""
@@ -113,14 +99,9 @@ class AsyncEndpoint:
         except (aiohttp.ClientError, OSError) as error:
             cause = str(error) or type(error).__name__
             raise Failure("transient", f"the connection broke ({cause})", billed=True) from error
-        except _ReplyTooLong:
-            raise Failure("too long", f"a reply of more than {self.max_reply_bytes:,} bytes", billed=True) from None
         if status != 200:
             raise read_failure(status, body, headers)
-        try:
-            reply = read_reply(body)
-        except Malformed as error:
-            raise Failure("transient", f"the reply is no chat completion ({error})", billed=True) from error
+        reply = read_reply(body)
         self.usage.replies += 1
         self.usage.prompt_tokens += reply.prompt_tokens or 0
         self.usage.completion_tokens += reply.completion_tokens or 0
@@ -132,9 +113,9 @@ class AsyncEndpoint:
             content = bytearray()
             async for chunk in response.content.iter_any():
                 content += chunk
-                if len(content) > self.max_reply_bytes:
+                if len(content) > MAX_REPLY_BYTES:
                     response.close()
-                    raise _ReplyTooLong
+                    raise Failure("too long", f"a reply of more than {MAX_REPLY_BYTES:,} bytes", billed=True)
             return response.status, response.headers, bytes(content)
 
     def error(
@@ -146,7 +127,7 @@ class AsyncEndpoint:
 
 
 class Endpoint:
-    """The synchronous face: asks one request or many at once, and retries.
+    """The synchronous face: sends many requests at once, and retries.
 
     Each call runs an event loop in a thread of its own, so that it also works inside a loop, as in a notebook.
 
@@ -155,32 +136,24 @@ class Endpoint:
         EndpointError: the key has characters that no header can hold.
     """
 
-    def __init__(self, recipe: EndpointRecipe, *, max_reply_bytes: int = MAX_REPLY_BYTES) -> None:
-        self.recipe, self.usage, self.max_reply_bytes = recipe, Usage(), max_reply_bytes
+    def __init__(self, recipe: EndpointRecipe) -> None:
+        self.recipe, self.usage = recipe, Usage()
         self.failures = 0  # in a row, over all calls
         self.name = self.client().name
 
     def client(self) -> AsyncEndpoint:
         """A client for one event loop."""
-        return AsyncEndpoint(self.recipe, max_reply_bytes=self.max_reply_bytes, usage=self.usage)
-
-    def ask(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> Reply:
-        """The reply to one request.
-
-        Raises:
-            EndpointError: the endpoint cannot be used: no such host or model, no access, nothing left to spend.
-            RequestError: it did not serve this request: too long, refused, or unanswered after all retries.
-        """
-        (_, outcome), *_ = self.ask_all([Request(messages, fields)])
-        if isinstance(outcome, RequestError):
-            raise outcome
-        return outcome
+        return AsyncEndpoint(self.recipe, usage=self.usage)
 
     def ask_all(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply | RequestError]]:
         """(index, reply or error) of each request as they come, `concurrency` at a time.
 
         When the endpoint cannot be used, or `MAX_FAILURES` requests in a row were left unanswered, no more are sent.
-        Those in flight are still yielded, then the error is raised.
+        Those in flight are still yielded, then the error is raised. A `RequestError` means that this request was not
+        served: too long, refused, or unanswered after all retries.
+
+        Raises:
+            EndpointError: the endpoint cannot be used: no such host or model, no access, nothing left to spend.
         """
         batch = _Batch(self, requests)
         with ThreadPoolExecutor(1) as pool:
@@ -256,14 +229,10 @@ class _Batch:
                 return outcome
             if attempt <= self.recipe.retries:
                 wait_s = retry_wait_s(self.recipe.backoff_s, attempt, failure.retry_after_s)
-                if await self._is_stopped_within(wait_s):
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), wait_s)
                     return None
         return client.error(failure, RequestError, suffix=f", after {attempt} {'try' if attempt == 1 else 'tries'}")
-
-    async def _is_stopped_within(self, seconds: float) -> bool:
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), seconds)
-        return self._stop.is_set()
 
     def _fatal_error(self, outcome: Reply | EndpointError) -> EndpointError | None:
         """The reason to send no more, if there is one."""
@@ -290,11 +259,3 @@ def _final_outcome(client: AsyncEndpoint, failure: Failure) -> Reply | EndpointE
     if failure.kind == "refused":
         return client.error(failure, EndpointError if failure.status == 403 and not served else RequestError)
     return client.error(failure, RequestError) if failure.kind == "too long" else None
-
-
-def _proxy_for(url: str) -> str | None:
-    """The proxy that the environment names for an address."""
-    address = urlsplit(url)
-    if proxy_bypass(address.netloc):
-        return None
-    return getproxies().get(address.scheme)

@@ -28,10 +28,6 @@ Kind = Literal[
 ]
 
 
-class Malformed(Exception):
-    """A response that is not a chat completion."""
-
-
 class Failure(Exception):
     """One attempt that brought no reply.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ultrafuser.endpoint.errors import Malformed, one_line
+from ultrafuser.endpoint.errors import Failure, one_line
 from ultrafuser.endpoint.recipe import EndpointRecipe
 
 _MAX_TOKENS = 2**31  # a larger count is not a count
@@ -53,21 +53,21 @@ def read_reply(body: bytes) -> Reply:
     """The reply in a response of status 200. Servers send all kinds of things with it, so each field is checked.
 
     Raises:
-        Malformed: the body is not a chat completion.
+        Failure: the body is not a chat completion.
     """
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"no JSON: {_excerpt(body)}") from error
+        raise _malformed(f"no JSON: {_excerpt(body)}") from error
     tree = tree if isinstance(tree, dict) else {}
     choices: Any = tree.get("choices")
     choice: Any = choices[0] if isinstance(choices, list) and choices else {}
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict) or "content" not in message:
-        raise Malformed(f"no message in it: {_excerpt(body)}")
+        raise _malformed(f"no message in it: {_excerpt(body)}")
     text = message["content"] or ""
     if not isinstance(text, str):
-        raise Malformed("its content is not text")
+        raise _malformed("its content is not text")
     usage: Any = tree.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Reply(
@@ -77,6 +77,10 @@ def read_reply(body: bytes) -> Reply:
         _count(usage.get("prompt_tokens")),
         _count(usage.get("completion_tokens")),
     )
+
+
+def _malformed(problem: str) -> Failure:
+    return Failure("transient", f"the reply is no chat completion ({problem})", billed=True)
 
 
 def _excerpt(body: bytes) -> str:

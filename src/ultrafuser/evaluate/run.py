@@ -122,7 +122,7 @@ def check_benchmarks(options: EvalOptions) -> None:
     for name in options.benchmarks:
         if name in JUDGED:
             (alpaca if name == "alpaca_eval" else mt_bench).load_rows(options.task_options.data_dir)
-            _judge(name, options, None)
+            _judge_endpoint(name, options)
 
 
 # ---------------------------------------------------------------- one model
@@ -180,7 +180,7 @@ def _run_judged(
     benchmark = alpaca if name == "alpaca_eval" else mt_bench
     return benchmark.evaluate(
         lm,
-        _judge(name, options, store),
+        Judge(_judge_endpoint(name, options), store, seed=options.seed),
         benchmark.load_rows(options.task_options.data_dir),
         limit=options.limit,
         seed=options.seed,
@@ -204,10 +204,10 @@ def _by_question(result: JudgedResult) -> TaskScores:
     )
 
 
-def _judge(benchmark: str, options: EvalOptions, store: ResponseCache | None) -> Judge:
+def _judge_endpoint(benchmark: str, options: EvalOptions) -> Endpoint:
     if options.judge is None:
         raise DataError(f"{benchmark} needs a judge; give --judge NAME@URL, any OpenAI-compatible endpoint")
-    return Judge(Endpoint(options.judge), store, seed=options.seed)
+    return Endpoint(options.judge)
 
 
 # ---------------------------------------------------------------- rows of the losses

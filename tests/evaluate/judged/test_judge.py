@@ -30,7 +30,11 @@ def server():
 
 
 def judge_of(server: FakeEndpoint, store: MemoryStore | None = None, seed: int = 0, **changes: Any) -> Judge:
-    return Judge(Endpoint(server.recipe(**changes)), store, seed=seed)
+    return Judge(Endpoint(server.recipe(**changes)), MemoryStore() if store is None else store, seed=seed)
+
+
+def choice(judge: Judge, question: str, answers: list[str]) -> int | None:
+    return judge.choose_all([(question, answers)])[0]
 
 
 def pairs(count: int):
@@ -218,7 +222,7 @@ def test_choose_gives_the_index_among_the_answers_as_given(server: FakeEndpoint,
     for index in range(4):
         answers = ["bad", "worse", "wrong"]
         answers.insert(index, "good")
-        assert judge.choose("Which?", answers) == index
+        assert choice(judge, "Which?", answers) == index
 
 
 def test_the_order_shown_is_drawn_but_repeatable(server: FakeEndpoint):
@@ -250,13 +254,13 @@ def test_an_unanswered_choice_is_an_error(server: FakeEndpoint):
 
 
 def test_equal_answers_need_no_judge(server: FakeEndpoint):
-    assert judge_of(server).choose("q", ["a", "a"]) == judge_of(server).choose("q", ["a"]) == 0
+    assert choice(judge_of(server), "q", ["a", "a"]) == choice(judge_of(server), "q", ["a"]) == 0
     assert server.hits == 0
 
 
 def test_no_answers_to_choose_from(server: FakeEndpoint):
     with pytest.raises(UltraFuserError, match="no answers to choose from.*'what now'"):
-        judge_of(server).choose("what now", [])
+        choice(judge_of(server), "what now", [])
 
 
 def test_a_dead_judge_ends_a_series_of_choices(server: FakeEndpoint):
@@ -264,6 +268,6 @@ def test_a_dead_judge_ends_a_series_of_choices(server: FakeEndpoint):
     judge = judge_of(server, retries=0)
     for i in range(MAX_FAILURES - 1):
         with pytest.raises(EndpointError, match="1 of 1 choices were not made"):
-            judge.choose(str(i), ["a", "b"])
+            choice(judge, str(i), ["a", "b"])
     with pytest.raises(EndpointError, match=f"{MAX_FAILURES} requests in a row failed"):
-        judge.choose("last", ["a", "b"])
+        choice(judge, "last", ["a", "b"])

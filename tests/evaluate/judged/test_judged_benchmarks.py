@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def server():
 
 
 def judge_of(server: FakeEndpoint, store: MemoryStore | None = None, **changes: Any) -> Judge:
-    return Judge(Endpoint(server.recipe(**changes)), store)
+    return Judge(Endpoint(server.recipe(**changes)), MemoryStore() if store is None else store)
 
 
 def section(prompt: str, name: str) -> str:
@@ -118,7 +119,7 @@ def test_without_a_single_verdict_there_is_no_value(server: FakeEndpoint):
     server.reply = lambda _: fine("who knows")
     result = alpaca.evaluate(Parrot(), judge_of(server), ALPACA)
     assert result.value is None and result.scores == {} and result.counts["unscored"] == len(ALPACA)
-    json.dumps(result.to_dict(), allow_nan=False)
+    json.dumps(asdict(result), allow_nan=False)
 
 
 def test_mean_lengths_are_reported(server: FakeEndpoint):

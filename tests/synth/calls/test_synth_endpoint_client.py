@@ -199,9 +199,10 @@ def test_one_refused_request_is_final(server: FakeAsyncEndpoint, store: CallStor
     ] == 1
 
 
-def test_a_long_reply_is_not_read_to_its_end(server: FakeAsyncEndpoint, store: CallStore):
+def test_a_long_reply_is_not_read_to_its_end(server: FakeAsyncEndpoint, store: CallStore, monkeypatch):
+    monkeypatch.setattr("ultrafuser.endpoint.client.MAX_REPLY_BYTES", 100_000)
     server.reply = lambda question, attempt: fine("x" * 300_000 if question == "giant" else "ok")
-    client = EndpointClient(server.recipe(completion_usd=1000.0), max_reply_bytes=100_000)
+    client = EndpointClient(server.recipe(completion_usd=1000.0))
     responses = ask(store, client, request("giant", max_tokens=100), request("small"))
     assert responses[0].reason == "too long: a reply of more than 100,000 bytes" and responses[1].text == "ok"
     assert responses[0].cost_usd == pytest.approx(0.1) and server.asked["giant"] == 1

@@ -53,12 +53,11 @@ def load_rows(data_dir: str | Path | None = None) -> list[AlpacaRow]:
         DataError: a missing file, or a row without its texts.
     """
     records = hub_records("json", "train", data_files=HUB_FILE) if data_dir is None else local_records(data_dir, FILE)
-    return [_row(record, i, location) for i, (record, location) in enumerate(records)]
-
-
-def _row(record: Any, index: int, location: str) -> AlpacaRow:
-    instruction, reference = (text_of(record, key, location) for key in ("instruction", "output"))
-    return AlpacaRow(str(index), str(record.get("dataset") or ""), instruction, reference)
+    rows = []
+    for i, (record, location) in enumerate(records):
+        instruction, reference = (text_of(record, key, location) for key in ("instruction", "output"))
+        rows.append(AlpacaRow(str(i), str(record.get("dataset") or ""), instruction, reference))
+    return rows
 
 
 def evaluate(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from ultrafuser.data.answer_text import after_thinking, is_refusal
 from ultrafuser.endpoint.client import Endpoint
@@ -19,22 +19,15 @@ from ultrafuser.endpoint.messages import Reply, Request
 from ultrafuser.errors import EndpointError, UltraFuserError
 from ultrafuser.progress import Progress
 
+if TYPE_CHECKING:
+    from ultrafuser.evaluate.lm.response_cache import ResponseCache
+
 KIND = "judgement"  # of the values in the store
 PAIR_VERDICTS = ("A", "B", "C")  # C: neither is better
 RATINGS = tuple(str(rating) for rating in range(1, 11))
 STATUSES = ("ok", "unparsed", "refused", "error")
 
 _VERDICT = re.compile(r"\[\[([^\[\]]*)\]\]")
-
-
-class JudgementStore(Protocol):
-    """Saves judgements, such as `response_cache.ResponseCache`."""
-
-    def get(self, kind: str, key: str) -> Any | None:
-        """The value, or None where there is none."""
-
-    def put(self, kind: str, key: str, value: Any) -> None:
-        """Save a JSON-able value."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +60,6 @@ class Judgement:
     text: str
 
 
-# ---------------------------------------------------------------- questions
-
-
 def pair_question(question: str, answer_a: str, answer_b: str) -> Question:
     """Which of two answers is better?"""
     return Question(_render("pair", question=question, answer_a=answer_a, answer_b=answer_b), PAIR_VERDICTS)
@@ -100,9 +90,6 @@ def _template(name: str) -> Any:
     return Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False).from_string(text)
 
 
-# ---------------------------------------------------------------- verdicts
-
-
 def read_verdict(reply: Reply, verdicts: Sequence[str]) -> Judgement:
     """The verdict, if the last line holds it alone and no other line holds another one. It is never guessed.
 
@@ -123,9 +110,6 @@ def read_verdict(reply: Reply, verdicts: Sequence[str]) -> Judgement:
     return Judgement("refused" if not mentioned and is_refusal(text) else "unparsed", None, reply.text)
 
 
-# ---------------------------------------------------------------- the judge
-
-
 class Judge:
     """Asks a model for verdicts and saves them. A question that was answered before is not asked again.
 
@@ -134,16 +118,15 @@ class Judge:
 
     Args:
         endpoint: the judge model. A temperature of 0 makes its verdicts repeatable.
-        store: saves the judgements. None: in memory only.
-        seed: of the order in which `choose` shows the answers.
+        store: saves the judgements.
+        seed: of the order in which `choose_all` shows the answers.
 
     Attributes:
         counts: judgements so far by status, including those read from the store.
     """
 
-    def __init__(self, endpoint: Endpoint, store: JudgementStore | None = None, *, seed: int = 0) -> None:
-        self.endpoint, self.seed = endpoint, seed
-        self.store: JudgementStore = _Memory() if store is None else store
+    def __init__(self, endpoint: Endpoint, store: ResponseCache, *, seed: int = 0) -> None:
+        self.endpoint, self.store, self.seed = endpoint, store, seed
         self.counts: Counter[str] = Counter()
 
     @property
@@ -162,7 +145,8 @@ class Judge:
             EndpointError: the endpoint cannot be used, or died. Its judgements until then are saved.
         """
         progress = progress or Progress()
-        keys = [self._key(question) for question in questions]
+        identity = self.identity
+        keys = [hashlib.sha256(f"{identity}\n{question.prompt}".encode()).hexdigest() for question in questions]
         judgements = {key: Judgement(**value) for key in keys if (value := self.store.get(KIND, key)) is not None}
         missing = {key: q for key, q in zip(keys, questions, strict=True) if key not in judgements}
         if missing:
@@ -192,14 +176,10 @@ class Judge:
                 f"{error}. {saved} of {total} judgements are saved. Run again to ask only the others"
             ) from error
 
-    def choose(self, question: str, answers: Sequence[str]) -> int | None:
-        """Index of the best answer. None when the judge gives no readable verdict (see `counts`)."""
-        return self.choose_all([(question, answers)])[0]
-
     def choose_all(
         self, items: Sequence[tuple[str, Sequence[str]]], *, progress: Progress | None = None
     ) -> list[int | None]:
-        """Index of the best answer of each (question, answers).
+        """Index of the best answer of each (question, answers). None: the judge gave no readable verdict (see `counts`).
 
         The answers are shown in an order drawn from the seed, the question and the answers. Where all are equal,
         nothing is asked and the first one is chosen.
@@ -232,19 +212,3 @@ class Judge:
         order = list(range(len(answers)))
         random.Random(json.dumps([self.seed, question, list(answers)])).shuffle(order)
         return order
-
-    def _key(self, question: Question) -> str:
-        return hashlib.sha256(f"{self.identity}\n{question.prompt}".encode()).hexdigest()
-
-
-class _Memory:
-    """A store in memory only."""
-
-    def __init__(self) -> None:
-        self.values: dict[tuple[str, str], Any] = {}
-
-    def get(self, kind: str, key: str) -> Any | None:
-        return self.values.get((kind, key))
-
-    def put(self, kind: str, key: str, value: Any) -> None:
-        self.values[kind, key] = value

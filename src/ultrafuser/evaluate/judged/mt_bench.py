@@ -53,22 +53,14 @@ def load_rows(data_dir: str | Path | None = None) -> list[MTBenchRow]:
     """
     if data_dir is None:
         return [_row(record, "prompt_id", "prompt", location) for record, location in hub_records(HUB, "train")]
-    references = _references(data_dir)
-    return [
-        _row(record, "question_id", "turns", location, references)
-        for record, location in local_records(data_dir, QUESTIONS)
-    ]
-
-
-def _references(data_dir: str | Path) -> dict[str, list[str]]:
-    """The reference turns by question."""
-    references = {}
+    references: dict[str, list[str]] = {}
     for record, location in local_records(data_dir, REFERENCES):
         try:
             references[str(record["question_id"])] = record["choices"][0]["turns"]
         except (KeyError, IndexError, TypeError) as error:
             raise DataError(f"{location}: no {error}, expected question_id and choices[0].turns") from error
-    return references
+    records = local_records(data_dir, QUESTIONS)
+    return [_row(record, "question_id", "turns", location, references) for record, location in records]
 
 
 def _row(
@@ -114,9 +106,10 @@ def evaluate(
     rows = draw_rows(rows, limit, seed, TASK)
     chats: list[list[dict[str, str]]] = [[] for _ in rows]
     for turn in range(TURNS):
-        chats = [[*chat, _message("user", row.turns[turn])] for chat, row in zip(chats, rows, strict=True)]
-        answers = answer_chats(lm, TASK, chats, max_tokens)
-        chats = [[*chat, _message("assistant", answer)] for chat, answer in zip(chats, answers, strict=True)]
+        for chat, row in zip(chats, rows, strict=True):
+            chat.append({"role": "user", "content": row.turns[turn]})
+        for chat, answer in zip(chats, answer_chats(lm, TASK, chats, max_tokens), strict=True):
+            chat.append({"role": "assistant", "content": answer})
     talks = [_turns(row, chat) for row, chat in zip(rows, chats, strict=True)]
     questions = [rating_question(talk[: turn + 1]) for talk in talks for turn in range(TURNS)]
     judgements = judge.ask_all(questions, title=f"{TASK}: judgements", progress=progress)
@@ -126,10 +119,6 @@ def evaluate(
         for turn in range(TURNS)
     ]
     return judged_result(TASK, "rating", samples, judgements, _details(rows, samples))
-
-
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
 
 
 def _turns(row: MTBenchRow, chat: Sequence[dict[str, str]]) -> list[Turn]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from ultrafuser.evaluate.judged.judge import STATUSES, Judgement
@@ -37,27 +37,20 @@ class JudgedResult:
     value: float | None
     scores: dict[str, float]
     counts: dict[str, int]
-    details: dict[str, Any] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-able."""
-        return asdict(self)
+    details: dict[str, Any]
+    samples: list[dict[str, Any]]
 
 
 def judged_result(
-    task: str,
-    metric: str,
-    samples: Sequence[Sample],
-    judgements: Iterable[Judgement],
-    details: Mapping[str, Any],
+    task: str, metric: str, samples: Sequence[Sample], judgements: Iterable[Judgement], details: dict[str, Any]
 ) -> JudgedResult:
     """The mean score over the samples that have one, with the others counted."""
     scores = {sample["id"]: sample["score"] for sample in samples if sample["score"] is not None}
     statuses = Counter[str](judgement.status for judgement in judgements)
     counts = {status: statuses[status] for status in STATUSES} | {"unscored": len(samples) - len(scores)}
-    records = [dict(sample) for sample in samples]
-    return JudgedResult(task, metric, mean(scores.values()), scores, counts, dict(details), records)
+    return JudgedResult(
+        task, metric, mean(scores.values()), scores, counts, details, [dict(sample) for sample in samples]
+    )
 
 
 def mean(values: Iterable[float]) -> float | None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ultrafuser.endpoint.client import MAX_REPLY_BYTES, AsyncEndpoint
+from ultrafuser.endpoint.client import AsyncEndpoint
 from ultrafuser.endpoint.errors import Failure, one_line
 from ultrafuser.endpoint.messages import Reply
 from ultrafuser.endpoint.messages import Request as EndpointRequest
@@ -35,18 +35,11 @@ class EndpointClient:
 
     batch_size = 1
 
-    def __init__(
-        self,
-        model: ServedModel,
-        backoff: Backoff | None = None,
-        *,
-        patience_s: float = PATIENCE_S,
-        max_reply_bytes: int = MAX_REPLY_BYTES,
-    ) -> None:
+    def __init__(self, model: ServedModel, backoff: Backoff | None = None, *, patience_s: float = PATIENCE_S) -> None:
         self.recipe, self.prices = model.endpoint, prices_of(model)
         self.concurrency = model.endpoint.concurrency
         self.backoff = backoff or Backoff(model.endpoint.backoff_s)
-        self._endpoint = AsyncEndpoint(model.endpoint, max_reply_bytes=max_reply_bytes, extra="synth")
+        self._endpoint = AsyncEndpoint(model.endpoint, extra="synth")
         self._limits = (model.requests_per_minute, model.tokens_per_minute)
         self._structured = model.structured
         self._patience_s = patience_s
@@ -162,8 +155,14 @@ class EndpointClient:
             return Response("failed", reason=f"{kind}: {failure}")
         if failure.kind in ("busy", "unreachable"):
             self._pause(failure, sent_at, run)
-        if failure.kind != "refused":
-            self._check_patience(failure)
+        if failure.kind == "refused":
+            raise failure
+        self.backoff.record_failure()
+        if (failing_s := self.backoff.failing_s()) > self._patience_s:
+            raise EndpointError(
+                f"{self._endpoint.name}: no reply for {failing_s:.0f} s, at last {failure}. See the server's log, and run "
+                "again: answered requests are kept"
+            )
         raise failure
 
     # ---------------------------------------------------------------- failures
@@ -184,15 +183,6 @@ class EndpointClient:
         """A final failure. It bears the cost of the probes that it caused."""
         cost_usd, self._probe_cost_usd = self._probe_cost_usd, 0.0
         return Response("failed", reason=reason, cost_usd=cost_usd)
-
-    def _check_patience(self, failure: Failure) -> None:
-        """Raise where the endpoint has served nothing for too long."""
-        self.backoff.record_failure()
-        if (failing_s := self.backoff.failing_s()) > self._patience_s:
-            raise EndpointError(
-                f"{self._endpoint.name}: no reply for {failing_s:.0f} s, at last {failure}. See the server's log, and run "
-                "again: answered requests are kept"
-            )
 
     def _pause(self, failure: Failure, sent_at: float, run: CallContext) -> None:
         """Send nothing for a while, and log a long pause."""
