@@ -63,6 +63,7 @@ def test_verdicts(text, verdicts, expected):
     ("[[ A ]]", PAIR_VERDICTS), ("[[A]] is better", PAIR_VERDICTS), ("Verdict: [[A]]", PAIR_VERDICTS),
     ("**[[A]]**", PAIR_VERDICTS), ("[[A]]\n[[B]]", PAIR_VERDICTS), ("[[A]]\nThat is all.", PAIR_VERDICTS),
     ("[[A/B]]", PAIR_VERDICTS), ("both are good", PAIR_VERDICTS), ("<think>[[A]]</think>hm", PAIR_VERDICTS),
+    ("<think>both are good", PAIR_VERDICTS), ("<think>hm\n[[A]]", PAIR_VERDICTS),
     ("[[0]]", RATINGS), ("[[11]]", RATINGS), ("[[7.5]]", RATINGS), ("[[7/10]]", RATINGS), ("7", RATINGS),
     ("[[-7]]", RATINGS), ("[[07]]", RATINGS), ("[[４]]", RATINGS), ("[[3]] or [[4]]\n[[4]]", RATINGS),
     ("[[4]]", ("1", "2", "3")), ("I like [[2]]. I can't say more.\n[[1]]", ("1", "2")),

@@ -94,12 +94,13 @@ def read_verdict(reply: Reply, verdicts: Sequence[str]) -> Judgement:
     """The verdict, if the last line holds it alone and no other line holds another one. It is never guessed.
 
     An empty reply, a content filter, or a reply that opens with a refusal counts as refused. The rest counts as
-    unparsed, including truncated replies.
+    unparsed, including truncated replies and reasoning that is never closed.
     """
     text = after_thinking(reply.text).strip()
     if reply.finish_reason == "content_filter" or reply.refusal:
         return Judgement("refused", None, reply.refusal or reply.text)
-    if reply.finish_reason == "length":
+    unclosed = "<think>" in reply.text and "</think>" not in reply.text
+    if reply.finish_reason == "length" or (unclosed and not text):
         return Judgement("unparsed", None, reply.text)
     if not text:
         return Judgement("refused", None, reply.text)
