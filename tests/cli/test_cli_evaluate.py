@@ -94,10 +94,10 @@ def test_eval_prints_a_table_and_json(run, model, rows, tmp_path):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--suite", "papers"], "unknown suite 'papers'; there are: quick"),
-        (["--tasks", "gsm9k"], "unknown task 'gsm9k'; did you mean 'gsm8k'?"),
+        (["--suite", "papers"], "unknown suite 'papers'. There are: quick"),
+        (["--tasks", "gsm9k"], "unknown task 'gsm9k'. Did you mean 'gsm8k'?"),
         (["--tasks", "gsm8k", "--data-dir", "/nowhere"], "/nowhere"),
-        (["--tasks", "mt_bench"], "mt_bench needs a judge; give --judge"),
+        (["--tasks", "mt_bench"], "mt_bench needs a judge. Give --judge"),
         (["--suite", "mt-bench", "--judge", "m@ftp://x"], "expected"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--tasks", "gsm8k", "--include-path", "/nowhere"], "/nowhere: no such folder"),

@@ -283,7 +283,7 @@ def test_rows_with_the_same_id_are_all_counted(training, in_process, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"tasks": ["gsm8kk"]}, "unknown task 'gsm8kk'; did you mean 'gsm8k'"),
+        ({"tasks": ["gsm8kk"]}, "unknown task 'gsm8kk'. Did you mean 'gsm8k'"),
         ({"tasks": ["gsm8k"], "data_dir": "/nowhere"}, "/nowhere"),
         ({"tasks": ["mt_bench"]}, "mt_bench"),
         ({"tasks": ["loss"]}, "'loss' is no benchmark here. List its rows under 'test'"),

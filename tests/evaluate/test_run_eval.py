@@ -83,9 +83,9 @@ def test_the_benchmarks_of_suites_and_tasks():
 @pytest.mark.parametrize(
     ("suites", "tasks", "problem"),
     [
-        (["papers"], [], "unknown suite 'papers'; there are: quick, paper"),
+        (["papers"], [], "unknown suite 'papers'. There are: quick, paper"),
         ([], [], "nothing to measure"),
-        ([], ["mt_bench"], "mt_bench needs a judge; give --judge"),
+        ([], ["mt_bench"], "mt_bench needs a judge. Give --judge"),
         (["mt-bench"], [], "mt_bench needs a judge"),
     ],
 )
@@ -163,7 +163,7 @@ def test_another_model_in_the_same_place_is_refused(checkpoint, data_dir, tmp_pa
 
 @pytest.mark.parametrize(
     ("names", "problem"),
-    [(["gsm9k"], "unknown task 'gsm9k'; did you mean 'gsm8k'"), (["math"], "math500.jsonl")],
+    [(["gsm9k"], "unknown task 'gsm9k'. Did you mean 'gsm8k'"), (["math"], "math500.jsonl")],
 )
 def test_unknown_tasks_and_missing_files_come_before_any_model(names, problem, data_dir, tmp_path):
     with pytest.raises(DataError, match=problem):
@@ -174,7 +174,7 @@ def test_unknown_tasks_and_missing_files_come_before_any_model(names, problem, d
 def test_rows_without_the_domain_asked_for(rows, tmp_path):
     rows = [parse_row({"instruction": "a", "output": "b"}, "here", "text")]
     write_rows(rows, tmp_path / "text.jsonl")
-    with pytest.raises(DataError, match="rows of text, none of which `mixed` measures; request `loss`"):
+    with pytest.raises(DataError, match="rows of text, none of which `mixed` measures. Request `loss`"):
         run.loss_rows(EvalOptions(["mixed"], data=[str(tmp_path / "text.jsonl")]))
 
 
@@ -241,7 +241,7 @@ def test_models_that_are_not_there(tmp_path):
 def test_what_an_endpoint_cannot_tell_is_an_error_before_any_model(names, named, checkpoint, data_dir, tmp_path):
     models = [str(checkpoint("plain")), "openai:m@http://127.0.0.1:9/v1"]
     unseen = (named or names)[0]
-    with pytest.raises(DataError, match=f"cannot score given text, which {unseen} needs; give the model"):
+    with pytest.raises(DataError, match=f"cannot score given text, which {unseen} needs. Give the model"):
         evaluate_models(models, EvalOptions(names, named, task_options=TaskOptions(data_dir)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -283,7 +283,7 @@ def test_a_folder_of_something_else_and_two_at_once_are_refused(checkpoint, rows
     models, options, out = [str(checkpoint("plain"))], EvalOptions(["loss"], data=[rows], limit=1), tmp_path / "out"
     out.mkdir()
     (out / "results.json").write_text('{"systems": {}}')
-    with pytest.raises(DataError, match="results.json: not the results of an evaluation; choose another --output"):
+    with pytest.raises(DataError, match="results.json: not the results of an evaluation. Choose another --output"):
         evaluate_models(models, options, out)
     with (out / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -361,7 +361,7 @@ def test_threads_left_running_do_not_hold_a_verdict_back(limits):
 def test_without_a_sandbox_code_is_refused(monkeypatch):
     monkeypatch.setattr(execute, "available", lambda: "bubblewrap (the command bwrap) is not installed")
     for judge in (lambda: sandbox.run("pass"), lambda: sandbox.check(ANSWER, TESTS)):
-        with pytest.raises(SandboxError, match="bwrap.* is not installed; install bubblewrap .* or pass --unsafe-code"):
+        with pytest.raises(SandboxError, match="bwrap.* is not installed. Install bubblewrap .* or pass --unsafe-code"):
             judge()
     assert issubclass(SandboxError, UltraFuserError)
     assert sandbox.check(ANSWER, TESTS, unsafe=True).passed

@@ -32,10 +32,8 @@ class RowLoss:
 def specialist_losses(store: FeatureStore, names: Sequence[str]) -> dict[str, list[RowLoss]]:
     """Every specialist alone, at its temperature if it has one. The feature cache has all that is needed."""
     totals = [store[i].log_probs.double().sum(0).tolist() for i in range(len(store))]
-    return {
-        name: [_row_loss(row, -total[k]) for row, total in zip(store.rows, totals, strict=True)]
-        for k, name in enumerate(names)
-    }
+    rows = list(zip(store.rows, totals, strict=True))
+    return {name: [_row_loss(row, -total[k]) for row, total in rows] for k, name in enumerate(names)}
 
 
 @torch.no_grad()

@@ -58,14 +58,14 @@ def select_benchmarks(suites: Sequence[str], tasks: Sequence[str], *, has_judge:
     """
     for suite in suites:
         if suite not in SUITES:
-            raise DataError(f"unknown suite {suite!r}; there are: {', '.join(SUITES)}")
+            raise DataError(f"unknown suite {suite!r}. There are: {', '.join(SUITES)}")
     requested = list(dict.fromkeys([*(name for suite in suites for name in SUITES[suite]), *tasks]))
     if not requested:
-        raise DataError("nothing to measure; give --suite or --tasks")
+        raise DataError("nothing to measure. Give --suite or --tasks")
     skipped = [] if has_judge else [name for name in requested if name in JUDGED]
     benchmarks = [name for name in requested if name not in skipped]
     if not benchmarks or any(name in tasks for name in skipped):
-        raise DataError(f"{skipped[0]} needs a judge; give --judge NAME@URL, any OpenAI-compatible endpoint")
+        raise DataError(f"{skipped[0]} needs a judge. Give --judge NAME@URL, any OpenAI-compatible endpoint")
     return benchmarks, skipped
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -65,11 +64,11 @@ def read_models(file: Path) -> dict[str, ModelResults]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))["models"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: not the results of an evaluation; choose another --output") from error
+        raise DataError(f"{file}: not the results of an evaluation. Choose another --output") from error
 
 
 def merge_results(previous: ModelResults, current: ModelResults) -> ModelResults:
-    """A model's new numbers, and those of earlier runs that were not measured again."""
+    """New numbers of a model, and those of earlier runs that were not measured again."""
     if previous.get("fingerprint") != current["fingerprint"]:
         return current
     merged: ModelResults = {**previous, **current}
@@ -129,20 +128,14 @@ def columns_of(results: EvalResults) -> list[tuple[str, str]]:
 def cell_texts(model: ModelResults, kind: str, column: str) -> tuple[str, str]:
     """A table's number of one model, and the interval and counts that belong to it."""
     if kind == "loss":
-        return _loss_texts(model.get("loss", {}).get(column))
-    return _task_texts(model.get("tasks", {}).get(column))
-
-
-def _loss_texts(cell: LossCell | None) -> tuple[str, str]:
-    if cell is None:
+        if column not in model.get("loss", {}):
+            return "–", ""
+        loss = model["loss"][column]
+        low, high = loss["ci95"]
+        return f"{loss['nll']:.4f}", f"{low:.4f} to {high:.4f}"
+    if column not in model.get("tasks", {}):
         return "–", ""
-    low, high = cell["ci95"]
-    return f"{cell['nll']:.4f}", f"{low:.4f} to {high:.4f}"
-
-
-def _task_texts(cell: TaskCell | None) -> tuple[str, str]:
-    if cell is None:
-        return "–", ""
+    cell = model["tasks"][column]
     counts = [f"{count} {status}" for status, count in cell.get("counts", {}).items() if count and status != "ok"]
     value, interval = cell["value"], cell["ci95"]
     if value is None or interval is None:
@@ -157,16 +150,11 @@ def markdown(results: EvalResults) -> str:
     columns = columns_of(results)
     heads = [f"{name}, nats/token" if kind == "loss" else name for kind, name in columns]
     lines = [f"| model | {' | '.join(heads)} |", "|---|" + "---:|" * len(columns)]
+    counts = set()
     for name, model in results["models"].items():
         texts = [cell_texts(model, kind, column) for kind, column in columns]
         cells = [f"{value} ({note})" if note else value for value, note in texts]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + f"\n\n95% intervals in brackets. Samples: {'; '.join(_sample_counts(results))}.\n"
-
-
-def _sample_counts(results: EvalResults) -> Sequence[str]:
-    counts = set()
-    for model in results["models"].values():
         counts |= {f"{task}: {cell['samples']}" for task, cell in model.get("tasks", {}).items()}
         counts |= {f"{domain}: {cell['samples']} rows" for domain, cell in model.get("loss", {}).items()}
-    return sorted(counts)
+    return "\n".join(lines) + f"\n\n95% intervals in brackets. Samples: {'; '.join(sorted(counts))}.\n"

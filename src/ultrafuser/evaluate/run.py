@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def _name_models(models: Sequence[str]) -> dict[str, str]:
     for model in models:
         given_name, source = split_name(model)
         if given_name in sources:
-            raise DataError(f"two models are named {given_name!r}; names must differ")
+            raise DataError(f"two models are named {given_name!r}. Names must differ")
         short = given_name or name_of(source)
         name, count = short, 1
         while name in sources:
@@ -88,7 +88,7 @@ def _name_models(models: Sequence[str]) -> dict[str, str]:
             name = f"{short}-{count}"
         sources[name] = source
     if not sources:
-        raise DataError("no model; give at least one MODEL")
+        raise DataError("no model. Give at least one MODEL")
     return sources
 
 
@@ -105,7 +105,7 @@ def _options_of(source: str, options: EvalOptions, progress: Progress) -> EvalOp
     required = [name for name in impossible if not possible or name in options.required]
     if required:
         raise DataError(
-            f"{source}: an endpoint cannot score given text, which {', '.join(required)} needs; give the model itself, or "
+            f"{source}: an endpoint cannot score given text, which {', '.join(required)} needs. Give the model itself, or "
             "tasks that generate, such as --tasks gsm8k"
         )
     progress.log(f"skipped for {source}, since an endpoint cannot score given text: {', '.join(impossible)}")
@@ -135,9 +135,8 @@ def _measure_source(
     start = time.monotonic()
     loaded = load_model(source, options.load_options, name=name, seed=options.seed)
     results = measure(loaded, options, rows, folder, progress)
-    results |= {"source": source, "seed": options.seed, "limit": options.limit}
-    results["seconds"] = round(time.monotonic() - start, 1)
-    return results
+    seconds = round(time.monotonic() - start, 1)
+    return {**results, "source": source, "seed": options.seed, "limit": options.limit, "seconds": seconds}
 
 
 def measure(
@@ -170,23 +169,18 @@ def score_benchmarks(
     scores = score_tasks(lm, options.tasks, options.task_options, limit=options.limit, seed=options.seed)
     for name in options.benchmarks:
         if name in JUDGED:
-            scores[name] = _by_question(_run_judged(name, lm, options, store, progress))
+            benchmark = alpaca if name == "alpaca_eval" else mt_bench
+            result = benchmark.evaluate(
+                lm,
+                Judge(_judge_endpoint(name, options), store, seed=options.seed),
+                benchmark.load_rows(options.task_options.data_dir),
+                limit=options.limit,
+                seed=options.seed,
+                max_tokens=options.task_options.max_new_tokens or benchmark.MAX_TOKENS,
+                progress=progress,
+            )
+            scores[name] = _by_question(result)
     return scores
-
-
-def _run_judged(
-    name: str, lm: CachedLM, options: EvalOptions, store: ResponseCache, progress: Progress
-) -> JudgedResult:
-    benchmark = alpaca if name == "alpaca_eval" else mt_bench
-    return benchmark.evaluate(
-        lm,
-        Judge(_judge_endpoint(name, options), store, seed=options.seed),
-        benchmark.load_rows(options.task_options.data_dir),
-        limit=options.limit,
-        seed=options.seed,
-        max_tokens=options.task_options.max_new_tokens or benchmark.MAX_TOKENS,
-        progress=progress,
-    )
 
 
 def _by_question(result: JudgedResult) -> TaskScores:
@@ -206,7 +200,7 @@ def _by_question(result: JudgedResult) -> TaskScores:
 
 def _judge_endpoint(benchmark: str, options: EvalOptions) -> Endpoint:
     if options.judge is None:
-        raise DataError(f"{benchmark} needs a judge; give --judge NAME@URL, any OpenAI-compatible endpoint")
+        raise DataError(f"{benchmark} needs a judge. Give --judge NAME@URL, any OpenAI-compatible endpoint")
     return Endpoint(options.judge)
 
 
@@ -222,27 +216,20 @@ def loss_rows(options: EvalOptions) -> list[Row]:
     domains = [domain for name in options.benchmarks if name in LOSSES for domain in LOSSES[name]]
     if not domains:
         if options.data:
-            raise DataError("--data holds rows for `loss` and `mixed`, and neither is requested; add one to --tasks")
+            raise DataError("--data holds rows for `loss` and `mixed`, and neither is requested. Add one to --tasks")
         return []
-    if not options.data:
-        return _draw_each({domain: load_rows(ZOO.format(domain)) for domain in domains}, options)
     by_domain: dict[str, list[Row]] = {}
-    for path in options.data:
+    for path in options.data or [ZOO.format(domain) for domain in domains]:
         for row in load_rows(path):
             by_domain.setdefault(row.domain, []).append(row)
-    measured = {  # `mixed` measures the domain of that name, `loss` all others
-        domain: rows
-        for domain, rows in by_domain.items()
-        if ("mixed" if domain == "mixed" else "loss") in options.benchmarks
-    }
+    # `mixed` measures the domain of that name, `loss` all others.
+    benchmark_of = {domain: "mixed" if domain == "mixed" else "loss" for domain in by_domain}
+    measured = [domain for domain in by_domain if benchmark_of[domain] in options.benchmarks]
     if not measured:
         requested, missing = ("loss", "mixed") if "loss" in options.benchmarks else ("mixed", "loss")
         raise DataError(
-            f"{', '.join(options.data)}: rows of {', '.join(by_domain)}, none of which `{requested}` measures; "
-            f"request `{missing}`, or give other rows"
+            f"{', '.join(options.data)}: rows of {', '.join(by_domain)}, none of which `{requested}` measures. "
+            f"Request `{missing}`, or give other rows"
         )
-    return _draw_each(measured, options)
-
-
-def _draw_each(by_domain: Mapping[str, list[Row]], options: EvalOptions) -> list[Row]:
-    return [row for name, rows in by_domain.items() for row in draw_rows(rows, options.limit, options.seed, name)]
+    draws = [draw_rows(by_domain[domain], options.limit, options.seed, domain) for domain in measured]
+    return [row for rows in draws for row in rows]

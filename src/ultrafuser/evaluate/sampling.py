@@ -24,7 +24,7 @@ def draw_rows(rows: Sequence[T], limit: int | None, seed: int, source: str) -> l
     """
     if not rows or (limit is not None and limit < 1):
         raise DataError(
-            f"{source}: zero samples (limit {limit}, {len(rows)} rows), expected at least one; raise --limit"
+            f"{source}: zero samples (limit {limit}, {len(rows)} rows), expected at least one. Raise --limit"
         )
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)

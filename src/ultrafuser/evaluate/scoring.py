@@ -71,7 +71,7 @@ def score_tasks(
     tasks = load_tasks(names, options)
     if unsafe := [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]:
         if not options.unsafe_code:
-            raise DataError(f"task {unsafe[0]!r} runs generated code without the sandbox; allow it with --unsafe-code")
+            raise DataError(f"task {unsafe[0]!r} runs generated code without the sandbox. Allow it with --unsafe-code")
     documents = {
         task.config.task: draw_rows(range(len(task.eval_docs)), limit, seed, name) for name, task in tasks.items()
     }
@@ -94,14 +94,12 @@ def _scores(name: str, task: Task, samples: Sequence[Mapping[str, Any]]) -> Task
     by_metric: dict[str, dict[str, float]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
-            if isinstance(
-                sample[metric], (int, float)
-            ):  # some metrics are pairs, which only their aggregation can read
+            if isinstance(sample[metric], (int, float)):  # others are pairs, which only their aggregation can read
                 by_metric.setdefault(metric, {})[str(sample["doc_id"])] = float(sample[metric])
     metric = TASKS[name].metric if name in TASKS else next(iter(by_metric), "")
     if metric not in by_metric:
         raise DataError(
-            f"task {name!r}: none of its metrics is a number for each document; give it one such as exact_match"
+            f"task {name!r}: none of its metrics is a number for each document. Give it one such as exact_match"
         )
     generated = task.get_config("output_type") == "generate_until"
     return TaskScores(

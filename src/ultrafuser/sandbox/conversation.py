@@ -15,7 +15,7 @@ from typing import Any
 from ultrafuser.sandbox.isolation import Driver
 from ultrafuser.sandbox.program import Limits, Outcome, Program
 
-START_TIMEOUT_S = 60.0  # for bubblewrap and the interpreter on a busy machine; not counted against the program
+START_TIMEOUT_S = 60.0  # for bubblewrap and the interpreter on a busy machine. Not counted against the program
 MAX_LINE_BYTES = 64 * 1024  # of one reply
 _READ_BYTES = 64 * 1024
 _SEND_BYTES = 1 << 20
@@ -24,24 +24,18 @@ _SEND_BYTES = 1 << 20
 class Conversation:
     """Messages to the driver and from it, until a verdict or the first limit.
 
+    Args:
+        uid: the user that the driver becomes. None: it stays the user that it is.
+        resources: names and values for resource.setrlimit.
+
     Attributes:
         printed: the program's output so far.
         started: whether the program's own code has begun.
     """
 
     def __init__(
-        self,
-        driver: Driver,
-        program: Program,
-        limits: Limits,
-        uid: int | None,
-        resources: Mapping[str, int],
+        self, driver: Driver, program: Program, limits: Limits, uid: int | None, resources: Mapping[str, int]
     ) -> None:
-        """
-        Args:
-            uid: the user that the driver becomes; None: it stays the user that it is.
-            resources: names and values for resource.setrlimit.
-        """
         self.channel, self.output, self.limits = driver.channel, driver.output, limits
         self.proof = secrets.token_hex(32)
         request = {"module": program.module, "setup": program.setup, "answer": program.answer}
@@ -61,9 +55,11 @@ class Conversation:
             pass
         if self._printed_too_much():
             return Outcome("output", f"printed more than {self.limits.output_bytes} bytes")
-        if outcome is None and not self.hung_up:
-            return self._timed_out()
-        return outcome
+        if outcome is not None or self.hung_up:
+            return outcome
+        if self.started:
+            return Outcome("timeout", f"still running after {self.limits.timeout_s:g} s")
+        return Outcome("error", f"the sandbox did not start within {START_TIMEOUT_S:g} s")
 
     def _exchange_messages(self) -> Outcome | None:
         """Send and receive until an outcome, a limit, or the end of the channel."""
@@ -88,11 +84,6 @@ class Conversation:
 
     def _printed_too_much(self) -> bool:
         return len(self.printed) > self.limits.output_bytes
-
-    def _timed_out(self) -> Outcome:
-        if self.started:
-            return Outcome("timeout", f"still running after {self.limits.timeout_s:g} s")
-        return Outcome("error", f"the sandbox did not start within {START_TIMEOUT_S:g} s")
 
     def _read_output(self) -> bool:
         """Read what was printed. False if there was nothing."""

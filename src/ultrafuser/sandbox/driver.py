@@ -25,7 +25,7 @@ def main(inherited: int) -> None:
     request = json.loads(requests.readline())
     for name, value in request["limits"].items():
         limit(getattr(resource, name), value)
-    if request["uid"] is not None:  # from root to a user that owns nothing; this gives up every capability too
+    if request["uid"] is not None:  # from root to a user that owns nothing. This gives up every capability too
         os.setgroups([])
         os.setresgid(request["uid"], request["uid"], request["uid"])
         os.setresuid(request["uid"], request["uid"], request["uid"])

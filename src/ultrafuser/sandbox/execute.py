@@ -92,7 +92,7 @@ def _run_safely(program: Program, limits: Limits, unsafe: bool) -> Outcome:
         return _run("none", program, limits)
     if (reason := available()) is not None:
         raise SandboxError(
-            f"generated code runs only in a sandbox, and there is none: {reason}; install bubblewrap 0.8 or newer "
+            f"generated code runs only in a sandbox, and there is none: {reason}. Install bubblewrap 0.8 or newer "
             "(Debian, Ubuntu: apt-get install bubblewrap), or pass --unsafe-code to run the code without one"
         )
     return _run(find_isolation()[0], program, limits)

@@ -115,14 +115,11 @@ def _environment(folder: str) -> dict[str, str]:
 
 
 def _command(isolation: Isolation, limits: Limits, channel: int, info: int) -> list[str]:
+    """The command line of the driver, inside bubblewrap's, which applies its arguments in this order."""
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    driver = str(DRIVER) if isolation == "none" else "/driver.py"
-    command = [python, "-I", "-S", "-B", "-X", "utf8", driver, str(channel)]
-    return command if isolation == "none" else [*_bubblewrap(isolation, limits, python, info), "--", *command]
-
-
-def _bubblewrap(isolation: Isolation, limits: Limits, python: str, info: int) -> list[str]:
-    """The command line of bubblewrap, which applies its arguments in this order."""
+    interpreter = [python, "-I", "-S", "-B", "-X", "utf8"]
+    if isolation == "none":
+        return [*interpreter, str(DRIVER), str(channel)]
     command = f"{shutil.which('bwrap')} --info-fd {info} --die-with-parent --new-session --clearenv".split(" ")
     # 1. Namespaces and capabilities.
     command += "--unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --cap-drop ALL".split()
@@ -140,7 +137,7 @@ def _bubblewrap(isolation: Isolation, limits: Limits, python: str, info: int) ->
     command += "--size 4096 --tmpfs /proc/sys --perms 1777".split()
     command += ["--size", str(limits.file_bytes), "--tmpfs", SCRATCH]
     command += "--remount-ro /proc/sys --remount-ro /dev --remount-ro /".split()
-    return [*command, "--chdir", SCRATCH]
+    return [*command, "--chdir", SCRATCH, "--", *interpreter, "/driver.py", str(channel)]
 
 
 def _readable_files(python: str) -> list[str]:

@@ -208,7 +208,7 @@ def test_a_checker_that_does_not_start_says_why(monkeypatch):
         (
             "raise SystemExit('no antlr runtime')",
             UltraFuserError,
-            "math-verify did not start; .* said: no antlr runtime",
+            "math-verify did not start\\. .* said: no antlr runtime",
         ),
         ("import math_verify_gone as math_verify", UltraFuserError, "No module named 'math_verify_gone'"),
         ("raise ModuleNotFoundError(\"No module named 'math_verify'\")", MissingExtraError, r"ultrafuser\[eval\]"),

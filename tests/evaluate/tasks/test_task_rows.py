@@ -128,7 +128,7 @@ def test_a_hub_that_cannot_be_reached_names_the_file_to_use(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(
-        DataError, match=r"task 'gsm8k': openai/gsm8k: .*no route to host; .*gsm8k_test.jsonl.*--data-dir"
+        DataError, match=r"task 'gsm8k': openai/gsm8k: .*no route to host\. .*gsm8k_test.jsonl.*--data-dir"
     ):
         read("gsm8k", None)
 
@@ -138,7 +138,7 @@ def test_a_hub_that_cannot_be_reached_names_the_file_to_use(monkeypatch):
 
 def test_a_missing_file_and_a_missing_folder(tmp_path):
     with pytest.raises(
-        DataError, match=r"task 'gsm8k': no gsm8k_test.jsonl in .*; .*leave out --data-dir .*openai/gsm8k"
+        DataError, match=r"task 'gsm8k': no gsm8k_test.jsonl in .*\. .*leave out --data-dir .*openai/gsm8k"
     ):
         read("gsm8k", tmp_path)
     with pytest.raises(DataError, match=r"task 'aqua': no folder .*none"):
@@ -169,7 +169,7 @@ def test_a_line_that_is_not_json_is_named_with_its_number(folder, task):
         ("gsm8k", {"answer": "eighteen"}, "column 'answer': expected a solution that ends with '#### NUMBER'"),
         ("gsm8k", {"question": 5}, "column 'question': expected text, got int"),
         ("gsm8k", {"question": "  "}, "column 'question': expected text, got nothing"),
-        ("math", {"problem": ...}, "no column 'problem'; it has 'solution', 'answer', 'subject', 'level'"),
+        ("math", {"problem": ...}, "no column 'problem'. It has 'solution', 'answer', 'subject', 'level'"),
         ("aqua", {"options": []}, "column 'options': expected a list of texts, at least one"),
         (
             "aqua",

@@ -46,7 +46,8 @@ class EndpointLM(LM):
         try:
             for i, outcome in self.endpoint.ask_all(outgoing):
                 if isinstance(outcome, Reply):
-                    answers[i] = _truncate(outcome.text, _options(requests[i])["until"])
+                    stops = [outcome.text.find(stop) for stop in _options(requests[i])["until"]]
+                    answers[i] = outcome.text[: min((stop for stop in stops if stop >= 0), default=None)]
                     self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                 else:
                     failed.append(outcome)
@@ -102,13 +103,6 @@ def _options(request: Instance) -> dict[str, Any]:
     return options
 
 
-def _truncate(text: str, until: list[str]) -> str:
-    """The text before the first stop string."""
-    return text[: min((index for index in map(text.find, until) if index >= 0), default=len(text))]
-
-
 def _count(answers: list[Any]) -> str:
-    answered = sum(answer is not None for answer in answers)
-    return (
-        f"{answered} of {len(answers)} requests were answered. A run with a response cache asks only the others again"
-    )
+    count = f"{sum(answer is not None for answer in answers)} of {len(answers)}"
+    return f"{count} requests were answered. A run with a response cache asks only the others again"

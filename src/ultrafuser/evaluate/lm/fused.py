@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,7 @@ class FusionLM(LM):
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Not offered: a whole document has no prompt that templates could differ in."""
         raise DataError(
-            "this task scores whole documents (loglikelihood_rolling), which fused models do not offer; use "
+            "this task scores whole documents (loglikelihood_rolling), which fused models do not offer. Use "
             "`--suite quick` for the loss on answers"
         )
 
@@ -145,17 +146,15 @@ class FusionLM(LM):
         inputs = pad_prompts([generation.prompts for generation in batch], self.renderer.pad_id, self.model.device)
         width = inputs["input_ids"].shape[1]
         if first.options["do_sample"]:
-            torch.manual_seed(_seed(self.seed, self.draws))
+            digest = hashlib.sha256(f"{self.seed} {self.draws}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
             self.draws += 1
         stops = stop_sequences_criteria(self.tokenizer, first.until, width, len(batch))
         tokens = self.model.generate(
             **inputs, **first.options, stopping_criteria=stops, pad_token_id=self.renderer.pad_id
         )
-        return [self._text(ids, first.until) for ids in tokens[:, width:].tolist()]
-
-    def _text(self, ids: list[int], until: list[str]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return postprocess_generated_text(generation=text, stop=until, think_end_token=None)
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens[:, width:].tolist()]
+        return [postprocess_generated_text(generation=text, stop=first.until, think_end_token=None) for text in texts]
 
     def _options(self, arguments: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
         """lm-eval's generation arguments as stop strings and arguments of `generate`."""
@@ -172,16 +171,14 @@ class FusionLM(LM):
     def _texts(self, context: str) -> list[str]:
         """The context as each of the K specialists reads it."""
         chat = decode_chat(context)
-        if chat is None:
-            return [context] * len(self.renderer.chat_templates)
-        return self.renderer.prompt_texts(chat)
+        return [context] * len(self.renderer.chat_templates) if chat is None else self.renderer.prompt_texts(chat)
 
     def _prompts(self, context: str) -> list[list[int]]:
         special = decode_chat(context) is None
         return [self._encode(text, special) or [self.tokenizer.eos_token_id] for text in self._texts(context)]
 
     def _encode(self, text: str, special: bool = False) -> list[int]:
-        """The tokens of a text; `special`: with those that the tokenizer adds. A chat template writes them itself."""
+        """The tokens of a text. `special` adds those that the tokenizer adds. A chat template writes them itself."""
         return self.tokenizer.encode(text, add_special_tokens=special)
 
     def _check_fits(self, prompt: int, new: int, request: Instance) -> None:
@@ -189,7 +186,7 @@ class FusionLM(LM):
         if prompt + new > context:
             source = f"task {request.task_name!r}, document {request.doc_id}" if request.task_name else "a request"
             raise DataError(
-                f"{source}: {prompt} prompt tokens and {new} new ones do not fit into the context of {context}; lower "
+                f"{source}: {prompt} prompt tokens and {new} new ones do not fit into the context of {context}. Lower "
                 "--max-new-tokens, or leave the task out"
             )
 
@@ -213,14 +210,6 @@ def _batches(generations: Sequence[_Generation], size: int) -> list[list[int]]:
     def settings(i: int) -> tuple[str, str]:
         return repr(generations[i].options), repr(generations[i].until)
 
-    batches: list[list[int]] = []
-    for i in sorted(range(len(generations)), key=lambda i: (*settings(i), -generations[i].num_tokens)):
-        if batches and len(batches[-1]) < size and settings(batches[-1][0]) == settings(i):
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
-def _seed(seed: int, batch: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:7], "big")
+    order = sorted(range(len(generations)), key=lambda i: (*settings(i), -generations[i].num_tokens))
+    groups = [list(group) for _, group in itertools.groupby(order, settings)]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]

@@ -85,7 +85,7 @@ def load_model(
         return _endpoint(source, name)
     if is_fused(source):
         if options.chat_template is not None:
-            raise RecipeError(f"{source}: a fused model has a template for each specialist; leave --chat-template out")
+            raise RecipeError(f"{source}: a fused model has a template for each specialist. Leave --chat-template out")
         model, renderer = load(source, dtype=options.dtype, device_map=pick_device(options.device))
     else:
         spec = {"name": "model", **asdict(parse_model_reference(source)), "chat_template": options.chat_template}
@@ -152,7 +152,7 @@ def endpoint_recipe(text: str) -> EndpointRecipe:
         return EndpointRecipe.model_validate(text)
     except ValidationError as error:
         problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{text}: {problem}; expected NAME@URL, such as my-model@http://localhost:8000/v1") from error
+        raise RecipeError(f"{text}: {problem}. Expected NAME@URL, such as my-model@http://localhost:8000/v1") from error
 
 
 def _fingerprint(model: UltraFuserForCausalLM, renderer: Renderer, folder: Path | None) -> str:
@@ -165,7 +165,6 @@ def _fingerprint(model: UltraFuserForCausalLM, renderer: Renderer, folder: Path 
     if folder is not None and folder.is_dir():
         inner = [folder, *sorted(path for path in folder.glob("specialists/*") if path.is_dir())]
         digest.update(json.dumps([record_files(path) for path in inner]).encode())
-    if several:
-        for parameter in model.gate.parameters():
-            digest.update(parameter.detach().float().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for parameter in model.gate.parameters() if several else ():
+        digest.update(parameter.detach().float().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sqlite3
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,14 @@ from ultrafuser.progress import Progress
 class ResponseCache:
     """JSON values by kind and key in one SQLite file. A value survives a kill once `put` has returned.
 
+    Args:
+        owner: fingerprint of the model (or judge) whose answers these are.
+
     Raises:
         DataError: the file belongs to another model, or is not a response cache.
     """
 
     def __init__(self, file: Path, owner: str) -> None:
-        """
-        Args:
-            owner: fingerprint of the model (or judge) whose answers these are.
-        """
         self.file = file
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -112,9 +111,7 @@ class CachedLM(LM):
             title = {"generate_until": "answers", "loglikelihood": "options scored"}.get(kind, kind)
             cached = f" ({len(keys) - len(missing)} cached)" if len(missing) < len(keys) else ""
             self.progress.start(title + cached, len(missing))
-            self.lm.set_cache_hook(
-                _SavingHook(self, kind, [requests[i].args for i in missing], [keys[i] for i in missing])
-            )
+            self.lm.set_cache_hook(_SavingHook(self, kind, {keys[i]: requests[i].args for i in missing}))
             if isinstance(getattr(self.lm, "draws", None), int):
                 self.lm.draws = self.store.count(kind)
             answers = getattr(self.lm, kind)([requests[i] for i in missing])
@@ -127,11 +124,11 @@ class CachedLM(LM):
 class _SavingHook:
     """lm-eval's cache hook: the model calls it with every finished request."""
 
-    def __init__(self, owner: CachedLM, kind: str, args: Sequence[tuple], keys: Sequence[str]) -> None:
+    def __init__(self, owner: CachedLM, kind: str, requests: Mapping[str, tuple]) -> None:
         self.owner, self.kind = owner, kind
-        self.waiting: dict[str, deque[str]] = {}
-        for arg, key in zip(args, keys, strict=True):
-            self.waiting.setdefault(_hash(kind, arg), deque()).append(key)
+        self.waiting: dict[str, deque[str]] = {}  # by hash, the keys of equal requests
+        for key, args in requests.items():
+            self.waiting.setdefault(_hash(kind, args), deque()).append(key)
 
     def add_partial(self, kind: str, args: Iterable[Any], answer: Any) -> None:
         keys = self.waiting.get(_hash(kind, tuple(args)))

@@ -28,7 +28,7 @@ class Hub(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What is known about a task before it is loaded.
+    """A task before it is loaded.
 
     Attributes:
         file: the name of its local file in a `--data-dir`.
@@ -137,12 +137,18 @@ def load_tasks(names: Iterable[str], options: TaskOptions | None = None) -> dict
     if options.include_path is not None:
         if not Path(options.include_path).is_dir():
             raise DataError(
-                f"--include-path {options.include_path}: no such folder; expected one with lm-eval task files"
+                f"--include-path {options.include_path}: no such folder. Expected one with lm-eval task files"
             )
         folders.append(options.include_path)
     manager = TaskManager(include_path=folders, include_defaults=False, metadata=options.metadata())
     requested = list(dict.fromkeys(_resolve_name(name, manager.all_tasks) for name in names))
-    _check_requirements([TASKS[name] for name in requested if name in TASKS], options.unsafe_code)
+    infos = [TASKS[name] for name in requested if name in TASKS]
+    if any(info.metric == "exact_match" for info in infos):
+        _require("math_verify", "math-verify", "comparing mathematical answers")
+    if not options.unsafe_code and any(info.runs_code for info in infos):
+        from ultrafuser import sandbox
+
+        sandbox.run("pass")
     tasks: dict[str, Task] = {}
     for name in requested:
         lm_eval_name = TASKS[name].lm_eval_name if name in TASKS else name
@@ -162,22 +168,8 @@ def _resolve_name(name: str, loadable: Iterable[str]) -> str:
     if name in names:
         return name
     similar = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {similar[0]!r}? " if similar else ""
-    raise DataError(f"unknown task {name!r}; {hint}Known: {', '.join(names)}")
-
-
-def _check_requirements(tasks: list[TaskInfo], unsafe_code: bool) -> None:
-    """Find out before any question is asked that scoring the answers will fail.
-
-    Raises:
-        SandboxError, MissingExtraError: as `load_tasks`.
-    """
-    if any(task.metric == "exact_match" for task in tasks):
-        _require("math_verify", "math-verify", "comparing mathematical answers")
-    if not unsafe_code and any(task.runs_code for task in tasks):
-        from ultrafuser import sandbox
-
-        sandbox.run("pass")
+    hint = f"Did you mean {similar[0]!r}? " if similar else ""
+    raise DataError(f"unknown task {name!r}. {hint}Known: {', '.join(names)}")
 
 
 def require_lm_eval() -> None:

@@ -15,7 +15,7 @@ _STYLE = re.compile(r"\\(?:text|math)\w*\s*(?=\{)")
 
 
 def split_label(option: str) -> tuple[str | None, str]:
-    """("A", "2") from "(A)2" or "A)2"; without a label: (None, the text)."""
+    """("A", "2") from "(A)2" or "A)2". (None, the text) without a label."""
     match = _LABEL.match(option)
     return (match[1], option[match.end() :].strip()) if match else (None, option.strip())
 

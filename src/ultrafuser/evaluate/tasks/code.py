@@ -27,24 +27,22 @@ class CodeTask(ConfigurableTask):
     def __init__(self, config: Mapping[str, Any]) -> None:
         options = config.get("metadata") or {}
         samples, temperature = int(options.get("samples") or 1), options.get("temperature")
-        ks = sorted({1, samples})
+        if temperature is None and samples > 1:
+            temperature = SAMPLING_TEMPERATURE
+        sampling = {"do_sample": True, "temperature": float(temperature), "top_p": 0.95} if temperature else {}
+        unsafe, ks = bool(options.get("unsafe_code")), sorted({1, samples})
         metrics = [{"metric": f"pass@{k}", "aggregation": "mean", "higher_is_better": True} for k in ks]
         metrics.append({"metric": "unparsed", "aggregation": "mean", "higher_is_better": False})
         changes = {
             "repeats": samples,
-            "generation_kwargs": config["generation_kwargs"] | _sampling(samples, temperature),
-            "process_results": partial(score, ks=ks, unsafe=bool(options.get("unsafe_code"))),
+            "generation_kwargs": config["generation_kwargs"] | sampling,
+            "process_results": partial(score, ks=ks, unsafe=unsafe),
             "metric_list": metrics,
             # By default, lm-eval scores the first answer only.
             "filter_list": [{"name": "none", "filter": [{"function": "custom", "filter_fn": _all_answers}]}],
-            "unsafe_code": bool(options.get("unsafe_code")),
+            "unsafe_code": unsafe,
         }
         super().__init__(config={key: value for key, value in config.items() if key != "class"} | changes)
-
-
-def _sampling(samples: int, temperature: float | None) -> dict[str, Any]:
-    temperature = SAMPLING_TEMPERATURE if temperature is None and samples > 1 else temperature
-    return {"do_sample": True, "temperature": float(temperature), "top_p": 0.95} if temperature else {}
 
 
 def _all_answers(resps: Iterable[list[str]], _docs: Any) -> list[list[str]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
-import queue
 import re
 import subprocess
 import sys
@@ -128,21 +128,18 @@ class _Checker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        self._replies: queue.Queue[str | None] = queue.Queue()
 
     def ask(self, answer: str, reference: str) -> bool:
         with self._lock:
-            process = self._process or self._start()
-            try:
+            process, reply = self._process or self._start(), ""
+            with contextlib.suppress(BrokenPipeError):
                 assert process.stdin is not None
                 process.stdin.write(json.dumps([answer, reference]) + "\n")
                 process.stdin.flush()
-                reply = self._replies.get(timeout=TIMEOUT_S)
-            except (queue.Empty, BrokenPipeError):
-                reply = None
-            if reply is None:
+                reply = _read_line(process, TIMEOUT_S)
+            if not reply:
                 self._stop()
-            return reply is not None and json.loads(reply)
+            return reply != "" and json.loads(reply)
 
     def close(self) -> None:
         with self._lock:
@@ -151,42 +148,34 @@ class _Checker:
     def _start(self) -> subprocess.Popen[str]:
         errors = tempfile.TemporaryFile(mode="w+")
         command = [sys.executable, *COMMAND]
-        process = subprocess.Popen(
+        self._process = process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"
         )
-        self._process, self._replies = process, queue.Queue()
-        threading.Thread(target=_forward_lines, args=(process.stdout, self._replies), daemon=True).start()
-        try:
-            ready = self._replies.get(timeout=START_TIMEOUT_S)
-        except queue.Empty:
-            ready = None
-        if ready is None:
+        if not _read_line(process, START_TIMEOUT_S):
             self._stop()
             errors.seek(0)
             message = (errors.read().strip().splitlines() or ["nothing"])[-1]
             if "No module named 'math_verify'" in message:
                 raise MissingExtraError("math-verify", "eval", "comparing mathematical answers")
-            raise UltraFuserError(f"math-verify did not start; {' '.join(command)} said: {message}")
+            raise UltraFuserError(f"math-verify did not start. {' '.join(command)} said: {message}")
         return process
 
     def _stop(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    pipe.close()
+            with contextlib.suppress(BrokenPipeError), self._process:  # closes its pipes and waits for its end
+                self._process.kill()
         self._process = None
 
 
-def _forward_lines(lines: Any, replies: queue.Queue[str | None]) -> None:
-    """Every line of a pipe, then None when it ends."""
+def _read_line(process: subprocess.Popen[str], timeout_s: float) -> str:
+    """The next line of a process. Empty if it ended, or had to be killed because the time was over."""
+    assert process.stdout is not None
+    timer = threading.Timer(timeout_s, process.kill)
+    timer.start()
     try:
-        for line in lines:
-            replies.put(line)
-    except ValueError:  # closed while being read
-        pass
-    replies.put(None)
+        return process.stdout.readline()
+    finally:
+        timer.cancel()
 
 
 _CHECKER = _Checker()

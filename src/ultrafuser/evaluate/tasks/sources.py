@@ -31,33 +31,32 @@ def load(task: str, data_dir: str | None = None, **_metadata: Any) -> dict[str, 
     from datasets import Dataset
 
     info = TASKS[task]
-    records = _local(info, data_dir) if data_dir is not None else _hub(info)
-    rows = [_MAKERS[task](_Record(raw, location, task)) for raw, location in records]
+    rows = [_MAKERS[task](_Record(raw, location, task)) for raw, location in _read(info, data_dir)]
     if not rows:
         raise DataError(
-            f"task {task!r}: no rows in {data_dir or info.hub.id}; expected one JSON object for each question"
+            f"task {task!r}: no rows in {data_dir or info.hub.id}. Expected one JSON object for each question"
         )
     return {"test": Dataset.from_list(rows)}
 
 
-def _local(info: TaskInfo, data_dir: str) -> Iterator[tuple[Any, str]]:
-    file = Path(data_dir).expanduser() / info.file
-    if not file.is_file():
-        why = f"no {info.file} in {file.parent}" if file.parent.is_dir() else f"no folder {file.parent}"
-        raise DataError(
-            f"task {info.name!r}: {why}; put the file there (docs/tasks.md has its layout), or leave out --data-dir to "
-            f"load {info.hub.id} from the hub"
-        )
-    return read_records(str(file))
-
-
-def _hub(info: TaskInfo) -> Iterator[tuple[Any, str]]:
+def _read(info: TaskInfo, data_dir: str | None) -> Iterator[tuple[Any, str]]:
+    """The records of the local file, or of the hub in the layout of that file, each with its location."""
+    if data_dir is not None:
+        file = Path(data_dir).expanduser() / info.file
+        if not file.is_file():
+            why = f"no {info.file} in {file.parent}" if file.parent.is_dir() else f"no folder {file.parent}"
+            raise DataError(
+                f"task {info.name!r}: {why}. Put the file there (docs/tasks.md has its layout), or leave out --data-dir "
+                f"to load {info.hub.id} from the hub"
+            )
+        yield from read_records(str(file))
+        return
     try:
         for raw, location in read_records(info.hub.id, info.hub.split, config=info.hub.config):
             yield _FROM_HUB.get(info.name, dict)(raw), location
     except DataError as error:
         raise DataError(
-            f"task {info.name!r}: {error}; to use a local {info.file}, give its folder as --data-dir"
+            f"task {info.name!r}: {error}. To use a local {info.file}, give its folder as --data-dir"
         ) from error
 
 
@@ -68,34 +67,28 @@ class _Record:
         self._location = f"{location}: task {task!r}"
         if not isinstance(raw, Mapping):
             raise DataError(f"{self._location}: expected a JSON object, got {type(raw).__name__}")
-        self._raw = raw
+        self.raw = raw
 
     def fail(self, problem: str) -> DataError:
         return DataError(f"{self._location}: {problem}")
 
-    def has(self, column: str) -> bool:
-        return column in self._raw
-
     def text(self, column: str) -> str:
-        return self._get(column, str, "text")
+        return self.get(column, str, "text")
 
     def optional(self, column: str) -> str:
-        """An optional column as text; empty if it is missing."""
-        return str(self._raw.get(column) or "")
+        """An optional column as text. Empty if it is missing."""
+        return str(self.raw.get(column) or "")
 
     def texts(self, column: str) -> list[str]:
-        texts = self._get(column, list, "a list of texts")
+        texts = self.get(column, list, "a list of texts")
         if not texts or not all(isinstance(text, str) for text in texts):
             raise self.fail(f"column {column!r}: expected a list of texts, at least one, got {str(texts)[:60]}")
         return texts
 
-    def mapping(self, column: str) -> dict[str, Any]:
-        return self._get(column, dict, "an object")
-
-    def _get(self, column: str, kind: type, description: str) -> Any:
-        if column not in self._raw:
-            raise self.fail(f"no column {column!r}; it has {', '.join(map(repr, self._raw)) or 'none'}")
-        value = self._raw[column]
+    def get(self, column: str, kind: type, description: str) -> Any:
+        if column not in self.raw:
+            raise self.fail(f"no column {column!r}. It has {', '.join(map(repr, self.raw)) or 'none'}")
+        value = self.raw[column]
         empty = value is None or (isinstance(value, str) and not value.strip())
         if empty or not isinstance(value, kind):
             got = "nothing" if empty else type(value).__name__
@@ -107,7 +100,7 @@ class _Record:
 
 
 def _truthfulqa(record: _Record) -> dict[str, Any]:
-    targets = record.mapping("mc2_targets")
+    targets = record.get("mc2_targets", dict, "an object")
     if not all(label in (0, 1) for label in targets.values()) or 1 not in targets.values():
         raise record.fail("column 'mc2_targets': expected {answer: 0 or 1}, at least one of them 1")
     labels = [int(label) for label in targets.values()]
@@ -117,23 +110,18 @@ def _truthfulqa(record: _Record) -> dict[str, Any]:
 def _humaneval(record: _Record) -> dict[str, Any]:
     columns = ("task_id", "instruction", "context", "test", "entry_point")
     row = {column: record.text(column) for column in columns}
-    row["setup"] = _before_last_function(record, row["context"])
-    return row | {"reference": record.text("prompt") + record.text("canonical_solution")}
-
-
-def _before_last_function(record: _Record, context: str) -> str:
-    """The imports and helpers above the signature that has to be filled in."""
-    lines = context.rstrip().split("\n")
+    lines = row["context"].rstrip().split("\n")
     starts = [i for i, line in enumerate(lines) if line.startswith(("def ", "async def "))]
     if not starts:
         raise record.fail(
-            f"column 'context': expected code that ends with a function's signature, got {context[-60:]!r}"
+            f"column 'context': expected code that ends with a function's signature, got {row['context'][-60:]!r}"
         )
-    return "\n".join(lines[: starts[-1]]).strip()
+    row["setup"] = "\n".join(lines[: starts[-1]]).strip()  # imports and helpers above the signature to be filled in
+    return row | {"reference": record.text("prompt") + record.text("canonical_solution")}
 
 
 def _mbpp(record: _Record) -> dict[str, Any]:
-    instruction = record.text("text" if record.has("text") else "prompt")  # the sanitised set has "prompt"
+    instruction = record.text("text" if "text" in record.raw else "prompt")  # the sanitised set has "prompt"
     imports = record.texts("test_imports") if record.optional("test_imports") else []
     reference, tests = record.text("code").replace("\r\n", "\n"), "\n".join(record.texts("test_list"))
     return {
@@ -177,10 +165,6 @@ def _sat_math(record: _Record) -> dict[str, Any]:
     return _choices(record, question, "label")
 
 
-def _aqua(record: _Record) -> dict[str, Any]:
-    return _choices(record, record.text("question"), "correct")
-
-
 def _choices(record: _Record, question: str, column: str) -> dict[str, Any]:
     options = [split_label(option) for option in record.texts("options")]
     letters, right = LETTERS[: len(options)], record.text(column)
@@ -204,7 +188,7 @@ _MAKERS: dict[str, Callable[[_Record], dict[str, Any]]] = {
     "gsm8k": _gsm8k,
     "math": _math,
     "sat_math": _sat_math,
-    "aqua": _aqua,
+    "aqua": lambda record: _choices(record, record.text("question"), "correct"),
 }
 
 

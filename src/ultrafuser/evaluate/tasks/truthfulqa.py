@@ -47,11 +47,7 @@ def mc2(margins: Sequence[float], labels: Sequence[int]) -> float:
     The belief in an option is s = p(True) / (p(True) + p(False)), the sigmoid of its margin in nats. The score is the sum
     of s over the true options divided by the sum over all. It is computed from logarithms, since every s can be tiny.
     """
-    log_beliefs = [-_softplus(-margin) for margin in margins]
+    log_beliefs = [min(margin, 0.0) - math.log1p(math.exp(-abs(margin))) for margin in margins]
     largest = max(log_beliefs)
     beliefs = [math.exp(log_belief - largest) for log_belief in log_beliefs]
     return sum(belief for belief, label in zip(beliefs, labels, strict=True) if label) / sum(beliefs)
-
-
-def _softplus(x: float) -> float:
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
