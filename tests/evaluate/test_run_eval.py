@@ -208,7 +208,7 @@ def test_a_model_without_template_needs_one(checkpoint, tokenizer):
 
 
 def test_a_fused_model_has_templates_of_its_own(fused):
-    with pytest.raises(RecipeError, match="leave --chat-template out"):
+    with pytest.raises(RecipeError, match="Leave --chat-template out"):
         load_model(str(fused), LoadOptions(chat_template="plain"))
 
 
