@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ultrafuser import sandbox
 from ultrafuser.data.tools.decontaminate import ContaminationIndex
@@ -17,11 +17,10 @@ from ultrafuser.errors import DataError, MissingExtraError, RecipeError, Sandbox
 from ultrafuser.progress import Progress
 from ultrafuser.synth.calls.endpoint_client import PROBE
 from ultrafuser.synth.calls.request import STOPS, ModelClient, Request, Response
-from ultrafuser.synth.calls.store import CallStore
+from ultrafuser.synth.calls.store import CallStore, Review
 from ultrafuser.synth.output.card import write_data_set, write_items
 from ultrafuser.synth.output.dataset import (
     DataSet,
-    Decision,
     as_rows,
     balanced,
     index_of_tests,
@@ -48,7 +47,7 @@ def derive(
     *,
     run_tests: TestRunner | None = None,
     test_index: ContaminationIndex | None = None,
-    reviews: Mapping[str, Decision] | None = None,
+    reviews: Mapping[str, Review] | None = None,
     shard: Shard | None = None,
     until: str | None = None,
     on_items: Callable[[DataSet], None] = lambda _: None,
@@ -134,15 +133,20 @@ def synthesise(
         DataError: no row is left. The report says why.
     """
     from ultrafuser.synth.calls.clients import make_clients
+    from ultrafuser.synth.calls.local import check_files
+    from ultrafuser.synth.calls.scheduler import answer
 
     progress = progress or Progress()
     budgets = {"budget_usd": budget_usd, "budget_tokens": budget_tokens}
     recipe = recipe.model_copy(update={key: value for key, value in budgets.items() if value is not None})
     # 1. Find every problem that would stop the run in the end.
-    prompts, test_index = check(recipe, shard=shard, until=until)
+    checked = check(recipe, shard=shard, until=until)
+    prompts = checked.prompts
     first_stages = {planned.model: planned.stage for planned in reversed(plan(recipe, prompts, until))}  # by role
     if clients is None:
-        _check_local_models(recipe, first_stages)
+        for role in first_stages:
+            if isinstance(model := recipe.model(role), LocalModel):
+                check_files(model)
     with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
         if shard is not None:
             _check_topics_are_complete(recipe, prompts, store)
@@ -150,24 +154,19 @@ def synthesise(
             progress.log(f"{store.forget_failures()} failed or truncated calls are requested again")
         models = clients if clients is not None else make_clients(recipe.used_models())
 
-        get_responses = partial(_request_missing, recipe, store, models, progress)
+        def get_responses(requests: Sequence[Request]) -> dict[str, Response]:
+            usd, tokens = recipe.budget_usd, recipe.budget_tokens
+            answer(requests, store, models, budget_usd=usd, budget_tokens=tokens, progress=progress)
+            return stored_responses(store, requests)
+
         # 2. Probe the served models of a new store.
         if clients is None and all(count.stage == PROBE.stage for count in store.counts()):
             get_responses(_probes(recipe, first_stages))
         # 3. Run the stages, then write the data set.
-        data = derive(
-            recipe,
-            prompts,
-            get_responses,
-            run_tests=partial(run_missing_tests, recipe, store, progress=progress),
-            test_index=test_index,
-            reviews=store.reviews.all(),
-            shard=shard,
-            until=until,
-            on_items=partial(write_items, recipe),
-            progress=progress,
+        on_items = partial(write_items, recipe)
+        return _derive_and_write(
+            recipe, checked, store, get_responses, progress, shard=shard, until=until, on_items=on_items
         )
-        return _write(recipe, prompts, data, store)
 
 
 def write_again(recipe: SynthRecipe, progress: Progress | None = None) -> DataSet:
@@ -178,7 +177,7 @@ def write_again(recipe: SynthRecipe, progress: Progress | None = None) -> DataSe
     """
     checked = check(recipe)
     with CallStore(Path(recipe.output) / STORE) as store:
-        return _write_stored(recipe, checked, store, progress)
+        return _derive_and_write(recipe, checked, store, partial(stored_responses, store), progress)
 
 
 def join(recipe: SynthRecipe, stores: Sequence[Path], progress: Progress | None = None) -> DataSet:
@@ -193,23 +192,22 @@ def join(recipe: SynthRecipe, stores: Sequence[Path], progress: Progress | None 
         for file in stores:
             merged = store.merge(file)
             progress.log(f"{file}: {merged.added} calls added, {merged.duplicates} were there already")
-        return _write_stored(recipe, checked, store, progress)
+        return _derive_and_write(recipe, checked, store, partial(stored_responses, store), progress)
 
 
-def _write_stored(recipe: SynthRecipe, checked: CheckedRecipe, store: CallStore, progress: Progress | None) -> DataSet:
-    data = derive(
-        recipe,
-        checked.prompts,
-        partial(stored_responses, store),
-        run_tests=partial(run_missing_tests, recipe, store, progress=progress),
-        test_index=checked.test_index,
-        reviews=store.reviews.all(),
-        progress=progress,
-    )
-    return _write(recipe, checked.prompts, data, store)
-
-
-def _write(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStore) -> DataSet:
+def _derive_and_write(
+    recipe: SynthRecipe,
+    checked: CheckedRecipe,
+    store: CallStore,
+    get_responses: Lookup,
+    progress: Progress | None,
+    **options: Any,
+) -> DataSet:
+    """Run the stages with the tests and reviews of a store, then write the data set. `options` go to `derive`."""
+    prompts, test_index = checked
+    run_tests = partial(run_missing_tests, recipe, store, progress=progress)
+    options |= {"run_tests": run_tests, "test_index": test_index, "reviews": store.reviews.all(), "progress": progress}
+    data = derive(recipe, prompts, get_responses, **options)
     if entries := data.ledger.unbalanced():
         raise AssertionError(f"the ledger does not add up: {'; '.join(entries)}")
     write_data_set(recipe, prompts, data, store)
@@ -221,27 +219,6 @@ def _write(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStor
             "examples, then change the filters, the prompts or the models"
         )
     return data
-
-
-def _request_missing(
-    recipe: SynthRecipe,
-    store: CallStore,
-    clients: Mapping[str, ModelClient],
-    progress: Progress,
-    requests: Sequence[Request],
-) -> dict[str, Response]:
-    """The responses by key, after requesting those that are missing. A `Lookup` once all but the last argument is bound."""
-    from ultrafuser.synth.calls.scheduler import answer
-
-    answer(
-        requests,
-        store,
-        clients,
-        budget_usd=recipe.budget_usd,
-        budget_tokens=recipe.budget_tokens,
-        progress=progress,
-    )
-    return stored_responses(store, requests)
 
 
 def stored_responses(store: CallStore, requests: Sequence[Request]) -> dict[str, Response]:
@@ -257,9 +234,8 @@ def _probes(recipe: SynthRecipe, first_stages: Mapping[str, str]) -> list[Reques
         model, call = recipe.model(role), recipe.call(stage)
         if isinstance(model, ServedModel):
             address = f"{model.endpoint.model}@{model.endpoint.base_url}"
-            probes.append(
-                replace(PROBE, role=role, model=address, temperature=call.temperature, max_tokens=call.max_tokens)
-            )
+            probe = replace(PROBE, role=role, model=address)
+            probes.append(replace(probe, temperature=call.temperature, max_tokens=call.max_tokens))
     return probes
 
 
@@ -304,15 +280,6 @@ def check(recipe: SynthRecipe, *, shard: Shard | None = None, until: str | None 
                 "newer, set filters.unsafe_code=true to run the code without one, or leave 'tests' out"
             )
     return CheckedRecipe(prompts, test_index)
-
-
-def _check_local_models(recipe: SynthRecipe, roles: Iterable[str]) -> None:
-    from ultrafuser.synth.calls.local import check_files
-
-    for role in roles:
-        model = recipe.model(role)
-        if isinstance(model, LocalModel):
-            check_files(model)
 
 
 def _check_topics_are_complete(recipe: SynthRecipe, prompts: Prompts, store: CallStore) -> None:

@@ -67,8 +67,8 @@ class Prompts:
         self._prompts = {name: self._load(name) for name in NAMES}
         for name, example in EXAMPLES.items():
             self.render(name, **example)
-            if "history" in example:
-                self.render(name, **{**example, "history": []} if name == "responses" else example)
+            if name == "responses":
+                self.render(name, **{**example, "history": []})
 
     def _check_folder(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -147,6 +147,5 @@ def _reply_line(mark: str) -> str:
 def _mark(values: Mapping[str, Any]) -> str:
     """A hash of all quoted text: no text can contain the hash of something that includes it."""
     plain = {key: value for key, value in values.items() if key != "domain"}
-    return hashlib.sha256(
-        json.dumps(plain, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    ).hexdigest()[:8]
+    text = json.dumps(plain, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]

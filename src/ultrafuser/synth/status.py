@@ -106,13 +106,8 @@ def status(recipe: SynthRecipe) -> Status:
     filters = recipe.filters.model_copy(update={"near_duplicates": None})  # sketches of all rows take too long
     recipe = recipe.model_copy(update={"filters": filters})
     with CallStore(Path(recipe.output) / STORE, shared=True) as store:
-        data = derive(
-            recipe,
-            prompts,
-            partial(stored_responses, store),
-            run_tests=partial(stored_verdicts, store),
-            reviews=store.reviews.all(),
-        )
+        get_responses, run_tests = partial(stored_responses, store), partial(stored_verdicts, store)
+        data = derive(recipe, prompts, get_responses, run_tests=run_tests, reviews=store.reviews.all())
         return _summary(plan(recipe, prompts), data, store)
 
 
@@ -129,17 +124,11 @@ def _summary(planned: Sequence[PlannedStage], data: DataSet, store: CallStore) -
         if stage.planned:
             left_usd += missing * sum(domain.usd for domain in stage_plan) / stage.planned
         stages.append(stage)
+    rows = dict(sorted(Counter(row.domain for row in data.rows).items()))
     so_far = _calls(store)
-    return Status(
-        stages=stages,
-        rows=dict(sorted(Counter(row.domain for row in data.rows).items())),
-        calls=so_far.answered,
-        left_calls=left_calls,
-        under_way=so_far.under_way,
-        spent_usd=so_far.spent_usd,
-        left_usd=left_usd,
-        left_s=left_calls / so_far.a_second if so_far.a_second else None,
-    )
+    left_s = left_calls / so_far.a_second if so_far.a_second else None
+    totals = (so_far.answered, left_calls, so_far.under_way, so_far.spent_usd)
+    return Status(stages, rows, *totals, left_usd, left_s)
 
 
 def _stage_status(name: str, planned: Sequence[PlannedStage], data: DataSet, counts: Sequence[Count]) -> StageStatus:

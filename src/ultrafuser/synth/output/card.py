@@ -17,16 +17,14 @@ from ultrafuser.data.writing import atomic_file, row_writer, write_json
 from ultrafuser.synth.calls.store import CallStore
 from ultrafuser.synth.output.dataset import DataSet
 from ultrafuser.synth.prompts import Prompts
-from ultrafuser.synth.recipe import ModelRecipe, SynthRecipe, dump_synth_recipe
+from ultrafuser.synth.recipe import SynthRecipe, dump_synth_recipe
 
 ROWS, PARQUET = "data.jsonl", "data.parquet"
 REPORT, CARD, RECIPE = "report.json", "README.md", "recipe.yaml"
 TOPICS, INSTRUCTIONS = "topics.json", "instructions.jsonl"
 _REASONS_SHOWN = 4
-_SHARED = {
-    "whole text": "a whole short text",
-    "whole message": "a user's whole message",
-}  # kinds of overlap besides n-grams
+# Kinds of overlap besides n-grams.
+_SHARED = {"whole text": "a whole short text", "whole message": "a user's whole message"}
 
 
 def write_data_set(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStore) -> None:
@@ -64,6 +62,10 @@ def write_items(recipe: SynthRecipe, data: DataSet) -> None:
 
 def report(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStore) -> dict[str, Any]:
     """The report as JSON."""
+    models = [
+        {"name": model.name, "model": model.served, "where": model.location, "licence": model.licence}
+        for model in recipe.used_models()
+    ]
     return {
         "title": recipe.title,
         "version": __version__,
@@ -74,15 +76,11 @@ def report(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: CallStor
         "stages": data.ledger.rows(),
         "calls": [asdict(count) for count in store.counts()],
         "spent_usd": store.spent_usd(),
-        "models": [_model_facts(model) for model in recipe.used_models()],
+        "models": models,
         "prompts_sha256": prompts.hashes(),
         "recipe_sha256": hashlib.sha256(dump_synth_recipe(recipe).encode()).hexdigest(),
         "overlaps_with_test_data": data.overlaps,
     }
-
-
-def _model_facts(model: ModelRecipe) -> dict[str, Any]:
-    return {"name": model.name, "model": model.served, "where": model.location, "licence": model.licence}
 
 
 def _topics(data: DataSet) -> dict[str, dict[str, dict[str, list[str]]]]:
@@ -105,6 +103,7 @@ def _write_text(text: str, target: Path) -> None:
 
 def card(recipe: SynthRecipe, facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The data card. Its head is also read by the hub and by `datasets`."""
+    licences = Counter(row.licence or "not stated" for row in rows).most_common()
     lines = [
         "---",
         f"pretty_name: {json.dumps(recipe.title)}",
@@ -145,7 +144,7 @@ def card(recipe: SynthRecipe, facts: Mapping[str, Any], rows: Sequence[Row]) -> 
         "|---|---|---|---|---|",
         *(_model_line(recipe, model) for model in facts["models"]),
         "",
-        _licences(rows),
+        f"Rows by licence: {', '.join(f'{name} {count}' for name, count in licences) or 'none'}.",
         "",
         *_stage_lines(recipe, facts),
         *_filter_lines(recipe, facts),
@@ -205,11 +204,6 @@ def _model_line(recipe: SynthRecipe, model: Mapping[str, Any]) -> str:
     return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
 
 
-def _licences(rows: Sequence[Row]) -> str:
-    counts = Counter(row.licence or "not stated" for row in rows)
-    return "Rows by licence: " + (", ".join(f"{name} {count}" for name, count in counts.most_common()) or "none") + "."
-
-
 def _stage_line(entry: Mapping[str, Any], with_open: bool) -> str:
     reasons = list(entry["rejected"].items())
     rejected = ", ".join(f"{_cell(reason)} {count}" for reason, count in reasons[:_REASONS_SHOWN])
@@ -221,11 +215,9 @@ def _stage_line(entry: Mapping[str, Any], with_open: bool) -> str:
 
 def _filter_lines(recipe: SynthRecipe, facts: Mapping[str, Any]) -> list[str]:
     filters = recipe.filters
-    similarity = (
-        "equal"
-        if filters.near_duplicates is None
-        else f"at least {filters.near_duplicates:g} alike (Jaccard, runs of three words)"
-    )
+    similarity = "equal"
+    if filters.near_duplicates is not None:
+        similarity = f"at least {filters.near_duplicates:g} alike (Jaccard, runs of three words)"
     tests = ", ".join(f"`{Path(path).name}`" for path in filters.decontaminate)
     lines = [f"- Duplicates: instructions or answers that are {similarity}."]
     if tests:

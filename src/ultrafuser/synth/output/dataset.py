@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from ultrafuser.data.schema import Row
 from ultrafuser.data.tools.decontaminate import ContaminationIndex, Rule
@@ -14,6 +14,7 @@ from ultrafuser.data.tools.near_duplicates import NearDuplicateRule, find_cluste
 from ultrafuser.data.tools.texts import read_texts
 from ultrafuser.errors import DataError
 from ultrafuser.progress import Progress
+from ultrafuser.synth.calls.store import Review
 from ultrafuser.synth.ledger import Ledger
 from ultrafuser.synth.recipe import FiltersRecipe, SynthRecipe
 from ultrafuser.synth.stages.items import Conversation, Instruction, SubTopic, Topic
@@ -21,17 +22,6 @@ from ultrafuser.synth.stages.items import Conversation, Instruction, SubTopic, T
 DECISIONS = ("accept", "edit", "reject")
 MIN_ANSWER_WORDS = 12  # many questions have the same short answer
 _TOUCHES = 3  # overlapping test texts per row in the report
-T = TypeVar("T")
-
-
-class Decision(Protocol):
-    """A reader's decision on a row. `reviews.Review` is one."""
-
-    @property
-    def decision(self) -> str: ...
-
-    @property
-    def note(self) -> str: ...
 
 
 @dataclass
@@ -55,7 +45,7 @@ class DataSet:
 
 
 def as_rows(
-    recipe: SynthRecipe, conversations: Iterable[Conversation], reviews: Mapping[str, Decision], ledger: Ledger
+    recipe: SynthRecipe, conversations: Iterable[Conversation], reviews: Mapping[str, Review], ledger: Ledger
 ) -> list[Row]:
     """The rows after review, in the order of their ids."""
     rows = []
@@ -88,10 +78,14 @@ def without_duplicates(
     rows: Sequence[Row], filters: FiltersRecipe, ledger: Ledger, progress: Progress | None = None
 ) -> list[Row]:
     """The first row by id of each set with the same, or nearly the same, instructions or answers."""
+
+    def answer_words(row: Row) -> int:
+        return sum(len(content.split()) for role, content in row.messages if role == "assistant")
+
     reasons: dict[str, str] = {}
     unique = list(rows)
     for on in ("instructions", "answers"):
-        compared = [row for row in unique if on == "instructions" or _answer_words(row) >= MIN_ANSWER_WORDS]
+        compared = [row for row in unique if on == "instructions" or answer_words(row) >= MIN_ANSWER_WORDS]
         for cluster in find_clusters(compared, NearDuplicateRule(threshold=filters.near_duplicates, on=on), progress):
             reasons |= {compared[index].id: f"same {on}" for index in cluster.exact}
             reasons |= {compared[index].id: f"near-duplicate {on}" for index, _ in cluster.near}
@@ -99,10 +93,6 @@ def without_duplicates(
     for row in rows:
         ledger.decide("duplicates", row.domain, reasons.get(row.id), row.messages[0][1])
     return unique
-
-
-def _answer_words(row: Row) -> int:
-    return sum(len(content.split()) for role, content in row.messages if role == "assistant")
 
 
 def index_of_tests(filters: FiltersRecipe) -> ContaminationIndex | None:
@@ -140,29 +130,21 @@ def balanced(rows: Sequence[Row], recipe: SynthRecipe, ledger: Ledger) -> list[R
     for domain in recipe.domains:
         domain_rows = [row for row in rows if row.domain == domain.name]
         limit = len(domain_rows) if domain.counts.rows is None else domain.counts.rows
-        selected |= {row.id for row in list(_by_topic(domain_rows))[:limit]}
+        topics = [_round_robin(_group(topic, "subtopic")) for topic in _group(domain_rows, "topic")]
+        selected |= {row.id for row in _round_robin(topics)[:limit]}
     for row in rows:
         if recipe.domain(row.domain).counts.rows is not None:
             ledger.decide("balance", row.domain, None if row.id in selected else "more than wanted of its topic")
     return [row for row in rows if row.id in selected]
 
 
-def _by_topic(rows: Sequence[Row]) -> Iterator[Row]:
-    topics = [
-        list(_round_robin(_group(topic_rows, lambda row: row.subtopic)))
-        for topic_rows in _group(rows, lambda row: row.topic)
-    ]
-    return _round_robin(topics)
-
-
-def _group(rows: Iterable[Row], key: Callable[[Row], str]) -> list[list[Row]]:
+def _group(rows: Iterable[Row], field: str) -> list[list[Row]]:
+    """Groups of rows with the same value of a field, in the order of the values and ids."""
     groups: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (key(row), row.id)):
-        groups.setdefault(key(row), []).append(row)
+    for row in sorted(rows, key=lambda row: (getattr(row, field), row.id)):
+        groups.setdefault(getattr(row, field), []).append(row)
     return list(groups.values())
 
 
-def _round_robin(groups: Sequence[Sequence[T]]) -> Iterator[T]:
-    missing = object()
-    for turn in zip_longest(*groups, fillvalue=missing):
-        yield from (item for item in turn if item is not missing)  # type: ignore[misc]
+def _round_robin(groups: Sequence[Sequence[Row]]) -> list[Row]:
+    return [row for turn in zip_longest(*groups) for row in turn if row is not None]

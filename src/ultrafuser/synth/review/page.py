@@ -63,20 +63,16 @@ class _Actions:
         """New values of all outputs, for the selected row `step` positions after `index`."""
         index = _move(self.session.select(domain, state), index, step)
         if index is None:
-            return [
-                None,
-                NO_ROWS,
-                self.session.summary(),
-                "",
-                *[self.gr.update(visible=False) for _ in range(self.num_boxes)],
-            ]
+            boxes = [self.gr.update(visible=False) for _ in range(self.num_boxes)]
+            return [None, NO_ROWS, self.session.summary(), "", *boxes]
         row, messages = self.session.rows[index], self.session.messages(index)
-        heading = f"**{row.domain}** / {row.topic} / {row.subtopic} · `{row.id}` · {row.source}"
-        decision = self.session.decision(row)
+        review = self.session.store.reviews.get(row.id)
+        decision = review.decision if review is not None else "not reviewed"
+        heading = f"**{row.domain}** / {row.topic} / {row.subtopic} · `{row.id}` · {row.source} · {decision}"
+        reject_note = review.note if review is not None and decision == "reject" else ""
         boxes = [self.gr.update(label=role, value=content, visible=True) for role, content in messages]
         boxes += [self.gr.update(visible=False) for _ in range(self.num_boxes - len(messages))]
-        heading = f"{heading} · {decision or 'not reviewed'}"
-        return [index, heading, self.session.summary(), self.session.reject_note(row), *boxes]
+        return [index, heading, self.session.summary(), reject_note, *boxes]
 
     def accept(self, domain: str, state: str, index: int | None) -> list[Any]:
         if index is not None:

@@ -48,11 +48,6 @@ class ReviewSession:
         review = self.store.reviews.get(row.id)
         return review.decision if review is not None else ""
 
-    def reject_note(self, row: Row) -> str:
-        """The reader's reason for a rejection, if there is one."""
-        review = self.store.reviews.get(row.id)
-        return review.note if review is not None and review.decision == "reject" else ""
-
     def select(self, domain: str = ALL_DOMAINS, state: str = STATES[0]) -> list[int]:
         """Indices of the rows of a domain and review state."""
         states = {row_id: f"{review.decision}ed" for row_id, review in self.store.reviews.all().items()}
