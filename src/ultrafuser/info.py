@@ -30,6 +30,13 @@ def describe(folder: str | Path, *, verify: bool = False) -> dict[str, Any]:
         facts["shares_base_with"] = [config.names[index] for index in shared if index != k]
     if verify:
         check_files(root, config.gate_files, "the gate")
+    # Bytes outside the checkpoint. A base that several specialists share counts once.
+    outside = {
+        facts[key]["source"]: facts[key]["size_bytes"]
+        for facts in specialists
+        for key in ("model", "adapter")
+        if key in facts and not facts[key]["inside"]
+    }
     files = [file for file in root.rglob("*") if file.is_file()]
     return {
         "folder": str(root),
@@ -40,7 +47,7 @@ def describe(folder: str | Path, *, verify: bool = False) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "context": config.max_position_embeddings,
         "size_bytes": sum(file.stat().st_size for file in files),
-        "referenced_size_bytes": _referenced(specialists),
+        "referenced_size_bytes": sum(outside.values()),
         "specialists": specialists,
         "has_recipe": (root / "recipe.yaml").is_file(),
         "verified": verify,
@@ -75,14 +82,3 @@ def _specialist(spec: SpecialistEntry, root: Path, verify: bool) -> dict[str, An
         "temperature": spec.get("temperature", 1.0),
         **locations,
     }
-
-
-def _referenced(specialists: list[dict[str, Any]]) -> int:
-    """Bytes outside the checkpoint. A base that several specialists share counts once."""
-    seen = {
-        facts[key]["source"]: facts[key]["size_bytes"]
-        for facts in specialists
-        for key in ("model", "adapter")
-        if key in facts and not facts[key]["inside"]
-    }
-    return sum(seen.values())

@@ -47,14 +47,8 @@ class ConsoleProgress(Progress):
         self._label, self._total, self._steps = label, total, 0
         self._start = self._last_line = time.monotonic()
         if self._console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
+            counts = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (TextColumn("{task.description}"), *counts, TextColumn("{task.fields[note]}"))
             self._bar = Bars(*columns, console=self._console)
             self._bar.start()
             self._task = self._bar.add_task(label, total=total, note="")

@@ -203,10 +203,6 @@ class JointStage(_Stage):
 StageRecipe = Annotated[GateStage | JointStage, DiscriminatedBy("name")]
 
 
-def _both_stages() -> list[StageRecipe]:
-    return [GateStage(name="gate"), JointStage(name="joint")]
-
-
 class Recipe(Node):
     """The training recipe."""
 
@@ -223,7 +219,10 @@ class Recipe(Node):
     dtype: Dtype = Field(default="auto", description="Type of the weights. `auto`: the type of each checkpoint.")
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or another torch device.")
     data: DataRecipe = Field(default_factory=DataRecipe, description="Training and validation rows.")
-    stages: list[StageRecipe] = Field(default_factory=_both_stages, description="The training stages, in order.")
+    stages: list[StageRecipe] = Field(
+        default=[GateStage(name="gate"), JointStage(name="joint")],
+        description="The training stages, in order.",
+    )
     balanced: bool = Field(default=True, description="Draw the same number of rows of each domain into every batch.")
     cache_features: Literal["auto"] | bool = Field(
         default="auto",

@@ -20,7 +20,7 @@ from training_fixtures import (
     metrics,
     trained_weights,
 )
-from ultrafuser.data import responses
+from ultrafuser.data import collate
 from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import DataError, TrainingError
 from ultrafuser.specialists import fuse
@@ -198,7 +198,7 @@ def test_a_recipe_that_failed_before_training_can_be_mended_and_run(tiny_run, tm
 
 
 def test_an_interrupted_computation_of_features_goes_on(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setitem(responses.TOKENS_PER_BATCH, "cpu", 1)  # row by row
+    monkeypatch.setitem(collate.TOKENS_PER_BATCH, "cpu", 1)  # row by row
     with pytest.raises(Interruption):
         tiny_run.train(tmp_path / "run", progress=StopReading(after=6), cache_features=True)
     progress = RecordingProgress()

@@ -213,19 +213,16 @@ def _conversations(prompts: list[str] | None, file: Path | None, system: str | N
     """The conversations to answer: from the options, a file or standard input. Rows lose their last answer."""
     if prompts and file:
         raise DataError("give --prompt or --file, not both")
-    if file is not None and file.suffix in (".jsonl", ".json", ".csv", ".parquet"):
-        from ultrafuser.data.sources import load_rows
+    from ultrafuser.data.sources import SUFFIXES, load_rows, read_text
 
+    if file is not None and file.suffix in SUFFIXES:
         return [row.chat()[:-1] for row in load_rows(str(file), domain="any")]
     if file is not None and not file.is_file():
         raise DataError(f"{file}: no such file, expected a text file with one prompt per line, or rows")
     if prompts:
         lines = prompts
     elif file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: not UTF-8 at byte {error.start}. Convert the file") from error
+        lines = read_text(file).splitlines()
     elif sys.stdin.isatty():
         raise DataError("no prompt. Give --prompt TEXT, --file FILE, or text on standard input")
     else:

@@ -1,4 +1,4 @@
-"""Pad lists of token sequences to the tensors that the model takes."""
+"""Group rows of similar length, and pad lists of token sequences to the tensors that the model takes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 
 from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import DataError
+
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
 
 
 def collate_rows(rows: Sequence[Rendered], pad_id: int = 0) -> dict[str, torch.Tensor]:
@@ -73,3 +75,18 @@ def pad_prompts(
         "specialist_input_ids": ids,
         "specialist_attention_mask": mask,
     }
+
+
+def token_budget(device: torch.device) -> int:
+    """Padded tokens that one batch without gradients may hold on a device."""
+    return TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cuda"])
+
+
+def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Indices in batches of similar length, each of at most `tokens_per_batch` padded tokens."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens_per_batch:
+            batches.append([])
+        batches[-1].append(i)
+    return batches

@@ -61,7 +61,15 @@ def read_records(
         for file in files:
             yield from read_file(file)
     elif path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith(SUFFIXES):
-        yield from _read_hub(path, split, revision, config)
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(path, config, split=split, revision=revision)
+        except (OSError, ValueError) as error:  # a missing data set or split, or no network
+            raise DataError(
+                f"{path}: no such local file, and the hub data set could not be loaded (split {split!r}): {error}"
+            ) from error
+        yield from ((record, f"{path}[{split}][{index}]") for index, record in enumerate(rows))
     else:
         raise DataError(f"{path}: no such file, expected {', '.join(SUFFIXES)}, a folder of them, a glob, or a hub id")
 
@@ -102,7 +110,7 @@ def read_file(file: Path) -> Iterator[tuple[Any, str]]:
                         raise DataError(f"{location}: empty line, expected one JSON object")
                     yield parse_json(line, location), location
         elif file.suffix == ".json":
-            records = parse_json(file.read_text(encoding="utf-8-sig"), str(file))
+            records = parse_json(read_text(file), str(file))
             if not isinstance(records, list):
                 raise DataError(f"{file}: expected a JSON list of rows, got {type(records).__name__}")
             yield from ((record, f"{file}[{index}]") for index, record in enumerate(records))
@@ -118,6 +126,18 @@ def read_file(file: Path) -> Iterator[tuple[Any, str]]:
         raise DataError(f"{file}: not UTF-8 at byte {error.start}. Convert the file") from error
     except csv.Error as error:
         raise DataError(f"{file}: not readable CSV: {error}") from error
+
+
+def read_text(file: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        DataError: not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 at byte {error.start}. Convert the file") from error
 
 
 def parse_json(text: str, location: str) -> Any:
@@ -145,16 +165,3 @@ def _read_parquet(file: Path) -> Iterator[tuple[Any, str]]:
         for record in batch.to_pylist():
             yield record, f"{file}[{index}]"
             index += 1
-
-
-def _read_hub(path: str, split: str, revision: str | None, config: str | None) -> Iterator[tuple[Any, str]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(path, config, split=split, revision=revision)
-    except (OSError, ValueError) as error:  # a missing data set or split, or no network
-        raise DataError(
-            f"{path}: no such local file, and the hub data set could not be loaded (split {split!r}): {error}"
-        ) from error
-    for index, record in enumerate(rows):
-        yield record, f"{path}[{split}][{index}]"

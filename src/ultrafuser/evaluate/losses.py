@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ultrafuser.data.responses import length_batches, token_budget
+from ultrafuser.data.collate import length_batches, token_budget
 from ultrafuser.data.templates import Rendered
 from ultrafuser.evaluate.intervals import Stratum
 from ultrafuser.model.loss import label_log_prob, mixed_log_prob

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ultrafuser.data.responses import length_batches, token_budget
+from ultrafuser.data.collate import length_batches, token_budget
 from ultrafuser.data.templates import Rendered
 from ultrafuser.model.loss import Head, token_chunks
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from ultrafuser.data.collate import collate_rows, pad_labels
-from ultrafuser.data.responses import length_batches, token_budget
+from ultrafuser.data.collate import collate_rows, length_batches, pad_labels, token_budget
 from ultrafuser.data.templates import Rendered
 from ultrafuser.data.writing import atomic_file
 from ultrafuser.errors import TrainingError

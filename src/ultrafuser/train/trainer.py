@@ -15,8 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ultrafuser.data.balance import BalancedBatchSampler
-from ultrafuser.data.collate import collate_rows
-from ultrafuser.data.responses import TOKENS_PER_BATCH, length_batches
+from ultrafuser.data.collate import TOKENS_PER_BATCH, collate_rows, length_batches
 from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM

@@ -17,8 +17,7 @@ from lm_eval.api.model import LM
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ultrafuser.data.collate import prompt_inputs
-from ultrafuser.data.responses import length_batches, token_budget
+from ultrafuser.data.collate import length_batches, prompt_inputs, token_budget
 from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import CheckpointError, DataError, UltraFuserError
 from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat

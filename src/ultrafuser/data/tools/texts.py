@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.data.sources import SUFFIXES, local_files, parse_json, read_file
+from ultrafuser.data.sources import SUFFIXES, local_files, parse_json, read_file, read_text
 from ultrafuser.errors import DataError
-
-PLAIN_SUFFIX = ".txt"
 
 
 @dataclass(frozen=True)
@@ -40,14 +38,14 @@ def read_texts(path: str, fields: Sequence[str] = ()) -> Iterator[Text]:
     Raises:
         DataError: a missing or unreadable file, or a field that no item of a file has.
     """
-    files = local_files(path, (*SUFFIXES, PLAIN_SUFFIX))
+    files = local_files(path, (*SUFFIXES, ".txt"))
     if not files:
         raise DataError(
             f"{path}: no such test file, expected {', '.join(SUFFIXES)} or plain text, a folder of them, or a glob"
         )
     for file in files:
         names: set[str] = set()
-        for record, location in _items(file):
+        for record, location in _read_items(file):
             if fields and isinstance(record, Mapping):
                 names |= {str(key) for key in record}
                 record = {key: value for key, value in record.items() if key in fields}
@@ -57,21 +55,18 @@ def read_texts(path: str, fields: Sequence[str] = ()) -> Iterator[Text]:
             raise DataError(f"{file}: no item has the field {missing[0]!r}. Its fields are {', '.join(sorted(names))}")
 
 
-def _items(file: Path) -> Iterator[tuple[Any, str]]:
+def _read_items(file: Path) -> Iterator[tuple[Any, str]]:
     if file.suffix == ".json":  # unlike rows, test items need not be a list
-        value = parse_json(_decoded(file), str(file))
+        value = parse_json(read_text(file), str(file))
         if isinstance(value, list):
             yield from ((item, f"{file}[{index}]") for index, item in enumerate(value))
         else:
             yield value, str(file)
-    elif file.suffix in SUFFIXES:
+        return
+    if file.suffix in SUFFIXES:
         yield from read_file(file)
-    else:
-        yield from _paragraphs(file)
-
-
-def _paragraphs(file: Path) -> Iterator[tuple[str, str]]:
-    lines = _decoded(file).splitlines()
+        return
+    lines = read_text(file).splitlines()
     if all(line.strip() for line in lines):
         yield from ((line, f"{file}:{line_number}") for line_number, line in enumerate(lines, 1))
         return
@@ -82,13 +77,6 @@ def _paragraphs(file: Path) -> Iterator[tuple[str, str]]:
         elif block:
             yield "\n".join(block), f"{file}:{line_number - len(block)}"
             block = []
-
-
-def _decoded(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 at byte {error.start}. Convert the file") from error
 
 
 def _strings(value: Any, field: str) -> Iterator[tuple[str, str]]:

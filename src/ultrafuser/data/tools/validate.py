@@ -65,7 +65,12 @@ def validate(sources: Sequence[str], *, domain: str | None = None, progress: Pro
             problems = [problem] if problem else list(problems_of(raw, domain))
             findings.rows += 1
             if isinstance(raw, Mapping) and not problem:
-                problems += _repeated_id(raw, location, locations_of_ids)
+                row_id = raw.get("id")  # without one, `parse_row` makes it from the content
+                if (
+                    row_id not in (None, "")
+                    and (first := locations_of_ids.setdefault(str(row_id), location)) != location
+                ):
+                    problems.append(f"id {str(row_id)!r} is also the id of {first}, expected unique ids")
                 columns.update(str(key) for key in raw)
                 empty.update(key for key in ("source", "licence") if not raw.get(key))
                 domains[str(domain or raw.get("domain") or "")] += 1
@@ -155,15 +160,6 @@ def _pair_problems(raw: Mapping[str, Any]) -> Iterator[str]:
             yield f"column {column!r}: expected text, got {type(value).__name__}"
         elif not value.strip():
             yield f"column {column!r} is empty"
-
-
-def _repeated_id(raw: Mapping[str, Any], location: str, locations: dict[str, str]) -> list[str]:
-    """A problem if an earlier row has the same id. `locations` keeps the first row of each id."""
-    row_id = raw.get("id")
-    if row_id in (None, ""):
-        return []  # `parse_row` makes an id from the content
-    first = locations.setdefault(str(row_id), location)
-    return [] if first == location else [f"id {str(row_id)!r} is also the id of {first}, expected unique ids"]
 
 
 def _unread_columns(columns: Counter[str]) -> Iterator[str]:
