@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from ultrafuser.compare.results import Measurement, SystemResult, compare_systems
-from ultrafuser.compare.systems.average import weight_average
 from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.data.writing import write_json
 from ultrafuser.errors import TrainingError
@@ -29,6 +28,8 @@ from ultrafuser.inspect.run import answer, trace_tokens
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import package_path
+from ultrafuser.model.saving import plain_model
+from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import Recipe, load_recipe
 from ultrafuser.report.data import Comparison
@@ -189,7 +190,10 @@ def _alternatives(model: UltraFuserForCausalLM, rows: list[Rendered], progress: 
     group, vocab = model.groups[0], model.config.vocab_size
     with group.only([]):
         base = group_losses(group, rows, vocab, label="base", progress=progress)
-    average = group_losses(weight_average(model), rows, vocab, label="weight average", progress=progress)
+    mean = plain_model(group, {k: 1 / group.size for k in range(group.size)})
+    average = group_losses(
+        SpecialistGroup(mean, ["weight_average"]), rows, vocab, label="weight average", progress=progress
+    )
     return {"base": base, "weight_average": average}
 
 

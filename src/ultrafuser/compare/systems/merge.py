@@ -31,6 +31,7 @@ METHODS: dict[str, tuple[bool, bool]] = {
     "dare_linear": (True, True),
     "dare_ties": (True, True),
 }
+DEFAULT_DENSITY = 0.6  # share of the differences that TIES and DARE keep
 DEFAULT_WEIGHT = 0.6  # of each specialist's difference in task arithmetic, TIES and DARE
 _ERROR_LINES = 6
 
@@ -49,7 +50,7 @@ class Merge(SystemNode):
     weight: PositiveFloat | None = Field(
         default=None, description="Weight of each specialist. null: 1/K for `linear`, 0.6 otherwise."
     )
-    density: Fraction = Field(default=0.6, description="Share of the changes that TIES and DARE keep.")
+    density: Fraction = Field(default=DEFAULT_DENSITY, description="Share of the changes that TIES and DARE keep.")
 
     @property
     def default_name(self) -> str:
@@ -60,14 +61,14 @@ class Merge(SystemNode):
 
     def build(self, workspace: Workspace) -> int:
         checkpoints = workspace.checkpoints()
-        needs_base, is_sparse = METHODS[self.method]
+        needs_base, _ = METHODS[self.method]
         merge(
             list(checkpoints.specialists.values()),
             checkpoints.base,
             self.method,
             workspace.system_folder(self.id) / "model",
             weight=DEFAULT_WEIGHT if self.weight is None and needs_base else self.weight,
-            density=self.density if is_sparse else None,
+            density=self.density,
             seed=workspace.settings.seed,
         )
         return 0
@@ -76,19 +77,11 @@ class Merge(SystemNode):
         from ultrafuser.compare.loaded import load_model
 
         folder = workspace.system_folder(self.id)
-        source = {
-            "model": str(folder / "model"),
-            "adapter": None,
-            "gguf_file": None,
-            "revision": None,
-            "adapter_revision": None,
+        source = dict.fromkeys(("adapter", "gguf_file", "revision", "adapter_revision")) | {
+            "model": str(folder / "model")
         }
-        first = workspace.settings.training().specialists[0]
-        return load_model(
-            workspace,
-            workspace.load_specialist(first.model_copy(update={**source, "name": self.id})),
-            folder / "features",
-        )
+        merged = workspace.settings.training().specialists[0].model_copy(update={**source, "name": self.id})
+        return load_model(workspace, workspace.load_specialist(merged), folder / "features")
 
 
 def merge(
@@ -97,50 +90,70 @@ def merge(
     method: str,
     output: Path,
     *,
-    weight: float | Sequence[float] | None = None,
-    density: float | None = None,
-    normalize: bool | None = None,
+    weight: float | None = None,
+    density: float = DEFAULT_DENSITY,
     seed: int = 0,
 ) -> Path:
     """Merge ordinary checkpoints of one architecture into one, unless `output` is that merge already.
 
-    With theta_0 the base, d_k = theta_k - theta_0 and weights w_k:
+    With theta_0 the base, d_k = theta_k - theta_0 and w the weight:
 
-    - linear: sum w_k theta_k / sum w_k.
-    - task_arithmetic: theta_0 + sum w_k d_k.
+    - linear: sum w theta_k / sum w.
+    - task_arithmetic: theta_0 + sum w d_k.
     - ties: keep the share `density` of each d_k with the largest magnitude, and add the weighted mean of the values that
       agree with the elected sign.
     - dare_linear, dare_ties: keep a random share `density` of each d_k and rescale it, then add as task_arithmetic or by
       the elected sign.
 
     Args:
-        sources: folders of the specialists.
+        sources: folders of the K specialists.
         base: folder of the model that they were trained from. `linear` does not use it.
-        weight: one for all, or one for each source. Default: 1 / K.
-        density: for ties and DARE, in (0, 1]. Default: 0.5.
-        normalize: divide by the sum of the weights. Default: as in mergekit (linear and ties: yes, others: no).
+        weight: of every source. Default: 1 / K.
+        density: for ties and DARE, in (0, 1].
         seed: of DARE's random choice.
 
     Returns:
         `output`: a checkpoint with tokenizer, and the recipe that made it.
 
     Raises:
-        UltraFuserError: an unknown method, a base, weight or density that the method needs or cannot use, or mergekit's
-            own error.
+        UltraFuserError: the method needs a base and there is none, or mergekit's own error.
         MissingExtraError: mergekit is not installed.
     """
     from ultrafuser.model.saving import atomic_directory
 
-    recipe = _recipe([Path(source) for source in sources], base, method, weight, density, normalize)
-    output = Path(output)
+    recipe = _recipe(sources, base, method, weight, density)
     facts = yaml.safe_dump({**recipe, "seed": seed}, sort_keys=False)
-    if (output / "config.json").is_file() and _read(output / RECIPE_FILE) == facts:
+    recipe_file = output / RECIPE_FILE
+    is_merged = (output / "config.json").is_file() and recipe_file.is_file()
+    if is_merged and recipe_file.read_text(encoding="utf-8") == facts:
         return output
     program = find_program()
     with atomic_directory(output) as draft:
         _run_mergekit(program, recipe, draft, seed)
         (draft / RECIPE_FILE).write_text(facts, encoding="utf-8")
     return output
+
+
+def _recipe(
+    sources: Sequence[Path], base: Path | None, method: str, weight: float | None, density: float
+) -> dict[str, Any]:
+    """The recipe that mergekit reads."""
+    needs_base, is_sparse = METHODS[method]
+    if needs_base and base is None:
+        raise UltraFuserError(
+            f"{method} adds differences to the model that the specialists were trained from. Name it as `base`"
+        )
+    parameters = {"weight": float(weight or 1 / len(sources))} | ({"density": density} if is_sparse else {})
+    config = json.loads((sources[0] / "config.json").read_text(encoding="utf-8"))
+    recipe: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": str(source.absolute()), "parameters": dict(parameters)} for source in sources],
+        "dtype": "float32",  # sums of differences in half precision lose the small ones
+        "out_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
+    }
+    if needs_base and base is not None:
+        recipe["base_model"] = str(base.absolute())
+    return recipe
 
 
 def _run_mergekit(program: str, recipe: dict[str, Any], folder: Path, seed: int) -> None:
@@ -174,59 +187,3 @@ def find_program() -> str:
     if program is None:
         raise MissingExtraError("mergekit", "merge", "merging weights")
     return program
-
-
-def _recipe(
-    sources: Sequence[Path],
-    base: Path | None,
-    method: str,
-    weight: float | Sequence[float] | None,
-    density: float | None,
-    normalize: bool | None,
-) -> dict[str, Any]:
-    """The recipe that mergekit reads."""
-    if method not in METHODS:
-        raise UltraFuserError(f"merge method {method!r} is not known. There are: {', '.join(METHODS)}")
-    needs_base, is_sparse = METHODS[method]
-    if not sources:
-        raise UltraFuserError(f"{method}: there is nothing to merge. Give at least one source")
-    if needs_base and base is None:
-        raise UltraFuserError(
-            f"{method} adds differences to the model that the specialists were trained from. Name it as `base`"
-        )
-    if density is not None and not is_sparse:
-        raise UltraFuserError(f"{method} keeps every difference, so density={density} has no effect. Remove it")
-    density = 0.5 if density is None else density
-    if not 0 < density <= 1:
-        raise UltraFuserError(f"{method}: density is {density}, expected more than 0 and at most 1")
-    weight = 1 / len(sources) if weight is None else weight
-    weights = [float(weight)] * len(sources) if isinstance(weight, (int, float)) else [float(w) for w in weight]
-    if len(weights) != len(sources):
-        raise UltraFuserError(f"{method}: {len(weights)} weights for {len(sources)} sources. Give one, or one for each")
-    parameters = [{"weight": w} | ({"density": density} if is_sparse else {}) for w in weights]
-    recipe: dict[str, Any] = {
-        "merge_method": method,
-        "models": [
-            {"model": str(source.absolute()), "parameters": settings}
-            for source, settings in zip(sources, parameters, strict=True)
-        ],
-        "dtype": "float32",  # sums of differences in half precision lose the small ones
-        "out_dtype": _dtype(sources[0]),
-    }
-    if needs_base:
-        recipe["base_model"] = str(Path(base).absolute()) if base is not None else None
-    if normalize is not None:
-        recipe["parameters"] = {"normalize": normalize}
-    return recipe
-
-
-def _dtype(source: Path) -> str:
-    """The data type of a checkpoint's weights, as its configuration says."""
-    if not (source / "config.json").is_file():
-        raise UltraFuserError(f"{source}: no config.json, so it is no checkpoint. Write one with save_pretrained")
-    fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    return fields.get("dtype") or fields.get("torch_dtype") or "float32"
-
-
-def _read(file: Path) -> str | None:
-    return file.read_text(encoding="utf-8") if file.is_file() else None
