@@ -1,42 +1,21 @@
-"""Put the measurements of systems side by side: intervals, paired differences, gate weights.
-
-A comparison of losses alone needs row losses and nothing else:
-
-    losses = {"base": group_losses(...), "text": ..., "fused": fused_losses(...)[0]}     # lists of RowLoss
-    systems = [SystemResult(name, KINDS[name], Measurement(losses=by_stratum(rows, row_losses)))
-               for name, row_losses in losses.items()]
-    systems[-1].measurement.sample_weights = by_domain(rows, weights)                    # of fused_losses
-    systems[-1].measurement.training = read_metrics(output / "metrics.jsonl")
-    comparison = compare_systems(systems, title="Demo", specialists=names, main="fused", seed=seed)
-    write_json(output / "results.json", comparison.model_dump(mode="json"))
-    write_report(comparison, output, traces=traces)
-"""
+"""Put the measurements of systems side by side: intervals, paired differences, gate weights."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from ultrafuser.evaluate.intervals import Stratum, difference, estimate
 from ultrafuser.evaluate.losses import mean_weights
 from ultrafuser.evaluate.scoring import TaskScores
 from ultrafuser.evaluate.tasks import TASKS
 from ultrafuser.inspect.trace import TokenTrace
-from ultrafuser.report.data import (
-    MEAN,
-    Checkpoint,
-    Comparison,
-    Loss,
-    Pair,
-    Parameters,
-    Speed,
-    System,
-    Task,
-    TaskScore,
-)
+from ultrafuser.report.data import MEAN, Checkpoint, Comparison, Loss, Pair, Parameters, Speed, System, Task, TaskScore
 
 TASK = "task/"  # before a benchmark's name in a column, since a domain may have the same name
 ORACLE = "oracle"
@@ -58,11 +37,11 @@ class Measurement:
         seconds: duration of the measurement.
     """
 
-    losses: Strata = field(default_factory=dict)
+    losses: Annotated[Strata, Field(alias="loss")] = field(default_factory=dict)  # the key in measured.json
     tasks: dict[str, TaskScores] = field(default_factory=dict)
     sample_weights: dict[str, list[Sequence[float]]] = field(default_factory=dict)
     tokens_per_s: Speed | None = None
-    peak_memory_mb: float | None = None
+    peak_memory_mb: int | None = None
     parameters: dict[str, int] = field(default_factory=dict)
     training: list[dict[str, Any]] = field(default_factory=list)
     traces: list[TokenTrace] = field(default_factory=list)
@@ -71,35 +50,15 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return {
-            "loss": {domain: asdict(stratum) for domain, stratum in self.losses.items()} or None,
-            "tasks": {task: scores.to_dict() for task, scores in self.tasks.items()},
-            "sample_weights": self.sample_weights or None,
-            "tokens_per_s": self.tokens_per_s.model_dump() if self.tokens_per_s else None,
-            "peak_memory_mb": self.peak_memory_mb,
-            "parameters": self.parameters,
-            "training": self.training,
-            "traces": [trace.to_dict() for trace in self.traces],
-            "chosen": self.chosen,
-            "seconds": self.seconds,
-        }
+        return _FORMAT.dump_python(self, by_alias=True)
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Measurement:
         """Read the result of `to_dict`."""
-        speed = tree.get("tokens_per_s")
-        return cls(
-            losses={domain: Stratum(**stratum) for domain, stratum in (tree.get("loss") or {}).items()},
-            tasks={task: TaskScores(**scores) for task, scores in tree["tasks"].items()},
-            sample_weights=tree.get("sample_weights") or {},
-            tokens_per_s=Speed(**speed) if speed else None,
-            peak_memory_mb=tree.get("peak_memory_mb"),
-            parameters=tree["parameters"],
-            training=tree["training"],
-            traces=[TokenTrace.from_dict(trace) for trace in tree.get("traces", [])],
-            chosen=tree.get("chosen"),
-            seconds=tree["seconds"],
-        )
+        return _FORMAT.validate_python({key: value for key, value in tree.items() if value is not None})
+
+
+_FORMAT = TypeAdapter(Measurement)
 
 
 @dataclass
@@ -155,7 +114,7 @@ def compare_systems(
         oracle, to the router, to the main system and to its `versus`.
     """
     measured = {system.name: system.measurement for system in systems if system.measurement is not None}
-    numbers = _Numbers.of(measured, seed)
+    numbers = _Numbers(measured, seed)
     best = numbers.best_columns([system.name for system in systems if system.kind == "specialist"])
     for system in systems:
         if system.kind == ORACLE:
@@ -176,55 +135,39 @@ def compare_systems(
             if measurement.sample_weights and measurement.losses
         },
         sample_weights={
-            name: _named_weights(measurement.sample_weights, specialists)
+            name: {
+                domain: [dict(zip(specialists, row, strict=True)) for row in rows]
+                for domain, rows in measurement.sample_weights.items()
+            }
             for name, measurement in measured.items()
             if measurement.sample_weights
         },
         training={name: measurement.training for name, measurement in measured.items() if measurement.training},
-        stability={
-            name: checkpoints
-            for name, measurement in measured.items()
-            if (checkpoints := _stability(measurement.training))
-        },
+        stability={name: losses for name, m in measured.items() if (losses := _stability(m.training))},
         table2=[system.name for system in systems if system.kind == "fused" and system.name in measured],
         main=main,
         config=config,
     )
 
 
-def _rivals(systems: Sequence[SystemResult], numbers: _Numbers, main: str | None) -> dict[str, dict[str, str]]:
-    """The measured router, oracle and main system, with which every system is compared in every column."""
-    first = {kind: next((s.name for s in systems if s.kind == kind), None) for kind in ("router", ORACLE)}
-    rivals = {kind: name for kind, name in {**first, "main": main}.items() if name is not None}
-    return {kind: dict.fromkeys(numbers.columns, name) for kind, name in rivals.items() if name in numbers.scores}
-
-
-@dataclass
 class _Numbers:
     """The test rows and documents of every system.
 
     A column is a domain, the `mean` of the domains, or `task/NAME`.
     """
 
-    losses: dict[str, Strata]
-    scores: dict[str, Strata]
-    domains: list[str]
-    tasks: dict[str, Task]
-    seed: int
-
-    @classmethod
-    def of(cls, measured: Mapping[str, Measurement], seed: int) -> _Numbers:
-        losses = {name: measurement.losses for name, measurement in measured.items() if measurement.losses}
-        scores = {
-            name: {task: scores.stratum() for task, scores in measurement.tasks.items() if scores.scores}
-            for name, measurement in measured.items()
-        }
-        domains = list(dict.fromkeys(domain for strata in losses.values() for domain in strata))
-        return cls(losses, scores, domains, _tasks(measured), seed)
-
-    @property
-    def columns(self) -> list[str]:
-        return [*self.domains, MEAN, *(TASK + task for task in self.tasks)]
+    def __init__(self, measured: Mapping[str, Measurement], seed: int) -> None:
+        self.seed = seed
+        self.losses = {name: measurement.losses for name, measurement in measured.items() if measurement.losses}
+        self.scores: dict[str, Strata] = {}
+        self.tasks: dict[str, Task] = {}  # in the order in which the systems ran them
+        for name, measurement in measured.items():
+            self.scores[name] = {t: scores.stratum() for t, scores in measurement.tasks.items() if scores.scores}
+            for task, scores in measurement.tasks.items():
+                description = TASKS[task].description if task in TASKS else task
+                self.tasks.setdefault(task, Task(metric=scores.metric, higher_is_better=True, description=description))
+        self.domains = list(dict.fromkeys(domain for strata in self.losses.values() for domain in strata))
+        self.columns = [*self.domains, MEAN, *(TASK + task for task in self.tasks)]
 
     def strata(self, name: str, column: str) -> list[Stratum] | None:
         """The rows or documents behind a system's number in a column. None: it has no such number."""
@@ -241,7 +184,7 @@ class _Numbers:
             strata_of = {name: strata for name in specialists if (strata := self.strata(name, column)) is not None}
             means = {name: statistics.mean(stratum.value for stratum in strata) for name, strata in strata_of.items()}
             if means:
-                best[column] = (max if column.startswith(TASK) else min)(means, key=lambda name: means[name])
+                best[column] = (max if column.startswith(TASK) else min)(means, key=means.__getitem__)
         return best
 
     def copy_best(self, name: str, best: Mapping[str, str]) -> None:
@@ -255,9 +198,14 @@ class _Numbers:
         strata = self.losses.get(name)
         if not strata:
             return None
-        cells = {domain: _loss([strata[domain]], self.seed) for domain in self.domains}
-        mean = _loss([strata[domain] for domain in self.domains], self.seed)
-        return cells | {MEAN: Loss(nll=mean.nll, ci95=mean.ci95)}
+        cells = {}
+        for column in (*self.domains, MEAN):
+            rows = [strata[domain] for domain in (self.domains if column == MEAN else [column])]
+            mean = estimate(rows, self.seed)
+            cells[column] = Loss(nll=mean["value"], ci95=(mean["ci95"][0], mean["ci95"][1]))
+            if column != MEAN:
+                cells[column].tokens, cells[column].samples = int(sum(rows[0].weights.values())), len(rows[0].totals)
+        return cells
 
     def paired(self, name: str, rivals: Mapping[str, str]) -> dict[str, Pair]:
         """A system minus another one on the same rows, by column."""
@@ -271,68 +219,47 @@ class _Numbers:
         return pairs
 
 
+def _rivals(systems: Sequence[SystemResult], numbers: _Numbers, main: str | None) -> dict[str, dict[str, str]]:
+    """The measured router, oracle and main system, with which every system is compared in every column."""
+    first = {kind: next((s.name for s in systems if s.kind == kind), None) for kind in ("router", ORACLE)}
+    rivals = {**first, "main": main}
+    return {kind: dict.fromkeys(numbers.columns, name) for kind, name in rivals.items() if name in numbers.scores}
+
+
 def _system(system: SystemResult, numbers: _Numbers, rivals: Mapping[str, Mapping[str, str]]) -> System:
     """What the report shows of one system."""
     measurement = system.measurement or Measurement()
-    trained = system.trained_parameters
     if system.versus is not None:
         rivals = {**rivals, "versus": dict.fromkeys(numbers.columns, system.versus)}
+    tasks = {}
+    for task, stratum in numbers.scores.get(system.name, {}).items():
+        counts = measurement.tasks[task].counts if task in measurement.tasks else {}  # an oracle has none
+        unusable = {label: count for label, count in counts.items() if count and label != "ok"}
+        fields = {**estimate([stratum], numbers.seed), "samples": len(stratum.totals), "counts": unusable}
+        tasks[task] = TaskScore.model_validate(fields)
+    seconds = {"build": system.build_seconds, "measure": measurement.seconds}
+    parameters = measurement.parameters | {"trained": system.trained_parameters}
     return System(
         label=system.label or system.name,
         kind=system.kind,
-        kind_label=system.kind_label or system.kind,
+        kind_label=system.kind_label,
         description=system.description,
         status="failed" if system.failed else "done",
         error=system.error if system.failed else None,
         loss=numbers.loss(system.name),
-        tasks={
-            task: _score(stratum, measurement.tasks.get(task), numbers.seed)
-            for task, stratum in numbers.scores.get(system.name, {}).items()
-        },
+        tasks=tasks,
         paired={rival: numbers.paired(system.name, columns) for rival, columns in rivals.items()},
         tokens_per_s=measurement.tokens_per_s,
         peak_memory_mb=measurement.peak_memory_mb,
-        parameters=Parameters(**measurement.parameters, trained=trained) if measurement.parameters else None,
+        parameters=Parameters(**parameters) if measurement.parameters else None,
         chosen=measurement.chosen,
-        seconds={
-            phase: seconds
-            for phase, seconds in (("build", system.build_seconds), ("measure", measurement.seconds))
-            if seconds
-        },
+        seconds={phase: duration for phase, duration in seconds.items() if duration},
     )
-
-
-def _loss(strata: Sequence[Stratum], seed: int) -> Loss:
-    mean = estimate(strata, seed)
-    tokens = sum(int(sum(stratum.weights.values())) for stratum in strata)
-    samples = sum(len(stratum.totals) for stratum in strata)
-    return Loss.model_validate({"nll": mean["value"], "ci95": mean["ci95"], "tokens": tokens, "samples": samples})
-
-
-def _score(stratum: Stratum, scores: TaskScores | None, seed: int) -> TaskScore:
-    counts = {label: count for label, count in (scores.counts if scores else {}).items() if count and label != "ok"}
-    return TaskScore.model_validate(estimate([stratum], seed) | {"samples": len(stratum.totals), "counts": counts})
-
-
-def _tasks(measured: Mapping[str, Measurement]) -> dict[str, Task]:
-    """What each benchmark measures, in the order in which the systems ran them."""
-    tasks: dict[str, Task] = {}
-    for measurement in measured.values():
-        for name, scores in measurement.tasks.items():
-            description = TASKS[name].description if name in TASKS else name
-            tasks.setdefault(name, Task(metric=scores.metric, higher_is_better=True, description=description))
-    return tasks
 
 
 def _tokens(measurement: Measurement) -> dict[str, list[float]]:
     """Response tokens of each row, by domain."""
     return {domain: list(stratum.weights.values()) for domain, stratum in measurement.losses.items()}
-
-
-def _named_weights(
-    weights: Mapping[str, Sequence[Sequence[float]]], specialists: Sequence[str]
-) -> dict[str, list[dict[str, float]]]:
-    return {domain: [dict(zip(specialists, row, strict=True)) for row in rows] for domain, rows in weights.items()}
 
 
 def _stability(training: Sequence[Mapping[str, Any]]) -> list[Checkpoint]:
