@@ -41,11 +41,7 @@ def step_key(recipe: CompareRecipe, system: SystemRecipe, step: Step) -> str:
         _ALL_FIELDS | system.model_dump(exclude={"label", "set", "tasks", "versus"}),
         training.model_dump(include=set(system.depends_on), mode="json"),
     ]
-    paths = [
-        path
-        for specialist in training.specialists
-        for path in (specialist.model, specialist.adapter, specialist.chat_template)
-    ]
+    paths = [path for s in training.specialists for path in (s.model, s.adapter, s.chat_template)]
     if recipe.base is not None and system.reads_base:
         ingredients.append(recipe.base)
         paths.append(recipe.base)
@@ -75,11 +71,8 @@ def _stamp(reference: str) -> list[Any]:
             return []
     except (OSError, CheckpointError):  # Jinja text is no path, and a missing file is reported where it is read
         return []
-    stats = [file.stat() for file in files]
-    return [
-        [file.name, stat.st_size, _content(file, stat.st_size, stat.st_mtime_ns)]
-        for file, stat in zip(files, stats, strict=True)
-    ]
+    stats = ((file, file.stat()) for file in files)
+    return [[file.name, stat.st_size, _content(file, stat.st_size, stat.st_mtime_ns)] for file, stat in stats]
 
 
 @functools.cache

@@ -88,17 +88,15 @@ def _check_names(systems: Sequence[SystemRecipe], main: str | None) -> None:
         raise RecipeError(f"systems: two are named {repeated[0]!r}. Give one of them a 'name' of its own")
     previous: list[str] = []
     for system in systems:
+        location = f"systems: {system.name!r}"
         if system.predecessor is not None and system.predecessor not in previous:
             raise RecipeError(
-                f"systems: {system.name!r} comes after {system.predecessor!r}, which is no 'fused' system listed before it"
+                f"{location} comes after {system.predecessor!r}, which is no 'fused' system listed before it"
             )
+        if system.versus is not None and system.versus not in names:
+            raise RecipeError(f"{location} has versus {system.versus!r}, which is no system. There are: {known}")
         if system.kind == "fused":
             previous.append(system.id)
-    for system in systems:
-        if system.versus is not None and system.versus not in names:
-            raise RecipeError(
-                f"systems: {system.name!r} has versus {system.versus!r}, which is no system. There are: {known}"
-            )
     if main is not None and main not in names:
         raise RecipeError(f"main: no system {main!r}. There are: {known}")
 

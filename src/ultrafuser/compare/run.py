@@ -97,36 +97,34 @@ def _run_systems(recipe: CompareRecipe, folder: Path, progress: Progress) -> dic
 
 def _run_step(recipe: CompareRecipe, system: SystemRecipe, step: Step, folder: Path) -> str | None:
     """Run a step unless it is finished. Returns the error, if any."""
-    result = _read(recipe, system, step)
-    if result is not None and not _lacks_verdicts(result):
+    if step == "build" and read_built(recipe, system) is not None:
+        return None
+    if step == "measure" and (measured := read_measured(recipe, system)) and not _lacks_verdicts(measured):
         return None
     error = process.start(folder, system.id, step)
-    if error is None and _read(recipe, system, step) is None:
-        return f"its {step} ended without results"
-    return error
+    result = read_built(recipe, system) if step == "build" else read_measured(recipe, system)
+    return f"its {step} ended without results" if error is None and result is None else error
 
 
-def _read(recipe: CompareRecipe, system: SystemRecipe, step: Step) -> Built | Measurement | None:
-    return read_built(recipe, system) if step == "build" else read_measured(recipe, system)
-
-
-def _lacks_verdicts(result: Built | Measurement) -> bool:
+def _lacks_verdicts(measured: Measurement) -> bool:
     """Whether a judge did not answer some requests, which are then repeated."""
-    return isinstance(result, Measurement) and any(scores.counts.get("error") for scores in result.tasks.values())
+    return any(scores.counts.get("error") for scores in measured.tasks.values())
 
 
 def system_states(recipe: CompareRecipe) -> dict[str, str]:
     """The kind of each system, and which of its steps are finished."""
-    return {system.id: f"{system.kind}, {_state(recipe, system)}" for system in recipe.systems}
-
-
-def _state(recipe: CompareRecipe, system: SystemRecipe) -> str:
-    if system.kind == ORACLE:
-        return "made of the specialists"
-    built, measured = read_built(recipe, system), read_measured(recipe, system)
-    if measured is not None and _lacks_verdicts(measured):
-        return "measured, verdicts of the judge are missing"
-    return ("to be built", "built, to be measured", "done")[sum(result is not None for result in (built, measured))]
+    states = {}
+    for system in recipe.systems:
+        built, measured = read_built(recipe, system), read_measured(recipe, system)
+        if system.kind == ORACLE:
+            state = "made of the specialists"
+        elif measured is not None and _lacks_verdicts(measured):
+            state = "measured, verdicts of the judge are missing"
+        else:
+            finished = sum(result is not None for result in (built, measured))
+            state = ("to be built", "built, to be measured", "done")[finished]
+        states[system.id] = f"{system.kind}, {state}"
+    return states
 
 
 # ---------------------------------------------------------------- side by side
@@ -143,12 +141,12 @@ def collect(recipe: CompareRecipe, measured: Mapping[str, Measurement | None], e
             kind_label=system.kind_label,
             description=system.description,
             measurement=measured[system.id],
+            error=errors.get(system.id, SystemResult.error),
             label=system.label or "",
             versus=system.versus,
             trained_parameters=built.trained_parameters,
             build_seconds=built.seconds,
         )
-        result.error = errors.get(result.name, result.error)
         results.append(result)
     return compare_systems(
         results,
@@ -163,15 +161,10 @@ def collect(recipe: CompareRecipe, measured: Mapping[str, Measurement | None], e
 def tables(comparison: Comparison) -> list[Table]:
     """Losses, then benchmarks, for the terminal: the systems that have them, and those that failed."""
     out = []
-    systems = comparison.systems
+    systems, domains = comparison.systems, [*comparison.domains, MEAN]
     if comparison.domains:
-        columns = [*comparison.domains, MEAN]
-        cells = {
-            name: [f"{system.loss[column].nll:.4f}" for column in columns]
-            for name, system in systems.items()
-            if system.loss
-        }
-        out.append(_table("nats per response token, lower is better", columns, cells, comparison))
+        cells = {name: [f"{s.loss[d].nll:.4f}" for d in domains] for name, s in systems.items() if s.loss}
+        out.append(_table("nats per response token, lower is better", domains, cells, comparison))
     if comparison.tasks:
         scales = {name: 1 if task.metric == "rating" else 100 for name, task in comparison.tasks.items()}
         cells = {

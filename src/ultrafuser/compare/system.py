@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from ultrafuser.compare.recipe import CompareRecipe, load_compare_recipe
 from ultrafuser.compare.results import Measurement
 from ultrafuser.compare.systems import SystemRecipe
 from ultrafuser.compare.workspace import BUILT, Workspace
-from ultrafuser.data.schema import Row
 from ultrafuser.data.writing import write_json
 from ultrafuser.errors import UltraFuserError
 from ultrafuser.evaluate.lm.load import LoadedModel
@@ -106,13 +106,12 @@ def measure(recipe: CompareRecipe, system: SystemRecipe, progress: Progress | No
         UltraFuserError: it cannot be measured.
     """
     workspace, start = Workspace(recipe, progress), time.monotonic()
-    folder = workspace.system_folder(system.id)
     loaded = system.load(workspace)
     measured = Measurement(parameters=loaded.parameters)
     measured.tokens_per_s = _speed(recipe, loaded.timed_lm or loaded.lm)
-    measured.peak_memory_mb = (
-        _peak_memory_mb()
-    )  # before the benchmarks, which hold more for some systems than for others
+    # before the benchmarks, which hold more for some systems than for others
+    gpu_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    measured.peak_memory_mb = round(gpu_bytes / 2**20) if gpu_bytes else peak_rss_mb()
     if recipe.test and loaded.read_test_rows is not None:
         test = loaded.read_test_rows()
         measured.losses = by_stratum(test.rows, test.losses)
@@ -121,32 +120,22 @@ def measure(recipe: CompareRecipe, system: SystemRecipe, progress: Progress | No
     measured.tasks = _tasks(workspace, recipe, system, loaded)
     measured.traces = loaded.traces() if loaded.traces is not None else []
     measured.chosen = loaded.chosen() if loaded.chosen is not None else None
+    folder = workspace.system_folder(system.id)
     measured.training = read_metrics(folder / "run" / "metrics.jsonl")
     measured.seconds = round(time.monotonic() - start, 1)
     write_json(folder / MEASURED, {"key": step_key(recipe, system, "measure"), **measured.to_dict()})
-
-
-def _peak_memory_mb() -> int:
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    return peak_rss_mb()
 
 
 def _tasks(
     workspace: Workspace, recipe: CompareRecipe, system: SystemRecipe, loaded: LoadedSystem
 ) -> dict[str, TaskScores]:
     """The benchmarks of a system. One without a likelihood skips those that need it."""
-    names = [
-        name
-        for name in recipe.tasks_of(system)
-        if loaded.read_test_rows is not None or not (name in TASKS and TASKS[name].needs_log_probs)
-    ]
-    store = workspace.answers(loaded.fingerprint)
-    try:
-        model = LoadedModel(system.id, loaded.lm, loaded.fingerprint)
+    names = recipe.tasks_of(system)
+    if loaded.read_test_rows is None:
+        names = [name for name in names if name not in TASKS or not TASKS[name].needs_log_probs]
+    model = LoadedModel(system.id, loaded.lm, loaded.fingerprint)
+    with contextlib.closing(workspace.answers(loaded.fingerprint)) as store:
         return score_benchmarks(model, eval_options(recipe, names), store, workspace.progress)
-    finally:
-        store.close()
 
 
 def eval_options(recipe: CompareRecipe, names: list[str]) -> EvalOptions:
@@ -160,7 +149,9 @@ def _speed(recipe: CompareRecipe, lm: LM) -> Speed:
     settings = recipe.decode
     rows_per_source = -(-settings.prompts // max(1, len(recipe.test)))
     rows = [row for source in recipe.test for row in load_source(source)[:rows_per_source]]
-    chats = [_question(row) for row in rows] or [[{"role": "user", "content": "Why is the sky blue?"}]]
+    # each row up to its first answer
+    chats = [list(takewhile(lambda message: message["role"] != "assistant", row.chat())) for row in rows]
+    chats = chats or [[{"role": "user", "content": "Why is the sky blue?"}]]
     chats = sorted(chats, key=lambda chat: len(chat[-1]["content"]))[: settings.prompts]
     size = settings.new_tokens
     options = {"until": [], "do_sample": False, "max_gen_toks": size, "min_new_tokens": size}
@@ -172,12 +163,6 @@ def _speed(recipe: CompareRecipe, lm: LM) -> Speed:
         runs.append(len(chats) * size / (time.monotonic() - start))
     runs = runs[1:]  # the first run warms up
     return Speed(median=sorted(runs)[len(runs) // 2], runs=runs, batch_size=1)
-
-
-def _question(row: Row) -> list[dict[str, str]]:
-    """A row up to its first answer."""
-    chat = row.chat()
-    return chat[: next(i for i, message in enumerate(chat) if message["role"] == "assistant")]
 
 
 # ---------------------------------------------------------------- the process
