@@ -10,8 +10,7 @@ from lm_eval.api.model import LM
 
 from ultrafuser.compare.workspace import Workspace
 from ultrafuser.data.templates import Rendered
-from ultrafuser.evaluate.lm.load import LoadedModel, LoadOptions
-from ultrafuser.evaluate.lm.load import load_model as load_checkpoint
+from ultrafuser.evaluate.lm.load import LoadedModel
 from ultrafuser.evaluate.lm.parameters import count_parameters
 from ultrafuser.evaluate.lm.response_cache import CachedLM
 from ultrafuser.evaluate.losses import RowLoss, fused_losses, group_losses
@@ -54,15 +53,6 @@ class LoadedSystem:
     chosen: Callable[[], dict[str, dict[str, int]]] | None = None
 
 
-def load_fused(workspace: Workspace, name: str, folder: Path, features: Path) -> LoadedSystem:
-    """Load a fused folder. `features`: folder of the specialists' states on the test rows."""
-    settings = workspace.settings
-    options = LoadOptions(device=settings.device, dtype=settings.training().dtype)
-    loaded = load_checkpoint(str(folder), options)
-    assert loaded.model is not None and loaded.renderer is not None  # no endpoint
-    return load_model(workspace, workspace.load_model(loaded.model, loaded.renderer.tokenizer, name, folder), features)
-
-
 def load_model(workspace: Workspace, loaded: LoadedModel, features: Path) -> LoadedSystem:
     """Make a system of a fused model, or of a model of one specialist."""
     model, renderer = loaded.model, loaded.renderer
@@ -74,11 +64,9 @@ def load_model(workspace: Workspace, loaded: LoadedModel, features: Path) -> Loa
         if has_gate:
             store = FeatureStore.build(model, rows, features, progress=workspace.progress)
             return TestLosses(rows, *fused_losses(model, store))
-        vocab_size = model.config.vocab_size
-        return TestLosses(
-            rows,
-            group_losses(model.groups[0], rows, vocab_size, adapter=0, label=loaded.name, progress=workspace.progress),
-        )
+        group, vocab_size, progress = model.groups[0], model.config.vocab_size, workspace.progress
+        losses = group_losses(group, rows, vocab_size, adapter=0, label=loaded.name, progress=progress)
+        return TestLosses(rows, losses)
 
     def traces() -> list[TokenTrace]:
         rows = [load_source(source)[0] for source in workspace.settings.test]
@@ -87,7 +75,7 @@ def load_model(workspace: Workspace, loaded: LoadedModel, features: Path) -> Loa
     return LoadedSystem(
         lm=loaded.lm,
         fingerprint=loaded.fingerprint,
-        parameters=count_parameters(model if has_gate else model.groups[0].model),
+        parameters=loaded.parameters() or {},
         read_test_rows=read_test_rows,
         traces=traces if has_gate else None,
     )

@@ -14,12 +14,11 @@ from torch import nn
 from ultrafuser.compare.settings import CompareSettings
 from ultrafuser.compare.systems.plain_checkpoints import PlainCheckpoints, write_plain_checkpoints
 from ultrafuser.data.templates import Rendered, Renderer
-from ultrafuser.errors import DataError, UltraFuserError
+from ultrafuser.errors import DataError
 from ultrafuser.evaluate.lm.load import LoadedModel, wrap_model
 from ultrafuser.evaluate.lm.response_cache import ResponseCache
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
-from ultrafuser.model.saving import plain_model
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import SpecialistRecipe
@@ -82,14 +81,8 @@ class Workspace:
 
     def load_model(self, model: Any, tokenizer: Any, name: str, folder: Path | None = None) -> LoadedModel:
         """Prepare a model in memory for answering. `folder`: its weight files."""
-        return wrap_model(
-            model,
-            self.renderer(model, tokenizer),
-            name=name,
-            folder=folder,
-            batch_size=self.settings.batch_size,
-            seed=self.settings.seed,
-        )
+        renderer, batch_size, seed = self.renderer(model, tokenizer), self.settings.batch_size, self.settings.seed
+        return wrap_model(model, renderer, name=name, folder=folder, batch_size=batch_size, seed=seed)
 
     def renderer(self, model: Any, tokenizer: Any, max_length: int | None = None) -> Renderer:
         """A renderer that truncates test rows at the context alone, so that all systems see the same tokens."""
@@ -162,15 +155,3 @@ class SpecialistView(SpecialistGroup):
         """(1, B, T) -> (1, B, T, D)."""
         with self.group.only([self.row]):
             return self.group(input_ids, attention_mask, cache)
-
-
-def only_model(loaded: LoadedModel) -> Any:
-    """The one model in it, as transformers knows it.
-
-    Raises:
-        UltraFuserError: there are several.
-    """
-    if loaded.model is None or len(loaded.model.config.names) != 1:
-        raise UltraFuserError(f"{loaded.name}: expected one model, got several specialists or an endpoint")
-    group = loaded.model.groups[0]
-    return plain_model(group, {0: 1.0}) if group.loras else group.model

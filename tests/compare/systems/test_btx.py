@@ -142,8 +142,6 @@ def test_total_and_active_parameters():
 
 
 def test_models_that_cannot_be_built_are_errors():
-    with pytest.raises(UltraFuserError, match="BTX needs at least one specialist, got none"):
-        build_btx([])
     with pytest.raises(UltraFuserError, match="specialist number 1 has other weights than the first"):
         build_btx([tiny(), tiny(intermediate_size=32)])
     with pytest.raises(UltraFuserError, match=r"GPT2LMHeadModel has no `model.layers\[i\].mlp`"):
@@ -310,8 +308,6 @@ def test_saving_is_exact(tmp_path, tied):
     assert not (tmp_path / "btx" / "config.json").exists()
 
 
-def test_folders_and_models_that_are_not_btx(tmp_path):
+def test_a_folder_that_is_not_btx(tmp_path):
     with pytest.raises(CheckpointError, match="no btx.json, so there is no BTX model. Write one with save_btx"):
         load_btx(tmp_path)
-    with pytest.raises(UltraFuserError, match="save_btx writes models of build_btx"):
-        save_btx(tiny(), Path(tmp_path) / "x")

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from ultrafuser.compare.systems.node import SystemNode
-from ultrafuser.errors import DataError
 
 if TYPE_CHECKING:
     from ultrafuser.compare.loaded import LoadedSystem
     from ultrafuser.compare.workspace import Workspace
-    from ultrafuser.evaluate.judged.judge import Judge
 
 
 class BestOf(SystemNode):
@@ -37,8 +35,13 @@ class BestOf(SystemNode):
     def load(self, workspace: Workspace) -> LoadedSystem:
         from ultrafuser.compare.loaded import LoadedSystem, recall_answers, specialist_sizes
         from ultrafuser.compare.systems.best_of_lm import BestOfLM, choices
+        from ultrafuser.endpoint.client import Endpoint
+        from ultrafuser.evaluate.judged.judge import Judge
 
-        judge = self._judge(workspace) if self.asks_judge else None
+        judge, settings = None, workspace.settings
+        if self.asks_judge:
+            assert settings.judge is not None  # checked as the recipe was read
+            judge = Judge(Endpoint(settings.judge), workspace.answers("judgements"), seed=settings.seed)
         model, renderer = workspace.load_all()
         specialists, tokenizer = workspace.split(model, renderer), renderer.tokenizer
         chooser = judge.identity if judge is not None else "log-probability"
@@ -53,12 +56,3 @@ class BestOf(SystemNode):
             timed_lm=BestOfLM({name: loaded.lm for name, loaded in specialists.items()}, tokenizer, judge),
             chosen=lambda: choices(store),
         )
-
-    def _judge(self, workspace: Workspace) -> Judge:
-        from ultrafuser.endpoint.client import Endpoint
-        from ultrafuser.evaluate.judged.judge import Judge
-
-        settings = workspace.settings
-        if settings.judge is None:
-            raise DataError(f"system {self.id!r} chooses by judge, but the recipe names none. Add 'judge'")
-        return Judge(Endpoint(settings.judge), workspace.answers("judgements"), seed=settings.seed)

@@ -11,16 +11,16 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from ultrafuser.compare.systems.router_model import REQUESTS_PER_CALL, ask
+from ultrafuser.compare.systems.router_model import REQUESTS_PER_CALL, SpecialistsLM, ask
 from ultrafuser.errors import UltraFuserError
 from ultrafuser.evaluate.judged.judge import Judge
-from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
+from ultrafuser.evaluate.lm.chat import decode_chat
 from ultrafuser.evaluate.lm.response_cache import ResponseCache
 
 CHOICE = "choice"  # of the values in the store
 
 
-class BestOfLM(LM):
+class BestOfLM(SpecialistsLM):
     """Returns one of the answers of all language models.
 
     Without a judge it is the answer with the highest mean log-probability per token under the model that gave it. With
@@ -38,17 +38,8 @@ class BestOfLM(LM):
             tokenizer: of the specialists, to count the tokens of an answer.
             store: records the chosen answers, see `choices`.
         """
-        super().__init__()
-        self.lms, self.tokenizer, self.judge, self.store = dict(lms), tokenizer, judge, store
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Part of the key under which lm-eval caches requests."""
-        return "ultrafuser-chat"
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as one string. Every specialist renders it with its own template."""
-        return encode_chat(chat_history)
+        super().__init__(lms)
+        self.tokenizer, self.judge, self.store = tokenizer, judge, store
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The chosen answer to each request.
@@ -71,22 +62,12 @@ class BestOfLM(LM):
         return results
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """
-        Raises:
-            UltraFuserError: there are no answers to choose from.
-        """
-        raise UltraFuserError(
-            "best-of-K chooses among answers, and a log-likelihood task has none. Measure it on tasks that generate"
-        )
+        """Not possible: there are no answers to choose from."""
+        raise _no_answers("a log-likelihood task")
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """
-        Raises:
-            UltraFuserError: there are no answers to choose from.
-        """
-        raise UltraFuserError(
-            "best-of-K chooses among answers, and rolling log-likelihood has none. Measure it on tasks that generate"
-        )
+        """Not possible: there are no answers to choose from."""
+        raise _no_answers("rolling log-likelihood")
 
     def _choose(self, requests: Sequence[Instance], answers: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
         """For each request the index of the chosen answer, and the rule that chose it."""
@@ -109,11 +90,13 @@ class BestOfLM(LM):
                 Instance("loglikelihood", {}, (requests[i].args[0], answers[i][k]), j) for j, i in enumerate(rows)
             ]
             for j, (log_p, _) in ask(lm, "loglikelihood", scored):
-                scores[rows[j]][k] = log_p / max(1, self._num_tokens(answers[rows[j]][k]))
+                tokens = self.tokenizer.encode(answers[rows[j]][k], add_special_tokens=False)
+                scores[rows[j]][k] = log_p / max(1, len(tokens))
         return [max(range(len(values)), key=values.__getitem__) for values in scores]
 
-    def _num_tokens(self, answer: str) -> int:
-        return len(self.tokenizer.encode(answer, add_special_tokens=False))
+
+def _no_answers(task: str) -> UltraFuserError:
+    return UltraFuserError(f"best-of-K chooses among answers, and {task} has none. Measure it on tasks that generate")
 
 
 def question_of(context: str) -> str:

@@ -35,7 +35,6 @@ class Btx(TrainedSystem):
 
     def build(self, workspace: Workspace) -> int:
         from ultrafuser.compare.systems.btx_model import as_fused, build_btx, save_btx, train_btx
-        from ultrafuser.compare.workspace import only_model
         from ultrafuser.data.templates import Renderer
 
         folder, recipe = workspace.system_folder(self.id), self.run_recipe(workspace)
@@ -44,8 +43,9 @@ class Btx(TrainedSystem):
         assert renderer is not None  # no endpoint
         tokenizer = renderer.tokenizer
         tokenizer.chat_template = renderer.chat_templates[0]  # it is trained in the first specialist's template
-        mixture = build_btx([only_model(loaded) for loaded in specialists], seed=workspace.settings.seed)
-        del specialists
+        models = [loaded.model.specialist(loaded.name) for loaded in specialists if loaded.model is not None]
+        mixture = build_btx(models, seed=workspace.settings.seed)
+        del specialists, models
         model = as_fused(mixture, self.id, vocab_size=len(tokenizer))
         rows = workspace.rows("train", Renderer(tokenizer, [tokenizer.chat_template], recipe.data.max_length))
         train_btx(model, recipe, rows, folder / "run", workspace.progress)
@@ -58,7 +58,6 @@ class Btx(TrainedSystem):
 
         from ultrafuser.compare.loaded import load_model
         from ultrafuser.compare.systems.btx_model import as_fused, load_btx
-        from ultrafuser.evaluate.lm.parameters import count_parameters
         from ultrafuser.specialists import pick_device
 
         folder = workspace.system_folder(self.id) / "model"
@@ -68,6 +67,4 @@ class Btx(TrainedSystem):
         model = as_fused(mixture, self.id, vocab_size=len(tokenizer), chat_template=template, folder=str(folder))
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-        loaded = load_model(workspace, workspace.load_model(model, tokenizer, self.id, folder), folder / "features")
-        loaded.parameters = count_parameters(mixture)
-        return loaded
+        return load_model(workspace, workspace.load_model(model, tokenizer, self.id, folder), folder / "features")

@@ -16,12 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import CheckpointError, UltraFuserError
@@ -152,21 +147,15 @@ def balance_loss(model: nn.Module, mask: torch.Tensor) -> torch.Tensor:
 
 
 def save_btx(model: PreTrainedModel, folder: Path) -> None:
-    """Write the model, all or nothing. There is no config.json, so that no one loads it as an ordinary checkpoint.
-
-    Raises:
-        UltraFuserError: it has no routed MLPs.
-    """
-    mlps = [layer.mlp for layer in _layers(model)]
-    if not all(isinstance(mlp, RoutedMlp) for mlp in mlps):
-        raise UltraFuserError("save_btx writes models of build_btx. For others use save_pretrained")
+    """Write a model of `build_btx`, all or nothing. Without config.json no one loads it as an ordinary checkpoint."""
+    first = _layers(model)[0].mlp
     facts = {
-        "num_specialists": len(mlps[0].mlps),
-        "top_k": mlps[0].top_k,
+        "num_specialists": len(first.mlps),
+        "top_k": first.top_k,
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": model.config.to_dict(),
     }
-    with atomic_directory(Path(folder)) as draft:
+    with atomic_directory(folder) as draft:
         save_model(model, str(draft / WEIGHTS_FILE))
         model.generation_config.save_pretrained(draft)
         (draft / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -179,18 +168,17 @@ def load_btx(folder: Path) -> PreTrainedModel:
         CheckpointError: there is none in the folder.
     """
     for name in (FACTS_FILE, WEIGHTS_FILE):
-        if not (Path(folder) / name).is_file():
+        if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: no {name}, so there is no BTX model. Write one with save_btx")
-    facts = json.loads((Path(folder) / FACTS_FILE).read_text(encoding="utf-8"))
+    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
     fields = dict(facts["config"])
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, facts["dtype"]))
     for layer in _layers(model):
         mlps = [copy.deepcopy(layer.mlp) for _ in range(facts["num_specialists"])]
         layer.mlp = RoutedMlp(mlps, _width(model), facts["top_k"])
-    load_model(model, str(Path(folder) / WEIGHTS_FILE))
-    if (Path(folder) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    load_model(model, str(folder / WEIGHTS_FILE))
+    model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
@@ -229,8 +217,6 @@ def _width(model: PreTrainedModel) -> int:
 
 def _check(models: Sequence[PreTrainedModel]) -> None:
     """Same weights by name and shape, and an `mlp` in every layer."""
-    if not models:
-        raise UltraFuserError("BTX needs at least one specialist, got none")
     first = {name: parameter.shape for name, parameter in models[0].named_parameters()}
     for k, model in enumerate(models):
         if {name: parameter.shape for name, parameter in model.named_parameters()} != first:

@@ -17,7 +17,6 @@ from ultrafuser.model.saving import atomic_directory, plain_model
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 
-BASE = "base"
 IDENTITY_FILE = "written_from.json"
 
 
@@ -35,10 +34,7 @@ class PlainCheckpoints:
 
 
 def write_plain_checkpoints(
-    model: UltraFuserForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    progress: Progress | None = None,
+    model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress | None = None
 ) -> PlainCheckpoints:
     """Write each specialist with its adapter merged, and the base they share. Folders of the same weights are kept.
 
@@ -48,18 +44,16 @@ def write_plain_checkpoints(
     """
     progress = progress or Progress()
     folders = {name: folder / "specialists" / name for name in model.config.names}
+    base = folder / "base" if len(model.groups) == 1 and model.groups[0].loras else None
     templates = {spec["name"]: spec.get("chat_template") for spec in model.config.specialists}
-    shared = len(model.groups) == 1 and bool(model.groups[0].loras)
-    progress.start("specialists become ordinary checkpoints", len(folders) + shared)
-    for name, checkpoint in folders.items():
-        if _read_identity(checkpoint) != (identity := _identity(model, name, templates[name])):
-            _write(model.specialist(name), tokenizer, templates[name], checkpoint, identity)
-        progress.advance()
-    base = folder / BASE if shared else None
-    if base is not None:
-        template = templates[model.config.names[0]]
-        if _read_identity(base) != (identity := _identity(model, None, template)):
-            _write(plain_model(model.groups[0], {}), tokenizer, template, base, identity)
+    checkpoints: list[tuple[str | None, Path]] = [*folders.items(), *([(None, base)] if base is not None else [])]
+    progress.start("specialists become ordinary checkpoints", len(checkpoints))
+    for name, checkpoint in checkpoints:
+        template = templates[name or model.config.names[0]]
+        identity = _identity(model, name, template)
+        if _read_identity(checkpoint) != identity:
+            plain = plain_model(model.groups[0], {}) if name is None else model.specialist(name)
+            _write(plain, tokenizer, template, checkpoint, identity)
         progress.advance()
     progress.finish()
     return PlainCheckpoints(folders, base)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -282,7 +281,6 @@ def _validate(rows: _Rows, folds: Sequence[Sequence[int]], candidate: Candidate,
 # ---------------------------------------------------------------- use
 
 
-@torch.no_grad()
 def router_choices(router: Router, store: FeatureStore) -> list[int]:
     """The specialist that the router chooses for each row."""
     return [router.choose([states[0] for states in store[i].states]) for i in range(len(store))]
@@ -297,7 +295,8 @@ def router_losses(router: Router, store: FeatureStore) -> list[RowLoss]:
 @torch.no_grad()
 def first_states(model: UltraFuserForCausalLM, renderer: Renderer, chats: Sequence[Chat]) -> list[list[torch.Tensor]]:
     """For each conversation, K states (D_k) at the position that predicts the first token of the next answer."""
-    prompts = [_question(chat) for chat in chats]
+    # up to the last question: the beginning of an answer does not change the choice
+    prompts = [chat[:-1] if chat and chat[-1]["role"] == "assistant" else chat for chat in chats]
     lengths = [max(map(len, renderer.prompt(prompt))) for prompt in prompts]
     out: list[list[torch.Tensor]] = [[] for _ in chats]
     for batch in length_batches(lengths, token_budget(model.device)):
@@ -307,11 +306,6 @@ def first_states(model: UltraFuserForCausalLM, renderer: Renderer, chats: Sequen
         for b, i in enumerate(batch):
             out[i] = [specialist_states[b, -1].float().cpu() for specialist_states in states]
     return out
-
-
-def _question(chat: Chat) -> Chat:
-    """The conversation up to its last question. The beginning of an answer does not change the choice."""
-    return chat[:-1] if chat and chat[-1]["role"] == "assistant" else chat
 
 
 def route_by(router: Router, model: UltraFuserForCausalLM, renderer: Renderer) -> Callable[[Chat | str], str]:
@@ -327,12 +321,25 @@ def route_by(router: Router, model: UltraFuserForCausalLM, renderer: Renderer) -
 # ---------------------------------------------------------------- behind lm-eval's interface
 
 
-class RoutedLM(LM):
-    """Sends each request to the language model that `choose` names for its prompt.
+class SpecialistsLM(LM):
+    """Several language models behind one interface. Each renders a conversation with its own template."""
 
-    Attributes:
-        chosen: number of requests that each specialist answered.
-    """
+    def __init__(self, lms: Mapping[str, LM]) -> None:
+        super().__init__()
+        self.lms = dict(lms)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the key under which lm-eval caches requests."""
+        return "ultrafuser-chat"
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as one string, which `ask` decodes."""
+        return encode_chat(chat_history)
+
+
+class RoutedLM(SpecialistsLM):
+    """Sends each request to the language model that `choose` names for its prompt."""
 
     def __init__(self, lms: Mapping[str, LM], choose: Callable[[Chat | str], str], *, remember: bool = True) -> None:
         """
@@ -341,19 +348,9 @@ class RoutedLM(LM):
             choose: gives a specialist's name for messages, or for text. It is called once for each prompt.
             remember: False calls it for every request, as a server would, for timing.
         """
-        super().__init__()
-        self.lms, self.choose, self.remember = dict(lms), choose, remember
-        self.chosen: Counter[str] = Counter()
+        super().__init__(lms)
+        self.choose, self.remember = choose, remember
         self._names: dict[str, str] = {}
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Part of the key under which lm-eval caches requests."""
-        return "ultrafuser-chat"
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as one string. Every specialist renders it with its own template."""
-        return encode_chat(chat_history)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers, each by the chosen specialist."""
@@ -364,10 +361,7 @@ class RoutedLM(LM):
         return self._ask("loglikelihood", requests)
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """
-        Raises:
-            UltraFuserError: a whole text has no prompt by which to choose.
-        """
+        """Not possible: a whole text has no prompt by which to choose."""
         raise UltraFuserError("a router chooses by the prompt, and rolling log-likelihood has none. Use another task")
 
     def _ask(self, kind: str, requests: Sequence[Instance]) -> list[Any]:
@@ -378,15 +372,10 @@ class RoutedLM(LM):
         for name, rows in groups.items():
             for j, result in ask(self.lms[name], kind, [requests[i] for i in rows]):
                 out[rows[j]] = result
-                self.chosen[name] += 1
                 self.cache_hook.add_partial(kind, requests[rows[j]].args, result)
         return out
 
     def _name(self, context: str) -> str:
-        """
-        Raises:
-            UltraFuserError: `choose` gave the name of no specialist.
-        """
         if context not in self._names or not self.remember:
             messages = decode_chat(context)
             name = self.choose(context if messages is None else messages)
@@ -397,17 +386,14 @@ class RoutedLM(LM):
 
 
 def ask(lm: LM, kind: str, requests: Sequence[Instance]) -> Iterator[tuple[int, Any]]:
-    """Send requests to one language model, a few of similar length at a time. Yields (index, result) in any order.
-
-    Conversations are rendered with the template of that model.
-    """
+    """Send requests to one language model, a few of similar length at a time. Yields (index, result) in any order."""
     order = sorted(range(len(requests)), key=lambda i: -len(str(requests[i].args[0])))
     for start in range(0, len(order), REQUESTS_PER_CALL):
         batch = order[start : start + REQUESTS_PER_CALL]
-        yield from zip(batch, getattr(lm, kind)([rendered(requests[i], lm) for i in batch]), strict=True)
+        yield from zip(batch, getattr(lm, kind)([_rendered(requests[i], lm) for i in batch]), strict=True)
 
 
-def rendered(request: Instance, lm: LM) -> Instance:
+def _rendered(request: Instance, lm: LM) -> Instance:
     """The request with its conversation as `lm` renders it. The beginning of an answer is continued."""
     context, *rest = request.args
     messages = decode_chat(context)

@@ -57,12 +57,18 @@ class TrainedSystem(SystemNode):
         return self.train(workspace, self.run_recipe(workspace))
 
     def load(self, workspace: Workspace) -> LoadedSystem:
-        from ultrafuser.compare.loaded import load_fused
+        from ultrafuser.compare.loaded import load_model
+        from ultrafuser.evaluate.lm.load import LoadOptions
+        from ultrafuser.evaluate.lm.load import load_model as load_checkpoint
 
-        folder = workspace.system_folder(self.id)
-        is_frozen = self.has_frozen_specialists(workspace.settings)
+        folder, settings = workspace.system_folder(self.id), workspace.settings
+        checkpoint = folder / "run" / "fused"
+        fused = load_checkpoint(str(checkpoint), LoadOptions(device=settings.device, dtype=settings.training().dtype))
+        assert fused.model is not None and fused.renderer is not None  # no endpoint
+        loaded = workspace.load_model(fused.model, fused.renderer.tokenizer, self.id, checkpoint)
+        is_frozen = self.has_frozen_specialists(settings)
         features = workspace.folder / "features" / "test" if is_frozen else folder / "features"
-        return load_fused(workspace, self.id, folder / "run" / "fused", features)
+        return load_model(workspace, loaded, features)
 
     def run_recipe(self, workspace: Workspace) -> Recipe:
         """The training recipe of the run in this system's folder."""
