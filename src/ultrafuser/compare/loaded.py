@@ -49,7 +49,7 @@ class LoadedSystem:
     parameters: dict[str, int]
     read_test_rows: Callable[[], TestLosses] | None
     timed_lm: LM | None = None
-    traces: Callable[[], list[TokenTrace]] | None = None
+    traces: Callable[[], list[TokenTrace]] = list
     chosen: Callable[[], dict[str, dict[str, int]]] | None = None
 
 
@@ -69,15 +69,16 @@ def load_model(workspace: Workspace, loaded: LoadedModel, features: Path) -> Loa
         return TestLosses(rows, losses)
 
     def traces() -> list[TokenTrace]:
-        rows = [load_source(source)[0] for source in workspace.settings.test]
-        return list(trace_rows(model, renderer, rows))
+        if not has_gate:
+            return []
+        return list(trace_rows(model, renderer, [load_source(source)[0] for source in workspace.settings.test]))
 
     return LoadedSystem(
         lm=loaded.lm,
         fingerprint=loaded.fingerprint,
         parameters=loaded.parameters() or {},
         read_test_rows=read_test_rows,
-        traces=traces if has_gate else None,
+        traces=traces,
     )
 
 

@@ -59,46 +59,38 @@ def load_compare_recipe(
     if training.fused is not None or len(specialists) < 2:
         raise RecipeError(f"{recipe.recipe}: a comparison needs a training recipe that lists at least two specialists")
     systems: list[SystemRecipe] = [system for entry in recipe.systems for system in entry.expand(specialists)]
-    _check_names(systems, recipe.main)
-    # an override that does not fit is an error now, not after hours
-    trainings = {system.id: system.training(recipe) for system in systems}
-    for system in systems:
-        if system.predecessor is not None:
-            _check_successor(system, trainings[system.id], trainings[system.predecessor])
+    _check_systems(systems, recipe)
     main = recipe.main or next((system.id for system in reversed(systems) if system.kind == "fused"), None)
     return recipe.model_copy(update={"systems": systems, "main": main})
 
 
-def _check_successor(system: SystemRecipe, recipe: Recipe, previous: Recipe) -> None:
-    """Check that a system has the specialists and the gate of its predecessor, and a stage left to train."""
-    for field in ("specialists", "mixing", "gate", "share_base"):
-        if getattr(recipe, field) != getattr(previous, field):
-            raise RecipeError(
-                f"systems: {system.name!r} continues {system.predecessor!r}, which has fixed {field!r}. Leave it as it "
-                "is there, or leave 'after' out"
-            )
-    if {stage.name for stage in recipe.stages} <= {stage.name for stage in previous.stages}:
-        raise RecipeError(f"systems: {system.name!r} has no stage left to train after {system.predecessor!r}")
-
-
-def _check_names(systems: Sequence[SystemRecipe], main: str | None) -> None:
+def _check_systems(systems: Sequence[SystemRecipe], recipe: CompareRecipe) -> None:
+    """Check the names, the training recipe of each system, and what each system continues."""
     names = [system.id for system in systems]
     known = ", ".join(names)
     if repeated := [name for name in names if names.count(name) > 1]:
         raise RecipeError(f"systems: two are named {repeated[0]!r}. Give one of them a 'name' of its own")
-    previous: list[str] = []
+    if recipe.main is not None and recipe.main not in names:
+        raise RecipeError(f"main: no system {recipe.main!r}. There are: {known}")
+    fused: dict[str, Recipe] = {}  # the training recipes of the systems that others can continue
     for system in systems:
-        location = f"systems: {system.name!r}"
-        if system.predecessor is not None and system.predecessor not in previous:
-            raise RecipeError(
-                f"{location} comes after {system.predecessor!r}, which is no 'fused' system listed before it"
-            )
+        location, previous = f"systems: {system.name!r}", system.predecessor
+        if previous is not None and previous not in fused:
+            raise RecipeError(f"{location} comes after {previous!r}, which is no 'fused' system listed before it")
         if system.versus is not None and system.versus not in names:
             raise RecipeError(f"{location} has versus {system.versus!r}, which is no system. There are: {known}")
+        training = system.training(recipe)  # an override that does not fit is an error now, not after hours
+        if previous is not None:
+            for field in ("specialists", "mixing", "gate", "share_base"):
+                if getattr(training, field) != getattr(fused[previous], field):
+                    raise RecipeError(
+                        f"{location} continues {previous!r}, which has fixed {field!r}. Leave it as it is there, or leave "
+                        "'after' out"
+                    )
+            if {stage.name for stage in training.stages} <= {stage.name for stage in fused[previous].stages}:
+                raise RecipeError(f"{location} has no stage left to train after {previous!r}")
         if system.kind == "fused":
-            previous.append(system.id)
-    if main is not None and main not in names:
-        raise RecipeError(f"main: no system {main!r}. There are: {known}")
+            fused[system.id] = training
 
 
 def dump_compare_recipe(recipe: CompareRecipe) -> str:

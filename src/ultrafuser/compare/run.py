@@ -59,11 +59,7 @@ def compare(recipe: CompareRecipe, progress: Progress | None = None) -> Comparis
 
 
 def _check(recipe: CompareRecipe) -> None:
-    """Check before any system is built that everything can run.
-
-    Raises:
-        DataError, SandboxError, MissingExtraError: what is missing, and what to do.
-    """
+    """Check before any system is built that everything can run."""
     if find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "report", "the report's figures")
     for system in recipe.systems:
@@ -125,9 +121,6 @@ def system_states(recipe: CompareRecipe) -> dict[str, str]:
             state = ("to be built", "built, to be measured", "done")[finished]
         states[system.id] = f"{system.kind}, {state}"
     return states
-
-
-# ---------------------------------------------------------------- side by side
 
 
 def collect(recipe: CompareRecipe, measured: Mapping[str, Measurement | None], errors: Mapping[str, str]) -> Comparison:

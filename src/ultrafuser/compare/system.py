@@ -118,7 +118,7 @@ def measure(recipe: CompareRecipe, system: SystemRecipe, progress: Progress | No
         if test.gate_weights is not None:
             measured.sample_weights = by_domain(test.rows, test.gate_weights)
     measured.tasks = _tasks(workspace, recipe, system, loaded)
-    measured.traces = loaded.traces() if loaded.traces is not None else []
+    measured.traces = loaded.traces()
     measured.chosen = loaded.chosen() if loaded.chosen is not None else None
     folder = workspace.system_folder(system.id)
     measured.training = read_metrics(folder / "run" / "metrics.jsonl")

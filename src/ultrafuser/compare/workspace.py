@@ -55,8 +55,6 @@ class Workspace:
         name = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
         return ResponseCache(self.folder / "answers" / f"{name}.sqlite", fingerprint)
 
-    # ---------------------------------------------------------------- models
-
     def load_specialist(self, specialist: SpecialistRecipe) -> LoadedModel:
         """One specialist, or the base, as a model by itself."""
         recipe = self.settings.training().model_copy(update={"specialists": [specialist]})
@@ -117,8 +115,6 @@ class Workspace:
         bases = write_plain_checkpoints(model, tokenizer, folder / "from", self.progress)
         return replace(checkpoints, base=bases.specialists["base"])
 
-    # ---------------------------------------------------------------- data
-
     def rows(self, data_set: DataSet, renderer: Renderer) -> list[Rendered]:
         """The training or test rows as a system reads them."""
         sources = self.settings.training().data.train if data_set == "train" else self.settings.test
@@ -141,13 +137,8 @@ class SpecialistView(SpecialistGroup):
 
     def __init__(self, group: SpecialistGroup, name: str) -> None:
         nn.Module.__init__(self)
-        self.group, self.names, self.row = group, [name], group.names.index(name)
-        self.loras = {}
-
-    @property
-    def model(self) -> Any:
-        """The transformers model of the whole group."""
-        return self.group.model
+        self.group, self.model, self.loras = group, group.model, {}
+        self.names, self.row = [name], group.names.index(name)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: object | None = None

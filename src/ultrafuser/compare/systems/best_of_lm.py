@@ -56,7 +56,8 @@ class BestOfLM(SpecialistsLM):
                     answers[i][k] = answer
             for request, texts, (k, rule) in zip(batch, answers, self._choose(batch, answers), strict=True):
                 if self.store is not None:
-                    self.store.put(CHOICE, _key(request), {"of": list(self.lms)[k], "by": rule})
+                    key = hashlib.sha256(json.dumps(request.args, sort_keys=True).encode()).hexdigest()
+                    self.store.put(CHOICE, key, {"of": list(self.lms)[k], "by": rule})
                 self.cache_hook.add_partial("generate_until", request.args, texts[k])
                 results.append(texts[k])
         return results
@@ -111,7 +112,3 @@ def choices(store: ResponseCache) -> dict[str, dict[str, int]]:
     """Count the answers chosen `of` each model, and `by` each rule: `judge`, `log_prob`, or `equal` answers."""
     records = list(store.values(CHOICE))
     return {field: dict(Counter(record[field] for record in records)) for field in ("of", "by")}
-
-
-def _key(request: Instance) -> str:
-    return hashlib.sha256(json.dumps(request.args, sort_keys=True).encode()).hexdigest()

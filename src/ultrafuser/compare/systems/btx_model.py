@@ -123,9 +123,8 @@ def train_btx(
     """
     stage = next(stage for stage in recipe.stages if stage.name == "joint").model_copy(update={"specialists": "full"})
     recipe = recipe.model_copy(update={"balanced": True})
-    run_stage(
-        StageRun(model, stage, recipe, rows, [], folder / "1-joint", progress=progress or Progress(), trainer=trainer)
-    )
+    progress = progress or Progress()
+    run_stage(StageRun(model, stage, recipe, rows, [], folder / "1-joint", progress=progress, trainer=trainer))
 
 
 def balance_loss(model: nn.Module, mask: torch.Tensor) -> torch.Tensor:
@@ -167,9 +166,8 @@ def load_btx(folder: Path) -> PreTrainedModel:
     Raises:
         CheckpointError: there is none in the folder.
     """
-    for name in (FACTS_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: no {name}, so there is no BTX model. Write one with save_btx")
+    if not (folder / FACTS_FILE).is_file():
+        raise CheckpointError(f"{folder}: no {FACTS_FILE}, so there is no BTX model. Write one with save_btx")
     facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
     fields = dict(facts["config"])
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -46,13 +45,10 @@ class Fused(TrainedSystem):
     def build(self, workspace: Workspace) -> int:
         recipe = self.run_recipe(workspace)
         if self.after is not None:
-            recipe = _continued(recipe, workspace.system_folder(self.after) / "run")
+            # the stages that the previous run has not trained, starting from its fused folder
+            previous = workspace.system_folder(self.after) / "run"
+            trained = [stage.name for stage in load_recipe(previous / "recipe.yaml").stages]
+            tree = recipe.model_dump(exclude={"specialists", "mixing", "gate", "share_base"})  # fixed by the folder
+            tree["stages"] = [stage for stage in tree["stages"] if stage["name"] not in trained]
+            recipe = Recipe.model_validate(tree | {"fused": str(previous / "fused")})
         return self.train(workspace, recipe)
-
-
-def _continued(recipe: Recipe, previous: Path) -> Recipe:
-    """The stages that the previous run has not trained, starting from its fused folder."""
-    trained = [stage.name for stage in load_recipe(previous / "recipe.yaml").stages]
-    tree = recipe.model_dump(exclude={"specialists", "mixing", "gate", "share_base"})  # the folder has fixed them
-    tree["stages"] = [stage for stage in tree["stages"] if stage["name"] not in trained]
-    return Recipe.model_validate(tree | {"fused": str(previous / "fused")})

@@ -157,11 +157,7 @@ def _recipe(
 
 
 def _run_mergekit(program: str, recipe: dict[str, Any], folder: Path, seed: int) -> None:
-    """Write the merged checkpoint into a folder.
-
-    Raises:
-        UltraFuserError: mergekit's own error.
-    """
+    """Write the merged checkpoint into a folder."""
     file = folder / "mergekit.yaml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     command = [program, str(file), str(folder), "--random-seed", str(seed), "--no-write-model-card"]

@@ -80,15 +80,13 @@ class SystemNode(Node):
         """
         return [self.model_copy(update={"name": self.id})]
 
-    def training(self, settings: CompareSettings, overrides: Sequence[str] = ()) -> Recipe:
+    def training(self, settings: CompareSettings) -> Recipe:
         """The training recipe as this system uses it.
 
         Raises:
             RecipeError: an override does not fit, or a stage is missing.
         """
-        return settings.training(overrides)
-
-    # ---------------------------------------------------------------- what it depends on
+        return settings.training()
 
     @property
     def depends_on(self) -> frozenset[str]:
@@ -106,13 +104,7 @@ class SystemNode(Node):
         return False
 
     def check(self) -> None:
-        """Check before anything runs that its programs are installed.
-
-        Raises:
-            MissingExtraError: one is not.
-        """
-
-    # ---------------------------------------------------------------- what it does
+        """Raise a MissingExtraError, before anything runs, if one of its programs is not installed."""
 
     def build(self, workspace: Workspace) -> int:
         """Make what it needs in `workspace.system_folder(self.id)`. An interrupted build is resumed.
@@ -128,9 +120,6 @@ class SystemNode(Node):
 
 
 def check_specialist(name: str, specialists: Sequence[str]) -> None:
-    """
-    Raises:
-        RecipeError: there is no specialist of this name.
-    """
+    """Raise a RecipeError if there is no specialist of this name."""
     if name not in specialists:
         raise RecipeError(f"systems: no specialist {name!r}. There are: {', '.join(specialists)}")

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ultrafuser.model.fingerprint import hash_weights
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.saving import atomic_directory, plain_model
-from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 
 IDENTITY_FILE = "written_from.json"
@@ -81,15 +80,14 @@ def _read_identity(folder: Path) -> str | None:
 
 def _identity(model: UltraFuserForCausalLM, name: str | None, template: str | None) -> str:
     """A fingerprint of one specialist's weights (None: the shared base's) and template."""
-    groups = [group for group in model.groups if name is None or name in group.names]
-    weights = (weight for group in groups for weight in _own_weights(group, name))
-    return hash_weights(weights, start=f"{name} {template}".encode())
 
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for group in model.groups:
+            if name is None or name in group.names:
+                for key, tensor in group.named_parameters():
+                    if key.rpartition(".")[2] not in ("lora_A", "lora_B"):
+                        yield key, tensor
+                    elif name is not None:  # this specialist's row of the adapters
+                        yield key, tensor[group.names.index(name)]
 
-def _own_weights(group: SpecialistGroup, name: str | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """The base's weights and, where a specialist is named, its row of the adapters."""
-    for key, tensor in group.named_parameters():
-        if key.rpartition(".")[2] not in ("lora_A", "lora_B"):
-            yield key, tensor
-        elif name is not None:
-            yield key, tensor[group.names.index(name)]
+    return hash_weights(weights(), start=f"{name} {template}".encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,8 +40,8 @@ class TrainedSystem(SystemNode):
         """Whether the specialists stay as they are, so that all such systems share their states on the test rows."""
         return all(stage.name == "gate" for stage in self.training(settings).stages)
 
-    def training(self, settings: CompareSettings, overrides: Sequence[str] = ()) -> Recipe:
-        recipe = settings.training([*self.overrides, *self.set, *overrides])
+    def training(self, settings: CompareSettings) -> Recipe:
+        recipe = settings.training([*self.overrides, *self.set])
         if self.stage_names is None:
             return recipe
         stages = [stage for stage in recipe.stages if stage.name in self.stage_names]
@@ -72,14 +71,11 @@ class TrainedSystem(SystemNode):
 
     def run_recipe(self, workspace: Workspace) -> Recipe:
         """The training recipe of the run in this system's folder."""
-        return self.training(workspace.settings, [f"output={workspace.system_folder(self.id) / 'run'}"])
+        output = str(workspace.system_folder(self.id) / "run")
+        return self.training(workspace.settings).model_copy(update={"output": output})
 
     def train(self, workspace: Workspace, recipe: Recipe) -> int:
-        """Run or resume a training recipe.
-
-        Returns:
-            The number of parameters that its last stage trains.
-        """
+        """Run or resume a training recipe. Returns the number of parameters that its last stage trains."""
         from ultrafuser.evaluate.lm.load import LoadOptions, load_model
         from ultrafuser.train.run import train
 
