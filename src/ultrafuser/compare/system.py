@@ -25,7 +25,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from ultrafuser.compare.keys import Step, step_key
-from ultrafuser.compare.loaded import LoadedSystem
 from ultrafuser.compare.recipe import CompareRecipe, load_compare_recipe
 from ultrafuser.compare.results import Measurement
 from ultrafuser.compare.systems import SystemRecipe
@@ -37,7 +36,6 @@ from ultrafuser.evaluate.lm.parameters import peak_rss_mb
 from ultrafuser.evaluate.losses import by_domain, by_stratum
 from ultrafuser.evaluate.options import EvalOptions
 from ultrafuser.evaluate.run import score_benchmarks
-from ultrafuser.evaluate.scoring import TaskScores
 from ultrafuser.evaluate.tasks import TASKS, TaskOptions
 from ultrafuser.progress import ConsoleProgress, Progress, quiet_libraries
 from ultrafuser.report.data import Speed
@@ -72,9 +70,6 @@ def _read_step(recipe: CompareRecipe, system: SystemRecipe, step: Step, name: st
     file = Workspace(recipe).system_folder(system.id) / name
     tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     return tree if tree is not None and tree.pop("key") == step_key(recipe, system, step) else None
-
-
-# ---------------------------------------------------------------- the two steps
 
 
 def build(recipe: CompareRecipe, system: SystemRecipe, progress: Progress | None = None) -> None:
@@ -117,25 +112,18 @@ def measure(recipe: CompareRecipe, system: SystemRecipe, progress: Progress | No
         measured.losses = by_stratum(test.rows, test.losses)
         if test.gate_weights is not None:
             measured.sample_weights = by_domain(test.rows, test.gate_weights)
-    measured.tasks = _tasks(workspace, recipe, system, loaded)
+    names = recipe.tasks_of(system)
+    if loaded.read_test_rows is None:  # without a likelihood, the benchmarks that need one are skipped
+        names = [name for name in names if name not in TASKS or not TASKS[name].needs_log_probs]
+    model = LoadedModel(system.id, loaded.lm, loaded.fingerprint)
+    with contextlib.closing(workspace.answers(loaded.fingerprint)) as store:
+        measured.tasks = score_benchmarks(model, eval_options(recipe, names), store, workspace.progress)
     measured.traces = loaded.traces()
     measured.chosen = loaded.chosen() if loaded.chosen is not None else None
     folder = workspace.system_folder(system.id)
     measured.training = read_metrics(folder / "run" / "metrics.jsonl")
     measured.seconds = round(time.monotonic() - start, 1)
     write_json(folder / MEASURED, {"key": step_key(recipe, system, "measure"), **measured.to_dict()})
-
-
-def _tasks(
-    workspace: Workspace, recipe: CompareRecipe, system: SystemRecipe, loaded: LoadedSystem
-) -> dict[str, TaskScores]:
-    """The benchmarks of a system. One without a likelihood skips those that need it."""
-    names = recipe.tasks_of(system)
-    if loaded.read_test_rows is None:
-        names = [name for name in names if name not in TASKS or not TASKS[name].needs_log_probs]
-    model = LoadedModel(system.id, loaded.lm, loaded.fingerprint)
-    with contextlib.closing(workspace.answers(loaded.fingerprint)) as store:
-        return score_benchmarks(model, eval_options(recipe, names), store, workspace.progress)
 
 
 def eval_options(recipe: CompareRecipe, names: list[str]) -> EvalOptions:

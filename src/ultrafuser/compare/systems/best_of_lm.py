@@ -24,7 +24,7 @@ class BestOfLM(SpecialistsLM):
     """Returns one of the answers of all language models.
 
     Without a judge it is the answer with the highest mean log-probability per token under the model that gave it. With
-    a judge, this rule decides where the judge gives no verdict.
+    a judge, this rule decides where the judge gives no verdict. The store records the choices, which `choices` counts.
 
     Source: table 5 of arXiv 2403.08281 (there by a reward model and by GPT-4o).
     """
@@ -32,12 +32,6 @@ class BestOfLM(SpecialistsLM):
     def __init__(
         self, lms: Mapping[str, LM], tokenizer: Any, judge: Judge | None = None, store: ResponseCache | None = None
     ) -> None:
-        """
-        Args:
-            lms: the specialists by name.
-            tokenizer: of the specialists, to count the tokens of an answer.
-            store: records the chosen answers, see `choices`.
-        """
         super().__init__(lms)
         self.tokenizer, self.judge, self.store = tokenizer, judge, store
 

@@ -23,14 +23,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "mergekit-yaml"
 RECIPE_FILE = "merge.yaml"
-# Each method: whether it starts from a base and adds differences to it, and whether it leaves some of them out.
-METHODS: dict[str, tuple[bool, bool]] = {
-    "linear": (False, False),
-    "task_arithmetic": (True, False),
-    "ties": (True, True),
-    "dare_linear": (True, True),
-    "dare_ties": (True, True),
-}
+LINEAR = "linear"  # every other method starts from a base and adds differences to it
+SPARSE = {"ties", "dare_linear", "dare_ties"}  # these leave some of the differences out
 DEFAULT_DENSITY = 0.6  # share of the differences that TIES and DARE keep
 DEFAULT_WEIGHT = 0.6  # of each specialist's difference in task arithmetic, TIES and DARE
 _ERROR_LINES = 6
@@ -61,13 +55,12 @@ class Merge(SystemNode):
 
     def build(self, workspace: Workspace) -> int:
         checkpoints = workspace.checkpoints()
-        needs_base, _ = METHODS[self.method]
         merge(
             list(checkpoints.specialists.values()),
             checkpoints.base,
             self.method,
             workspace.system_folder(self.id) / "model",
-            weight=DEFAULT_WEIGHT if self.weight is None and needs_base else self.weight,
+            weight=DEFAULT_WEIGHT if self.weight is None and self.method != LINEAR else self.weight,
             density=self.density,
             seed=workspace.settings.seed,
         )
@@ -77,10 +70,12 @@ class Merge(SystemNode):
         from ultrafuser.compare.loaded import load_model
 
         folder = workspace.system_folder(self.id)
-        source = dict.fromkeys(("adapter", "gguf_file", "revision", "adapter_revision")) | {
-            "model": str(folder / "model")
-        }
-        merged = workspace.settings.training().specialists[0].model_copy(update={**source, "name": self.id})
+        source = dict.fromkeys(("adapter", "gguf_file", "revision", "adapter_revision"))
+        merged = (
+            workspace.settings.training()
+            .specialists[0]
+            .model_copy(update={**source, "name": self.id, "model": str(folder / "model")})
+        )
         return load_model(workspace, workspace.load_specialist(merged), folder / "features")
 
 
@@ -138,12 +133,11 @@ def _recipe(
     sources: Sequence[Path], base: Path | None, method: str, weight: float | None, density: float
 ) -> dict[str, Any]:
     """The recipe that mergekit reads."""
-    needs_base, is_sparse = METHODS[method]
-    if needs_base and base is None:
+    if method != LINEAR and base is None:
         raise UltraFuserError(
             f"{method} adds differences to the model that the specialists were trained from. Name it as `base`"
         )
-    parameters = {"weight": float(weight or 1 / len(sources))} | ({"density": density} if is_sparse else {})
+    parameters = {"weight": float(weight or 1 / len(sources))} | ({"density": density} if method in SPARSE else {})
     config = json.loads((sources[0] / "config.json").read_text(encoding="utf-8"))
     recipe: dict[str, Any] = {
         "merge_method": method,
@@ -151,7 +145,7 @@ def _recipe(
         "dtype": "float32",  # sums of differences in half precision lose the small ones
         "out_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
     }
-    if needs_base and base is not None:
+    if method != LINEAR and base is not None:
         recipe["base_model"] = str(base.absolute())
     return recipe
 

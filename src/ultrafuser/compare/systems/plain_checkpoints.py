@@ -21,15 +21,10 @@ IDENTITY_FILE = "written_from.json"
 
 @dataclass(frozen=True)
 class PlainCheckpoints:
-    """Folders of the checkpoints.
+    """Folders of the checkpoints."""
 
-    Attributes:
-        specialists: a folder for each, by name.
-        base: the base without adapters. None: the specialists do not share one.
-    """
-
-    specialists: dict[str, Path]
-    base: Path | None
+    specialists: dict[str, Path]  # by name
+    base: Path | None  # without adapters. None: the specialists do not share one
 
 
 def write_plain_checkpoints(

@@ -54,15 +54,10 @@ CANDIDATES = [Candidate(*fields) for fields in product((0, 64), ("best", "soft",
 
 
 class _Score(NamedTuple):
-    """The losses on held-out rows after a number of steps. The smallest is the best.
+    """The losses on held-out rows after a number of steps. The smallest is the best."""
 
-    Attributes:
-        nll: nats per response token of the chosen specialists, mean over the domains.
-        expected: the same for a specialist drawn by the softmax of the router's scores. It breaks ties.
-    """
-
-    nll: float
-    expected: float
+    nll: float  # nats per response token of the chosen specialists, mean over the domains
+    expected: float  # the same for a specialist drawn by the softmax of the router's scores, to break ties
     steps: int
 
 
@@ -338,15 +333,13 @@ class SpecialistsLM(LM):
 
 
 class RoutedLM(SpecialistsLM):
-    """Sends each request to the language model that `choose` names for its prompt."""
+    """Sends each request to the language model that `choose` names for its messages, or for its text.
+
+    `choose` is called once for each prompt. Without `remember` it is called for every request, as a server would, for
+    timing.
+    """
 
     def __init__(self, lms: Mapping[str, LM], choose: Callable[[Chat | str], str], *, remember: bool = True) -> None:
-        """
-        Args:
-            lms: the specialists by name.
-            choose: gives a specialist's name for messages, or for text. It is called once for each prompt.
-            remember: False calls it for every request, as a server would, for timing.
-        """
         super().__init__(lms)
         self.choose, self.remember = choose, remember
         self._names: dict[str, str] = {}
