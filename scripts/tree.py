@@ -28,6 +28,7 @@ DATA_FILES = {
     "inspect/templates/": "HTML and CSS of a token trace",
     "py.typed": "Marks the package as typed",
     "report/templates/": "CSS of the report",
+    "synth/output/card.md.jinja": "Text of the data card",
     "synth/prompts/": "Prompts of the synthesis, one Jinja file per stage",
     "zoo/adapters/": "LoRA adapters for text, code and math, with their model cards",
     "zoo/data/": "Hand-made conversations: training and test rows of four domains",

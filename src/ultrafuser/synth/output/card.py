@@ -7,9 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from ultrafuser import __version__
 from ultrafuser.data.schema import Row
@@ -103,82 +106,27 @@ def _write_text(text: str, target: Path) -> None:
 
 def card(recipe: SynthRecipe, facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The data card. Its head is also read by the hub and by `datasets`."""
-    licences = Counter(row.licence or "not stated" for row in rows).most_common()
-    lines = [
-        "---",
-        f"pretty_name: {json.dumps(recipe.title)}",
-        f"license: {recipe.licence.lower() or 'other'}",
-        *([f"language: [{recipe.filters.language}]"] if recipe.filters.language else []),
-        "task_categories: [text-generation]",
-        "tags: [synthetic, instructions, ultrafuser]",
-        "configs:",
-        "  - config_name: default",
-        f"    data_files: {PARQUET}",
-        "---",
-        "",
-        f"# {recipe.title}",
-        "",
-        f"{len(rows)} conversations, written by language models and chosen by machine with ultrafuser {facts['version']}. Nobody has read "
-        "all of them: expect errors of fact, and the views of the models that wrote them.",
-        "",
-        "```python",
-        "from datasets import load_dataset",
-        "",
-        'rows = load_dataset("parquet", data_files="data.parquet", split="train")',
-        "```",
-        "",
-        "## What is in it",
-        "",
-        "| domain | conversations | topics | sub-topics | turns | words in an answer | with tests |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-        *(_domain_line(domain.name, [row for row in rows if row.domain == domain.name]) for domain in recipe.domains),
-        "",
-        *(f"- **{domain.name}**: {domain.description}" for domain in recipe.domains),
-        "",
-        "Each row: `id`, `domain`, `messages` (role, content), `source` (the model that answered), `licence`, `topic`, `subtopic`, and "
-        "`tests` where the code of an answer passed some.",
-        "",
-        "## Who wrote it",
-        "",
-        "| model | what it is | where | licence or terms of what it writes | stages |",
-        "|---|---|---|---|---|",
-        *(_model_line(recipe, model) for model in facts["models"]),
-        "",
-        f"Rows by licence: {', '.join(f'{name} {count}' for name, count in licences) or 'none'}.",
-        "",
-        *_stage_lines(recipe, facts),
-        *_filter_lines(recipe, facts),
-        f"Calls: {sum(count['calls'] for count in facts['calls'])}, "
-        f"{sum(count['prompt_tokens'] for count in facts['calls'])} tokens read and "
-        f"{sum(count['completion_tokens'] for count in facts['calls'])} written, ${facts['spent_usd']:.2f}.",
-        "",
-        f"The recipe is `{RECIPE}` (SHA-256 `{facts['recipe_sha256'][:16]}`), the topics are in `{TOPICS}`. Prompts:",
-        "",
-        "| prompt | SHA-256 |",
-        "|---|---|",
-        *(f"| {name} | `{digest[:16]}` |" for name, digest in facts["prompts_sha256"].items()),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _stage_lines(recipe: SynthRecipe, facts: Mapping[str, Any]) -> list[str]:
-    """The stages, and a table of their items."""
-    return [
-        "## How it was made",
-        "",
-        "Topics, sub-topics with concepts, instructions on each, further ones strongly and weakly related to those, "
-        f"{recipe.complex_share:.0%} of all rewritten to be more complex, answers"
-        + (f", up to {recipe.turns} turns with a simulated user" if recipe.turns > 1 else "")
-        + ": the stages of UltraChat 2 (arXiv 2403.08281). Asked = kept + rejected"
-        + (" + open" if facts["open"] else "")
-        + f", by stage and domain; examples of what was rejected are in `{REPORT}`.",
-        "",
-        "| stage | domain | asked | kept | rejected |" + (" open |" if facts["open"] else ""),
-        "|---|---|---:|---:|---|" + ("---:|" if facts["open"] else ""),
-        *(_stage_line(entry, bool(facts["open"])) for entry in facts["stages"]),
-        "",
-    ]
+    text = (resources.files("ultrafuser.synth.output") / "card.md.jinja").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False)
+    with_open = bool(facts["open"])
+    sums = {key: sum(count[key] for count in facts["calls"]) for key in ("calls", "prompt_tokens", "completion_tokens")}
+    return environment.from_string(text).render(
+        recipe=recipe,
+        facts=facts,
+        rows=rows,
+        pretty_name=json.dumps(recipe.title),
+        files={"parquet": PARQUET, "report": REPORT, "recipe": RECIPE, "topics": TOPICS},
+        domain_lines=[
+            _domain_line(item.name, [row for row in rows if row.domain == item.name]) for item in recipe.domains
+        ],
+        model_lines=[_model_line(recipe, model) for model in facts["models"]],
+        licences=Counter(row.licence or "not stated" for row in rows).most_common(),
+        complex_share=f"{recipe.complex_share:.0%}",
+        stage_lines=[_stage_line(entry, with_open) for entry in facts["stages"]],
+        filter_lines=_filter_lines(recipe, facts),
+        sums=sums,
+        spent_usd=f"{facts['spent_usd']:.2f}",
+    )
 
 
 def _domain_line(name: str, rows: Sequence[Row]) -> str:
@@ -228,7 +176,7 @@ def _filter_lines(recipe: SynthRecipe, facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"- Test data: {rows} left out for sharing words with {tests}{overlaps and ': '}{overlaps}.")
     else:
         lines.append("- Test data: **none was named, so the rows may hold test items.**")
-    return [*lines, ""]
+    return lines
 
 
 def _cell(text: str) -> str:
