@@ -14,7 +14,7 @@ the gate's training needs no vocabulary-sized work at all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -58,11 +58,6 @@ class Head(NamedTuple):
             z.div_(self.softcap).tanh_().mul_(self.softcap)
         return z if self.temperature == 1.0 else z.div_(self.temperature)
 
-    def buffer(self, rows: int) -> torch.Tensor:
-        """An empty buffer for the logits of `rows` tokens."""
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        return torch.empty(rows, self.weight.shape[0], dtype=dtype, device=self.weight.device)
-
 
 def mixed_log_prob(
     states: Sequence[torch.Tensor],
@@ -92,21 +87,15 @@ def mixed_log_prob(
         return torch.logsumexp(
             log_weights + torch.stack([log_p.to(log_weights.device) for log_p in log_probs], -1), dim=-1
         )
-    shapes = [_shape(head) for head in heads]
     tensors = [*states, *(head.weight for head in heads), *(head.bias for head in heads)]
-    return _FusedLogitsLogProb.apply(log_weights.exp(), targets, shapes, chunk_tokens, *tensors)
+    return _FusedLogitsLogProb.apply(log_weights.exp(), targets, [head[2:] for head in heads], chunk_tokens, *tensors)
 
 
 def label_log_prob(
     state: torch.Tensor, head: Head, targets: torch.Tensor, chunk_tokens: int | None = None
 ) -> torch.Tensor:
     """Log-probability of each target under one specialist: (N, D), (N,) -> (N,), in nats."""
-    return _LabelLogProb.apply(state, head.weight, head.bias, targets, _shape(head), chunk_tokens)
-
-
-def _shape(head: Head) -> tuple[float, float | None, float]:
-    """The settings of a head beside its tensors."""
-    return head.scale, head.softcap, head.temperature
+    return _LabelLogProb.apply(state, head.weight, head.bias, targets, head[2:], chunk_tokens)
 
 
 def select_responses(
@@ -137,8 +126,11 @@ def token_chunks(tokens: int, weight: torch.Tensor, chunk_tokens: int | None = N
     return [slice(start, start + chunk_tokens) for start in range(0, tokens, chunk_tokens)]
 
 
-def _rows(chunks: Sequence[slice], tokens: int) -> int:
-    return min(tokens, chunks[0].stop) if chunks else 0
+def _buffers(heads: Sequence[Head], chunks: Sequence[slice], tokens: int) -> list[torch.Tensor]:
+    """An empty array for the logits of a chunk under each head."""
+    rows = min(tokens, chunks[0].stop) if chunks else 0
+    dtypes = [torch.float64 if head.weight.dtype == torch.float64 else torch.float32 for head in heads]
+    return [head.weight.new_empty(rows, len(head.weight), dtype=d) for head, d in zip(heads, dtypes, strict=True)]
 
 
 def _normalise(z: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,7 +149,7 @@ def _gradient(z: torch.Tensor, y: torch.Tensor, grad: torch.Tensor) -> torch.Ten
 
 
 def _accumulate(
-    grads: dict[str, Any],
+    grads: Sequence[torch.Tensor | None],
     head: Head,
     state: torch.Tensor,
     gradient: torch.Tensor,
@@ -168,6 +160,7 @@ def _accumulate(
     """Add one chunk's gradient for the mixed logits, (n, V), to those of one specialist's state, table and bias.
 
     Args:
+        grads: the gradients of its state, table and bias, None where none is needed.
         logits: its logits z, which are overwritten. They are needed where they are capped:
             dz / d(W h + bias) = scale / temperature * (1 - (temperature * z / cap)^2).
         weight: its weights in the mixture, (n,), or None for a specialist alone.
@@ -180,12 +173,13 @@ def _accumulate(
     factor = gradient.new_full((len(gradient), 1), head.scale / head.temperature)
     if weight is not None:
         factor *= weight[:, None].to(factor)
-    if grads["state"] is not None:
-        grads["state"][chunk] = (gradient @ head.weight * factor).to(grads["state"])
-    if grads["weight"] is not None:
-        grads["weight"].addmm_(gradient.T, state[chunk].to(head.weight.device, head.weight.dtype) * factor)
-    if grads["bias"] is not None:
-        grads["bias"] += gradient.T @ factor[:, 0]
+    d_state, d_weight, d_bias = grads
+    if d_state is not None:
+        d_state[chunk] = (gradient @ head.weight * factor).to(d_state)
+    if d_weight is not None:
+        d_weight.addmm_(gradient.T, state[chunk].to(head.weight.device, head.weight.dtype) * factor)
+    if d_bias is not None:
+        d_bias += gradient.T @ factor[:, 0]
 
 
 def _mix(zs: Sequence[torch.Tensor], weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -196,25 +190,29 @@ def _mix(zs: Sequence[torch.Tensor], weights: torch.Tensor, out: torch.Tensor) -
     return z
 
 
-def _empty_grads(needs: Sequence[bool], state: torch.Tensor, head: Head) -> dict[str, Any]:
-    return {
-        "state": torch.zeros_like(state) if needs[0] else None,
-        "weight": torch.zeros_like(head.weight) if needs[1] else None,
-        "bias": torch.zeros_like(head.bias) if needs[2] and head.bias is not None else None,
-    }
+def _empty_grads(needs: Sequence[bool], state: torch.Tensor, head: Head) -> list[torch.Tensor | None]:
+    pairs = zip((state, head.weight, head.bias), needs, strict=True)
+    return [torch.zeros_like(tensor) if tensor is not None and needed else None for tensor, needed in pairs]
+
+
+def _split(tensors: Sequence[torch.Tensor], settings: Sequence[tuple]) -> tuple[Sequence[torch.Tensor], list[Head]]:
+    """K states and K heads from K states, K tables and K biases."""
+    size = len(settings)
+    tables, biases = tensors[size : 2 * size], tensors[2 * size :]
+    return tensors[:size], [Head(t, b, *rest) for t, b, rest in zip(tables, biases, settings, strict=True)]
 
 
 class _LabelLogProb(torch.autograd.Function):
     """log softmax(head(h))[y], chunk by chunk. The backward pass computes each chunk's logits again."""
 
     @staticmethod
-    def forward(ctx, state, weight, bias, targets, shape, chunk_tokens):
-        head = Head(weight, bias, *shape)
+    def forward(ctx, state, weight, bias, targets, settings, chunk_tokens):
+        head = Head(weight, bias, *settings)
         ctx.save_for_backward(state, weight, bias, targets)
-        ctx.shape, ctx.chunk_tokens = shape, chunk_tokens
+        ctx.settings, ctx.chunk_tokens = settings, chunk_tokens
         targets = targets.to(weight.device)
         chunks = token_chunks(len(state), weight, chunk_tokens)
-        buffer = head.buffer(_rows(chunks, len(state)))
+        (buffer,) = _buffers([head], chunks, len(state))
         out = buffer.new_empty(len(state))
         for chunk in chunks:
             out[chunk] = _normalise(head.logits(state[chunk], buffer), targets[chunk, None])[0]
@@ -224,31 +222,28 @@ class _LabelLogProb(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         state, weight, bias, targets = ctx.saved_tensors
-        head = Head(weight, bias, *ctx.shape)
-        grads = _empty_grads(ctx.needs_input_grad, state, head)
-        if any(value is not None for value in grads.values()):
+        head = Head(weight, bias, *ctx.settings)
+        grads = _empty_grads(ctx.needs_input_grad[:3], state, head)
+        if any(value is not None for value in grads):
             targets = targets.to(weight.device)
-            capped = head.softcap is not None
             chunks = token_chunks(len(state), weight, ctx.chunk_tokens)
-            buffer = head.buffer(_rows(chunks, len(state)))
-            spare = torch.empty_like(buffer) if capped else None
+            (buffer,) = _buffers([head], chunks, len(state))
+            spare = torch.empty_like(buffer) if head.softcap is not None else None
             for chunk in chunks:
                 z = head.logits(state[chunk], buffer)
                 logits = None if spare is None else spare[: len(z)].copy_(z)
                 _accumulate(grads, head, state, _gradient(z, targets[chunk, None], grad[chunk]), logits, None, chunk)
-        return grads["state"], grads["weight"], grads["bias"], None, None, None
+        return *grads, None, None, None
 
 
 class _FusedLogitsLogProb(torch.autograd.Function):
     """log softmax(sum_k w_k head_k(h_k))[y], chunk by chunk, with the gate's gradient computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx, weights, targets, shapes, chunk_tokens, *tensors):
-        size = len(shapes)
-        states, tables, biases = tensors[:size], tensors[size : 2 * size], tensors[2 * size :]
-        heads = [Head(t, b, *shape) for t, b, shape in zip(tables, biases, shapes, strict=True)]
-        chunks = token_chunks(len(targets), tables[0], chunk_tokens)
-        buffers = [head.buffer(_rows(chunks, len(targets))) for head in heads]
+    def forward(ctx, weights, targets, settings, chunk_tokens, *tensors):
+        states, heads = _split(tensors, settings)
+        chunks = token_chunks(len(targets), heads[0].weight, chunk_tokens)
+        buffers = _buffers(heads, chunks, len(targets))
         mixed = torch.empty_like(buffers[0], device=weights.device)
         out, closed_form = mixed.new_empty(len(targets)), torch.zeros_like(weights)
         for chunk in chunks:
@@ -264,26 +259,24 @@ class _FusedLogitsLogProb(torch.autograd.Function):
                     mean = torch.bmm(z[:, None], logits[:, :, None])[:, 0] / total
                     closed_form[chunk, k] = (logits.gather(1, y) - mean).squeeze(1).to(closed_form)
         ctx.save_for_backward(weights, targets, closed_form, *tensors)
-        ctx.shapes, ctx.chunk_tokens = shapes, chunk_tokens
+        ctx.settings, ctx.chunk_tokens = settings, chunk_tokens
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         weights, targets, closed_form, *tensors = ctx.saved_tensors
-        size = len(ctx.shapes)
-        states, tables, biases = tensors[:size], tensors[size : 2 * size], tensors[2 * size :]
-        heads = [Head(t, b, *shape) for t, b, shape in zip(tables, biases, ctx.shapes, strict=True)]
-        needs = ctx.needs_input_grad[4:]
+        states, heads = _split(tensors, ctx.settings)
+        needs, size = ctx.needs_input_grad[4:], len(heads)
         grads = [_empty_grads(needs[k::size], states[k], heads[k]) for k in range(size)]
-        if any(value is not None for specialist in grads for value in specialist.values()):
-            chunks = token_chunks(len(targets), tables[0], ctx.chunk_tokens)
-            buffers = [head.buffer(_rows(chunks, len(targets))) for head in heads]
+        if any(value is not None for specialist in grads for value in specialist):
+            chunks = token_chunks(len(targets), heads[0].weight, ctx.chunk_tokens)
+            buffers = _buffers(heads, chunks, len(targets))
             mixed = torch.empty_like(buffers[0], device=weights.device)
             for chunk in chunks:
                 zs = [head.logits(h[chunk], buffer) for head, h, buffer in zip(heads, states, buffers, strict=True)]
                 gradient = _gradient(_mix(zs, weights[chunk], mixed), targets[chunk, None], grad[chunk])
                 for k, logits in enumerate(zs):
                     _accumulate(grads[k], heads[k], states[k], gradient, logits, weights[chunk, k], chunk)
-        flat = [specialist[name] for name in ("state", "weight", "bias") for specialist in grads]
+        flat = [value for values in zip(*grads, strict=True) for value in values]  # states, tables, biases
         return closed_form * grad[:, None], None, None, None, *flat

@@ -18,13 +18,6 @@ FileRecords = dict[str, FileRecord]
 """Recorded files by their names."""
 
 
-class SpecialistFiles(TypedDict, total=False):
-    """Recorded local weight files of a specialist."""
-
-    model: FileRecords
-    adapter: FileRecords
-
-
 class _SourceModel(TypedDict):
     model: str
 
@@ -63,7 +56,7 @@ class SpecialistEntry(_SpecialistIdentity, total=False):
     """
 
     domain: str
-    files: SpecialistFiles
+    files: dict[SourceKey, FileRecords]
     chat_template: str
     dtype: str
     device_map: Any
