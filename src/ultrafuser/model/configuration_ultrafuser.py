@@ -57,9 +57,8 @@ class UltraFuserConfig(PreTrainedConfig):
         tables = [config.get_text_config().vocab_size for config in self.specialist_configs()]
         self.vocab_size = vocab_size if vocab_size is not None else min(tables, default=0)
         if any(rows < self.vocab_size for rows in tables):
-            raise CheckpointError(
-                f"vocab_size is {self.vocab_size}, but an embedding table has {min(tables)} rows only"
-            )
+            rows = min(tables)
+            raise CheckpointError(f"vocab_size is {self.vocab_size}, but an embedding table has {rows} rows only")
         kwargs.setdefault("tie_word_embeddings", False)  # the specialists tie their own
         super().__init__(**kwargs)
 
@@ -69,15 +68,13 @@ class UltraFuserConfig(PreTrainedConfig):
             raise CheckpointError(f"mixing is {self.mixing!r}, expected one of {', '.join(MIXINGS)}")
         if self.gate_type not in GATES:
             raise CheckpointError(f"gate_type is {self.gate_type!r}, expected one of {', '.join(GATES)}")
-        names = self.names
-        if invalid := [name for name in names if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]:
+        if invalid := [name for name in self.names if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]:
             raise CheckpointError(
                 f"specialist name {invalid[0]!r}: expected letters, digits, '_' or '-', because it names a folder of the checkpoint"
             )
-        repeated = {name for name in names if names.count(name) > 1}
-        if repeated:
+        if repeated := {name for name in self.names if self.names.count(name) > 1}:
             raise CheckpointError(f"specialists must have different names. Repeated: {', '.join(sorted(repeated))}")
-        for name, temperature in zip(names, self.temperatures, strict=True):
+        for name, temperature in zip(self.names, self.temperatures, strict=True):
             if not (type(temperature) in (int, float) and 0 < temperature < float("inf")):
                 raise CheckpointError(f"specialist {name}: temperature is {temperature!r}, expected a number above 0")
 
@@ -108,12 +105,16 @@ class UltraFuserConfig(PreTrainedConfig):
         self.check()
 
     @property
+    def contexts(self) -> dict[str, int]:
+        """The context in tokens of each specialist that has a limit."""
+        configs = [config.get_text_config() for config in self.specialist_configs()]
+        limits = [getattr(config, "max_position_embeddings", None) for config in configs]
+        return {name: limit for name, limit in zip(self.names, limits, strict=True) if limit}
+
+    @property
     def max_position_embeddings(self) -> int:
         """The smallest context of the specialists, in tokens."""
-        contexts = [
-            getattr(config.get_text_config(), "max_position_embeddings", None) for config in self.specialist_configs()
-        ]
-        return min((context for context in contexts if context), default=2**31 - 1)
+        return min(self.contexts.values(), default=2**31 - 1)
 
     def specialist_configs(self) -> list[PreTrainedConfig]:
         """K configuration objects, rebuilt from their dictionaries."""

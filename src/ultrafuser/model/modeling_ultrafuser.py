@@ -83,23 +83,20 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             )
         super().__init__(config)
         self.checkpoint_folder: Path | None = None  # against which relative sources resolve
-        configs = config.specialist_configs()
-        self.groups = nn.ModuleList(
-            groups
-            if groups is not None
-            else [
-                SpecialistGroup(AutoModelForCausalLM.from_config(specialist_config), [name])
-                for specialist_config, name in zip(configs, config.names, strict=True)
-            ]
-        )
+        if groups is None:
+            models = [AutoModelForCausalLM.from_config(specialist) for specialist in config.specialist_configs()]
+            groups = [SpecialistGroup(model, [name]) for model, name in zip(models, config.names, strict=True)]
+        self.groups = nn.ModuleList(groups)
         # the location of each specialist: (group, row in the group)
         self._locations = {name: (g, i) for g, group in enumerate(self.groups) for i, name in enumerate(group.names)}
         self._order = [self._locations[name] for name in config.names]
-        contexts = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
-        self._contexts = {name: n for name, n in zip(config.names, contexts, strict=True) if n}
+        self._contexts = config.contexts
         widths = [self.groups[g].width for g, _ in self._order]
         self.gate = StaticGate(len(widths)) if config.gate_type == "static" else Gate(widths, config.gate_hidden_size)
-        self._set_generation_defaults()
+        first = self.groups[0].model.generation_config
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self.generation_config, key, None) is None:
+                setattr(self.generation_config, key, getattr(first, key, None))
         self.post_init()
 
     def init_weights(self) -> None:
@@ -217,47 +214,24 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             cache = self._cache(past_key_values, use_cache)
             self._check_length(ids, cache)
             states = self.specialist_states(ids, mask, cache)  # K x (B, T, D_k)
-            if labels is not None:
-                out = self._loss_from_states(states, labels, response_index, num_items_in_batch)
-                out.past_key_values = cache
-            else:
-                out = self._logits_from_states(states, logits_to_keep, cache, output_gate_weights)
+            if labels is None:
+                tokens = logits_to_keep if torch.is_tensor(logits_to_keep) else slice(-logits_to_keep, None)
+                states = [state[:, tokens] for state in states]
+                log_weights = self.gate(states)  # (B, T, K)
+                weights = log_weights.exp() if output_gate_weights else None
+                out = UltraFuserOutput(
+                    logits=self.mix(states, log_weights), past_key_values=cache, gate_weights=weights
+                )
+            elif response_index is None:  # the labels of one sequence: each state predicts the next token
+                labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+                out = self.loss_from_features(states, labels, num_items_in_batch=num_items_in_batch)
+            else:  # response tokens at each specialist's own positions
+                selected = select_responses(states, response_index, labels != -100)  # K x (N, D_k)
+                out = self._cross_entropy(selected, labels, None, num_items_in_batch)
+            out.past_key_values = cache
         if labels is not None and not output_gate_weights:
             out.gate_weights = out.token_loss = None
         return out if return_dict else out.to_tuple()
-
-    def _logits_from_states(
-        self,
-        states: list[torch.Tensor],
-        logits_to_keep: int | torch.Tensor,
-        cache: UltraFuserCache | None,
-        output_gate_weights: bool,
-    ) -> UltraFuserOutput:
-        """Mixed logits of all tokens, or of those to keep."""
-        if isinstance(logits_to_keep, torch.Tensor):
-            states = [state[:, logits_to_keep] for state in states]
-        elif logits_to_keep:
-            states = [state[:, -logits_to_keep:] for state in states]
-        log_weights = self.gate(states)  # (B, T, K)
-        return UltraFuserOutput(
-            logits=self.mix(states, log_weights),
-            past_key_values=cache,
-            gate_weights=log_weights.exp() if output_gate_weights else None,
-        )
-
-    def _loss_from_states(
-        self,
-        states: list[torch.Tensor],
-        labels: torch.Tensor,
-        response_index: torch.Tensor | None,
-        num_items: int | torch.Tensor | None,
-    ) -> UltraFuserOutput:
-        """Loss of the next tokens of one sequence, or of response tokens at each specialist's own positions."""
-        if response_index is None:
-            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            return self.loss_from_features(states, labels, num_items_in_batch=num_items)
-        selected = select_responses(states, response_index, labels != -100)  # K x (N, D_k)
-        return self._cross_entropy(selected, labels, None, num_items)
 
     def loss_from_features(
         self,
@@ -382,12 +356,6 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         fused_only = ("specialist_input_ids", "specialist_attention_mask", "output_gate_weights")
         plain = {key: value for key, value in model_kwargs.items() if key not in fused_only}
         return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)
-
-    def _set_generation_defaults(self) -> None:
-        first = self.groups[0].model.generation_config
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(self.generation_config, key, None) is None:
-                setattr(self.generation_config, key, getattr(first, key, None))
 
     # ---------------------------------------------------------------- specialists, loading, saving
 

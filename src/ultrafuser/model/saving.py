@@ -54,9 +54,8 @@ def is_changed(group: SpecialistGroup) -> bool:
 
 def plain_model(group: SpecialistGroup, coefficients: Mapping[int, float]) -> PreTrainedModel:
     """A copy of the base as an ordinary transformers model, with adapters merged by `coefficients`."""
-    state = {name: tensor.clone() for name, tensor in group.base_state(coefficients).items()}
     model = AutoModelForCausalLM.from_config(group.model.config, dtype=group.model.dtype)
-    model.load_state_dict(state)
+    model.load_state_dict(group.base_state(coefficients))
     model.generation_config = copying.deepcopy(group.model.generation_config)
     return model.to(group.device).eval()
 
@@ -80,19 +79,20 @@ def save_fused(
     if push_to_hub:
         raise CheckpointError("save first, then call model.push_to_hub(repo_id), which uploads the folder")
     config: UltraFuserConfig = copying.deepcopy(model.config)
-    state = dict(state_dict) if state_dict is not None else None
+    state = None if state_dict is None else dict(state_dict)
     copied: dict[Path, str] = {}
     with atomic_directory(Path(save_directory)) as folder:
         for g, group in enumerate(model.groups):
             specs = [config.specialists[config.names.index(name)] for name in group.names]
             if is_changed(group):
-                group_state = None if state is None else _sub_state(state, f"groups.{g}.model.")
+                prefix = f"groups.{g}.model."
+                group_state = state and {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
                 _write_group(group, specs, folder, group_state, model.checkpoint_folder)
             else:
                 for spec in specs:
                     _keep(spec, folder, model.checkpoint_folder, copy, copied)
-        gate = _sub_state(state, "gate.") if state is not None else model.gate.state_dict()
-        gate = {f"gate.{key}": value.detach().cpu().contiguous() for key, value in gate.items()}
+        gate = model.gate.state_dict(prefix="gate.")
+        gate = {key: (state or gate)[key].detach().cpu().contiguous() for key in gate}
         save_file(gate, folder / GATE_FILE, metadata={"format": "pt"})
         config.gate_files = record_files(folder / GATE_FILE)
         for name in CODE:
@@ -105,10 +105,6 @@ def save_fused(
         config.dtype = None
         model.generation_config.save_pretrained(folder)
         config.save_pretrained(folder)
-
-
-def _sub_state(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _write_group(

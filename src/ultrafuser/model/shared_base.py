@@ -200,7 +200,7 @@ class SpecialistGroup(nn.Module):
                     f"specialist {self.names[0]!r}: an adapter changes {name!r}, the output layer, which the mixture reads "
                     "directly. Merge that adapter into its base with PEFT (merge_and_unload) and fuse the result"
                 )
-            shape = linear_shape(layer) if layer is not None else None
+            shape = linear_shape(layer)
             pairs = [adapter.layers.get(name) if adapter else None for adapter in adapters]
             for owner, pair in zip(self.names, pairs, strict=True):
                 if pair is not None and (shape is None or (pair[0].shape[1], pair[1].shape[0]) != shape):
@@ -253,8 +253,8 @@ class SpecialistGroup(nn.Module):
         """The weights of all adapters."""
         return [p for lora in self.loras.values() for p in (lora.lora_A, lora.lora_B)]
 
-    def base_state(self, coefficients: Mapping[int, float] | None = None) -> dict[str, torch.Tensor]:
-        """Weights of the base by their ordinary names, with adapters added by `coefficients`, if given.
+    def base_state(self, coefficients: Mapping[int, float]) -> dict[str, torch.Tensor]:
+        """Weights of the base by their ordinary names, with adapters added by `coefficients`.
 
         This is one specialist with its adapter merged ({i: 1}), or an average of several ({0: 1/3, 1: 1/3, ...}).
         """
@@ -275,9 +275,9 @@ class SpecialistGroup(nn.Module):
         return {name: tensor.detach() for name, tensor in out.items()}
 
 
-def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
+def linear_shape(layer: nn.Module | None) -> tuple[int, int] | None:
     """(in, out) of a linear layer: plain, quantised or GPT-2's transposed one. None for other modules."""
     if isinstance(layer, Conv1D):
         return tuple(layer.weight.shape)
-    features = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    return features if isinstance(features[0], int) and isinstance(features[1], int) else None  # type: ignore[return-value]
+    rows, columns = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return (rows, columns) if isinstance(rows, int) and isinstance(columns, int) else None
