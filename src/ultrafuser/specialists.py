@@ -16,12 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ultrafuser.data.templates import Renderer, resolve_template
 from ultrafuser.errors import CheckpointError, RecipeError, TokenizerMismatchError
-from ultrafuser.model.checkpoint import (
-    fused_folder,
-    is_plain_lora,
-    load_groups,
-    read_adapter_config,
-)
+from ultrafuser.model.checkpoint import fused_folder, is_plain_lora, load_groups, locate_model, read_adapter_config
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.manifest import FileRecords, SpecialistEntry, SpecialistSource, weight_sources
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -103,8 +98,7 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[UltraFuserForCausalLM, Rend
     local = fused_folder(folder, kwargs)
     model = UltraFuserForCausalLM.from_pretrained(local, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(local)
-    templates = model.config.chat_templates
-    return model, Renderer(tokenizer, templates, model.config.max_position_embeddings)
+    return model, Renderer(tokenizer, model.config.chat_templates, model.config.max_position_embeddings)
 
 
 @dataclass(frozen=True)
@@ -168,25 +162,20 @@ def _tokenizers(specs: Sequence[SpecialistEntry]) -> dict[str, PreTrainedTokeniz
     by_source: dict[str, PreTrainedTokenizerBase] = {}
     tokenizers = {}
     for spec in specs:
-        key = repr(_source_options(spec["source"], spec["name"]))
-        if key not in by_source:
-            by_source[key] = _load_tokenizer(spec)
-        tokenizers[spec["name"]] = by_source[key]
+        name, source = spec["name"], spec["source"]
+        path, options = locate_model(source, None, name)
+        location = repr((path, options))
+        if location not in by_source:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            except (OSError, ValueError, KeyError) as error:  # transformers raises all three for missing files
+                raise CheckpointError(f"specialist {name!r}: no tokenizer in {source['model']}: {error}") from error
+            end = spec["config"].get("eos_token_id")
+            if "gguf_file" in options and isinstance(end, int):  # transformers 5.17 reads bos_token from some files
+                tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+            by_source[location] = tokenizer
+        tokenizers[name] = by_source[location]
     return tokenizers
-
-
-def _load_tokenizer(spec: SpecialistEntry) -> PreTrainedTokenizerBase:
-    path, options = _source_options(spec["source"], spec["name"])
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:  # transformers raises all three for missing files
-        raise CheckpointError(
-            f"specialist {spec['name']!r}: no tokenizer in {spec['source']['model']}: {error}"
-        ) from error
-    end = spec["config"].get("eos_token_id")
-    if "gguf_file" in options and isinstance(end, int):  # transformers 5.17 reads bos_token for it from some files
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    return tokenizer
 
 
 def compare_tokenizers(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
@@ -197,8 +186,7 @@ def compare_tokenizers(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> Non
     """
     (first_name, first), *rest = tokenizers.items()
     for name, tokenizer in rest:
-        problem = _difference(first, tokenizer)
-        if problem:
+        if problem := _difference(first, tokenizer):
             raise TokenizerMismatchError(
                 f"specialist {name!r}: its tokenizer differs from that of {first_name!r}: {problem}. Fused models need "
                 "one tokenizer (cross-tokenizer fusion is not available)"
@@ -251,7 +239,7 @@ def _describe(specialist: SpecialistRecipe, configs: dict[str, dict[str, Any]]) 
     adapter = read_adapter_config(source, None, name)
     if adapter is not None and adapter[0].parent.name == "snapshots":  # the hub's folder is named by the commit
         source["adapter_revision"] = adapter[0].name
-    path, options = _source_options(source, name)
+    path, options = locate_model(source, None, name)
     location = repr((path, options))
     if location not in configs:  # a GGUF file takes seconds to parse
         configs[location] = _read_config(path, options, name)
@@ -275,17 +263,6 @@ def _read_config(path: Path | str, options: Mapping[str, str], name: str) -> dic
     if "gguf_file" in options:
         fields.pop("quantization_config", None)  # transformers decompresses it
     return fields | {"_commit_hash": getattr(config, "_commit_hash", None)}
-
-
-def _source_options(source: SpecialistSource, name: str) -> tuple[Path | str, dict[str, str]]:
-    """The path and options by which transformers' `from_pretrained` finds a specialist's model."""
-    path = resolve(source["model"], None, name)
-    pairs = {"revision": source.get("revision"), "gguf_file": source.get("gguf_file")}
-    options = {key: value for key, value in pairs.items() if value}
-    if isinstance(path, Path) and path.suffix == ".gguf":
-        options["gguf_file"] = path.name
-        path = path.parent
-    return path, options
 
 
 def _record_files(config: UltraFuserConfig) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError
 from .manifest import SpecialistEntry, SpecialistSource, weight_sources
-from .references import WEIGHTS, check_files, resolve
+from .references import WEIGHTS, check_files, is_hub_id, resolve
 from .saving import GATE_FILE, mark_unchanged
 from .shared_base import AdapterWeights, SpecialistGroup
 
@@ -47,9 +47,8 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
     if not isinstance(config, UltraFuserConfig):
         config = read_manifest(folder)
     config.name_or_path = str(name_or_path)
-    if overrides := {key: kwargs.pop(key) for key in ("mixing",) if key in kwargs}:
-        for key, value in overrides.items():
-            setattr(config, key, value)
+    if "mixing" in kwargs:
+        config.mixing = kwargs.pop("mixing")
         config.check()
     kwargs.pop("adapter_kwargs", None)  # the Auto class means this folder; the specialists have their own adapters
     info = kwargs.pop("output_loading_info", False)
@@ -84,7 +83,7 @@ def fused_folder(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Pat
     subfolder = kwargs.pop("subfolder", None) or ""
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
-        if not _looks_like_hub_id(str(name_or_path)):
+        if not is_hub_id(str(name_or_path)):
             raise CheckpointError(f"{name_or_path}: no such folder. Expected a fused checkpoint or a hub id")
         hub = {key: value for key, value in hub.items() if value is not None}
         try:
@@ -106,12 +105,12 @@ def read_manifest(folder: Path) -> UltraFuserConfig:
             "`ultrafuser fuse` or save_pretrained"
         )
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder}/config.json: not JSON: {error}") from error
-    if kind != UltraFuserConfig.model_type:
+    if model_type != UltraFuserConfig.model_type:
         raise CheckpointError(
-            f"{folder}: model_type is {kind!r}, expected 'ultrafuser'. Fuse it with `ultrafuser fuse`"
+            f"{folder}: model_type is {model_type!r}, expected 'ultrafuser'. Fuse it with `ultrafuser fuse`"
         )
     return UltraFuserConfig.from_pretrained(folder)
 
@@ -154,18 +153,13 @@ def load_groups(
 def load_base(spec: SpecialistEntry, folder: Path | None, **kwargs: Any) -> PreTrainedModel:
     """The causal model of one specialist, without its adapter."""
     source, name = spec["source"], spec["name"]
-    path = resolve(source["model"], folder, name)
-    options = _loading_options(spec, kwargs)
-    gguf = source.get("gguf_file")
-    if isinstance(path, Path):
-        if path.suffix == ".gguf":
-            path, gguf = path.parent, path.name
-        if not gguf:
-            _refuse_pickles(path, name)
-    if gguf:
-        options["gguf_file"] = gguf
+    path, location = locate_model(source, folder, name)
+    options = _loading_options(spec, kwargs) | location
+    if "gguf_file" in location:
         if options["dtype"] == "auto":
             options["dtype"] = torch.float32  # a GGUF file is decompressed and has no data type
+    elif isinstance(path, Path):
+        _refuse_pickles(path, name)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -180,9 +174,19 @@ def load_base(spec: SpecialistEntry, folder: Path | None, **kwargs: Any) -> PreT
             f"specialist {name!r}: {source['model']} lacks {len(missing)} weights of a {type(model).__name__}, or has them in "
             f"another shape: {', '.join(missing[:3])}. It is half written, or belongs to another configuration"
         )
-    if gguf and hasattr(model.config, "quantization_config"):
+    if "gguf_file" in location and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # decompressed: saving must not claim otherwise
     return model
+
+
+def locate_model(source: SpecialistSource, folder: Path | None, name: str) -> tuple[Path | str, dict[str, str]]:
+    """The path and options by which transformers' `from_pretrained` finds the model of the specialist `name`."""
+    path = resolve(source["model"], folder, name)
+    pairs = {"revision": source.get("revision"), "gguf_file": source.get("gguf_file")}
+    options = {key: value for key, value in pairs.items() if value}
+    if isinstance(path, Path) and path.suffix == ".gguf":
+        return path.parent, options | {"gguf_file": path.name}
+    return path, options
 
 
 def _loading_options(spec: SpecialistEntry, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +195,6 @@ def _loading_options(spec: SpecialistEntry, kwargs: Mapping[str, Any]) -> dict[s
     options.setdefault("dtype", options.pop("torch_dtype", None) or "auto")
     specific = {key: spec.get(key) for key in ("dtype", "device_map")}
     specific["quantization_config"] = spec.get("quantization")
-    specific["revision"] = spec["source"].get("revision") or None
     options |= {key: value for key, value in specific.items() if value is not None}
     if isinstance(options.get("quantization_config"), dict):
         from transformers.quantizers.auto import AutoQuantizationConfig
@@ -274,11 +277,7 @@ def _merge_with_peft(model: PreTrainedModel, spec: SpecialistEntry, folder: Path
         return model
     try:
         return PeftModel.from_pretrained(model, adapter[0]).merge_and_unload()
-    except (
-        RuntimeError,
-        ValueError,
-        NotImplementedError,
-    ) as error:  # PEFT raises each of them for an adapter that cannot be merged
+    except (RuntimeError, ValueError) as error:  # PEFT raises either for an adapter that it cannot merge
         raise CheckpointError(
             f"specialist {spec['name']!r}: PEFT cannot merge its adapter {adapter[0]} into its base: {error}"
         ) from error
@@ -287,7 +286,7 @@ def _merge_with_peft(model: PreTrainedModel, spec: SpecialistEntry, folder: Path
 def _refuse_pickles(path: Path, name: str) -> None:
     if not path.is_dir():
         raise CheckpointError(f"specialist {name!r}: {path} is not a folder. Expected a checkpoint or an adapter")
-    if any(True for pattern in WEIGHTS for _ in path.glob(pattern)):
+    if any(file for pattern in WEIGHTS for file in path.glob(pattern)):
         return
     pickled = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     contents = f"only pickled weights ({', '.join(pickled)}), which can run code" if pickled else "no weights"
@@ -304,7 +303,3 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: corrupted or half written: {error}") from error
-
-
-def _looks_like_hub_id(reference: str) -> bool:
-    return reference.count("/") <= 1 and not reference.startswith((".", "/", "~"))

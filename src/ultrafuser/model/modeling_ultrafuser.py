@@ -223,8 +223,8 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
                     logits=self.mix(states, log_weights), past_key_values=cache, gate_weights=weights
                 )
             elif response_index is None:  # the labels of one sequence: each state predicts the next token
-                labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-                out = self.loss_from_features(states, labels, num_items_in_batch=num_items_in_batch)
+                shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+                out = self.loss_from_features(states, shifted, num_items_in_batch=num_items_in_batch)
             else:  # response tokens at each specialist's own positions
                 selected = select_responses(states, response_index, labels != -100)  # K x (N, D_k)
                 out = self._cross_entropy(selected, labels, None, num_items_in_batch)

@@ -33,12 +33,17 @@ def resolve(reference: str, folder: Path | None, specialist: str) -> Path | str:
     local = Path(reference).expanduser()
     if local.exists():
         return local.absolute()
-    if reference.count("/") <= 1 and not reference.startswith((".", "/", "~", "specialists/")):
+    if is_hub_id(reference) and not reference.startswith("specialists/"):
         return reference
     raise CheckpointError(
         f"specialist {specialist!r}: its source {reference} is gone. Put it back, or fuse again (with --copy the "
         "checkpoint holds its own copies)"
     )
+
+
+def is_hub_id(reference: str) -> bool:
+    """Whether a reference without a local path can be a hub id."""
+    return reference.count("/") <= 1 and not reference.startswith((".", "/", "~"))
 
 
 def package_path(reference: str) -> Path:

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError
 from .fingerprint import WeightMarks
-from .manifest import SpecialistEntry, weight_sources
+from .manifest import SourceKey, SpecialistEntry, weight_sources
 from .references import is_inside, record_files, resolve
 from .shared_base import SpecialistGroup
 
@@ -87,10 +87,11 @@ def save_fused(
             if is_changed(group):
                 prefix = f"groups.{g}.model."
                 group_state = state and {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-                _write_group(group, specs, folder, group_state, model.checkpoint_folder)
+                _write_group(group, specs, folder, group_state, model.checkpoint_folder, copied)
             else:
                 for spec in specs:
-                    _keep(spec, folder, model.checkpoint_folder, copy, copied)
+                    for key, _ in weight_sources(spec["source"]):
+                        _keep(spec, key, folder, model.checkpoint_folder, copy, copied)
         gate = model.gate.state_dict(prefix="gate.")
         gate = {key: (state or gate)[key].detach().cpu().contiguous() for key in gate}
         save_file(gate, folder / GATE_FILE, metadata={"format": "pt"})
@@ -113,12 +114,15 @@ def _write_group(
     folder: Path,
     state: Mapping[str, torch.Tensor] | None,
     old: Path | None,
+    copied: dict[Path, str],
 ) -> None:
-    """Write the specialists of a group that training changed."""
-    if group.loras and not _base_changed(group):
+    """Write the specialists of a group that training changed. `old`, `copied`: see `_keep`."""
+    adapters = {id(parameter) for parameter in group.adapter_parameters()}  # they may be new since loading
+    base_changed = any(group.marks.is_written(p) for p in group.parameters() if id(p) not in adapters)
+    if group.loras and not base_changed:
         for i, spec in enumerate(specs):
             specialist_folder = folder / "specialists" / spec["name"]
-            _copy_inner_base(spec, folder, old)
+            _keep(spec, "model", folder, old, False, copied)
             write_adapter(group, i, spec["source"]["model"], specialist_folder, state)
             spec["source"] |= {"adapter": f"specialists/{spec['name']}", "adapter_revision": None}
             spec["files"] = (spec.get("files") or {}) | {"adapter": record_files(specialist_folder)}
@@ -137,12 +141,6 @@ def _write_group(
     spec["files"] = {"model": record_files(specialist_folder)}
     spec["config"] = group.model.config.to_dict()
     spec.pop("separate", None)
-
-
-def _base_changed(group: SpecialistGroup) -> bool:
-    """Whether weights of the base changed. Adapters that are new since loading do not count."""
-    adapters = {id(parameter) for parameter in group.adapter_parameters()}
-    return any(group.marks.is_written(p) for p in group.parameters() if id(p) not in adapters)
 
 
 def write_adapter(
@@ -177,46 +175,36 @@ def write_adapter(
     )
 
 
-def _keep(spec: SpecialistEntry, folder: Path, old: Path | None, copy: bool, copied: dict[Path, str]) -> None:
-    """Keep an unchanged specialist as a reference, or copy it: always if it lies inside the old checkpoint.
+def _keep(
+    spec: SpecialistEntry, key: SourceKey, folder: Path, old: Path | None, copy: bool, copied: dict[Path, str]
+) -> None:
+    """Keep unchanged weights as a reference, or copy them: always if they lie inside the old checkpoint.
 
     Args:
+        old: the checkpoint that was loaded.
         copied: paths copied so far and their new places, because several specialists may share a base.
     """
     source = spec["source"]
-    for key, reference in weight_sources(source):
-        path = resolve(reference, old, spec["name"])
-        inside = old is not None and isinstance(path, Path) and is_inside(path, old)
-        if not (inside or copy):
-            continue
-        if not isinstance(path, Path):
-            revision = source.get("revision") if key == "model" else source.get("adapter_revision")
-            path = Path(snapshot_download(str(path), revision=revision))
-        if path not in copied:
-            if inside and old is not None:
-                copied[path] = path.relative_to(old).as_posix()
-            else:
-                shelf = "bases" if key == "model" and source.get("adapter") else "specialists"
-                copied[path] = f"{shelf}/{spec['name']}" + (f"/{path.name}" if path.is_file() else "")
-            _copy(path, folder / copied[path])
-        source[key] = copied[path]
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True)
-    else:
-        shutil.copy(source, target)
-
-
-def _copy_inner_base(spec: SpecialistEntry, folder: Path, old: Path | None) -> None:
-    """Copy a base that lies inside the old checkpoint into the new one."""
-    path = resolve(spec["source"]["model"], old, spec["name"])
-    if old is not None and isinstance(path, Path) and is_inside(path, old):
-        target = folder / path.relative_to(old)
-        if not target.exists():
-            _copy(path, target)
+    path = resolve(str(source[key]), old, spec["name"])
+    inside = old is not None and isinstance(path, Path) and is_inside(path, old)
+    if not (inside or copy):
+        return
+    if not isinstance(path, Path):
+        revision = source.get("revision") if key == "model" else source.get("adapter_revision")
+        path = Path(snapshot_download(str(path), revision=revision))
+    if path not in copied:
+        if inside and old is not None:
+            copied[path] = path.absolute().relative_to(old.absolute()).as_posix()
+        else:
+            shelf = "bases" if key == "model" and source.get("adapter") else "specialists"
+            copied[path] = f"{shelf}/{spec['name']}" + (f"/{path.name}" if path.is_file() else "")
+        target = folder / copied[path]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            shutil.copytree(path, target, dirs_exist_ok=True)
+        else:
+            shutil.copy(path, target)
+    source[key] = copied[path]
 
 
 @contextmanager
