@@ -220,8 +220,7 @@ class Recipe(Node):
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or another torch device.")
     data: DataRecipe = Field(default_factory=DataRecipe, description="Training and validation rows.")
     stages: list[StageRecipe] = Field(
-        default=[GateStage(name="gate"), JointStage(name="joint")],
-        description="The training stages, in order.",
+        default=[GateStage(name="gate"), JointStage(name="joint")], description="The training stages, in order."
     )
     balanced: bool = Field(default=True, description="Draw the same number of rows of each domain into every batch.")
     cache_features: Literal["auto"] | bool = Field(

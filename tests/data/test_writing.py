@@ -8,7 +8,7 @@ import pytest
 
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import SUFFIXES, load_rows, read_records, write_rows
-from ultrafuser.data.tools.convert import convert
+from ultrafuser.data.tools.streaming import convert
 from ultrafuser.data.writing import LAYOUTS, PAIRS, atomic_file, check_layout, row_writer, write_json
 from ultrafuser.errors import DataError
 

@@ -343,7 +343,7 @@ def convert_command(
     as_json: Json = False,
 ) -> None:
     """Convert rows from any known layout and file type to another."""
-    from ultrafuser.data.tools.convert import convert
+    from ultrafuser.data.tools.streaming import convert
 
     count = convert(sources, output, layout, domain=domain, limit=limit, force=force, progress=ConsoleProgress())
     if as_json:

@@ -142,6 +142,5 @@ def _check_messages(messages: tuple[tuple[str, str], ...], location: str) -> Non
     if not turns:
         raise DataError(f"{location}: a conversation without messages")
     if turns != ["user", "assistant"] * (len(turns) // 2):
-        raise DataError(
-            f"{location}: roles must alternate user, assistant and end with assistant, got {', '.join(roles)}"
-        )
+        got = ", ".join(roles)
+        raise DataError(f"{location}: roles must alternate user, assistant and end with assistant, got {got}")

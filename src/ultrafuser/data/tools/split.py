@@ -117,9 +117,7 @@ def split(
     rule = rule or NearDuplicateRule()
     files = {name: folder / f"{name}.{kind}" for name in shares}
     if folder / REPORT in files.values():
-        raise DataError(
-            f"part {Path(REPORT).stem!r}: {folder / REPORT} is the report. Choose another name, or another kind"
-        )
+        raise DataError(f"part 'split': {folder / REPORT} is the report. Choose another name, or another kind")
     for file in files.values():
         check_layout(file, None)
     for file in (*files.values(), folder / REPORT):

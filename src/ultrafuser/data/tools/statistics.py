@@ -7,10 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ultrafuser.data.schema import Row
 from ultrafuser.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
 
 _BATCH_ROWS = 200
 
@@ -25,7 +28,9 @@ class TokenStatistics(TypedDict):
     answers_total: int
 
 
-class _DomainCounts(TypedDict):
+class DomainStatistics(TypedDict):
+    """What one domain holds. `tokens` is there only with a tokenizer."""
+
     conversations: int
     repeated_ids: int
     topics: int
@@ -34,12 +39,7 @@ class _DomainCounts(TypedDict):
     with_system_message: int
     sources: dict[str, int]
     licences: dict[str, int]
-
-
-class DomainStatistics(_DomainCounts, total=False):
-    """What one domain holds. `tokens` is there only with a tokenizer."""
-
-    tokens: TokenStatistics
+    tokens: NotRequired[TokenStatistics]
 
 
 class DataStatistics(TypedDict):
@@ -78,9 +78,7 @@ class _Counts:
         self.licences[row.licence] += 1
         if lengths is not None:
             self.tokens.append(sum(lengths))
-            self.answer_tokens += sum(
-                length for role, length in zip(roles, lengths, strict=True) if role == "assistant"
-            )
+            self.answer_tokens += sum(n for role, n in zip(roles, lengths, strict=True) if role == "assistant")
 
     def to_dict(self) -> DomainStatistics:
         counts: DomainStatistics = {
@@ -150,6 +148,5 @@ def load_tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:  # transformers raises all three for missing files
-        raise CheckpointError(
-            f"{source}: no tokenizer there: {error}. Give a hub id or a folder that has one"
-        ) from error
+        message = f"{source}: no tokenizer there: {error}. Give a hub id or a folder that has one"
+        raise CheckpointError(message) from error
