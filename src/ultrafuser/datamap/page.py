@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ultrafuser.datamap.layout import NAMES, Point
-from ultrafuser.display.drawing import TEXT, draw_legend, finished, legend_shape, new_figure
+from ultrafuser.display.drawing import TEXT, draw_legend, legend_shape, new_figure
 from ultrafuser.display.page import Cell, Html, Note, Row, Table, page, render, text_file
 from ultrafuser.display.palette import domain_colours
 from ultrafuser.inspect.trace import printable
@@ -52,7 +52,7 @@ def map_figure(points: Sequence[Point]) -> Figure:
         for domain, shade in shades.items()
     ]
     draw_legend(figure, handles, columns=columns)
-    return finished(figure)
+    return figure
 
 
 def map_page(

@@ -23,6 +23,7 @@ _CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--pape
 
 WIDTH = 9.0  # inches: one point is close to 1.5 pixels in the report's column
 TEXT, SMALL = 9.5, 8.5  # points
+LABEL: dict[str, Any] = {"size": SMALL, "color": MUTED}  # of axes and small headings
 LEGEND_STYLE: dict[str, Any] = {
     "fontsize": TEXT,
     "labelcolor": INK,
@@ -55,15 +56,6 @@ def new_figure(width: float, height: float, *, fixed: bool = False) -> Figure:
 
     layout = None if fixed else ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.02, hspace=0.03)
     return Figure(figsize=(width, height), layout=layout)
-
-
-def finished(figure: Figure) -> Figure:
-    """The figure with mathematics switched off in every text: a token may hold dollar signs."""
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)
-    return figure
 
 
 def plain_axes(axes: Axes, *, spines: Sequence[str] = ()) -> None:
@@ -112,6 +104,7 @@ def svg(figure: Figure, *, themed: bool = True) -> str:
     Text stays text. Ink follows the page if `themed` (see `themed_svg`). A file of its own has plain ink.
     """
     buffer = io.StringIO()
+    _switch_off_mathematics(figure)
     with (
         matplotlib_module().rc_context({"svg.fonttype": "none", "svg.hashsalt": "ultrafuser"}),
         warnings.catch_warnings(),
@@ -137,7 +130,16 @@ def themed_svg(image: str) -> str:
 def png_bytes(figure: Figure, *, dpi: int = 200, metadata: Mapping[str, str] | None = None) -> bytes:
     """The figure as the bytes of a PNG file on white, with `dpi` pixels per inch and further text chunks."""
     buffer = io.BytesIO()
+    _switch_off_mathematics(figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font has every script: boxes instead
         figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata=dict(metadata or {}))
     return buffer.getvalue()
+
+
+def _switch_off_mathematics(figure: Figure) -> None:
+    """Show dollar signs as they are: a token may hold some."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)

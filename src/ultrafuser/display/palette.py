@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import count
 
 # Source: Okabe and Ito, "Color Universal Design" (2008), in their order. Black is left to the fused model.
 OKABE_ITO = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
@@ -28,11 +29,14 @@ def colours(specialists: Sequence[str]) -> dict[str, str]:
 
 def domain_colours(domains: Sequence[str], specialists: Sequence[str]) -> dict[str, str]:
     """Colour of every domain: of the specialist of the same name, else the next that no specialist has."""
-    shades = colours(specialists)
-    remaining = [domain for domain in domains if domain not in shades]
+    return extend_colours(colours(specialists), domains, len(specialists))
+
+
+def extend_colours(shades: Mapping[str, str], names: Sequence[str], first: int) -> dict[str, str]:
+    """The colour of each name in `shades`, and for the other names the next colours from number `first` on."""
     # Yellow, number 3, is too faint for a line on white.
-    spare = [colour(k) for k in range(len(specialists), len(specialists) + len(remaining) + 1) if k != 3]
-    return {domain: shades[domain] if domain in shades else spare[remaining.index(domain)] for domain in domains}
+    spare = (colour(k) for k in count(first) if k != 3)
+    return {name: shades[name] if name in shades else next(spare) for name in names}
 
 
 def rgb(hex_colour: str) -> tuple[int, int, int]:
@@ -49,13 +53,10 @@ def blend(background: str, foreground: str, amount: float) -> str:
 
 def ink_on(background: str) -> str:
     """Black or white, whichever is easier to read on `background`."""
-    red, green, blue = (_linear(component / 255) for component in rgb(background))
+    shares = [component / 255 for component in rgb(background)]
+    red, green, blue = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in shares)
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue  # WCAG 2.1, relative luminance
     return "#000000" if luminance > 0.179 else "#ffffff"  # 0.179: equal contrast with black and with white
-
-
-def _linear(component: float) -> float:
-    return component / 12.92 if component <= 0.03928 else ((component + 0.055) / 1.055) ** 2.4
 
 
 def _hex(components: tuple[float, float, float]) -> str:

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from ultrafuser.display.drawing import (
     INK,
+    LABEL,
     LEGEND_STYLE,
     MUTED,
-    SMALL,
     TEXT,
-    finished,
     legend_shape,
     matplotlib_module,
     new_figure,
@@ -74,7 +73,7 @@ def trace_figure(trace: TokenTrace) -> Figure:
     }
     response.legend(handles=patches, ncols=columns, **LEGEND_STYLE, **anchor)
     _weights_strip(axes_at(_FOOT, _STRIP), trace)
-    return finished(figure)
+    return figure
 
 
 def trace_png(trace: TokenTrace, path: str | PathLike[str]) -> Figure:
@@ -160,6 +159,6 @@ def _weights_strip(axes: Axes, trace: TokenTrace) -> None:
         axes.stairs(top, range(count + 1), baseline=base, fill=True, color=colour(k), linewidth=0)
         base = top
     axes.set(xlim=(0, max(1, count)), ylim=(0, 1), yticks=[0, 0.5, 1])
-    axes.set_xlabel("response token", size=SMALL, color=MUTED)
-    axes.set_ylabel("gate weight", size=SMALL, color=MUTED)
+    axes.set_xlabel("response token", **LABEL)
+    axes.set_ylabel("gate weight", **LABEL)
     plain_axes(axes)

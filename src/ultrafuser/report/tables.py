@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ultrafuser.display.page import Cell, Row, Table
-from ultrafuser.report.data import Column, Comparison, System, Value
+from ultrafuser.report.data import Column, Comparison, System
 from ultrafuser.report.figures.training import over_checkpoints
 
 DAGGER = "†"  # marks the oracle
@@ -18,12 +18,11 @@ CellOf = Callable[[str], Cell]  # of a system, by its name
 
 @dataclass(frozen=True)
 class Cost:
-    """A number of what a system takes, with the note under it. `least` says whether the least or the most is best."""
+    """A number of what a system takes. `least` says whether the least or the most is best."""
 
     heading: str
     read: Callable[[System], float | None]
     write: Callable[[float], str]
-    note: Callable[[System], str] = lambda system: ""
     least: bool | None = None
 
 
@@ -44,11 +43,8 @@ def main_tables(comparison: Comparison) -> list[Table]:
         packed[-1] += group
     tables = []
     for columns in filter(None, packed):
-        names = [
-            name
-            for name, system in comparison.systems.items()
-            if system.failed or any(cell(name) != _EMPTY for _, cell in columns)
-        ]
+        cells = [cell for _, cell in columns]
+        names = [n for n, s in comparison.systems.items() if s.failed or any(cell(n) != _EMPTY for cell in cells)]
         tables.append(_system_table(comparison, columns, names))
     return tables
 
@@ -65,8 +61,12 @@ def paired_tables(comparison: Comparison, rival: str) -> list[Table]:
     names = [n for n in comparison.done if any(comparison.pair(n, rival, c) for c in columns)]
     cells: dict[Column, tuple[Cell, CellOf]] = {}
     for column in columns:
-        shared = _shared_rival(comparison, rival, column, names)
-        cells[column] = _paired_heading(comparison, column, shared), _paired_cell(comparison, rival, column, shared)
+        rivals = {pair.versus for name in names if (pair := comparison.pair(name, rival, column))}
+        shared = rivals.pop() if len(rivals) == 1 else None
+        heading = _heading(column, comparison)
+        if shared:
+            heading = replace(heading, notes=[*heading.notes, f"vs {comparison.label(shared)}"])
+        cells[column] = heading, _paired_cell(comparison, rival, column, shared)
     groups = [[cells[column] for column in columns if column.is_task is tasks] for tasks in (False, True)]
     if len(cells) < _MAX_COLUMNS:  # signed intervals need more width than plain ones
         groups = [list(cells.values())]
@@ -76,14 +76,11 @@ def paired_tables(comparison: Comparison, rival: str) -> list[Table]:
 def gate_table(comparison: Comparison) -> Table:
     """Mean gate weights of every system by domain (table 6)."""
     specialists = list(dict.fromkeys(s for d in comparison.gate_weights.values() for w in d.values() for s in w))
-    rows = [
-        Row(
-            Cell(comparison.label(name), [domain]),
-            [Cell(f"{weights[s]:.3f}") if s in weights else _EMPTY for s in specialists],
-        )
-        for name, domains in comparison.gate_weights.items()
-        for domain, weights in domains.items()
-    ]
+    rows = []
+    for name, domains in comparison.gate_weights.items():
+        for domain, weights in domains.items():
+            cells = [Cell(f"{weights[s]:.3f}") if s in weights else _EMPTY for s in specialists]
+            rows.append(Row(Cell(comparison.label(name), [domain]), cells))
     return Table([Cell("system, data of"), *map(Cell, specialists)], rows, dense=True)
 
 
@@ -124,19 +121,8 @@ def _count(parameters: float) -> str:
     return f"{parameters:g}"
 
 
-def _batch(system: System) -> str:
-    speed = system.tokens_per_s
-    return f"batch of {speed.batch_size}" if speed and speed.batch_size is not None else ""
-
-
 COSTS = (
-    Cost(
-        "tokens/s",
-        lambda s: s.tokens_per_s.median if s.tokens_per_s else None,
-        lambda n: f"{n:,.1f}",
-        _batch,
-        least=False,
-    ),
+    Cost("tokens/s", lambda s: s.tokens_per_s.median if s.tokens_per_s else None, lambda n: f"{n:,.1f}", least=False),
     Cost("peak memory, MB", lambda s: s.peak_memory_mb, lambda n: f"{n:,.0f}", least=True),
     Cost("parameters, total", lambda s: s.parameters.total if s.parameters else None, _count),
     Cost("active", lambda s: s.parameters.active if s.parameters else None, _count),
@@ -189,8 +175,8 @@ def _quality_cell(comparison: Comparison, column: Column) -> CellOf:
         if value is None:
             return _EMPTY
         counts = ", ".join(f"{count:,} {label}" for label, count in value.counts.items())
-        notes = [_range(value, digits), counts] if counts else [_range(value, digits)]
-        return Cell(f"{value.value:.{digits}f}", notes, bold=name in best)
+        interval = f"{value.low:.{digits}f}–{value.high:.{digits}f}"
+        return Cell(f"{value.value:.{digits}f}", [interval, counts] if counts else [interval], bold=name in best)
 
     return cell
 
@@ -208,27 +194,12 @@ def _cost_cell(comparison: Comparison, cost: Cost) -> CellOf:
         value = cost.read(system)
         if value is None:
             return _EMPTY
-        note = cost.note(system)
+        speed = system.tokens_per_s
+        has_batch = cost is COSTS[0] and speed and speed.batch_size is not None
         bold = best is not None and costs.get(name) == best
-        return Cell(cost.write(value), [note] if note else [], bold=bold)
+        return Cell(cost.write(value), [f"batch of {speed.batch_size}"] if has_batch else [], bold=bold)
 
     return cell
-
-
-def _range(value: Value, digits: int) -> str:
-    return f"{value.low:.{digits}f}–{value.high:.{digits}f}"
-
-
-def _shared_rival(comparison: Comparison, rival: str, column: Column, names: Sequence[str]) -> str | None:
-    """The one system that all differences of a column are taken to, if it is one."""
-    rivals = {pair.versus for name in names if (pair := comparison.pair(name, rival, column))}
-    return rivals.pop() if len(rivals) == 1 else None
-
-
-def _paired_heading(comparison: Comparison, column: Column, shared: str | None) -> Cell:
-    heading = _heading(column, comparison)
-    versus = [f"vs {comparison.label(shared)}"] if shared else []
-    return Cell(heading.text, [*heading.notes, *versus])
 
 
 def _paired_cell(comparison: Comparison, rival: str, column: Column, shared: str | None) -> CellOf:

@@ -6,7 +6,7 @@ from rich.box import HORIZONTALS
 from rich.table import Table
 from rich.text import Text
 
-from ultrafuser.report.data import MEAN, Column, Comparison, Loss, Pair
+from ultrafuser.report.data import MEAN, Column, Comparison, Loss
 
 _STYLES = {"better": "green", "worse": "red", "level": ""}
 
@@ -43,10 +43,6 @@ def _difference_cell(comparison: Comparison, main: str, column: Column) -> Text:
     pair = comparison.pair(main, "best_specialist", column)
     if pair is None or column.name == MEAN:
         return Text("")
-    text = Text(f"{pair.difference:+.4f}", _STYLES[comparison.verdict(pair, column)])
-    return text + Text(f"\n{_interval(pair)}\nvs {comparison.label(pair.versus)}", "dim")
-
-
-def _interval(pair: Pair) -> str:
     low, high = pair.ci95
-    return f"{low:+.4f} to\n{high:+.4f}"
+    text = Text(f"{pair.difference:+.4f}", _STYLES[comparison.verdict(pair, column)])
+    return text + Text(f"\n{low:+.4f} to\n{high:+.4f}\nvs {comparison.label(pair.versus)}", "dim")

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 from ultrafuser.display.drawing import (
     INK,
-    MUTED,
-    SMALL,
+    LABEL,
     TEXT,
     WIDTH,
     draw_legend,
-    finished,
     legend_shape,
     name_rows,
     new_figure,
@@ -47,11 +45,11 @@ def weights_by_domain(gate_weights: Mapping[str, Mapping[str, float]]) -> Figure
         axes.bar_label(bars, numbers, label_type="center", size=TEXT, color=ink_on(shade))
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     axes.set(xlim=(0, 1), ylim=(len(domains) - 0.5, -0.5))
-    axes.set_xlabel("mean gate weight on the data of each domain", size=SMALL, color=MUTED)
+    axes.set_xlabel("mean gate weight on the data of each domain", **LABEL)
     plain_axes(axes)
     name_rows(axes, domains)
     draw_legend(figure, axes.get_legend_handles_labels()[0], columns=columns)
-    return finished(figure)
+    return figure
 
 
 def weights_heatmap(sample_weights: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
@@ -82,14 +80,14 @@ def weights_heatmap(sample_weights: Mapping[str, Sequence[Mapping[str, float]]])
             interpolation="none",
         )
         axes.set_title(domain, size=TEXT, color=INK, pad=4)
-        axes.set_xlabel(f"{len(samples)} sample{'s' * (len(samples) > 1)}", size=SMALL, color=MUTED)
+        axes.set_xlabel(f"{len(samples)} sample{'s' * (len(samples) > 1)}", **LABEL)
         axes.set_xticks([])
         plain_axes(axes)
         name_rows(axes, specialists if axes is panels[0] else [""] * len(specialists))
     bar = figure.colorbar(image, ax=panels, ticks=[0, 0.5, 1], pad=0.01, aspect=12)
-    bar.set_label("gate weight", size=SMALL, color=MUTED)
+    bar.set_label("gate weight", **LABEL)
     plain_axes(bar.ax)
-    return finished(figure)
+    return figure
 
 
 def _domains_and_specialists(table: Mapping[str, Mapping[str, float]], caller: str) -> tuple[list[str], list[str]]:

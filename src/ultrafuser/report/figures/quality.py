@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from ultrafuser.display.drawing import (
     INK,
+    LABEL,
     MUTED,
     PAPER,
     RULE,
     SMALL,
     TEXT,
     WIDTH,
-    finished,
     interval_point,
     name_rows,
     name_width,
     new_figure,
     plain_axes,
 )
-from ultrafuser.display.palette import blend, colour, colours, ink_on
+from ultrafuser.display.palette import blend, colours, extend_colours, ink_on
 from ultrafuser.report.data import MEAN, Column, Comparison
 
 if TYPE_CHECKING:
@@ -44,15 +44,11 @@ def short(label: str) -> str:
 
 def system_colours(comparison: Comparison, names: Sequence[str]) -> dict[str, str]:
     """Colours of systems: the specialists' own, ink for the main system, further colours of the palette for the rest."""
-    shades = _fixed_colours(comparison)
-    remaining = [name for name in names if name not in shades]
-    # Yellow, number 3, is too faint for a line on white.
     first = len({*comparison.specialists, *comparison.specialist_systems})
-    spare = [colour(k) for k in range(first, first + len(remaining) + 1) if k != 3]
-    return {name: shades[name] if name in shades else spare[remaining.index(name)] for name in names}
+    return extend_colours(fixed_colours(comparison), names, first)
 
 
-def _fixed_colours(comparison: Comparison) -> dict[str, str]:
+def fixed_colours(comparison: Comparison) -> dict[str, str]:
     """Ink for the main system. A specialist has the colour that the gate's figures give it."""
     shades = colours(list(dict.fromkeys([*comparison.specialists, *comparison.specialist_systems])))
     return shades | ({comparison.main: INK} if comparison.main is not None else {})
@@ -78,8 +74,8 @@ def quality(comparison: Comparison, columns: Sequence[Column]) -> Figure:
         _points(axes, comparison, column, rows)
     for axes in grid[:, 0]:
         name_systems(axes, comparison, rows)
-    figure.supxlabel(_direction(columns), size=SMALL, color=MUTED)
-    return finished(figure)
+    figure.supxlabel(_direction(columns), **LABEL)
+    return figure
 
 
 def quality_and_cost(comparison: Comparison) -> Figure | None:
@@ -119,14 +115,14 @@ def quality_and_cost(comparison: Comparison) -> Figure | None:
         costs = [cost for cost, _ in systems.values()]
         if max(costs) > 8 * min(costs):
             axes.set_xscale("log")
-        axes.set_xlabel(label, size=SMALL, color=MUTED)
+        axes.set_xlabel(label, **LABEL)
         axes.margins(0.09)
         plain_axes(axes, spines=("bottom", "left"))
         axes.grid(color=RULE, linewidth=0.5)
         axes.set_axisbelow(True)
-    grid[0].set_ylabel("mean loss, nats per token (less is better)", size=SMALL, color=MUTED)
+    grid[0].set_ylabel("mean loss, nats per token (less is better)", **LABEL)
     _name_points(grid[-1], [(labels[n], shades[n], min(loss[n], edge)) for n in names], height - 0.7)
-    return finished(figure)
+    return figure
 
 
 def loss_matrix(comparison: Comparison) -> Figure | None:
@@ -142,6 +138,8 @@ def loss_matrix(comparison: Comparison) -> Figure | None:
     labels = [short(comparison.label(name)) for name in names]
     figure = new_figure(WIDTH, 0.7 + 0.4 * len(names))
     axes = figure.subplots()
+    from matplotlib.ticker import MaxNLocator
+
     image = axes.imshow(excess, aspect="auto", cmap="viridis_r", vmin=0, interpolation="none")
     for row, line in enumerate(table):
         for k, value in enumerate(line):
@@ -152,12 +150,12 @@ def loss_matrix(comparison: Comparison) -> Figure | None:
     plain_axes(axes)
     axes.set_xticks(range(len(domains)), [short(column.heading) for column in domains])
     axes.tick_params(axis="x", labelsize=TEXT, labelcolor=INK)
-    axes.set_title("loss on the data of", size=SMALL, color=MUTED, pad=5)
+    axes.set_title("loss on the data of", **LABEL, pad=5)
     name_rows(axes, labels)
-    bar = figure.colorbar(image, ax=axes, ticks=few_ticks(), pad=0.015, aspect=10)
-    bar.set_label("above the best", size=SMALL, color=MUTED)
+    bar = figure.colorbar(image, ax=axes, ticks=MaxNLocator(4), pad=0.015, aspect=10)
+    bar.set_label("above the best", **LABEL)
     plain_axes(bar.ax)
-    return finished(figure)
+    return figure
 
 
 def system_rows(comparison: Comparison, columns: Sequence[Column]) -> dict[str, float]:
@@ -175,7 +173,7 @@ def system_rows(comparison: Comparison, columns: Sequence[Column]) -> dict[str, 
 def _points(axes: Axes, comparison: Comparison, column: Column, rows: Mapping[str, float]) -> None:
     """One panel: a point and an interval for each row that has the number."""
     values = comparison.values(column, finite=True)
-    shades = _fixed_colours(comparison)
+    shades = fixed_colours(comparison)
     limit = off_scale(comparison, column)
     for name, cell in values.items():
         shade = shades.get(name, MUTED)
@@ -234,10 +232,9 @@ def _direction(columns: Sequence[Column]) -> str:
         return "nats per response token (95% interval); lower is better"
     up = [column.heading for column in columns if column.higher_is_better]
     down = [column.heading for column in columns if not column.higher_is_better]
-    direction = (
-        "higher is better" if not down else "lower is better" if not up else f"lower is better on {', '.join(down)}"
-    )
-    return f"score (95% interval); {direction}"
+    if not down:
+        return "score (95% interval); higher is better"
+    return "score (95% interval); lower is better" + (f" on {', '.join(down)}" if up else "")
 
 
 def _front(axes: Axes, points: Any, *, more_is_better: bool) -> None:
@@ -260,14 +257,7 @@ def _name_points(axes: Axes, points: Sequence[tuple[str, str, float]], height: f
     low, high = axes.get_ylim()
     heights = [(loss - low) / (high - low) for _, _, loss in points]
     for (name, shade, _), position, point_height in zip(points, spread(heights, 0.19 / height), heights, strict=True):
-        arrow: dict[str, Any] = {
-            "arrowstyle": "-",
-            "color": shade,
-            "linewidth": 0.8,
-            "shrinkA": 2,
-            "shrinkB": 0,
-            "relpos": (0, 0.5),
-        }
+        line: dict[str, Any] = {"arrowstyle": "-", "color": shade, "linewidth": 0.8, "relpos": (0, 0.5)}
         axes.annotate(
             name,
             (1.0, point_height),
@@ -277,7 +267,7 @@ def _name_points(axes: Axes, points: Sequence[tuple[str, str, float]], height: f
             va="center",
             size=SMALL,
             color=INK,
-            arrowprops=arrow,
+            arrowprops={**line, "shrinkA": 2, "shrinkB": 0},
             annotation_clip=False,
         )
 
@@ -292,12 +282,6 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
         out[k] = min(out[k], limit)
         limit = out[k] - gap
     return out
-
-
-def few_ticks() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(4)
 
 
 def _hex_of(image: Any, value: float) -> str:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ultrafuser.display.drawing import (
     INK,
+    LABEL,
     MUTED,
     PAPER,
     RULE,
     SMALL,
     WIDTH,
     draw_legend,
-    finished,
     legend_shape,
     new_figure,
 )
 from ultrafuser.display.palette import domain_colours
 from ultrafuser.report.data import MEAN, Column, Comparison
-from ultrafuser.report.figures.quality import ROW, name_systems, panel, short, system_colours, system_rows
+from ultrafuser.report.figures.quality import (
+    ROW,
+    fixed_colours,
+    name_systems,
+    panel,
+    short,
+    system_colours,
+    system_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +67,7 @@ def radar(comparison: Comparison) -> Figure | None:
     _spokes(axes, comparison, columns, angles)
     handles, _ = axes.get_legend_handles_labels()
     draw_legend(figure, handles[::-1], columns=1, loc="outside right center")
-    return finished(figure)
+    return figure
 
 
 def relative_bars(comparison: Comparison) -> Figure | None:
@@ -75,10 +83,10 @@ def relative_bars(comparison: Comparison) -> Figure | None:
     legend_columns, legend_height = legend_shape([column.heading for column in columns])
     figure = new_figure(WIDTH, 0.75 + legend_height + ROW * (max(rows.values()) + 1.2))
     axes = figure.subplots()
+    from matplotlib.lines import Line2D
+
     shades = _column_colours(comparison, columns)
-    bars = system_colours(
-        comparison, [name for name in rows if name in (*comparison.specialist_systems, comparison.main)]
-    )
+    bars = fixed_colours(comparison)
     for name, row in rows.items():
         if len(scores[name]) == len(columns):
             mean = fmean(scores[name].values())
@@ -88,21 +96,21 @@ def relative_bars(comparison: Comparison) -> Figure | None:
                 text, side = (f"◂ {mean:.0%}", "left") if mean < _LEAST else (f"{mean:.0%} ▸", "right")
                 axes.text(1 + width, row, f" {text} ", ha=side, va="center", size=SMALL, color=INK)
         for column, score in scores[name].items():
-            if not _LEAST <= score <= _MOST:
-                continue
-            face: dict[str, Any] = {
-                "marker": "s" if column.is_task else "o",
-                "color": shades[column],
-                "markersize": 4.8,
-            }
-            axes.plot([score], [row], linestyle="", mec=PAPER, mew=0.6, zorder=4, **face)
+            if _LEAST <= score <= _MOST:
+                marker = "s" if column.is_task else "o"
+                axes.plot(score, row, marker, color=shades[column], markersize=4.8, mec=PAPER, mew=0.6, zorder=4)
     axes.axvline(1, color=INK, linewidth=0.9)
     panel(axes, rows, comparison.main)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel(f"relative to {_reference(comparison)} (100%), further right is better", size=SMALL, color=MUTED)
+    kind = "specialist" if any(comparison.best_specialist(column) for column in comparison.columns) else "system"
+    axes.set_xlabel(f"relative to the best {kind} of each column (100%), further right is better", **LABEL)
     name_systems(axes, comparison, rows)
-    draw_legend(figure, _keys(columns, shades), columns=legend_columns)
-    return finished(figure)
+    handles = [
+        Line2D([], [], linestyle="", marker="s" if c.is_task else "o", color=shades[c], markersize=5.5, label=c.heading)
+        for c in columns
+    ]
+    draw_legend(figure, handles, columns=legend_columns)
+    return figure
 
 
 def _relative_columns(comparison: Comparison) -> list[Column]:
@@ -140,10 +148,8 @@ def _spokes(axes: PolarAxes, comparison: Comparison, columns: Sequence[Column], 
         reference = comparison.best_specialist(column) or min(comparison.best(column))
         cell = comparison.value(reference, column)
         side = math.sin(angle)
-        alignment: dict[str, Any] = {
-            "ha": "center" if abs(side) < 0.2 else "left" if side > 0 else "right",
-            "va": "bottom" if math.cos(angle) > 0.2 else "top" if math.cos(angle) < -0.2 else "center",
-        }
+        horizontal = "center" if abs(side) < 0.2 else "left" if side > 0 else "right"
+        vertical = "bottom" if math.cos(angle) > 0.2 else "top" if math.cos(angle) < -0.2 else "center"
         name = shorten(column.heading, 18, placeholder="…")
         text = f"{name}\n100% = {cell.value:.3f}" if cell else name
         axes.annotate(
@@ -154,7 +160,8 @@ def _spokes(axes: PolarAxes, comparison: Comparison, columns: Sequence[Column], 
             size=SMALL,
             color=INK,
             annotation_clip=False,
-            **alignment,
+            ha=horizontal,
+            va=vertical,
         )
     axes.set_xticks(angles, [""] * len(angles))
     rings = _rings(*axes.get_ylim())
@@ -175,20 +182,6 @@ def _column_colours(comparison: Comparison, columns: Sequence[Column]) -> dict[C
     tasks = [f"{column.name} " for column in columns if column.is_task]  # a task may be named as a domain is
     shades = domain_colours([*domains, *tasks], comparison.specialists)
     return {column: shades[f"{column.name} " if column.is_task else column.name] for column in columns}
-
-
-def _keys(columns: Sequence[Column], shades: Mapping[Column, str]) -> list[Any]:
-    from matplotlib.lines import Line2D
-
-    return [
-        Line2D([], [], linestyle="", marker="s" if c.is_task else "o", color=shades[c], markersize=5.5, label=c.heading)
-        for c in columns
-    ]
-
-
-def _reference(comparison: Comparison) -> str:
-    has_specialist = any(comparison.best_specialist(column) for column in comparison.columns)
-    return "the best specialist of each column" if has_specialist else "the best system of each column"
 
 
 def _rings(low: float, high: float) -> list[float]:

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from ultrafuser.display.drawing import (
     INK,
+    LABEL,
     LEGEND_STYLE,
-    MUTED,
     RULE,
-    SMALL,
     TEXT,
     WIDTH,
     draw_legend,
-    finished,
     legend_shape,
     new_figure,
     plain_axes,
@@ -45,8 +43,8 @@ def training_losses(comparison: Comparison) -> Figure | None:
         for name, steps in runs.items():
             if stage in steps:
                 curve(axes, steps[stage], "loss", shades[name], short(comparison.label(name)))
-        axes.set_xlabel(f"step of the {stage} stage", size=SMALL, color=MUTED)
-    panels[0].set_ylabel("training loss, nats per token", size=SMALL, color=MUTED)
+        axes.set_xlabel(f"step of the {stage} stage", **LABEL)
+    panels[0].set_ylabel("training loss, nats per token", **LABEL)
     return _with_legend(panels)
 
 
@@ -60,8 +58,8 @@ def stability_curves(comparison: Comparison) -> Figure | None:
         points = sorted((point.step, fmean(point.loss.values())) for point in runs[name])
         label = short(comparison.label(name))
         axes.plot(*zip(*points, strict=True), color=shade, linewidth=1.4, marker="o", markersize=4.5, label=label)
-    axes.set_xlabel("step of the checkpoint", size=SMALL, color=MUTED)
-    axes.set_ylabel("mean loss, nats per token", size=SMALL, color=MUTED)
+    axes.set_xlabel("step of the checkpoint", **LABEL)
+    axes.set_ylabel("mean loss, nats per token", **LABEL)
     return _with_legend([axes])
 
 
@@ -94,7 +92,8 @@ def training_curves(metrics: Rows) -> Figure:
         for domain, shade in (domain_colours(domains, specialists) or {"": INK}).items():
             suffix = f"/{domain}" if domain else ""
             curve(axes, rows, f"loss{suffix}", shade, domain or "all domains")
-            _diamonds(axes, rows, f"eval_loss{suffix}", shade)
+            steps, values = _series(rows, f"eval_loss{suffix}")
+            axes.plot(steps, values, linestyle="", marker="D", markersize=5, color=shade, mec=INK, mew=0.8)
     _name_curves(grid[0], "loss, nats per token")
     if "weight" in heights:
         for axes, rows in zip(grid[1], steps_of.values(), strict=True):
@@ -108,7 +107,7 @@ def training_curves(metrics: Rows) -> Figure:
             axes.set_ylim(bottom=0)
         _name_curves(grid[-1], "entropy, nats")
     grid[0, 0].figure.align_ylabels(grid[:, 0])
-    return finished(grid[0, 0].figure)
+    return grid[0, 0].figure
 
 
 def steps_by_stage(rows: Rows) -> dict[str, list[dict[str, float]]]:
@@ -160,7 +159,7 @@ def _with_legend(panels: Sequence[Axes]) -> Figure:
     }
     figure: Figure = panels[0].figure  # type: ignore[assignment]
     draw_legend(figure, list(handles.values()), columns=legend_shape(list(handles))[0])
-    return finished(figure)
+    return figure
 
 
 def _stage_grid(steps_of: Mapping[str, Rows], heights: Mapping[str, float]) -> Any:
@@ -179,14 +178,14 @@ def _stage_grid(steps_of: Mapping[str, Rows], heights: Mapping[str, float]) -> A
     for index, (stage, axes) in enumerate(zip(steps_of, grid[0], strict=True)):
         axes.set_title(f"stage {index + 1}: {stage}", size=TEXT, weight="bold", color=INK, pad=6)
     for axes in grid[-1]:
-        axes.set_xlabel("step", size=SMALL, color=MUTED)
+        axes.set_xlabel("step", **LABEL)
         axes.locator_params(axis="x", integer=True)
     return grid
 
 
 def _name_curves(line: Sequence[Axes], label: str) -> None:
     """Name a row of panels at its left, its curves at its right."""
-    line[0].set_ylabel(label, size=SMALL, color=MUTED)
+    line[0].set_ylabel(label, **LABEL)
     for axes in line:
         plain_axes(axes, spines=("bottom", "left"))
         axes.grid(axis="y", color=RULE, linewidth=0.6)
@@ -217,8 +216,3 @@ def curve(axes: Axes, rows: Rows, key: str, shade: str, label: str) -> None:
         axes.plot(steps, values, color=shade, linewidth=0.7, alpha=0.35)
     marker = "o" if len(values) == 1 else ""
     axes.plot(steps, smooth, color=shade, linewidth=1.9, marker=marker, markersize=3.5, label=label)
-
-
-def _diamonds(axes: Axes, rows: Rows, key: str, shade: str) -> None:
-    steps, values = _series(rows, key)
-    axes.plot(steps, values, linestyle="", marker="D", markersize=5, color=shade, mec=INK, mew=0.8)
