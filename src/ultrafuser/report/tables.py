@@ -195,9 +195,9 @@ def _cost_cell(comparison: Comparison, cost: Cost) -> CellOf:
         if value is None:
             return _EMPTY
         speed = system.tokens_per_s
-        has_batch = cost is COSTS[0] and speed and speed.batch_size is not None
+        batch_size = speed.batch_size if speed and cost is COSTS[0] else None
         bold = best is not None and costs.get(name) == best
-        return Cell(cost.write(value), [f"batch of {speed.batch_size}"] if has_batch else [], bold=bold)
+        return Cell(cost.write(value), [] if batch_size is None else [f"batch of {batch_size}"], bold=bold)
 
     return cell
 

@@ -45,10 +45,10 @@ def short(label: str) -> str:
 def system_colours(comparison: Comparison, names: Sequence[str]) -> dict[str, str]:
     """Colours of systems: the specialists' own, ink for the main system, further colours of the palette for the rest."""
     first = len({*comparison.specialists, *comparison.specialist_systems})
-    return extend_colours(fixed_colours(comparison), names, first)
+    return extend_colours(_fixed_colours(comparison), names, first)
 
 
-def fixed_colours(comparison: Comparison) -> dict[str, str]:
+def _fixed_colours(comparison: Comparison) -> dict[str, str]:
     """Ink for the main system. A specialist has the colour that the gate's figures give it."""
     shades = colours(list(dict.fromkeys([*comparison.specialists, *comparison.specialist_systems])))
     return shades | ({comparison.main: INK} if comparison.main is not None else {})
@@ -173,7 +173,7 @@ def system_rows(comparison: Comparison, columns: Sequence[Column]) -> dict[str, 
 def _points(axes: Axes, comparison: Comparison, column: Column, rows: Mapping[str, float]) -> None:
     """One panel: a point and an interval for each row that has the number."""
     values = comparison.values(column, finite=True)
-    shades = fixed_colours(comparison)
+    shades = _fixed_colours(comparison)
     limit = off_scale(comparison, column)
     for name, cell in values.items():
         shade = shades.get(name, MUTED)

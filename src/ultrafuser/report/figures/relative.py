@@ -24,7 +24,6 @@ from ultrafuser.display.palette import domain_colours
 from ultrafuser.report.data import MEAN, Column, Comparison
 from ultrafuser.report.figures.quality import (
     ROW,
-    fixed_colours,
     name_systems,
     panel,
     short,
@@ -86,7 +85,8 @@ def relative_bars(comparison: Comparison) -> Figure | None:
     from matplotlib.lines import Line2D
 
     shades = _column_colours(comparison, columns)
-    bars = fixed_colours(comparison)
+    named = [name for name in rows if name in (*comparison.specialist_systems, comparison.main)]
+    bars = system_colours(comparison, named)
     for name, row in rows.items():
         if len(scores[name]) == len(columns):
             mean = fmean(scores[name].values())
