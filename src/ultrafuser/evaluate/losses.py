@@ -33,7 +33,9 @@ def specialist_losses(store: FeatureStore, names: Sequence[str]) -> dict[str, li
     """Every specialist alone, at its temperature if it has one. The feature cache has all that is needed."""
     totals = [store[i].log_probs.double().sum(0).tolist() for i in range(len(store))]
     rows = list(zip(store.rows, totals, strict=True))
-    return {name: [_row_loss(row, -total[k]) for row, total in rows] for k, name in enumerate(names)}
+    return {
+        name: [RowLoss(row.domain, -total[k], len(row.labels)) for row, total in rows] for k, name in enumerate(names)
+    }
 
 
 @torch.no_grad()
@@ -57,7 +59,7 @@ def fused_losses(
         else:
             labels = torch.tensor(item.row.labels, device=model.device)
             log_p = mixed_log_prob(states, model.heads(), log_w, labels, "logits")
-        losses.append(_row_loss(item.row, -log_p.double().sum().item()))
+        losses.append(RowLoss(item.row.domain, -log_p.double().sum().item(), len(item.row.labels)))
         weights.append(log_w.exp().mean(0).tolist())
     return losses, weights
 
@@ -89,7 +91,7 @@ def group_losses(
         flat, labels = response_states(group, [rows[i] for i in batch], template, active)
         log_p = label_log_prob(flat, head, labels).double()
         for i, row_log_p in zip(batch, log_p.split([len(rows[i].labels) for i in batch]), strict=True):
-            losses[i] = _row_loss(rows[i], -row_log_p.sum().item())
+            losses[i] = RowLoss(rows[i].domain, -row_log_p.sum().item(), len(row_log_p))
         progress.advance(sum(rows[i].num_tokens for i in batch))
     progress.finish()
     return [loss for loss in losses if loss is not None]
@@ -132,7 +134,3 @@ def mean_weights(
         }
         for domain, rows in weights.items()
     }
-
-
-def _row_loss(row: Rendered, nats: float) -> RowLoss:
-    return RowLoss(row.domain, nats, len(row.labels))

@@ -9,7 +9,7 @@ from ultrafuser.endpoint.recipe import EndpointRecipe
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.lm.load import LoadOptions
 from ultrafuser.evaluate.tasks import SUITES as TASK_SUITES
-from ultrafuser.evaluate.tasks import TASKS, TaskOptions
+from ultrafuser.evaluate.tasks import TaskOptions
 
 LOSSES = {"loss": ("text", "code", "math"), "mixed": ("mixed",)}  # with the domains of the zoo's test rows
 JUDGED = ("alpaca_eval", "mt_bench")
@@ -67,8 +67,3 @@ def select_benchmarks(suites: Sequence[str], tasks: Sequence[str], *, has_judge:
     if not benchmarks or any(name in tasks for name in skipped):
         raise DataError(f"{skipped[0]} needs a judge. Give --judge NAME@URL, any OpenAI-compatible endpoint")
     return benchmarks, skipped
-
-
-def needs_likelihoods(benchmark: str) -> bool:
-    """Whether a benchmark scores given text, which an endpoint cannot do."""
-    return benchmark in LOSSES or (benchmark in TASKS and TASKS[benchmark].needs_log_probs)

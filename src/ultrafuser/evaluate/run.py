@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ultrafuser.evaluate.judged.result import JudgedResult
 from ultrafuser.evaluate.lm.load import ENDPOINT, LoadedModel, load_model, name_of, split_name
 from ultrafuser.evaluate.lm.response_cache import CachedLM, ResponseCache
 from ultrafuser.evaluate.losses import mean_weights
-from ultrafuser.evaluate.options import JUDGED, LOSSES, EvalOptions, needs_likelihoods
+from ultrafuser.evaluate.options import JUDGED, LOSSES, EvalOptions
 from ultrafuser.evaluate.results import (
     EvalResults,
     ModelResults,
@@ -32,7 +33,7 @@ from ultrafuser.evaluate.results import (
 )
 from ultrafuser.evaluate.sampling import draw_rows
 from ultrafuser.evaluate.scoring import TaskScores, score_losses, score_tasks
-from ultrafuser.evaluate.tasks import load_tasks
+from ultrafuser.evaluate.tasks import TASKS, load_tasks
 from ultrafuser.progress import Progress
 
 ZOO = "package:ultrafuser/zoo/data/{}.test.jsonl"
@@ -57,10 +58,7 @@ def evaluate_models(
     check_benchmarks(options)
     output.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(output, "evaluation"):
-        results: EvalResults = {
-            "created": time.strftime("%Y-%m-%d"),
-            "models": read_models(output / "results.json"),
-        }
+        results = EvalResults(created=time.strftime("%Y-%m-%d"), models=read_models(output / "results.json"))
         for name, source in sources.items():
             progress.log(f"{name}: {source}")
             current = _measure_source(name, source, model_options[name], rows, output / name, progress)
@@ -71,11 +69,7 @@ def evaluate_models(
 
 
 def _name_models(models: Sequence[str]) -> dict[str, str]:
-    """The models by the names given as NAME=MODEL, or by short names made from them.
-
-    Raises:
-        DataError: no model, or two with the same given name.
-    """
+    """The models by the names given as NAME=MODEL, or by short names made from them."""
     sources: dict[str, str] = {}
     for model in models:
         given_name, source = split_name(model)
@@ -93,12 +87,9 @@ def _name_models(models: Sequence[str]) -> dict[str, str]:
 
 
 def _options_of(source: str, options: EvalOptions, progress: Progress) -> EvalOptions:
-    """The options for one model: benchmarks that score given text are skipped for an endpoint.
-
-    Raises:
-        DataError: an endpoint for which no benchmark is left, or which cannot measure a required one.
-    """
-    impossible = [name for name in options.benchmarks if needs_likelihoods(name)]
+    """The options for one model: benchmarks that score given text are skipped for an endpoint."""
+    scoring = {*LOSSES, *(name for name, task in TASKS.items() if task.needs_log_probs)}
+    impossible = [name for name in options.benchmarks if name in scoring]
     if not source.startswith(ENDPOINT) or not impossible:
         return options
     possible = [name for name in options.benchmarks if name not in impossible]
@@ -150,14 +141,11 @@ def measure(
         if loaded.model is not None and len(loaded.model.config.names) > 1:
             tokens = {domain: list(stratum.weights.values()) for domain, stratum in strata.items()}
             results["gate_weights"] = mean_weights(weights, tokens, loaded.model.config.names)
-    store = ResponseCache(folder / "answers.sqlite", loaded.fingerprint)
-    try:
-        results["tasks"] = {}
+    results["tasks"] = {}
+    with closing(ResponseCache(folder / "answers.sqlite", loaded.fingerprint)) as store:
         for name, scores in score_benchmarks(loaded, options, store, progress).items():
             results["tasks"][name] = task_cell(scores, options.seed)
             write_documents(folder / f"{name}.jsonl", scores)
-    finally:
-        store.close()
     return results
 
 
@@ -184,7 +172,7 @@ def score_benchmarks(
 
 
 def _by_question(result: JudgedResult) -> TaskScores:
-    """The mean score of each question. The turns of a question depend on each other, so they are one sample."""
+    """The mean score of each question. Its turns depend on each other, so they are one sample."""
     by_question: dict[str, list[float]] = {}
     for sample_id, score in result.scores.items():
         by_question.setdefault(sample_id.partition(".")[0], []).append(score)

@@ -69,9 +69,9 @@ def score_tasks(
     from lm_eval.evaluator import evaluate
 
     tasks = load_tasks(names, options)
-    if unsafe := [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]:
-        if not options.unsafe_code:
-            raise DataError(f"task {unsafe[0]!r} runs generated code without the sandbox. Allow it with --unsafe-code")
+    unsafe = [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
+    if unsafe and not options.unsafe_code:
+        raise DataError(f"task {unsafe[0]!r} runs generated code without the sandbox. Allow it with --unsafe-code")
     documents = {
         task.config.task: draw_rows(range(len(task.eval_docs)), limit, seed, name) for name, task in tasks.items()
     }
@@ -83,13 +83,11 @@ def score_tasks(
         apply_chat_template=True,
         confirm_run_unsafe_code=options.unsafe_code,
     )
-    if results is None:
-        raise DataError("lm-eval gave no results on this process")
+    assert results is not None  # as on further ranks only
     return {name: _scores(name, task, results["samples"][task.config.task]) for name, task in tasks.items()}
 
 
 def _scores(name: str, task: Task, samples: Sequence[Mapping[str, Any]]) -> TaskScores:
-    """lm-eval's samples of one task, by metric and document."""
     samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]  # a task may have several
     by_metric: dict[str, dict[str, float]] = {}
     for sample in samples:

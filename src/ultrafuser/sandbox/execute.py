@@ -52,13 +52,7 @@ def check(
     """Run `setup`, `answer` and `tests` in one namespace. The answer passes only if the tests end without an exception.
 
     The module is not `__main__`, so that a block under `if __name__ == "__main__"` does not run, as in HumanEval's own
-    harness.
-
-    Args:
-        unsafe: run it without a sandbox.
-
-    Raises:
-        SandboxError: there is no sandbox on this machine, and `unsafe` is not set.
+    harness. `unsafe` and errors are as in `run`.
     """
     return _run_safely(Program(answer, tests, setup), limits, unsafe)
 
@@ -103,16 +97,12 @@ def _run(isolation: Isolation, program: Program, limits: Limits) -> Outcome:
     uid = spare_user() if isolation == "user" else None
     with started_driver(isolation, limits) as driver:
         conversation = Conversation(driver, program, limits, uid, resource_limits(isolation, limits))
-        outcome = conversation.run()
-        if outcome is None:  # the driver hung up without a verdict
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                driver.process.wait(1)
-            outcome = _ended(driver.process.poll(), conversation, limits)
-    return outcome
-
-
-def _ended(code: int | None, conversation: Conversation, limits: Limits) -> Outcome:
-    """The outcome of a program that ended without a verdict. bubblewrap reports a signal as 128 + its number."""
+        if (outcome := conversation.run()) is not None:
+            return outcome
+        # The driver hung up without a verdict. bubblewrap reports a signal as 128 + its number.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            driver.process.wait(1)
+        code = driver.process.poll()
     output = bytes(conversation.printed[-QUOTED_BYTES:]).decode("utf-8", "replace").strip()
     if not conversation.started:
         return Outcome("error", output or f"the sandbox ended with code {code} before the program started")

@@ -82,7 +82,14 @@ def load_model(
     """
     options, name = options or LoadOptions(), name or name_of(source)
     if source.startswith(ENDPOINT):
-        return _endpoint(source, name)
+        from ultrafuser.evaluate.lm.endpoint import Endpoint, EndpointLM
+
+        endpoint = endpoint_recipe(source)
+        settings = endpoint.model_dump(include={"temperature", "max_tokens", "extra_body"}, exclude_defaults=True)
+        # Only a YAML file has settings.
+        suffix = f" {json.dumps(settings, sort_keys=True)}" if settings else ""
+        fingerprint = f"openai:{endpoint.model}@{endpoint.base_url}{suffix}"
+        return LoadedModel(name, EndpointLM(Endpoint(endpoint)), fingerprint)
     if is_fused(source):
         if options.chat_template is not None:
             raise RecipeError(f"{source}: a fused model has a template for each specialist. Leave --chat-template out")
@@ -125,17 +132,6 @@ def split_name(text: str) -> tuple[str | None, str]:
     """The name and the model of `NAME=MODEL`. MODEL alone has no name."""
     match = re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)=(.+)", text)
     return (match[1], match[2]) if match and not Path(text).exists() else (None, text)
-
-
-def _endpoint(text: str, name: str) -> LoadedModel:
-    from ultrafuser.evaluate.lm.endpoint import Endpoint, EndpointLM
-
-    recipe = endpoint_recipe(text)
-    settings = recipe.model_dump(include={"temperature", "max_tokens", "extra_body"}, exclude_defaults=True)
-    fingerprint = f"openai:{recipe.model}@{recipe.base_url}"
-    if settings:  # of a YAML file
-        fingerprint += f" {json.dumps(settings, sort_keys=True)}"
-    return LoadedModel(name, EndpointLM(Endpoint(recipe)), fingerprint)
 
 
 def endpoint_recipe(text: str) -> EndpointRecipe:

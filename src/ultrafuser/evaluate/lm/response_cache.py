@@ -65,10 +65,6 @@ class ResponseCache:
         """All values of a kind."""
         return [json.loads(value) for (value,) in self._db.execute("SELECT value FROM answers WHERE kind = ?", (kind,))]
 
-    def count(self, kind: str) -> int:
-        """How many values of a kind there are."""
-        return self._db.execute("SELECT count(*) FROM answers WHERE kind = ?", (kind,)).fetchone()[0]
-
     def close(self) -> None:
         """Close the file."""
         self._db.close()
@@ -113,7 +109,7 @@ class CachedLM(LM):
             self.progress.start(title + cached, len(missing))
             self.lm.set_cache_hook(_SavingHook(self, kind, {keys[i]: requests[i].args for i in missing}))
             if isinstance(getattr(self.lm, "draws", None), int):
-                self.lm.draws = self.store.count(kind)
+                self.lm.draws = len(self.store.values(kind))
             answers = getattr(self.lm, kind)([requests[i] for i in missing])
             for i, answer in zip(missing, answers, strict=True):  # those that the model did not report as it went
                 self.store.put(kind, keys[i], answer)

@@ -105,11 +105,6 @@ class TaskOptions:
     max_new_tokens: int | None = None
     include_path: str | Path | None = None
 
-    def metadata(self) -> dict[str, Any]:
-        """What lm-eval hands to the Python code of our task files."""
-        values = {"samples": self.samples, "temperature": self.temperature, "unsafe_code": self.unsafe_code}
-        return values | ({"data_dir": str(self.data_dir)} if self.data_dir is not None else {})
-
 
 def load_tasks(names: Iterable[str], options: TaskOptions | None = None) -> dict[str, Task]:
     """Tasks ready for `lm_eval.evaluator.evaluate(lm, {"tasks": tasks}, apply_chat_template=True)`, by their names.
@@ -140,7 +135,11 @@ def load_tasks(names: Iterable[str], options: TaskOptions | None = None) -> dict
                 f"--include-path {options.include_path}: no such folder. Expected one with lm-eval task files"
             )
         folders.append(options.include_path)
-    manager = TaskManager(include_path=folders, include_defaults=False, metadata=options.metadata())
+    # lm-eval hands these to the Python code of our task files.
+    metadata: dict[str, Any] = {name: getattr(options, name) for name in ("samples", "temperature", "unsafe_code")}
+    if options.data_dir is not None:
+        metadata["data_dir"] = str(options.data_dir)
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
     requested = list(dict.fromkeys(_resolve_name(name, manager.all_tasks) for name in names))
     infos = [TASKS[name] for name in requested if name in TASKS]
     if any(info.metric == "exact_match" for info in infos):

@@ -110,9 +110,8 @@ def extract_code(answer: str, entry_point: str, context: str = "") -> str | None
 
 
 def _defines(code: str, name: str) -> bool:
-    return (
-        re.search(rf"^(?:(?:async )?def|class) {re.escape(name)}\b|^{re.escape(name)} *=[^=]", code, re.M) is not None
-    )
+    name = re.escape(name)
+    return re.search(rf"^(?:(?:async )?def|class) {name}\b|^{name} *=[^=]", code, re.M) is not None
 
 
 def _parse(code: str) -> ast.Module | None:

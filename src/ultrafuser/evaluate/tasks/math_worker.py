@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -11,7 +12,11 @@ MEMORY_BYTES = 4 * 2**30
 
 def main() -> None:
     """Answer until the input ends."""
-    limit_memory()
+    # Bounds the memory of answers such as 9^{9^{9^9}}. Without this limit, only the time is bounded.
+    with contextlib.suppress(ImportError):  # on Windows
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable(logging.WARNING)
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -27,15 +32,6 @@ def main() -> None:
         same = verify(read(reference), read(answer), allow_set_relation_comp=True, timeout_seconds=None)
         sys.stdout.write(json.dumps(same) + "\n")
         sys.stdout.flush()
-
-
-def limit_memory() -> None:
-    """Bound the memory of answers such as 9^{9^{9^9}}. Without this limit, only the time is bounded."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 
 if __name__ == "__main__":
