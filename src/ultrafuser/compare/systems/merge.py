@@ -71,11 +71,8 @@ class Merge(SystemNode):
 
         folder = workspace.system_folder(self.id)
         source = dict.fromkeys(("adapter", "gguf_file", "revision", "adapter_revision"))
-        merged = (
-            workspace.settings.training()
-            .specialists[0]
-            .model_copy(update={**source, "name": self.id, "model": str(folder / "model")})
-        )
+        source |= {"model": str(folder / "model"), "name": self.id}
+        merged = workspace.settings.training().specialists[0].model_copy(update=source)
         return load_model(workspace, workspace.load_specialist(merged), folder / "features")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ultrafuser.model.fingerprint import hash_weights
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -47,22 +47,16 @@ def write_plain_checkpoints(
         identity = _identity(model, name, template)
         if _read_identity(checkpoint) != identity:
             plain = plain_model(model.groups[0], {}) if name is None else model.specialist(name)
-            _write(plain, tokenizer, template, checkpoint, identity)
+            plain_tokenizer = copy.deepcopy(tokenizer)
+            if template is not None:
+                plain_tokenizer.chat_template = template
+            with atomic_directory(checkpoint) as draft:
+                plain.save_pretrained(draft)
+                plain_tokenizer.save_pretrained(draft)
+                (draft / IDENTITY_FILE).write_text(json.dumps({"identity": identity}) + "\n", encoding="utf-8")
         progress.advance()
     progress.finish()
     return PlainCheckpoints(folders, base)
-
-
-def _write(
-    plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str | None, folder: Path, identity: str
-) -> None:
-    tokenizer = copy.deepcopy(tokenizer)
-    if template is not None:
-        tokenizer.chat_template = template
-    with atomic_directory(folder) as draft:
-        plain.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        (draft / IDENTITY_FILE).write_text(json.dumps({"identity": identity}) + "\n", encoding="utf-8")
 
 
 def _read_identity(folder: Path) -> str | None:

@@ -111,18 +111,17 @@ class Router:
         rows = _read(store)
         folds = _folds(rows.domains, seed)
         scores = [min(_validate(rows, folds, candidate, seed)) for candidate in candidates]
-        best = min(range(len(candidates)), key=scores.__getitem__)
-        candidate, steps = candidates[best], scores[best].steps
+        score, candidate = min(zip(scores, candidates, strict=True), key=lambda pair: pair[0])
         report = {
-            "chosen": asdict(candidate) | scores[best]._asdict(),
-            "candidates": [asdict(c) | score._asdict() for c, score in zip(candidates, scores, strict=True)],
+            "chosen": asdict(candidate) | score._asdict(),
+            "candidates": [asdict(c) | s._asdict() for c, s in zip(candidates, scores, strict=True)],
             "rows": len(rows.tokens),
             "folds": len(folds),
             "seed": seed,
         }
         router = cls([states.shape[1] for states in store.states], candidate.hidden_size, report)
         router.net = _start(rows, candidate, seed)
-        for _ in _fit(router.net, rows, candidate, steps):
+        for _ in _fit(router.net, rows, candidate, score.steps):
             pass
         return router
 
@@ -272,9 +271,6 @@ def _validate(rows: _Rows, folds: Sequence[Sequence[int]], candidate: Candidate,
     return [_Score(nll, expected, STEPS_PER_SCORE * (i + 1)) for i, (nll, expected) in enumerate(means.T.tolist())]
 
 
-# ---------------------------------------------------------------- use
-
-
 def router_choices(router: Router, store: FeatureStore) -> list[int]:
     """The specialist that the router chooses for each row."""
     return [router.choose([states[0] for states in store[i].states]) for i in range(len(store))]
@@ -357,24 +353,21 @@ class RoutedLM(SpecialistsLM):
         raise UltraFuserError("a router chooses by the prompt, and rolling log-likelihood has none. Use another task")
 
     def _ask(self, kind: str, requests: Sequence[Instance]) -> list[Any]:
-        groups: dict[str, list[int]] = {}
+        groups: dict[str, list[int]] = {}  # the requests of each specialist
         for i, request in enumerate(requests):
-            groups.setdefault(self._name(request.args[0]), []).append(i)
+            context = request.args[0]
+            if context not in self._names or not self.remember:
+                messages = decode_chat(context)
+                self._names[context] = name = self.choose(context if messages is None else messages)
+                if name not in self.lms:
+                    raise UltraFuserError(f"the router chose {name!r}. There are: {', '.join(self.lms)}")
+            groups.setdefault(self._names[context], []).append(i)
         out: list[Any] = [None] * len(requests)
         for name, rows in groups.items():
             for j, result in ask(self.lms[name], kind, [requests[i] for i in rows]):
                 out[rows[j]] = result
                 self.cache_hook.add_partial(kind, requests[rows[j]].args, result)
         return out
-
-    def _name(self, context: str) -> str:
-        if context not in self._names or not self.remember:
-            messages = decode_chat(context)
-            name = self.choose(context if messages is None else messages)
-            if name not in self.lms:
-                raise UltraFuserError(f"the router chose {name!r}. There are: {', '.join(self.lms)}")
-            self._names[context] = name
-        return self._names[context]
 
 
 def ask(lm: LM, kind: str, requests: Sequence[Instance]) -> Iterator[tuple[int, Any]]:
