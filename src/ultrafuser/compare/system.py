@@ -153,9 +153,6 @@ def _speed(recipe: CompareRecipe, lm: LM) -> Speed:
     return Speed(median=sorted(runs)[len(runs) // 2], runs=runs, batch_size=1)
 
 
-# ---------------------------------------------------------------- the process
-
-
 def main(arguments: list[str]) -> int:
     """Run a step in the child process and write an error into a file for the parent."""
     quiet_libraries()

@@ -195,9 +195,6 @@ def _read(store: FeatureStore) -> _Rows:
     )
 
 
-# ---------------------------------------------------------------- training and choosing how to train
-
-
 def _folds(domains: Sequence[str], seed: int) -> list[list[int]]:
     """Rows in folds, each domain spread evenly over them."""
     generator = torch.Generator().manual_seed(seed)
@@ -358,9 +355,10 @@ class RoutedLM(SpecialistsLM):
             context = request.args[0]
             if context not in self._names or not self.remember:
                 messages = decode_chat(context)
-                self._names[context] = name = self.choose(context if messages is None else messages)
+                name = self.choose(context if messages is None else messages)
                 if name not in self.lms:
                     raise UltraFuserError(f"the router chose {name!r}. There are: {', '.join(self.lms)}")
+                self._names[context] = name
             groups.setdefault(self._names[context], []).append(i)
         out: list[Any] = [None] * len(requests)
         for name, rows in groups.items():
