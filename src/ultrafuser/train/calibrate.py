@@ -51,9 +51,8 @@ def calibrate(
         for i, name in enumerate(group.names):
             k = names.index(name)
             if samples[k]:
-                active = [i] if group.loras else [0]
                 head = group.head(model.config.vocab_size)
-                temperatures[k] = _fit_temperature(group, head, samples[k], k, active, progress)
+                temperatures[k] = _fit_temperature(group, head, samples[k], k, i, progress)
     model.train(was_training)
     progress.finish()
     return temperatures
@@ -74,16 +73,12 @@ def _sample_rows(rows: Sequence[Rendered], domain: str, seed: int) -> list[Rende
 
 @torch.no_grad()
 def _fit_temperature(
-    group: SpecialistGroup,
-    head: Head,
-    rows: Sequence[Rendered],
-    template: int,
-    active: Sequence[int],
-    progress: Progress,
+    group: SpecialistGroup, head: Head, rows: Sequence[Rendered], template: int, row: int, progress: Progress
 ) -> float:
+    """The temperature of the specialist that is row `row` of the group."""
     losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
     for batch in length_batches([row.num_tokens for row in rows], token_budget(group.device)):
-        states, labels = response_states(group, [rows[i] for i in batch], template, active)
+        states, labels = response_states(group, [rows[i] for i in batch], template, [row])
         for chunk in token_chunks(len(labels), head.weight):
             z = head.logits(states[chunk])  # (n, V)
             label_logits = z.gather(1, labels[chunk, None].to(z.device)).sum()

@@ -6,6 +6,7 @@ Log-probabilities are at the model's temperatures. At other temperatures they ar
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from ultrafuser.data.templates import Rendered
 from ultrafuser.data.writing import atomic_file
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.fingerprint import hash_weights
-from ultrafuser.model.loss import select_responses
+from ultrafuser.model.loss import Head, select_responses
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
@@ -46,30 +47,22 @@ class FeatureStore(Sequence[RowFeatures]):
     The states keep the specialists' precision, so losses are the same with and without the cache.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        rows: Sequence[Rendered],
-        widths: Sequence[int],
-        dtypes: Sequence[torch.dtype],
-        temperatures: Sequence[float],
-    ) -> None:
+    def __init__(self, folder: Path, rows: Sequence[Rendered], heads: Sequence[Head]) -> None:
+        def mapped(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.from_file(str(folder / name), shared=True, size=size, dtype=dtype)
+
         self.folder, self.rows = folder, list(rows)
-        ends = torch.tensor([len(row.labels) for row in rows]).cumsum(0).tolist()
-        self.offsets = [0, *ends]
-        total, size = self.offsets[-1], len(widths)
+        self.offsets = [0, *itertools.accumulate(len(row.labels) for row in rows)]
+        total, size = self.offsets[-1], len(heads)
         self.states = [
-            torch.from_file(str(folder / f"states-{k}.bin"), shared=True, size=total * d, dtype=dtype).view(total, d)
-            for k, (d, dtype) in enumerate(zip(widths, dtypes, strict=True))
+            mapped(f"states-{k}.bin", total * head.weight.shape[1], head.weight.dtype).view(total, head.weight.shape[1])
+            for k, head in enumerate(heads)
         ]
-        suffix = "-".join(f"{temperature:g}" for temperature in temperatures)
-        self.log_probs = torch.from_file(str(folder / f"log-probs-{suffix}.bin"), shared=True, size=total * size).view(
-            total, size
-        )
-        self.read, self.scored = (  # which rows have states, which log-probabilities
-            torch.from_file(str(folder / name), shared=True, size=len(rows), dtype=torch.uint8)
-            for name in ("read.bin", f"scored-{suffix}.bin")
-        )
+        suffix = "-".join(f"{head.temperature:g}" for head in heads)
+        self.log_probs = mapped(f"log-probs-{suffix}.bin", total * size, torch.float32).view(total, size)
+        # which rows have states, which log-probabilities
+        self.read = mapped("read.bin", len(rows), torch.uint8)
+        self.scored = mapped(f"scored-{suffix}.bin", len(rows), torch.uint8)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -100,13 +93,13 @@ class FeatureStore(Sequence[RowFeatures]):
         Raises:
             TrainingError: the features do not fit on the disk.
         """
-        widths = [head.weight.shape[1] for head in model.heads()]
-        dtypes = [head.weight.dtype for head in model.heads()]
-        identity = _identity(model, rows)
+        # a fingerprint of the rows' tokens and of the specialists' weights (a sample of each tensor)
+        tokens = "".join(repr((row.row_id, row.input_ids, row.labels)) for row in rows)
+        identity = hash_weights(model.groups.named_parameters(), start=tokens.encode())
         if rank == 0:
-            _prepare_folder(folder, identity, _size_bytes(rows, widths, dtypes))
+            _prepare_folder(folder, identity, estimate_size_bytes(model, rows))
         barrier()
-        store = cls(folder, rows, widths, dtypes, model.config.temperatures)
+        store = cls(folder, rows, model.heads())
         indices = range(rank, len(rows), num_ranks)
         _compute(model, store, [i for i in indices if not store.read[i]], progress or Progress())
         _score(model, store, [i for i in indices if not store.scored[i]])
@@ -116,12 +109,7 @@ class FeatureStore(Sequence[RowFeatures]):
 
 def estimate_size_bytes(model: UltraFuserForCausalLM, rows: Sequence[Rendered]) -> int:
     """The size of the features of these rows in bytes."""
-    heads = model.heads()
-    return _size_bytes(rows, [head.weight.shape[1] for head in heads], [head.weight.dtype for head in heads])
-
-
-def _size_bytes(rows: Sequence[Rendered], widths: Sequence[int], dtypes: Sequence[torch.dtype]) -> int:
-    per_token = sum(d * dtype.itemsize + 4 for d, dtype in zip(widths, dtypes, strict=True))
+    per_token = sum(head.weight.shape[1] * head.weight.dtype.itemsize + 4 for head in model.heads())
     return sum(len(row.labels) for row in rows) * per_token
 
 
@@ -139,12 +127,6 @@ def _prepare_folder(folder: Path, identity: str, size_bytes: int) -> None:
         )
     with atomic_file(facts, force=True) as draft:
         draft.write_text(json.dumps({"identity": identity, "size_bytes": size_bytes}))
-
-
-def _identity(model: UltraFuserForCausalLM, rows: Sequence[Rendered]) -> str:
-    """A fingerprint of the rows' tokens and of the specialists' weights (a sample of each tensor)."""
-    tokens = "".join(repr((row.row_id, row.input_ids, row.labels)) for row in rows)
-    return hash_weights(model.groups.named_parameters(), start=tokens.encode())
 
 
 @torch.no_grad()

@@ -18,14 +18,7 @@ def load_source(source: SourceRecipe) -> list[Row]:
     Raises:
         DataError: see `load_rows`.
     """
-    return load_rows(
-        source.path,
-        domain=source.domain,
-        split=source.split,
-        limit=source.limit,
-        revision=source.revision,
-        config=source.config,
-    )
+    return load_rows(**source.model_dump())
 
 
 def read_sources(

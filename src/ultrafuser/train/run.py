@@ -49,7 +49,11 @@ def train(
         raise TrainingError("early_stop_patience needs validation rows. Add sources under data.validation")
     _check_trackers(recipe.report_to)
     _check_output(output, recipe, resume)
-    model, tokenizer = _build(recipe)
+    if recipe.fused is None:
+        model, tokenizer = fuse(recipe)
+    else:
+        model, renderer = load(recipe.fused, dtype=recipe.dtype, device_map=pick_device(recipe.device))
+        tokenizer = renderer.tokenizer
     max_length = min(recipe.data.max_length, model.config.max_position_embeddings)
     renderer = Renderer(tokenizer, model.config.chat_templates, max_length)
     rows = read_sources(recipe.data.train, renderer, progress, "training")
@@ -101,12 +105,10 @@ def write_fused_folder(
         model.save_pretrained(draft, copy=copy)
         tokenizer.save_pretrained(draft)
         (draft / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        if metrics is None:
-            write_card(draft, model.config, None, [], title=title)
-        else:
-            if metrics.is_file():
-                shutil.copy(metrics, draft)
-            write_card(draft, model.config, recipe, read_metrics(metrics), title=title)
+        if metrics and metrics.is_file():
+            shutil.copy(metrics, draft)
+        rows = read_metrics(metrics) if metrics else []
+        write_card(draft, model.config, recipe if metrics else None, rows, title=title)
 
 
 def _settle(recipe: Recipe) -> Recipe:
@@ -132,13 +134,6 @@ def _settle(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=fixed)
 
 
-def _build(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
-    if recipe.fused is None:
-        return fuse(recipe)
-    model, renderer = load(recipe.fused, dtype=recipe.dtype, device_map=pick_device(recipe.device))
-    return model, renderer.tokenizer
-
-
 def _check_trackers(names: list[str]) -> None:
     """Fail before the training, not after it, if a tracker is unknown or not installed."""
     try:
@@ -152,18 +147,18 @@ def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
     """Check that no run is overwritten, and that a resumed run has the same recipe."""
     if not PartialState().is_main_process:
         return
-    saved, text = output / "recipe.yaml", dump_recipe(recipe)
+    saved = output / "recipe.yaml"
     if not resume:
         if saved.exists():
             raise TrainingError(f"{output} holds a run already. Continue it with --resume, or choose another output=")
-    elif not saved.is_file():
+        return
+    if not saved.is_file():
         raise TrainingError(f"{output}: no run to resume there (no recipe.yaml). Start it without --resume")
-    elif typed_yaml.parse(saved.read_text(encoding="utf-8"), str(saved)) != typed_yaml.parse(text, "recipe"):
-        old, new = saved.read_text(encoding="utf-8").splitlines(), text.splitlines()
-        changed = [line.strip() for line in new if line not in old][:3] or [
-            line.strip() for line in old if line not in new
-        ][:3]
+    old, new = saved.read_text(encoding="utf-8"), dump_recipe(recipe)
+    if typed_yaml.parse(old, str(saved)) != typed_yaml.parse(new, "recipe"):
+        added = [line.strip() for line in new.splitlines() if line not in old.splitlines()]
+        removed = [line.strip() for line in old.splitlines() if line not in new.splitlines()]
         raise TrainingError(
-            f"{output}: the run there has another recipe (differs in: {', '.join(changed)}). Resume with the same one, or "
-            "choose another output="
+            f"{output}: the run there has another recipe (differs in: {', '.join((added or removed)[:3])}). Resume with the "
+            "same one, or choose another output="
         )

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -154,8 +155,7 @@ def prepare_joint(model: UltraFuserForCausalLM, stage: JointStage) -> None:
     Raises:
         TrainingError: `specialists: full` where several specialists share one base.
     """
-    model.requires_grad_(False)
-    model.gate.requires_grad_(True)
+    prepare_gate(model)
     for group in model.groups:
         if stage.specialists == "full":
             if group.size > 1:
@@ -217,8 +217,17 @@ def _training_rows(run: StageRun, args: TrainingArguments) -> tuple[Rows, Rows]:
     if isinstance(run.stage, JointStage) or not _caching_pays(run):
         return run.rows, run.validation
     folder = run.features or run.folder.parent / "features"
-    train_rows = _store(run, run.rows, folder / "train", args)
-    return train_rows, _store(run, run.validation, folder / "validation", args) if run.validation else []
+    run.model.to(args.device)  # reading the device also starts the process group, where there is one
+    build = partial(
+        FeatureStore.build,
+        run.model,
+        rank=args.process_index,
+        num_ranks=args.world_size,
+        barrier=PartialState().wait_for_everyone,
+        progress=run.progress,
+    )
+    train_rows = build(run.rows, folder / "train")
+    return train_rows, build(run.validation, folder / "validation") if run.validation else []
 
 
 def _caching_pays(run: StageRun) -> bool:
@@ -226,19 +235,6 @@ def _caching_pays(run: StageRun) -> bool:
         return bool(run.recipe.cache_features)
     drawn = run.stage.steps * run.stage.samples_per_domain * len({row.domain for row in run.rows})
     return drawn > len(run.rows) and estimate_size_bytes(run.model, run.rows) < _CACHE_LIMIT_BYTES
-
-
-def _store(run: StageRun, rows: Sequence[Rendered], folder: Path, args: TrainingArguments) -> FeatureStore:
-    run.model.to(args.device)  # reading the device also starts the process group, where there is one
-    return FeatureStore.build(
-        run.model,
-        rows,
-        folder,
-        rank=args.process_index,
-        num_ranks=args.world_size,
-        barrier=PartialState().wait_for_everyone,
-        progress=run.progress,
-    )
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -99,7 +99,7 @@ class FusionTrainer(Trainer):
         out = model(**inputs, output_gate_weights=True, num_items_in_batch=num_items_in_batch)
         if not torch.isfinite(out.loss):
             raise self._not_finite(out.loss.item(), inputs, row_ids)
-        self._count(inputs["labels"], domain_ids, out)
+        self._totals += domain_totals(inputs["labels"], domain_ids, out, len(self.domains)).cpu()
         loss = out.loss
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # ranks average their gradients, which must be summed
@@ -133,10 +133,6 @@ class FusionTrainer(Trainer):
         # sums over tokens: nats and tokens of each domain, weight of each specialist, entropy
         self._totals = torch.zeros(2 * num_domains + num_specialists + 1, dtype=torch.float64)
         self._since = time.monotonic()
-
-    @torch.no_grad()
-    def _count(self, labels: torch.Tensor, domain_ids: torch.Tensor, out: Any) -> None:
-        self._totals += domain_totals(labels, domain_ids, out, len(self.domains)).cpu()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -182,8 +178,9 @@ class FusionTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            gate = [p for n, p in self.model.named_parameters() if p.requires_grad and n.startswith("gate.")]
-            rest = [p for n, p in self.model.named_parameters() if p.requires_grad and not n.startswith("gate.")]
+            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            gate = [p for name, p in trained.items() if name.startswith("gate.")]
+            rest = [p for name, p in trained.items() if not name.startswith("gate.")]
             groups = [{"params": gate, "lr": self.args.learning_rate}]
             if rest:
                 groups.append({"params": rest, "lr": self.specialist_lr or self.args.learning_rate})
@@ -244,9 +241,9 @@ class _Bar(TrainerCallback):
             self.progress.advance(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        short = {key.removeprefix("loss/"): value for key, value in (logs or {}).items() if key.startswith("loss/")}
-        if short:
-            self.note = " ".join(f"{domain} {value:.3f}" for domain, value in short.items())
+        losses = {key.removeprefix("loss/"): loss for key, loss in (logs or {}).items() if key.startswith("loss/")}
+        if losses:
+            self.note = " ".join(f"{domain} {loss:.3f}" for domain, loss in losses.items())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.advance(1, self.note)
