@@ -95,13 +95,8 @@ def stats_command(
 
 
 def _cells(name: str, counts: DomainStatistics) -> list[str]:
-    cells = [
-        name,
-        f"{counts['conversations']:,}",
-        f"{counts['topics']:,}",
-        f"{counts['subtopics']:,}",
-        f"{counts['mean_turns']:.2f}",
-    ]
+    sizes = (counts["conversations"], counts["topics"], counts["subtopics"])
+    cells = [name, *(f"{size:,}" for size in sizes), f"{counts['mean_turns']:.2f}"]
     if tokens := counts.get("tokens"):
         cells += [f"{tokens['mean']:,.2f}", f"{tokens['median']:,.0f}", f"{tokens['longest']:,}"]
     return cells

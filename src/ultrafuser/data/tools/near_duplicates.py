@@ -118,8 +118,14 @@ class NearDuplicateIndex:
             (index, similarity) pairs, and the sketch that `add` takes. None for a row without words or an exact rule.
         """
         threshold = self.rule.threshold
-        if threshold is None or not len(shingles := self._shingles_of(row)):
+        if threshold is None:
             return [], None
+        tokens = [token for text in _texts(row, self.rule.on) for token in word_and_sign_tokens(text)]
+        if not tokens:
+            return [], None
+        # The set of the row's shingles, as ascending 32-bit hashes.
+        hashes = window_hashes(self._codes.array(tokens), max(1, min(self.rule.shingle, len(tokens))))
+        shingles = np.unique((hashes >> np.uint64(32)).astype(np.uint32))
         minhash = self._empty.copy()
         minhash.update_batch(shingles.tolist())
         matches = []
@@ -136,12 +142,6 @@ class NearDuplicateIndex:
         if sketch is not None:
             self._shingles[index] = sketch.shingles
             self._lsh.insert(index, sketch.minhash, check_duplication=False)
-
-    def _shingles_of(self, row: Row) -> np.ndarray:
-        """The set of a row's shingles, as ascending 32-bit hashes."""
-        tokens = [token for text in _texts(row, self.rule.on) for token in word_and_sign_tokens(text)]
-        hashes = window_hashes(self._codes.array(tokens), max(1, min(self.rule.shingle, len(tokens))))
-        return np.unique((hashes >> np.uint64(32)).astype(np.uint32))
 
 
 def find_clusters(rows: Sequence[Row], rule: NearDuplicateRule, progress: Progress | None = None) -> list[Cluster]:

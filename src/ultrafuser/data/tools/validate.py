@@ -82,10 +82,13 @@ def validate(sources: Sequence[str], *, domain: str | None = None, progress: Pro
             findings.problems.append({"where": source, "problem": "no rows"})
     progress.finish()
     findings.domains = dict(sorted((name, count) for name, count in domains.items() if name))
-    findings.notes = [
-        *_unread_columns(columns),
-        *(f"{count} rows without a {key}" for key, count in sorted(empty.items())),
-    ]
+    known = _KNOWN_COLUMNS | {column for layout in PAIR_LAYOUTS for column in layout if column}
+    for column, count in sorted(columns.items()):
+        if column not in known:
+            similar = difflib.get_close_matches(column, sorted(known), 1, _TYPO_SIMILARITY)
+            hint = f". Is it {similar[0]!r}?" if similar else ""
+            findings.notes.append(f"column {column!r} of {count} rows is not read{hint}")
+    findings.notes += [f"{count} rows without a {key}" for key, count in sorted(empty.items())]
     return findings
 
 
@@ -160,16 +163,6 @@ def _pair_problems(raw: Mapping[str, Any]) -> Iterator[str]:
             yield f"column {column!r}: expected text, got {type(value).__name__}"
         elif not value.strip():
             yield f"column {column!r} is empty"
-
-
-def _unread_columns(columns: Counter[str]) -> Iterator[str]:
-    """Notes on the columns that are not read, with a known column of similar name."""
-    known = _KNOWN_COLUMNS | {column for layout in PAIR_LAYOUTS for column in layout if column}
-    for column, count in sorted(columns.items()):
-        if column not in known:
-            similar = difflib.get_close_matches(column, sorted(known), 1, _TYPO_SIMILARITY)
-            hint = f". Is it {similar[0]!r}?" if similar else ""
-            yield f"column {column!r} of {count} rows is not read{hint}"
 
 
 # ---------------------------------------------------------------- reading records
