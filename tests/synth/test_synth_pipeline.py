@@ -26,7 +26,7 @@ from ultrafuser.synth.calls.request import Response
 from ultrafuser.synth.calls.store import CallStore
 from ultrafuser.synth.output import dataset
 from ultrafuser.synth.output.card import CARD, INSTRUCTIONS, PARQUET, RECIPE, REPORT, ROWS, TOPICS
-from ultrafuser.synth.pipeline import STORE, check, derive, join, synthesise, write_again
+from ultrafuser.synth.pipeline import STORE, check, derive, join, synthesise
 from ultrafuser.synth.plan import plan
 from ultrafuser.synth.prompts import Prompts
 from ultrafuser.synth.recipe import load_synth_recipe
@@ -140,7 +140,7 @@ def test_join_writes_the_stored_answers_after_the_budget_ends(recipe):
     with pytest.raises(BudgetExceeded, match="`ultrafuser synth join RECIPE` writes the data set of them"):
         go(recipe, budget_tokens=2000)
     assert not (Path(recipe.output) / ROWS).exists()
-    assert 0 < len(write_again(recipe).rows) < 144
+    assert 0 < len(join(recipe).rows) < 144
 
 
 def test_a_run_without_a_row_says_why(recipe):
@@ -155,9 +155,9 @@ def test_a_run_without_a_row_says_why(recipe):
 def test_other_filters_need_no_new_questions(recipe, tmp_path):
     go(recipe)
     stricter = tiny(f"output={recipe.output}", "filters.min_answer_chars=82")
-    assert 0 < len(write_again(stricter).rows) < 144
+    assert 0 < len(join(stricter).rows) < 144
     with pytest.raises(DataError, match="no such file, expected the calls of a run"):
-        write_again(tiny(f"output={tmp_path / 'changed'}"))
+        join(tiny(f"output={tmp_path / 'changed'}"))
 
 
 # ---------------------------------------------------------------- before anything is asked
@@ -324,7 +324,7 @@ def test_decisions_of_a_review_are_in_the_next_data_set(recipe):
     session.edit(edited_index, [content for _, content in session.messages(edited_index)])
     assert session.decision(session.rows[edited_index]) == "edit"
     session.store.close()
-    assert {row["id"]: row for row in [*map(Row.to_dict, write_again(recipe).rows)]} == rows
+    assert {row["id"]: row for row in [*map(Row.to_dict, join(recipe).rows)]} == rows
 
 
 def test_a_decision_holds_for_the_words_that_were_read_not_for_the_place(recipe):
@@ -365,7 +365,7 @@ def test_verdicts_on_code_are_kept(recipe, monkeypatch):
     first = go(recipe, writer)
     assert len(ran) == len(set(ran)) == 2
     assert any(item.rejected["tests: failed"] for item in first.ledger.entries.values())
-    assert [row.id for row in write_again(recipe).rows] == [row.id for row in first.rows]
+    assert [row.id for row in join(recipe).rows] == [row.id for row in first.rows]
     assert status(recipe).rows and len(ran) == 2
 
 
@@ -460,7 +460,7 @@ def test_an_edit_that_another_hand_spoilt(recipe):
     session.store.reviews.set(session.rows[0].id, "edit", "nonsense")
     session.store.close()
     with pytest.raises(DataError, match="the edit in the store is not a list"):
-        write_again(recipe)
+        join(recipe)
     assert dataset.DECISIONS == ("accept", "edit", "reject")
 
 

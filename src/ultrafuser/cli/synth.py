@@ -175,11 +175,9 @@ def join_command(
     typed = load_synth_recipe(recipe, overrides)
     if missing := [file for file in stores if not file.is_file()]:
         raise DataError(f"{missing[0]}: no such file, expected the calls.sqlite of a shard")
-    from ultrafuser.synth.pipeline import join, write_again
+    from ultrafuser.synth.pipeline import join
 
-    progress = ConsoleProgress()
-    outcome = join(typed, stores, progress) if stores else write_again(typed, progress)
-    _echo_results(typed.output, outcome, as_json)
+    _echo_results(typed.output, join(typed, stores, ConsoleProgress()), as_json)
 
 
 @synth_app.command(name="review")

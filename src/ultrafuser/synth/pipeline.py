@@ -169,26 +169,17 @@ def synthesise(
         )
 
 
-def write_again(recipe: SynthRecipe, progress: Progress | None = None) -> DataSet:
-    """Write the data set of the stored responses, without requests: after reviews, or from a run that was stopped.
+def join(recipe: SynthRecipe, stores: Sequence[Path] = (), progress: Progress | None = None) -> DataSet:
+    """Merge the stores of other shards into the recipe's own, then write the data set of all stored responses.
+
+    It makes no requests. Without `stores` it writes the data set again: after reviews, or from a run that was stopped.
 
     Raises:
-        DataError: nothing is stored, or no row is left.
-    """
-    checked = check(recipe)
-    with CallStore(Path(recipe.output) / STORE) as store:
-        return _derive_and_write(recipe, checked, store, partial(stored_responses, store), progress)
-
-
-def join(recipe: SynthRecipe, stores: Sequence[Path], progress: Progress | None = None) -> DataSet:
-    """Merge the stores of other shards into the recipe's own, then write the data set of all of them.
-
-    Raises:
-        DataError: a file is missing, is not a store or belongs to another recipe, or no row is left.
+        DataError: nothing is stored, a file is missing, is not a store or belongs to another recipe, or no row is left.
     """
     progress = progress or Progress()
     checked = check(recipe)
-    with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
+    with CallStore(Path(recipe.output) / STORE, recipe.identity() if stores else None) as store:
         for file in stores:
             merged = store.merge(file)
             progress.log(f"{file}: {merged.added} calls added, {merged.duplicates} were there already")

@@ -68,8 +68,7 @@ def plan(recipe: SynthRecipe, prompts: Prompts, until: str | None = None) -> lis
         for calls in _calls(recipe, domain):
             if not calls.num_calls or calls.stage not in stages:
                 continue
-            settings_stage = recipe.settings_stage(calls.stage, calls.prompt)
-            call, role = recipe.call(settings_stage), recipe.role(settings_stage, domain)
+            call, role = recipe.settings(calls.stage, calls.prompt, domain)
             messages = prompts.messages(calls.prompt, domain=domain, **calls.values)
             request = Request(calls.stage, domain.name, "", role, messages)
             prompt_tokens = calls.num_calls * likely_prompt_tokens(request)

@@ -336,9 +336,10 @@ class SynthRecipe(Node):
             return domain.answer_model
         return self.call(stage).model or self.models[0].name
 
-    def settings_stage(self, stage: str, prompt: str) -> str:
-        """The stage whose settings a request has. The answers of later turns have those of `responses`."""
-        return "responses" if (stage, prompt) == ("turns", "responses") else stage
+    def settings(self, stage: str, prompt: str, domain: DomainRecipe) -> tuple[CallRecipe, str]:
+        """Settings and model name of a request. The answers of later turns have those of `responses`."""
+        settings_stage = "responses" if (stage, prompt) == ("turns", "responses") else stage
+        return self.call(settings_stage), self.role(settings_stage, domain)
 
     def model(self, name: str) -> ModelRecipe:
         """A model by its name."""

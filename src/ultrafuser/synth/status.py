@@ -154,5 +154,5 @@ def _may_have_calls_left(stage: str, data: DataSet) -> bool:
     for row in data.ledger.rows():
         has_pending = has_pending or row["open"] > 0
         if row["stage"] == stage:
-            return has_pending
-    return data.ledger.pending() > 0  # the stage was not reached yet
+            break
+    return has_pending

@@ -46,8 +46,7 @@ class StageRun:
         schema: dict[str, Any] | None = None,
     ) -> Request:
         """A request of a stage, with the model and settings of the recipe."""
-        settings_stage = self.recipe.settings_stage(stage, prompt)
-        call, role = self.recipe.call(settings_stage), self.recipe.role(settings_stage, domain)
+        call, role = self.recipe.settings(stage, prompt, domain)
         return Request(
             stage,
             domain.name,

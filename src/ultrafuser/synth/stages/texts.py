@@ -98,17 +98,14 @@ def check_answers(run: StageRun, conversations: Sequence[Conversation]) -> list[
 
 def compare_samples(run: StageRun, conversations: Sequence[Conversation]) -> list[Conversation]:
     """The conversations whose result enough further samples agree with. Domains without samples pass."""
-    requests: dict[str, list[Request]] = {}
-    for conversation in conversations:
-        num_samples = run.recipe.domain(conversation.domain).samples
-        requests[conversation.id] = [
-            _answer_request(run, "samples", conversation.instruction, sample) for sample in range(1, num_samples + 1)
-        ]
-    all_requests = [request for group in requests.values() for request in group]
-    responses = run.get_responses(all_requests) if all_requests else {}
+    groups: list[list[Request]] = []
+    for item in conversations:
+        samples = range(1, run.recipe.domain(item.domain).samples + 1)
+        groups.append([_answer_request(run, "samples", item.instruction, sample) for sample in samples])
+    requests = [request for group in groups for request in group]
+    responses = run.get_responses(requests) if requests else {}
     agreed = []
-    for conversation in conversations:
-        group = requests[conversation.id]
+    for conversation, group in zip(conversations, groups, strict=True):
         if not group:
             agreed.append(conversation)
             continue
@@ -117,9 +114,9 @@ def compare_samples(run: StageRun, conversations: Sequence[Conversation]) -> lis
             run.ledger.mark_pending("samples", conversation.domain)
             continue
         pairs = [(request, responses[request.key]) for request in group]
-        samples = [request.full_reply(response.text) for request, response in pairs if response.status == "ok"]
+        replies = [request.full_reply(response.text) for request, response in pairs if response.status == "ok"]
         # A failed call agrees with nothing.
-        share = checks.agreement(conversation.answer, samples) * len(samples) / len(group)
+        share = checks.agreement(conversation.answer, replies) * len(replies) / len(group)
         reason = None if share >= run.recipe.domain(conversation.domain).agreement else "samples disagree"
         if run.ledger.settle("samples", conversation.domain, reason, conversation.answer):
             agreed.append(conversation)
