@@ -16,14 +16,7 @@ from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.data.writing import write_json
 from ultrafuser.errors import TrainingError
 from ultrafuser.evaluate.lm.parameters import peak_rss_mb
-from ultrafuser.evaluate.losses import (
-    RowLoss,
-    by_domain,
-    by_stratum,
-    fused_losses,
-    group_losses,
-    specialist_losses,
-)
+from ultrafuser.evaluate.losses import RowLoss, by_domain, by_stratum, fused_losses, group_losses, specialist_losses
 from ultrafuser.inspect.run import answer, trace_tokens
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM

@@ -48,7 +48,8 @@ def trace_figure(trace: TokenTrace) -> Figure:
     from matplotlib.patches import Patch
 
     lines = wrap(trace.tokens, _COLUMNS)
-    labels = _legend_labels(trace)
+    means = mean_weights([trace]) if trace.tokens else {}
+    labels = [printable(name) + (f"  {means[name]:.2f}" if means else "") for name in trace.specialists]
     columns, legend_height = legend_shape(labels, _COLUMNS * _CHARACTER)
     num_headings = bool(trace.title) + bool(trace.prompt)
     text_width, text_height = _COLUMNS * _CHARACTER, max(1, len(lines)) * _LINE
@@ -65,13 +66,8 @@ def trace_figure(trace: TokenTrace) -> Figure:
     _response(response, trace, lines)
     patches = [Patch(color=colour(k), label=label) for k, label in enumerate(labels)]
     legend_bottom = 1 + _GAP / 2 / text_height
-    anchor: dict[str, Any] = {
-        "loc": "lower left",
-        "bbox_to_anchor": (0, legend_bottom),
-        "borderpad": 0,
-        "borderaxespad": 0,
-    }
-    response.legend(handles=patches, ncols=columns, **LEGEND_STYLE, **anchor)
+    anchor: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, legend_bottom)}
+    response.legend(handles=patches, ncols=columns, borderpad=0, borderaxespad=0, **LEGEND_STYLE, **anchor)
     _weights_strip(axes_at(_FOOT, _STRIP), trace)
     return figure
 
@@ -118,11 +114,6 @@ def _cells(run: Owned) -> int:
     return sum(
         0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char, _ in run
     )
-
-
-def _legend_labels(trace: TokenTrace) -> list[str]:
-    means = mean_weights([trace]) if trace.tokens else {}
-    return [printable(name) + (f"  {means[name]:.2f}" if means else "") for name in trace.specialists]
 
 
 def _headings(figure: Figure, trace: TokenTrace, height: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -27,16 +28,9 @@ def answer(
     """
     inputs = prompt_inputs(renderer, conversations, model.device)
     out = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-    return [_until_end(ids, _end_ids(model)) for ids in out.tolist()]
-
-
-def _end_ids(model: UltraFuserForCausalLM) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, (list, tuple)) else {ends}
-
-
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+    end_ids = model.generation_config.eos_token_id
+    ends = end_ids if isinstance(end_ids, (list, tuple)) else [end_ids]
+    return [list(takewhile(lambda token: token not in ends, ids)) for ids in out.tolist()]
 
 
 @torch.no_grad()

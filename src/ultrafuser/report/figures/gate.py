@@ -39,9 +39,8 @@ def weights_by_domain(gate_weights: Mapping[str, Mapping[str, float]]) -> Figure
     for name, shade in colours(specialists).items():
         widths = [gate_weights[domain][name] for domain in domains]
         bars = axes.barh(range(len(domains)), widths, left=starts, height=0.72, color=shade, label=name)
-        numbers = [
-            f"{width:.2f}" if width >= 0.045 else "" for width in widths
-        ]  # below, the bar is narrower than its number
+        # Below 0.045 the bar is narrower than its number.
+        numbers = [f"{width:.2f}" if width >= 0.045 else "" for width in widths]
         axes.bar_label(bars, numbers, label_type="center", size=TEXT, color=ink_on(shade))
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     axes.set(xlim=(0, 1), ylim=(len(domains) - 0.5, -0.5))
