@@ -141,15 +141,15 @@ def synthesise(
     recipe = recipe.model_copy(update={key: value for key, value in budgets.items() if value is not None})
     # 1. Find every problem that would stop the run in the end.
     checked = check(recipe, shard=shard, until=until)
-    prompts = checked.prompts
-    first_stages = {planned.model: planned.stage for planned in reversed(plan(recipe, prompts, until))}  # by role
+    planned_stages = plan(recipe, checked.prompts, until)
+    first_stages = {planned.model: planned.stage for planned in reversed(planned_stages)}  # by role
     if clients is None:
         for role in first_stages:
             if isinstance(model := recipe.model(role), LocalModel):
                 check_files(model)
     with CallStore(Path(recipe.output) / STORE, recipe.identity()) as store:
         if shard is not None:
-            _check_topics_are_complete(recipe, prompts, store)
+            _check_topics_are_complete(recipe, checked.prompts, store)
         if retry_failed:
             progress.log(f"{store.forget_failures()} failed or truncated calls are requested again")
         models = clients if clients is not None else make_clients(recipe.used_models())
@@ -163,10 +163,8 @@ def synthesise(
         if clients is None and all(count.stage == PROBE.stage for count in store.counts()):
             get_responses(_probes(recipe, first_stages))
         # 3. Run the stages, then write the data set.
-        on_items = partial(write_items, recipe)
-        return _derive_and_write(
-            recipe, checked, store, get_responses, progress, shard=shard, until=until, on_items=on_items
-        )
+        options = {"shard": shard, "until": until, "on_items": partial(write_items, recipe)}
+        return _derive_and_write(recipe, checked, store, get_responses, progress, **options)
 
 
 def join(recipe: SynthRecipe, stores: Sequence[Path] = (), progress: Progress | None = None) -> DataSet:
