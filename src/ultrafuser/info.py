@@ -3,16 +3,61 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ultrafuser.errors import CheckpointError
 from ultrafuser.model.checkpoint import fused_folder, read_manifest
-from ultrafuser.model.manifest import SpecialistEntry, weight_sources
+from ultrafuser.model.manifest import SourceKey, SpecialistEntry, weight_sources
 from ultrafuser.model.references import check_files, is_inside, resolve
 from ultrafuser.model.saving import GATE_FILE
 
+WEIGHTS: tuple[SourceKey, ...] = ("model", "adapter")
 
-def describe(folder: str | Path, *, verify: bool = False) -> dict[str, Any]:
+
+class WeightsInfo(TypedDict, total=False):
+    """A base or an adapter. `problem` says why it is gone."""
+
+    source: str
+    size_bytes: int
+    inside: bool
+    status: str
+    problem: str
+
+
+class _Sources(TypedDict, total=False):
+    model: WeightsInfo
+    adapter: WeightsInfo
+
+
+class SpecialistInfo(_Sources):
+    """One specialist: who it is, and where its weights are."""
+
+    name: str
+    domain: str | None
+    architecture: str | None
+    revision: str | None
+    temperature: float
+    shares_base_with: list[str]
+
+
+class CheckpointInfo(TypedDict):
+    """A fused checkpoint. `size_bytes` is its folder, `referenced_size_bytes` the weights outside of it."""
+
+    folder: str
+    mixing: str
+    gate_type: str
+    gate_hidden_size: int
+    gate_size_bytes: int | None
+    vocab_size: int
+    context: int
+    size_bytes: int
+    referenced_size_bytes: int
+    specialists: list[SpecialistInfo]
+    has_recipe: bool
+    verified: bool
+
+
+def describe(folder: str | Path, *, verify: bool = False) -> CheckpointInfo:
     """Facts about a fused checkpoint, without loading it.
 
     Args:
@@ -24,19 +69,15 @@ def describe(folder: str | Path, *, verify: bool = False) -> dict[str, Any]:
     root = fused_folder(folder, {})
     config = read_manifest(root)
     groups = config.groups()
-    specialists = [_specialist(spec, root, verify) for spec in config.specialists]
-    for k, facts in enumerate(specialists):
-        shared = next(group for group in groups if k in group)
-        facts["shares_base_with"] = [config.names[index] for index in shared if index != k]
+    specialists = []
+    for k, spec in enumerate(config.specialists):
+        group = next(group for group in groups if k in group)
+        specialists.append(_specialist(spec, root, verify, [config.names[index] for index in group if index != k]))
     if verify:
         check_files(root, config.gate_files, "the gate")
     # Bytes outside the checkpoint. A base that several specialists share counts once.
-    outside = {
-        facts[key]["source"]: facts[key]["size_bytes"]
-        for facts in specialists
-        for key in ("model", "adapter")
-        if key in facts and not facts[key]["inside"]
-    }
+    weights = [facts[key] for facts in specialists for key in WEIGHTS if key in facts]
+    outside = {facts["source"]: facts["size_bytes"] for facts in weights if not facts["inside"]}
     files = [file for file in root.rglob("*") if file.is_file()]
     return {
         "folder": str(root),
@@ -54,15 +95,19 @@ def describe(folder: str | Path, *, verify: bool = False) -> dict[str, Any]:
     }
 
 
-def _specialist(spec: SpecialistEntry, root: Path, verify: bool) -> dict[str, Any]:
-    source = spec["source"]
-    locations: dict[str, dict[str, Any]] = {}
-    for key, reference in weight_sources(source):
+def _specialist(spec: SpecialistEntry, root: Path, verify: bool, shares_base_with: list[str]) -> SpecialistInfo:
+    facts: SpecialistInfo = {
+        "name": spec["name"],
+        "domain": spec.get("domain"),
+        "architecture": spec["config"].get("model_type"),
+        "revision": spec["source"].get("revision"),
+        "temperature": spec.get("temperature", 1.0),
+        "shares_base_with": shares_base_with,
+    }
+    for key, reference in weight_sources(spec["source"]):
         recorded = (spec.get("files") or {}).get(key) or {}
-        location: dict[str, Any] = {
-            "source": reference,
-            "size_bytes": sum(record["size_bytes"] for record in recorded.values()),
-        }
+        size_bytes = sum(record["size_bytes"] for record in recorded.values())
+        location: WeightsInfo = {"source": reference, "size_bytes": size_bytes}
         try:
             path = resolve(reference, root, spec["name"])
             location["inside"] = isinstance(path, Path) and is_inside(path, root)
@@ -72,13 +117,6 @@ def _specialist(spec: SpecialistEntry, root: Path, verify: bool) -> dict[str, An
         except CheckpointError as error:
             if verify:
                 raise
-            location |= {"inside": False, "status": "gone", "problem": str(error)}
-        locations[key] = location
-    return {
-        "name": spec["name"],
-        "domain": spec.get("domain"),
-        "architecture": spec["config"].get("model_type"),
-        "revision": source.get("revision"),
-        "temperature": spec.get("temperature", 1.0),
-        **locations,
-    }
+            location["inside"], location["status"], location["problem"] = False, "gone", str(error)
+        facts[key] = location
+    return facts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +14,9 @@ from typer import Argument, Option
 from ultrafuser.cli.options import Device, Folder, Json, Overrides, Seed, echo
 from ultrafuser.errors import RecipeError
 from ultrafuser.progress import ConsoleProgress, Progress, quiet_libraries
+
+if TYPE_CHECKING:
+    from ultrafuser.info import CheckpointInfo
 
 
 def fuse_command(
@@ -161,7 +164,9 @@ def info_command(
     _print_info(describe(folder, verify=verify), as_json)
 
 
-def _print_info(facts: dict[str, Any], as_json: bool) -> None:
+def _print_info(facts: CheckpointInfo, as_json: bool) -> None:
+    from ultrafuser.info import WEIGHTS
+
     if as_json:
         echo(json.dumps(facts))
         return
@@ -169,7 +174,7 @@ def _print_info(facts: dict[str, Any], as_json: bool) -> None:
     for column in ("specialist", "domain", "kind", "model", "adapter", "size", "status"):
         table.add_column(column, overflow="fold")
     for specialist in facts["specialists"]:
-        sources = [specialist[key] for key in ("model", "adapter") if key in specialist]
+        sources = [specialist[key] for key in WEIGHTS if key in specialist]
         table.add_row(
             specialist["name"],
             specialist["domain"],

@@ -98,7 +98,7 @@ def quality_and_cost(comparison: Comparison) -> Figure | None:
     points = {label: systems for label, systems in points.items() if len(systems) > 1}
     if not points:
         return None
-    names = sorted({name for systems in points.values() for name in systems}, key=lambda name: loss[name])
+    names = sorted({name for systems in points.values() for name in systems}, key=lambda name: (loss[name], name))
     limit = off_scale(comparison, column) if column else math.inf
     inside = [loss[name] for name in names if loss[name] <= limit]
     edge = max(inside) + 0.12 * (max(inside) - min(inside))
