@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -31,6 +32,7 @@ from comparison_specimen import (
 
 from ultrafuser.errors import MissingExtraError
 from ultrafuser.report.data import check_comparison
+from ultrafuser.report.export import markdown_table
 
 pytest.importorskip("matplotlib")
 from ultrafuser.report.figures import training as report_training
@@ -237,6 +239,15 @@ def test_the_markdown_table_has_a_line_for_each_system(folder: Path, results: di
     cells = [line.split("|")[column].strip() for line in lines]
     least = min(s["loss"]["code"]["nll"] for s in results["systems"].values() if s.get("loss"))
     assert [cell.split("**")[1] for cell in cells if "**" in cell] == [f"{least:.3f}"]
+
+
+def test_the_markdown_table_leaves_out_costs_that_no_system_has(results: dict[str, Any]) -> None:
+    free = copy.deepcopy(results)
+    for system in free["systems"].values():
+        system["tokens_per_s"] = system["peak_memory_mb"] = None
+    headings = [heading.strip() for heading in markdown_table(check_comparison(free)).splitlines()[0].split("|")]
+    full = [heading.strip() for heading in markdown_table(check_comparison(results)).splitlines()[0].split("|")]
+    assert [heading for heading in full if heading not in headings] == ["tokens/s", "peak memory, MB"]
 
 
 def test_equal_results_give_equal_files(folder: Path, tmp_path: Path) -> None:

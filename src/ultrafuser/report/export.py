@@ -15,12 +15,13 @@ CsvRow = tuple[str, str, str, float | int | None, float | None, float | None, in
 
 
 def markdown_table(comparison: Comparison) -> str:
-    """One Markdown table with a line for every system, failed ones included."""
+    """One Markdown table with a line for every system, failed ones included. Costs that no system has are left out."""
+    costs = [cost for cost in COSTS if any(cost.read(system) is not None for system in comparison.done.values())]
     headings = [
         "system",
         "kind",
         *(_plain(f"{c.heading} ({metric_name(c)})") for c in comparison.columns),
-        *(cost.heading for cost in COSTS),
+        *(cost.heading for cost in costs),
     ]
     lines = [headings, ["---", "---", *["---:"] * (len(headings) - 2)]]
     for name, system in comparison.systems.items():
@@ -31,7 +32,7 @@ def markdown_table(comparison: Comparison) -> str:
             cells += [f"failed: {_plain(in_one_line(system.error or ''))}", *[""] * (len(headings) - 3)]
         else:
             cells += [_markdown_value(comparison, name, column) for column in comparison.columns]
-            cells += ["" if (value := cost.read(system)) is None else cost.write(value) for cost in COSTS]
+            cells += ["" if (value := cost.read(system)) is None else cost.write(value) for cost in costs]
         lines.append(cells)
     notes = ["Best of each column in bold, 95% intervals in brackets."]
     if any(system.kind == "oracle" for system in comparison.systems.values()):
