@@ -192,6 +192,15 @@ def test_an_answer_that_would_run_for_ever_is_wrong_and_the_next_one_is_answered
     assert mathematics.equal(r"\sqrt{12}", r"2\sqrt{3}")
 
 
+def test_a_checker_that_died_between_two_comparisons_starts_again():
+    checker = mathematics._Checker()
+    assert checker.ask(r"\sqrt{8}", r"2\sqrt{2}")
+    checker._process.kill()
+    checker._process.wait()
+    assert checker.ask(r"\sqrt{18}", r"3\sqrt{2}")
+    checker.close()
+
+
 def test_it_works_outside_the_main_thread():
     results = []
     thread = threading.Thread(target=lambda: results.append(mathematics.equal(r"\sqrt{45}", r"3\sqrt{5}")))

@@ -131,6 +131,8 @@ class _Checker:
 
     def ask(self, answer: str, reference: str) -> bool:
         with self._lock:
+            if self._process is not None and self._process.poll() is not None:  # it died since the last comparison
+                self._stop()
             process, reply = self._process or self._start(), ""
             with contextlib.suppress(BrokenPipeError):
                 assert process.stdin is not None
