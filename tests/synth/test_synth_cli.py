@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -61,6 +62,22 @@ def test_a_dry_run_sends_no_request(recipe, tmp_path):
     assert not (tmp_path / "out").exists()
     planned = json.loads(invoke(recipe, "--dry-run", "--json").stdout)
     assert {stage["stage"] for stage in planned} >= {"meta_topics", "responses"}
+
+
+def test_a_prompt_file_cannot_unpickle_in_a_dry_run(recipe, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    pickled = repr(pickle.dumps(Payload(), protocol=0).decode("ascii"))
+    call = f"domain.parse_raw({pickled}, content_type='pickle', allow_pickle=True)"
+    (folder / "judge.jinja").write_text("{{ " + call + " }}{{ answer }}")
+    result = invoke(recipe, f"prompts={folder}", "--dry-run")
+    assert isinstance(result.exception, RecipeError)
+    assert "judge.jinja: undefined variable: 'dict object' has no attribute 'parse_raw'" in str(result.exception)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_dry_run_of_a_part_on_a_machine_without_sandbox_and_test_files(recipe, monkeypatch):

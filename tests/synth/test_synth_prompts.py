@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,46 @@ def test_errors_name_the_file(tmp_path, name, text, problem):
     with pytest.raises(RecipeError, match=problem) as error:
         Prompts(str(tmp_path))
     assert str(tmp_path) in str(error.value)
+
+
+# ---------------------------------------------------------------- templates of strangers
+
+OBJECT_METHODS = [
+    "domain.parse_raw('x', content_type='pickle', allow_pickle=True)",
+    "domain.parse_file('/etc/passwd')",
+    "domain.model_dump()",
+    "domain.model_copy()",
+    "domain.copy()['counts'].model_dump()",
+    "domain.counts.parse_raw('{}')",
+    "quote.mark",
+    "quote.__globals__",
+    "(domain | attr('parse_raw'))('x')",
+    "domain.update({'name': 'x'})",
+    "lipsum.__globals__",
+    "'{0.__class__}'.format(domain)",
+]
+
+
+@pytest.mark.parametrize("expression", OBJECT_METHODS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_finds_no_method_of_our_objects(tmp_path, name, expression):
+    (tmp_path / f"{name}.jinja").write_text("{{ " + expression + " }}")
+    with pytest.raises(RecipeError, match=f"{name}.jinja: (undefined variable|the template cannot be rendered): "):
+        Prompts(str(tmp_path))
+
+
+def test_every_value_is_plain_and_another_object_is_refused(tmp_path):
+    (tmp_path / "complex.jinja").write_text("{{ domain.counts.rows }} {{ domain.topics | length }} {{ instruction }}")
+    assert Prompts(str(tmp_path)).render("complex", **EXAMPLES["complex"]).startswith("None 0 How many")
+    with pytest.raises(TypeError, match="a prompt template gets plain values, not PosixPath"):
+        Prompts().render("complex", domain=Path("x"), instruction="a")
+
+
+@pytest.mark.parametrize("expression", ["1 // 0", "[][3] + 1", "'x' * 10 ** 18"])
+def test_every_failure_of_a_template_names_its_file(tmp_path, expression):
+    (tmp_path / "judge.jinja").write_text("{{ " + expression + " }}")
+    with pytest.raises(RecipeError, match="judge.jinja: "):
+        Prompts(str(tmp_path))
 
 
 def test_a_file_that_is_no_text_and_a_folder_that_is_none(tmp_path):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError, meta
-from jinja2.exceptions import SecurityError
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import BaseModel
 
 from ultrafuser.errors import RecipeError
 from ultrafuser.synth.recipe import DomainRecipe
@@ -40,6 +40,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 ALWAYS = ("mark", "quote", "reply")
 NAMES = tuple(EXAMPLES)
+_RENDER_ERRORS = (
+    TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,12 @@ class Prompts:
 
     def _render(self, name: str, mark: str, values: Mapping[str, Any]) -> str:
         prompt = self._prompts[name]
+        plain = _plain(values)
         try:
-            return prompt.template.render(mark=mark, quote=_Quote(mark), reply=_reply_line(mark), **values).strip()
+            return prompt.template.render(mark=mark, quote=_quote(mark), reply=_reply_line(mark), **plain).strip()
         except UndefinedError as error:
             raise RecipeError(f"{prompt.location}: undefined variable: {error.message}") from None
-        except (TypeError, ValueError, SecurityError) as error:
+        except _RENDER_ERRORS as error:
             raise RecipeError(f"{prompt.location}: the template cannot be rendered: {error}") from None
 
     def messages(self, name: str, **values: Any) -> tuple[tuple[str, str], ...]:
@@ -132,12 +136,24 @@ class Prompts:
         return {name: prompt.sha256 for name, prompt in self._prompts.items()}
 
 
-@dataclass(frozen=True)
-class _Quote:
-    mark: str
+def _plain(value: Any) -> Any:
+    """A copy made of dictionaries, lists, texts and numbers. Jinja's sandbox lets a template call every other public method."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, BaseModel):
+        return _plain(value.model_dump(mode="json"))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    raise TypeError(f"a prompt template gets plain values, not {type(value).__name__}")
 
-    def __call__(self, text: str, what: str = "text") -> str:  # templates may pass `what` by name
-        return f"=== {what} {self.mark}\n{text}\n=== end of {what} {self.mark}"
+
+def _quote(mark: str) -> Callable[..., str]:
+    def quote(text: str, what: str = "text") -> str:  # templates may pass `what` by name
+        return f"=== {what} {mark}\n{text}\n=== end of {what} {mark}"
+
+    return quote
 
 
 def _reply_line(mark: str) -> str:
