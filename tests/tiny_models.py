@@ -121,12 +121,12 @@ def left_pad(rows: Sequence[torch.Tensor], pad: int = 2) -> tuple[torch.Tensor, 
 
 
 def naive_mix(logits: Sequence[torch.Tensor], weights: torch.Tensor, mixing: str) -> torch.Tensor:
-    """The oracle: explicit softmax mixing in double precision. K x (..., V), (..., K) -> (..., V)."""
+    """The oracle: explicit mixing in double precision, on the scale of logits. K x (..., V), (..., K) -> (..., V)."""
     stacked = torch.stack([specialist_logits.double() for specialist_logits in logits], dim=-2)  # (..., K, V)
     w = weights.double()[..., None]
     if mixing == "logits":
         return (w * stacked).sum(-2)
-    return (w * stacked.softmax(-1)).sum(-2).log()
+    return (w * stacked.softmax(-1)).sum(-2).log() + (w[..., 0] * stacked.logsumexp(-1)).sum(-1, keepdim=True)
 
 
 # ---------------------------------------------------------------- checkpoints on disk

@@ -48,9 +48,8 @@ def test_one_specialist_generates_what_the_plain_model_generates(kind, way):
     plain = tiny(kind)
     ids = tokens(2, 5)
     expected = generate(plain, ids, **WAYS[way])
-    assert generate(fuse([plain], mixing="logits"), ids, **WAYS[way]).tolist() == expected.tolist()
-    if way in ("greedy", "beams"):
-        assert generate(fuse([plain]), ids, **WAYS[way]).tolist() == expected.tolist()
+    for mixing in ("logits", "probabilities"):
+        assert generate(fuse([plain], mixing=mixing), ids, **WAYS[way]).tolist() == expected.tolist()
 
 
 @both
@@ -117,6 +116,49 @@ def test_output_logits_are_those_of_forward():
         expected = model(out.sequences).logits[:, 4:-1]
     torch.testing.assert_close(torch.stack(out.logits, 1), expected, rtol=1e-4, atol=1e-4)
     assert len(out.scores) == 8 and out.scores[0].shape == (2, VOCAB)
+
+
+PROCESSORS = {
+    "repetition_penalty": {"repetition_penalty": 1.3},
+    "encoder_repetition_penalty": {"encoder_repetition_penalty": 1.3},
+    "sequence_bias": {"sequence_bias": [[[5], 3.0]]},
+    "guidance_scale": {"guidance_scale": 1.5},
+    "min_p": {"do_sample": True, "min_p": 0.05, "temperature": 0.8},
+}
+
+
+@both
+@pytest.mark.parametrize("way", PROCESSORS)
+@pytest.mark.parametrize("gate", [[0.3, 0.0, -0.5], one_hot(1, 3)])
+def test_processors_act_as_on_one_model(mixing, way, gate):
+    """Whatever the weights are, equal specialists give the scores of one of them after any processor."""
+    plain, ids = tiny(seed=4), tokens(2, 9)
+    model = force_gate(fuse([tiny(seed=4) for _ in range(3)], mixing=mixing), gate)
+    options = {"new": 1, "return_dict_in_generate": True, "output_scores": True, **PROCESSORS[way]}
+    expected, got = (generate(each, ids, **options).scores[0] for each in (plain, model))
+    untouched = generate(plain, ids, new=1, return_dict_in_generate=True, output_logits=True).logits[0]
+    assert not torch.allclose(expected.softmax(-1), untouched.softmax(-1), atol=1e-3), "the processor did nothing"
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@both
+def test_a_penalty_moves_a_token_that_is_almost_certain(mixing):
+    """The top token has p = .955. A penalty of 1.3 on the logits leaves about .3, on log-probabilities it would leave .955."""
+    model = fuse([tiny(seed=s, tie_word_embeddings=False) for s in range(2)], mixing=mixing)
+    ids = tokens(1, 5)
+    logits = torch.full((VOCAB,), 10.0)
+    logits[ids[0, -1]] = 17.32
+    for name in model.config.names:  # the same logits at every token
+        head = model.specialist(name).lm_head
+        head.weight.data.zero_()
+        head.bias = torch.nn.Parameter(logits.clone())
+    options = {"new": 1, "return_dict_in_generate": True, "output_scores": True}
+    free, penalised = (generate(model, ids, repetition_penalty=p, **options).scores[0] for p in (1.0, 1.3))
+    assert free.softmax(-1).max().item() == pytest.approx(0.955, abs=0.001)
+    by_hand = logits.clone()
+    by_hand[ids[0].unique()] /= 1.3
+    torch.testing.assert_close(penalised[0].softmax(-1), by_hand.softmax(-1), rtol=1e-3, atol=1e-5)
+    assert penalised.softmax(-1)[0, ids[0, -1]] < 0.4
 
 
 def test_streaming(tokenizer, capsys):

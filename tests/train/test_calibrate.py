@@ -9,7 +9,7 @@ import torch
 from test_stages import fused_and_rows
 from typer.testing import CliRunner
 
-from tiny_models import VOCAB, fuse, tiny, tokens
+from tiny_models import VOCAB, fuse, naive_mix, tiny, tokens
 from training_fixtures import GATE, JOINT, NAMES, RecordingProgress, losses, trained_weights
 from ultrafuser.cli.main import app
 from ultrafuser.data.templates import Rendered
@@ -111,10 +111,7 @@ def test_logits_are_divided_by_them_before_they_are_mixed(mixing):
     plain = [head.logits(tensor) for tensor, head in zip(states, model.heads(), strict=True)]
     model.config.set_temperatures([0.5, 2.0])
     cold, hot = plain[0] / 0.5, plain[1] / 2.0
-    if mixing == "logits":
-        expected = log_w[..., :1].exp() * cold + log_w[..., 1:].exp() * hot
-    else:
-        expected = torch.logaddexp(log_w[..., :1] + cold.log_softmax(-1), log_w[..., 1:] + hot.log_softmax(-1))
+    expected = naive_mix([cold, hot], log_w.exp(), mixing).float()
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
     loss = model(input_ids=ids, labels=ids).loss
     by_hand = -expected.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).mean()

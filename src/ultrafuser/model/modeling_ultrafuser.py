@@ -33,7 +33,7 @@ class UltraFuserOutput(ModelOutput):
 
     Attributes:
         loss: mean cross entropy of the labels in nats, when labels are given.
-        logits: (B, T, V). With probability mixing these are log-probabilities. None when labels are given, because
+        logits: (B, T, V), not normalised: their softmax is the mixed distribution. None when labels are given, because
             the loss never holds them. Call the model without labels to get them.
         past_key_values: the cache of all specialists.
         gate_weights: (B, T, K), or (B, R, K) at the labels, with `output_gate_weights=True`.
@@ -148,7 +148,11 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         return [states[location] for location in self._order]
 
     def mix(self, states: Sequence[torch.Tensor], log_weights: torch.Tensor) -> torch.Tensor:
-        """Mixed logits: Eq. 1, or the log of the mixed probabilities.
+        """Mixed logits: Eq. 1, or with probability mixing log(sum_k w_k softmax(z_k)) + sum_k w_k logsumexp(z_k).
+
+        The second term is the same for all tokens of the vocabulary, so the distribution is the mixture's. It puts the
+        logits on the scale of the specialists' logits, where processors that scale logits expect them. A specialist of
+        weight 1 gives its own logits.
 
         Args:
             states: K tensors (..., D_k).
@@ -158,6 +162,7 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             (..., V), in float32 at least.
         """
         mixed: Any = None
+        normaliser: Any = 0.0  # sum_k w_k logsumexp(z_k), (..., 1)
         for k, (state, head) in enumerate(zip(states, self.heads(), strict=True)):
             log_w = log_weights[..., k, None]
             logits = head.logits(state).to(log_w.device)  # (..., V)
@@ -168,9 +173,11 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
                 else:
                     mixed = mixed + weighted if weighted.requires_grad else mixed.add_(weighted)
             else:
-                weighted = log_w + logits.log_softmax(-1)
+                log_total = logits.logsumexp(-1, keepdim=True)  # (..., 1)
+                normaliser = normaliser + log_w.exp() * log_total
+                weighted = log_w - log_total + logits
                 mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted)
-        return mixed
+        return mixed + normaliser if self.config.mixing == "probabilities" else mixed
 
     def forward(
         self,
