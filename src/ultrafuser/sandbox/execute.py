@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -14,11 +15,18 @@ from ultrafuser.errors import SandboxError
 from ultrafuser.sandbox.conversation import Conversation
 from ultrafuser.sandbox.isolation import Isolation, resource_limits, spare_user, started_driver
 from ultrafuser.sandbox.program import DEFAULT_LIMITS, Limits, Outcome, Program
+from ultrafuser.sandbox.syscalls import ARCHITECTURES
 
 QUOTED_BYTES = 2000  # of the printed output, in an error
-# What a working sandbox must prevent: the network, files in the scratch folder, unlimited processes.
+# What a working sandbox must prevent: the network, the host of a virtual machine (AF_VSOCK, 40), files in the scratch
+# folder, unlimited processes.
 TRIAL = """
 import os, socket, time
+try:
+    socket.socket(40)
+    raise AssertionError("system calls are not filtered")
+except PermissionError:
+    pass
 interfaces = [name for _, name in socket.if_nameindex() if name != "lo"]
 assert not interfaces, f"the network is visible: {interfaces}"
 assert os.listdir(".") == [], "the scratch folder is not empty"
@@ -69,6 +77,8 @@ def find_isolation() -> tuple[Isolation, str | None]:
         return "none", f"namespaces exist on Linux only, and this is {sys.platform}"
     if shutil.which("bwrap") is None:
         return "none", "bubblewrap (the command bwrap) is not installed"
+    if platform.machine() not in ARCHITECTURES:
+        return "none", f"system calls are filtered on {', '.join(ARCHITECTURES)}, and this is {platform.machine()}"
     if not hasattr(os, "pidfd_open"):
         return "none", "this Python was built without os.pidfd_open"
     reasons = []

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ultrafuser.sandbox.program import Limits
+from ultrafuser.sandbox.syscalls import filter_program
 
 # How the program gets an identity that owns nothing. "user": root starts it, and it becomes a user id that nobody has.
 # "namespace": a user namespace, for everybody else. "none": no sandbox.
@@ -27,6 +28,7 @@ Isolation = Literal["user", "namespace", "none"]
 DRIVER = Path(__file__).with_name("driver.py")
 SCRATCH = "/scratch"
 LINKER_CACHE = "/etc/ld.so.cache"  # where the dynamic linker finds libraries
+KEY_LISTS = ("/proc/keys", "/proc/key-users")  # the key rings of whoever runs the evaluation
 OPEN_FILES = 64
 
 
@@ -87,10 +89,11 @@ def started_driver(isolation: Isolation, limits: Limits) -> Iterator[Driver]:
         folder = None
         if isolation == "none":
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ultrafuser-", ignore_cleanup_errors=True))
-        inherited = (driver_channel.fileno(),) if isolation == "none" else (driver_channel.fileno(), bubblewrap_info)
+        seccomp = _open_filter()
+        inherited = [driver_channel.fileno(), *([bubblewrap_info, seccomp] if isolation != "none" else [])]
         try:
             process = subprocess.Popen(
-                _command(isolation, limits, driver_channel.fileno(), bubblewrap_info),
+                _command(isolation, limits, driver_channel.fileno(), bubblewrap_info, seccomp),
                 stdin=subprocess.DEVNULL,
                 stdout=driver_output,
                 stderr=driver_output,
@@ -103,6 +106,7 @@ def started_driver(isolation: Isolation, limits: Limits) -> Iterator[Driver]:
             driver_channel.close()
             os.close(driver_output)
             os.close(bubblewrap_info)
+            os.close(seccomp)
         # 3. On leaving, first the namespace ends, then the process group.
         stack.callback(_stop_group, process)
         if isolation != "none" and (first := _first_process(info)) is not None:
@@ -110,28 +114,39 @@ def started_driver(isolation: Isolation, limits: Limits) -> Iterator[Driver]:
         yield Driver(process, channel, output)
 
 
+def _open_filter() -> int:
+    """A file descriptor of the filter of system calls, which is shorter than the buffer of a pipe."""
+    seccomp, writer = os.pipe()
+    with open(writer, "wb") as file:
+        file.write(filter_program())
+    return seccomp
+
+
 def _environment(folder: str) -> dict[str, str]:
     return {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"}
 
 
-def _command(isolation: Isolation, limits: Limits, channel: int, info: int) -> list[str]:
+def _command(isolation: Isolation, limits: Limits, channel: int, info: int, seccomp: int) -> list[str]:
     """The command line of the driver, inside bubblewrap's, which applies its arguments in this order."""
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     interpreter = [python, "-I", "-S", "-B", "-X", "utf8"]
     if isolation == "none":
         return [*interpreter, str(DRIVER), str(channel)]
     command = f"{shutil.which('bwrap')} --info-fd {info} --die-with-parent --new-session --clearenv".split(" ")
-    # 1. Namespaces and capabilities.
+    # 1. System calls, namespaces and capabilities. As root, the filter alone disables further user namespaces.
+    command += ["--seccomp", str(seccomp)]
     command += "--unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --cap-drop ALL".split()
     if isolation == "user":  # the driver gives these up when it becomes the other user
         command += "--cap-add CAP_SETUID --cap-add CAP_SETGID".split()
     else:
-        command += "--unshare-user --disable-userns".split()
+        command += "--unshare-user --disable-userns --uid 65534 --gid 65534".split()
     for name, value in _environment(SCRATCH).items():
         command += ["--setenv", name, value]
     # 2. Files that can be read.
     command += _readable_files(python)
     command += ["--ro-bind", str(DRIVER), "/driver.py", "--proc", "/proc", "--dev", "/dev"]
+    for file in filter(os.path.exists, KEY_LISTS):
+        command += ["--ro-bind", "/dev/null", file]
     # 3. The scratch folder. bubblewrap leaves / and /dev writable, without a limit on size, and /proc/sys to its owner,
     # who may be root.
     command += "--size 4096 --tmpfs /proc/sys --perms 1777".split()
