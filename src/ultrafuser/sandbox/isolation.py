@@ -89,7 +89,7 @@ def started_driver(isolation: Isolation, limits: Limits) -> Iterator[Driver]:
         folder = None
         if isolation == "none":
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ultrafuser-", ignore_cleanup_errors=True))
-        seccomp = _open_filter()
+        seccomp = _open_filter() if isolation != "none" else -1
         inherited = [driver_channel.fileno(), *([bubblewrap_info, seccomp] if isolation != "none" else [])]
         try:
             process = subprocess.Popen(
@@ -106,7 +106,8 @@ def started_driver(isolation: Isolation, limits: Limits) -> Iterator[Driver]:
             driver_channel.close()
             os.close(driver_output)
             os.close(bubblewrap_info)
-            os.close(seccomp)
+            if seccomp != -1:
+                os.close(seccomp)
         # 3. On leaving, first the namespace ends, then the process group.
         stack.callback(_stop_group, process)
         if isolation != "none" and (first := _first_process(info)) is not None:
