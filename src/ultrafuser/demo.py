@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ultrafuser.compare.results import Measurement, SystemResult, compare_systems
+from ultrafuser.data.files import write_json
 from ultrafuser.data.templates import Rendered, Renderer
-from ultrafuser.data.writing import write_json
 from ultrafuser.errors import TrainingError
 from ultrafuser.evaluate.lm.parameters import peak_rss_mb
 from ultrafuser.evaluate.losses import RowLoss, by_domain, by_stratum, fused_losses, group_losses, specialist_losses
@@ -31,7 +31,7 @@ from ultrafuser.specialists import fuse, pick_device
 from ultrafuser.train.features import FeatureStore
 from ultrafuser.train.metrics import read_metrics
 from ultrafuser.train.rows import read_sources
-from ultrafuser.train.run import save_fused_folder
+from ultrafuser.train.run import run_lock, save_fused_folder
 from ultrafuser.train.stages import StageRun, run_stage
 
 DOMAINS = ["text", "code", "math", "mixed"]
@@ -103,7 +103,12 @@ def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[Comparis
     """
     progress, clock = progress or Progress(), Clock()
     output = Path(recipe.output)
-    _empty(output)
+    with run_lock(output):
+        _empty(output)
+        return _run_demo(recipe, output, clock, progress)
+
+
+def _run_demo(recipe: Recipe, output: Path, clock: Clock, progress: Progress) -> tuple[Comparison, list[TokenTrace]]:
     with clock.phase("load"):
         model, tokenizer = fuse(recipe)
         renderer = Renderer(tokenizer, model.config.chat_templates, recipe.data.max_length)
@@ -139,7 +144,6 @@ def _empty(output: Path) -> None:
         raise TrainingError(f"{output} holds a training run, which the demo would overwrite. Choose another --output")
     for stale in ("1-gate", "2-joint", "features", "fused"):
         shutil.rmtree(output / stale, ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
     (output / "metrics.jsonl").unlink(missing_ok=True)
 
 

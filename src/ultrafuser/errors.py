@@ -3,6 +3,7 @@
 UltraFuserError            base of all errors below, and a ValueError, so that `except ValueError` works
 ├── RecipeError            an invalid recipe or override
 ├── DataError              invalid rows, files or columns
+│   └── DiskError          a file that could not be written
 ├── TokenizerMismatchError specialists with different tokenizers
 ├── CheckpointError        missing, changed or incomplete weights or manifests
 ├── TrainingError          a run that cannot start, continue or resume
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "ContextOverflowError",
     "DataError",
+    "DiskError",
     "EndpointError",
     "MissingExtraError",
     "RecipeError",
@@ -38,6 +40,19 @@ class RecipeError(UltraFuserError):
 
 class DataError(UltraFuserError):
     """Invalid rows, files or columns."""
+
+
+class DiskError(DataError):
+    """A file or folder that could not be written.
+
+    Attributes:
+        target: its path.
+        problem: the reason, such as `the disk is full`.
+    """
+
+    def __init__(self, target: object, problem: str, next_step: str) -> None:
+        self.target, self.problem = target, problem
+        super().__init__(f"{target}: could not be written: {problem}. {next_step}")
 
 
 class TokenizerMismatchError(UltraFuserError):

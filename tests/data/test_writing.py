@@ -6,10 +6,11 @@ import json
 
 import pytest
 
+from ultrafuser.data.files import atomic_file, write_json
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import SUFFIXES, load_rows, read_records, write_rows
 from ultrafuser.data.tools.streaming import convert
-from ultrafuser.data.writing import LAYOUTS, PAIRS, atomic_file, check_layout, row_writer, write_json
+from ultrafuser.data.writing import LAYOUTS, PAIRS, check_layout, row_writer
 from ultrafuser.errors import DataError
 
 PAIR = Row("1", "math", (("user", 'Q, "é"\n\nmore'), ("assistant", "A\nB")), "s", "CC0", "t", "u", check="answer == 1")

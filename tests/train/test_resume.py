@@ -272,7 +272,7 @@ def test_a_disk_too_small_for_the_features_is_an_error(tiny_run, tmp_path, monke
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(
-        TrainingError, match=r"the feature cache needs .* GB, the disk has 0.0 GB free.*cache_features: false"
+        TrainingError, match=r"the feature cache needs .* GB: the disk is full\. Free space, .* cache_features: false"
     ):
         tiny_run.train(tmp_path / "run", cache_features=True)
 

@@ -13,8 +13,8 @@ from ultrafuser.compare.recipe import CompareRecipe, dump_compare_recipe
 from ultrafuser.compare.results import ORACLE, Measurement, SystemResult, compare_systems
 from ultrafuser.compare.system import RECIPE, Built, eval_options, read_built, read_measured
 from ultrafuser.compare.systems import SystemRecipe
+from ultrafuser.data.files import write_json
 from ultrafuser.data.locking import exclusive_lock
-from ultrafuser.data.writing import write_json
 from ultrafuser.endpoint.client import Endpoint
 from ultrafuser.errors import DataError, MissingExtraError
 from ultrafuser.evaluate.options import LOSSES

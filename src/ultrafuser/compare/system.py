@@ -29,7 +29,7 @@ from ultrafuser.compare.recipe import CompareRecipe, load_compare_recipe
 from ultrafuser.compare.results import Measurement
 from ultrafuser.compare.systems import SystemRecipe
 from ultrafuser.compare.workspace import BUILT, Workspace
-from ultrafuser.data.writing import write_json
+from ultrafuser.data.files import write_json
 from ultrafuser.errors import UltraFuserError
 from ultrafuser.evaluate.lm.load import LoadedModel
 from ultrafuser.evaluate.lm.parameters import peak_rss_mb

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ except ImportError:  # not on Windows, where nothing is locked
 def exclusive_lock(folder: Path, purpose: str, name: str = "lock") -> Iterator[None]:
     """Hold the lock of an existing folder, in its file `name`, until the block or the process ends.
 
+    Nothing is locked on a file system without locks.
+
     Args:
         purpose: what runs in the folder, for the error: `evaluation`, say.
 
@@ -30,6 +33,9 @@ def exclusive_lock(folder: Path, purpose: str, name: str = "lock") -> Iterator[N
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise DataError(
-                    f"{folder}: another {purpose} is running in this folder; wait until it ends, or choose another folder"
+                    f"{folder}: another {purpose} is running in this folder. Wait until it ends, or choose another folder"
                 ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
         yield

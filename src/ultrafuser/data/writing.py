@@ -1,17 +1,16 @@
-"""Write rows in any known layout to JSONL, JSON, CSV and Parquet files. A file appears when it is complete."""
+"""Write rows in any known layout to JSONL, JSON, CSV and Parquet files."""
 
 from __future__ import annotations
 
 import csv
-import errno
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ultrafuser.data.files import atomic_file, atomic_files, check_target, json_text, naming
 from ultrafuser.data.schema import PAIR_LAYOUTS, Row
 from ultrafuser.data.sources import SUFFIXES
 from ultrafuser.errors import DataError
@@ -26,51 +25,6 @@ _ROWS_PER_GROUP = 2000  # rows of a Parquet row group
 Write = Callable[[Mapping[str, Any]], None]
 
 
-@contextmanager
-def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary file beside `target`. It replaces `target` when the block succeeds, and is removed when it fails.
-
-    Raises:
-        DataError: `target` exists and `force` is false, or it cannot be written.
-    """
-    target = target.expanduser().absolute()
-    check_target(target, force=force)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft.touch()
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    try:
-        yield draft
-        os.replace(draft, target)
-    except OSError as error:
-        if error.filename is not None and str(error.filename) not in (str(draft), str(target)):
-            raise  # about another file, which was being read
-        raise _unwritable(target, error) from error
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _unwritable(target: Path, error: OSError) -> DataError:
-    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-    return DataError(
-        f"{target}: could not be written: {reason}. Nothing was changed. Free space or choose another output"
-    )
-
-
-def check_target(target: Path, *, force: bool) -> None:
-    """Check that a file may be written, before long work starts.
-
-    Raises:
-        DataError: the file exists and `force` is false, or it is a folder.
-    """
-    if target.is_dir():
-        raise DataError(f"{target}: is a folder, expected a file name")
-    if target.exists() and not force:
-        raise DataError(f"{target}: exists. Replace it with --force, or choose another output")
-
-
 def check_targets(rows: Path | None, report: Path | None, *, force: bool) -> None:
     """Check the two files that a command may write: its rows and its report.
 
@@ -81,17 +35,6 @@ def check_targets(rows: Path | None, report: Path | None, *, force: bool) -> Non
         check_layout(rows, None)
     for target in filter(None, (rows, report)):
         check_target(target, force=force)
-
-
-def write_json(path: Path, value: Any, *, force: bool = True) -> None:
-    """Write a value as indented JSON. A lone surrogate in a text is written as its escape, which JSON allows.
-
-    Raises:
-        DataError: as `atomic_file`.
-    """
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with atomic_file(path, force=force) as draft:
-        draft.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
@@ -107,11 +50,42 @@ def row_writer(target: Path, layout: str | None = None, *, force: bool = False) 
             while `force` is false.
     """
     layout = check_layout(target, layout)
-    with atomic_file(target, force=force) as draft, _OPENERS[target.suffix](draft, layout) as write:
+    with atomic_file(target, force=force) as draft, draft_writer(target, draft, layout) as write:
+        yield write
+
+
+@contextmanager
+def row_writers(
+    targets: Sequence[Path], report: Path | None, *, force: bool = False
+) -> Iterator[tuple[list[Callable[[Row], None]], Callable[[Any], None]]]:
+    """A function for each target that writes a row to it, and one that writes the report as JSON at the end.
+
+    All files appear when the block succeeds, or none does.
+
+    Raises:
+        DataError: as `row_writer`.
+    """
+    files = [*targets, *filter(None, [report])]
+    texts: list[str] = []
+    with atomic_files(files, force=force) as drafts:
+        with ExitStack() as stack:
+            pairs = zip(targets, drafts[: len(targets)], strict=True)
+            writers = [draft_writer(target, draft, check_layout(target, None)) for target, draft in pairs]
+            yield [stack.enter_context(writer) for writer in writers], lambda value: texts.append(json_text(value))
+        if report is not None:
+            with naming(report, drafts[-1]):
+                drafts[-1].write_text("".join(texts), encoding="utf-8", errors="backslashreplace")
+
+
+@contextmanager
+def draft_writer(target: Path, draft: Path, layout: str) -> Iterator[Callable[[Row], None]]:
+    """A function that writes a row to the draft of a target. Errors of the disk name the target."""
+    with naming(target, draft), _OPENERS[target.suffix](draft, layout) as write:
 
         def write_row(row: Row) -> None:
             try:
-                write(record_of(row, layout))
+                with naming(target, draft):
+                    write(record_of(row, layout))
             except UnicodeEncodeError as error:
                 raise DataError(
                     f"row {row.id!r}: holds a lone surrogate, which UTF-8 cannot encode ({error.reason}). Fix or drop the row"

@@ -8,10 +8,10 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+from ultrafuser.data.files import write_json
 from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
-from ultrafuser.data.writing import write_json
 from ultrafuser.endpoint.client import Endpoint
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.judged import alpaca, mt_bench

@@ -6,10 +6,12 @@ Log-probabilities are at the model's temperatures. At other temperatures they ar
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,9 @@ from typing import Any
 import torch
 
 from ultrafuser.data.collate import collate_rows, length_batches, pad_labels, token_budget
+from ultrafuser.data.files import allocate, disk_problem, write_json
 from ultrafuser.data.templates import Rendered
-from ultrafuser.data.writing import atomic_file
-from ultrafuser.errors import TrainingError
+from ultrafuser.errors import DiskError, TrainingError
 from ultrafuser.model.fingerprint import hash_weights
 from ultrafuser.model.loss import Head, select_responses
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -58,7 +60,7 @@ class FeatureStore(Sequence[RowFeatures]):
             mapped(f"states-{k}.bin", total * head.weight.shape[1], head.weight.dtype).view(total, head.weight.shape[1])
             for k, head in enumerate(heads)
         ]
-        suffix = "-".join(f"{head.temperature:g}" for head in heads)
+        suffix = _temperatures(heads)
         self.log_probs = mapped(f"log-probs-{suffix}.bin", total * size, torch.float32).view(total, size)
         # which rows have states, which log-probabilities
         self.read = mapped("read.bin", len(rows), torch.uint8)
@@ -97,7 +99,7 @@ class FeatureStore(Sequence[RowFeatures]):
         tokens = "".join(repr((row.row_id, row.input_ids, row.labels)) for row in rows)
         identity = hash_weights(model.groups.named_parameters(), start=tokens.encode())
         if rank == 0:
-            _prepare_folder(folder, identity, estimate_size_bytes(model, rows))
+            _prepare_folder(folder, identity, rows, model.heads())
         barrier()
         store = cls(folder, rows, model.heads())
         indices = range(rank, len(rows), num_ranks)
@@ -113,20 +115,51 @@ def estimate_size_bytes(model: UltraFuserForCausalLM, rows: Sequence[Rendered]) 
     return sum(len(row.labels) for row in rows) * per_token
 
 
-def _prepare_folder(folder: Path, identity: str, size_bytes: int) -> None:
-    facts = folder / "identity.json"
-    if facts.is_file() and json.loads(facts.read_text())["identity"] == identity:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    free = shutil.disk_usage(folder).free
-    if size_bytes > free:
+def _temperatures(heads: Sequence[Head]) -> str:
+    return "-".join(f"{head.temperature:g}" for head in heads)
+
+
+def _prepare_folder(folder: Path, identity: str, rows: Sequence[Rendered], heads: Sequence[Head]) -> None:
+    """Reuse the whole files of an earlier run on the same specialists and rows, and allocate the others."""
+    facts, total, suffix = folder / "identity.json", sum(len(row.labels) for row in rows), _temperatures(heads)
+    states = {
+        f"states-{k}.bin": total * head.weight.shape[1] * head.weight.dtype.itemsize for k, head in enumerate(heads)
+    } | {"read.bin": len(rows)}
+    scores = {f"log-probs-{suffix}.bin": total * len(heads) * 4, f"scored-{suffix}.bin": len(rows)}
+    if not _is_identity(facts, identity) or not _are_whole(folder, states):
+        shutil.rmtree(folder, ignore_errors=True)
+    if not _are_whole(folder, scores):  # values without their flags, or the other way round, are of no use
+        for name in scores:
+            (folder / name).unlink(missing_ok=True)
+    missing = {name: size for name, size in (states | scores).items() if not (folder / name).is_file()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if sum(missing.values()) > shutil.disk_usage(folder).free:  # allocating would fill the disk first
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        for name, size in missing.items():
+            allocate(folder / name, size)
+        write_json(facts, {"identity": identity})
+    except (OSError, DiskError) as error:
+        problem = error.problem if isinstance(error, DiskError) else disk_problem(error)
+        if problem is None:
+            raise
+        for name in missing:
+            (folder / name).unlink(missing_ok=True)
         raise TrainingError(
-            f"{folder}: the feature cache needs {size_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free. Make "
-            "room, or set cache_features: false"
-        )
-    with atomic_file(facts, force=True) as draft:
-        draft.write_text(json.dumps({"identity": identity, "size_bytes": size_bytes}))
+            f"{folder}: the feature cache needs {sum(missing.values()) / 1e9:.1f} GB: {problem}. Free space, choose another "
+            "output, or set cache_features: false in a training recipe"
+        ) from error
+
+
+def _is_identity(facts: Path, identity: str) -> bool:
+    try:
+        return json.loads(facts.read_bytes())["identity"] == identity
+    except (OSError, ValueError, KeyError, TypeError):  # missing or torn
+        return False
+
+
+def _are_whole(folder: Path, sizes: Mapping[str, int]) -> bool:
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
@@ -10,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ultrafuser import typed_yaml
+from ultrafuser.data.files import disk_problem, make_folder, next_step, write_text
+from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.data.templates import Renderer
-from ultrafuser.data.writing import atomic_file
-from ultrafuser.errors import RecipeError, TrainingError
+from ultrafuser.errors import CheckpointError, DiskError, RecipeError, TrainingError
 from ultrafuser.model.checkpoint import fused_folder, read_manifest
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.saving import atomic_directory
@@ -20,9 +23,11 @@ from ultrafuser.progress import Progress
 from ultrafuser.recipe import GateRecipe, Recipe, dump_recipe
 from ultrafuser.specialists import fuse, load, pick_device
 from ultrafuser.train.card import write_card
-from ultrafuser.train.metrics import METRICS_FILE, read_metrics
+from ultrafuser.train.metrics import METRICS_FILE, read_metrics, truncate_metrics
 from ultrafuser.train.rows import read_sources
 from ultrafuser.train.stages import StageRun, run_stage
+
+RECIPE_FILE = "recipe.yaml"
 
 
 def train(
@@ -44,11 +49,33 @@ def train(
     """
     progress = progress or Progress()
     recipe = _settle(recipe)
-    output = Path(recipe.output)
     if recipe.early_stop_patience and not recipe.data.validation:
         raise TrainingError("early_stop_patience needs validation rows. Add sources under data.validation")
     _check_trackers(recipe.report_to)
-    _check_output(output, recipe, resume)
+    output = Path(recipe.output)
+    if resume and not (output / RECIPE_FILE).is_file():
+        raise TrainingError(f"{output}: no run to resume there (no {RECIPE_FILE}). Start it without --resume")
+    with run_lock(output):
+        _check_output(output, recipe, resume)
+        return _train(recipe, features, progress)
+
+
+@contextmanager
+def run_lock(output: Path) -> Iterator[None]:
+    """Make the output folder of a run and keep other runs out of it until the block ends.
+
+    Raises:
+        DataError: the folder cannot be written to, or another run is writing to it.
+    """
+    with ExitStack() as stack:
+        if PartialState().is_main_process:
+            make_folder(output)
+            stack.enter_context(exclusive_lock(output, "training run", "train.lock"))
+        yield
+
+
+def _train(recipe: Recipe, features: Path | None, progress: Progress) -> Path:
+    output = Path(recipe.output)
     if recipe.fused is None:
         model, tokenizer = fuse(recipe)
     else:
@@ -61,9 +88,8 @@ def train(
         read_sources(recipe.data.validation, renderer, progress, "validation") if recipe.data.validation else []
     )
     if PartialState().is_main_process:  # from here on there is something to resume
-        output.mkdir(parents=True, exist_ok=True)
-        with atomic_file(output / "recipe.yaml", force=True) as draft:
-            draft.write_text(dump_recipe(recipe), encoding="utf-8")
+        write_text(output / RECIPE_FILE, dump_recipe(recipe))
+    truncate_metrics(output / METRICS_FILE)
     for index, stage in enumerate(recipe.stages, 1):
         stage_folder = output / f"{index}-{stage.name}"
         run_stage(StageRun(model, stage, recipe, rows, validation, stage_folder, features, progress))
@@ -76,10 +102,19 @@ def train(
 def save_fused_folder(
     model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, output: Path
 ) -> Path:
-    """Write the trained model of a run as `<output>/fused`."""
+    """Write the trained model of a run as `<output>/fused`.
+
+    Raises:
+        DiskError: the folder cannot be written. The trained weights are in the folders of the stages.
+    """
     folder = output / "fused"
     if PartialState().is_main_process:
-        write_fused_folder(model, tokenizer, recipe, folder, title=output.name, metrics=output / METRICS_FILE)
+        try:
+            write_fused_folder(model, tokenizer, recipe, folder, title=output.name, metrics=output / METRICS_FILE)
+        except CheckpointError as error:
+            if error.__cause__ is not None and (problem := disk_problem(error.__cause__)):
+                raise DiskError(folder, problem, next_step(problem)) from error
+            raise
     PartialState().wait_for_everyone()
     return folder
 
@@ -147,13 +182,11 @@ def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
     """Check that no run is overwritten, and that a resumed run has the same recipe."""
     if not PartialState().is_main_process:
         return
-    saved = output / "recipe.yaml"
+    saved = output / RECIPE_FILE
     if not resume:
         if saved.exists():
             raise TrainingError(f"{output} holds a run already. Continue it with --resume, or choose another output=")
         return
-    if not saved.is_file():
-        raise TrainingError(f"{output}: no run to resume there (no recipe.yaml). Start it without --resume")
     old, new = saved.read_text(encoding="utf-8"), dump_recipe(recipe)
     if typed_yaml.parse(old, str(saved)) != typed_yaml.parse(new, "recipe"):
         added = [line.strip() for line in new.splitlines() if line not in old.splitlines()]

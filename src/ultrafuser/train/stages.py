@@ -6,7 +6,6 @@ Source: algorithm 1 and appendix B of arXiv 2403.08281.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,16 +15,16 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ultrafuser.data.balance import BalancedBatchSampler
+from ultrafuser.data.files import atomic_file, write_json
 from ultrafuser.data.templates import Rendered
-from ultrafuser.data.writing import write_json
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import JointStage, Recipe, StageRecipe
 from ultrafuser.train.calibrate import TEMPERATURES, calibrate
+from ultrafuser.train.checkpoints import last_checkpoint
 from ultrafuser.train.features import FeatureStore, estimate_size_bytes
 from ultrafuser.train.metrics import METRICS_FILE, truncate_metrics
 from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, save_trainable
@@ -118,12 +117,13 @@ def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valid
         progress=run.progress,
         callbacks=callbacks,
     )
-    checkpoint = _last_checkpoint(run.folder)
+    checkpoint = last_checkpoint(run.folder, run.progress)
     truncate_metrics(run.metrics_file, int(checkpoint.rpartition("-")[2]) if checkpoint else 0, stage.name)
     trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
-        save_trainable(run.model, run.folder / FINISHED, state)
+        with atomic_file(run.folder / FINISHED, force=True) as draft:
+            save_trainable(run.model, draft, state)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -235,12 +235,3 @@ def _caching_pays(run: StageRun) -> bool:
         return bool(run.recipe.cache_features)
     drawn = run.stage.steps * run.stage.samples_per_domain * len({row.domain for row in run.rows})
     return drawn > len(run.rows) and estimate_size_bytes(run.model, run.rows) < _CACHE_LIMIT_BYTES
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The last complete checkpoint of a stage. An incomplete one lacks the state, which is written last, and is removed."""
-    for draft in folder.glob("checkpoint-*"):
-        if PartialState().is_main_process and not (draft / "trainer_state.json").is_file():
-            shutil.rmtree(draft)
-    PartialState().wait_for_everyone()
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.collate import TOKENS_PER_BATCH, collate_rows, length_batches
+from ultrafuser.data.files import disk_errors
 from ultrafuser.data.templates import Rendered
-from ultrafuser.errors import TrainingError
+from ultrafuser.errors import DiskError, TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.progress import Progress
 from ultrafuser.train.features import FeatureStore, RowFeatures, collate_features
@@ -186,6 +189,17 @@ class FusionTrainer(Trainer):
                 groups.append({"params": rest, "lr": self.specialist_lr or self.args.learning_rate})
             self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
         return self.optimizer
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint. One that does not fit on the disk is removed again."""
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            with disk_errors(folder):
+                super()._save_checkpoint(*args, **kwargs)
+        except DiskError:
+            if self.is_world_process_zero():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the trained weights alone, because the frozen ones are in their sources."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import islice, repeat
 from pathlib import Path
@@ -16,7 +15,7 @@ from ultrafuser.data.schema import Row
 from ultrafuser.data.tools.ngrams import window_hashes, words
 from ultrafuser.data.tools.streaming import stream_rows
 from ultrafuser.data.tools.texts import Text, read_texts
-from ultrafuser.data.writing import check_targets, row_writer, write_json
+from ultrafuser.data.writing import check_targets, row_writers
 from ultrafuser.errors import DataError
 from ultrafuser.progress import Progress
 
@@ -249,13 +248,12 @@ def decontaminate(
     domains: Counter[str] = Counter()
     test_files: Counter[str] = Counter()
     rows = stream_rows(sources, domain=domain, progress=progress, label="rows compared with the tests")
-    with ExitStack() as stack:
-        write = stack.enter_context(row_writer(output, force=force)) if output is not None else None
+    with row_writers([output] if output else [], report, force=force) as (writers, write_report):
         for row, matches in index.find_matches(rows):
             result.rows += 1
             if not matches:
                 result.kept += 1
-                if write is not None:
+                for write in writers:
                     write(row)
                 continue
             domains[row.domain] += 1
@@ -269,10 +267,10 @@ def decontaminate(
                     "touches": [asdict(match) for match in matches[:_MAX_MATCHES_SHOWN]],
                 }
             )
-    result.dropped = result.rows - result.kept
-    result.dropped_by_domain, result.dropped_by_test = dict(sorted(domains.items())), dict(sorted(test_files.items()))
-    if report is not None:
-        write_json(report, asdict(result), force=force)
+        result.dropped = result.rows - result.kept
+        result.dropped_by_domain = dict(sorted(domains.items()))
+        result.dropped_by_test = dict(sorted(test_files.items()))
+        write_report(asdict(result))
     return result
 
 

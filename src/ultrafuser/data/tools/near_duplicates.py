@@ -13,7 +13,7 @@ import numpy as np
 from ultrafuser.data.schema import Row
 from ultrafuser.data.tools.ngrams import WordCodes, window_hashes, word_and_sign_tokens
 from ultrafuser.data.tools.streaming import stream_rows
-from ultrafuser.data.writing import check_targets, row_writer, write_json
+from ultrafuser.data.writing import check_targets, row_writers
 from ultrafuser.errors import DataError, MissingExtraError
 from ultrafuser.progress import Progress
 
@@ -250,12 +250,11 @@ def deduplicate(
         "rule": asdict(rule),
         "clusters": [_cluster_by_ids(cluster, rows) for cluster in clusters if cluster.exact or cluster.near],
     }
-    if output is not None:
-        with row_writer(output, force=force) as write:
+    with row_writers([output] if output else [], report, force=force) as (writers, write_report):
+        for write in writers:
             for index in sorted(cluster.kept for cluster in clusters):
                 write(rows[index])
-    if report is not None:
-        write_json(report, summary, force=force)
+        write_report(summary)
     return summary
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypedDict
 
+from ultrafuser.data.files import check_target
 from ultrafuser.data.schema import Row
 from ultrafuser.data.tools.near_duplicates import NearDuplicateRule, find_groups
 from ultrafuser.data.tools.streaming import stream_rows
-from ultrafuser.data.writing import check_layout, check_target, row_writer, write_json
+from ultrafuser.data.writing import check_layout, row_writers
 from ultrafuser.errors import DataError
 from ultrafuser.progress import Progress
 
@@ -107,7 +107,7 @@ def split(
     force: bool = False,
     progress: Progress | None = None,
 ) -> SplitReport:
-    """Write one file for each split, and `split.json`, into a folder. All of them appear at the end.
+    """Write one file for each split, and `split.json`, into a folder. All of them appear at the end, or none does.
 
     Raises:
         DataError: unreadable rows, a split without rows, or files that exist or cannot be written.
@@ -140,9 +140,9 @@ def split(
         },
         "files": {name: str(file) for name, file in files.items()},
     }
-    with ExitStack() as stack:
-        writers = {name: stack.enter_context(row_writer(file, force=force)) for name, file in files.items()}
+    with row_writers(list(files.values()), folder / REPORT, force=force) as (writers, write_report):
+        writer_of = dict(zip(files, writers, strict=True))
         for row, name in zip(rows, names, strict=True):
-            writers[name](row)
-    write_json(folder / REPORT, report, force=force)
+            writer_of[name](row)
+        write_report(report)
     return report

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from ultrafuser.data.files import check_target
 from ultrafuser.data.schema import Row, parse_row
 from ultrafuser.data.sources import local_files, read_records
-from ultrafuser.data.writing import check_layout, check_target, row_writer
+from ultrafuser.data.writing import check_layout, row_writer
 from ultrafuser.errors import DataError
 from ultrafuser.progress import Progress
 

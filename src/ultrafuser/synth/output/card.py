@@ -15,8 +15,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ultrafuser import __version__
+from ultrafuser.data.files import atomic_file, write_json, write_text
 from ultrafuser.data.schema import Row
-from ultrafuser.data.writing import atomic_file, row_writer, write_json
+from ultrafuser.data.writing import row_writer
 from ultrafuser.synth.calls.store import CallStore
 from ultrafuser.synth.output.dataset import DataSet
 from ultrafuser.synth.prompts import Prompts
@@ -40,14 +41,14 @@ def write_data_set(recipe: SynthRecipe, prompts: Prompts, data: DataSet, store: 
     facts = report(recipe, prompts, data, store)
     write_json(folder / REPORT, facts)
     write_items(recipe, data)
-    _write_text(dump_synth_recipe(recipe), folder / RECIPE)
+    write_text(folder / RECIPE, dump_synth_recipe(recipe))
     if data.stopped_after is not None:
         return
     for name in (ROWS, PARQUET):
         with row_writer(folder / name, force=True) as write:
             for row in data.rows:
                 write(row)
-    _write_text(card(recipe, facts, data.rows), folder / CARD)
+    write_text(folder / CARD, card(recipe, facts, data.rows))
 
 
 def write_items(recipe: SynthRecipe, data: DataSet) -> None:
@@ -94,11 +95,6 @@ def _topics(data: DataSet) -> dict[str, dict[str, dict[str, list[str]]]]:
         for sub_topic in data.sub_topics.get(domain, []):
             tree[domain][sub_topic.topic][sub_topic.name] = list(sub_topic.concepts)
     return tree
-
-
-def _write_text(text: str, target: Path) -> None:
-    with atomic_file(target, force=True) as draft:
-        draft.write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the card
