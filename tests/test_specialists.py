@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 import ultrafuser
 from tiny_models import VOCAB, force_gate, one_hot, save_adapter, tiny, tokens
 from training_fixtures import NAMES
-from ultrafuser.data.templates import BUILTIN
+from ultrafuser.data.chat_format import BUILTIN
 from ultrafuser.errors import CheckpointError, DataError, RecipeError, TokenizerMismatchError
 from ultrafuser.model import checkpoint
 from ultrafuser.model.shared_base import SpecialistGroup
@@ -24,12 +23,12 @@ from ultrafuser.recipe import load_recipe
 from ultrafuser.specialists import (
     ModelReference,
     check_head,
-    compare_tokenizers,
     fuse,
     is_fused,
     parse_model_reference,
     pick_device,
 )
+from ultrafuser.vocabulary import Vocabulary, common_vocabulary
 
 
 def recipe(*specialists: dict[str, Any], **fields: Any) -> Any:
@@ -75,8 +74,13 @@ def split_otherwise(fields: dict[str, Any]) -> None:
     fields["pre_tokenizer"]["add_prefix_space"] = True
 
 
-def test_equal_tokenizers_pass(tokenizer):
-    compare_tokenizers({"a": tokenizer, "b": copy.deepcopy(tokenizer), "c": rebuilt(tokenizer, lambda fields: None)})
+def common(**tokenizers) -> Vocabulary:
+    return common_vocabulary(tokenizers, {name: len(tokenizer) for name, tokenizer in tokenizers.items()})
+
+
+def test_equal_tokenizers_have_every_token_in_common(tokenizer):
+    same = {"a": tokenizer, "b": copy.deepcopy(tokenizer), "c": rebuilt(tokenizer, lambda fields: None)}
+    assert common(**same) == Vocabulary(len(tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_equal_tokenizers_pass(tokenizer):
         (swap_ids, r"the same tokens have other ids: '\S+ \(\d+ and \d+\)'"),
         (swap_merges, "their merges differ from merge 3 on"),
         (drop_merges, "their merges differ from merge the end on"),
-        (rename_token, r"Only one of them has: .*'zebra'"),
+        (rename_token, r"the same ids are other tokens: '\S+ and zebra'"),
         (split_otherwise, "they split or normalise text differently"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -94,32 +98,37 @@ def test_tokenizers_that_differ_are_refused(tokenizer, change, message):
     with pytest.raises(
         TokenizerMismatchError, match=f"specialist 'b': its tokenizer differs from that of 'a': .*{message}"
     ):
-        compare_tokenizers({"a": tokenizer, "b": rebuilt(tokenizer, change)})
+        common(a=tokenizer, b=rebuilt(tokenizer, change))
 
 
-def test_an_added_token_is_named(tokenizer):
-    changed = copy.deepcopy(tokenizer)
-    changed.add_tokens([AddedToken("<|tool|>", special=True)])
-    with pytest.raises(TokenizerMismatchError, match=r"only one of them has: '<\|tool\|>'"):
-        compare_tokenizers({"a": tokenizer, "b": changed})
-    with pytest.raises(TokenizerMismatchError, match=r"'<\|tool\|>'"):
-        compare_tokenizers({"a": changed, "b": tokenizer})
+def test_tokens_that_only_some_have_are_left_out(tokenizer):
+    """A pad token, a thought token at another id, another token at the same id."""
+    size = len(tokenizer)
+    padded, thinking = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    padded.add_tokens([AddedToken("[PAD]", special=True)])
+    thinking.add_tokens([AddedToken("<think>", special=True), AddedToken("[PAD]", special=True)])
+    assert common(a=tokenizer, b=padded) == common(a=padded, b=thinking) == Vocabulary(size)
+    shared = copy.deepcopy(padded)
+    shared.add_tokens(["<tool>"])
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([AddedToken("[UNK2]", special=True), AddedToken("<tool>")])
+    assert common(a=shared, b=other) == Vocabulary(size + 2, (size,)), "[PAD] and [UNK2] have one id"
+
+
+def test_tokens_without_a_row_in_a_table_are_left_out(tokenizer):
+    rows = {"a": len(tokenizer), "b": len(tokenizer) - 1}
+    assert common_vocabulary({"a": tokenizer, "b": tokenizer}, rows) == Vocabulary(len(tokenizer) - 1)
 
 
 def test_only_some_of_many_tokens_are_named(tokenizer):
-    changed = copy.deepcopy(tokenizer)
-    changed.add_tokens([f"<extra-{i}>" for i in range(20)])
+    def rename_many(fields: dict[str, Any]) -> None:
+        vocab = fields["model"]["vocab"]
+        for token in sorted(vocab, key=vocab.get)[-20:]:
+            vocab[token + "x"] = vocab.pop(token)
+        fields["model"]["merges"] = [m for m in fields["model"]["merges"] if "".join(m) in vocab]
+
     with pytest.raises(TokenizerMismatchError, match="and 15 more"):
-        compare_tokenizers({"a": tokenizer, "b": changed})
-
-
-def test_fuse_refuses_specialists_of_different_tokenizers(tiny_run, tmp_path, tokenizer):
-    folder = shutil.copytree(tiny_run.folder / "code", tmp_path / "other")
-    changed = copy.deepcopy(tokenizer)
-    changed.add_tokens(["<|tool|>"])
-    changed.save_pretrained(folder)
-    with pytest.raises(TokenizerMismatchError, match=r"'code'.*'text'.*<\|tool\|>"):
-        fuse(recipe({"name": "text", "model": str(tiny_run.folder / "text")}, {"name": "code", "model": str(folder)}))
+        common(a=tokenizer, b=rebuilt(tokenizer, rename_many))
 
 
 # ---------------------------------------------------------------- what is missing
@@ -226,7 +235,7 @@ def test_every_specialist_keeps_its_template(tiny_run, tmp_path):
         "<|bos|>[INST] hi [/INST] ",
         "<|bos|>Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nhi\n\n### Response:\n",
-        "<user>hi|",
+        "<user>hi<assistant>",
         "hi:",
     ]
     assert renderer.max_length == 192, "the context of the specialists"

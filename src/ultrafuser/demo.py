@@ -27,7 +27,7 @@ from ultrafuser.progress import Progress
 from ultrafuser.recipe import Recipe, load_recipe
 from ultrafuser.report.data import Comparison
 from ultrafuser.report.page import write_report
-from ultrafuser.specialists import fuse, pick_device
+from ultrafuser.specialists import fuse, make_renderer, pick_device
 from ultrafuser.train.features import FeatureStore
 from ultrafuser.train.metrics import read_metrics
 from ultrafuser.train.rows import read_sources
@@ -111,7 +111,7 @@ def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[Comparis
 def _run_demo(recipe: Recipe, output: Path, clock: Clock, progress: Progress) -> tuple[Comparison, list[TokenTrace]]:
     with clock.phase("load"):
         model, tokenizer = fuse(recipe)
-        renderer = Renderer(tokenizer, model.config.chat_templates, recipe.data.max_length)
+        renderer = make_renderer(model, tokenizer, recipe.data.max_length)
     test_rows = read_sources(recipe.data.validation, renderer, progress, "test")
     losses, weights = _train_and_measure(model, renderer, test_rows, recipe, clock, progress)
     with clock.phase("save"):
@@ -184,13 +184,12 @@ def _train_and_measure(
 
 def _alternatives(model: UltraFuserForCausalLM, rows: list[Rendered], progress: Progress) -> dict[str, list[RowLoss]]:
     """Measure the base without adapters and the average of the specialists' weights."""
-    group, vocab = model.groups[0], model.config.vocab_size
+    group, head = model.groups[0], model.heads()[0]._replace(temperature=1.0)
     with group.only([]):
-        base = group_losses(group, rows, vocab, label="base", progress=progress)
-    mean = plain_model(group, {k: 1 / group.size for k in range(group.size)})
-    average = group_losses(
-        SpecialistGroup(mean, ["weight_average"]), rows, vocab, label="weight average", progress=progress
-    )
+        base = group_losses(group, rows, head, label="base", progress=progress)
+    mean = SpecialistGroup(plain_model(group, {k: 1 / group.size for k in range(group.size)}), ["weight_average"])
+    mean_head = mean.head(head.size, head.end, head.masked)
+    average = group_losses(mean, rows, mean_head, label="weight average", progress=progress)
     return {"base": base, "weight_average": average}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import glob
 import os
 import re
@@ -55,6 +56,16 @@ def _beside_glob(value: Any) -> Any:
     return str(folder / value)
 
 
+def _day(value: Any) -> Any:
+    """A day in ISO form. YAML reads one without quotes as a date."""
+    if value is None:
+        return None
+    try:
+        return datetime.date.fromisoformat(str(value)).isoformat()
+    except ValueError as error:
+        raise ValueError(f"{value!r} is no day. Expected YYYY-MM-DD") from error
+
+
 Identifier = Annotated[str, AfterValidator(_identifier)]
 LocalPath = Annotated[str, BeforeValidator(_beside)]
 LocalGlob = Annotated[str, BeforeValidator(_beside_glob)]
@@ -78,6 +89,14 @@ class SpecialistRecipe(Node):
     chat_template: LocalPath | None = Field(
         default=None,
         description="`chatml`, `plain`, `inst`, `alpaca`, a Jinja file or Jinja text. null: the template of the tokenizer.",
+    )
+    template_kwargs: FreeForm | None = Field(
+        default=None, description="Further variables of the chat template, such as `{enable_thinking: false}`."
+    )
+    system: Literal["keep", "merge", "drop"] = Field(
+        default="keep",
+        description="System turns: `keep` passes them to the template, `merge` puts them before the first user turn, `drop` "
+        "leaves them out.",
     )
     dtype: Dtype | None = Field(default=None, description="Type of its weights. null: the `dtype` of the recipe.")
     device_map: str | FreeForm | None = Field(default=None, description="Passed to transformers as `device_map`.")
@@ -218,6 +237,11 @@ class Recipe(Node):
     share_base: bool = Field(default=True, description="Load a base model once for all adapters on it.")
     dtype: Dtype = Field(default="auto", description="Type of the weights. `auto`: the type of each checkpoint.")
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or another torch device.")
+    date: Annotated[str | None, BeforeValidator(_day)] = Field(
+        default=None,
+        description="The day, as YYYY-MM-DD, that chat templates which read the clock see. null: the day of the run, which "
+        "its recipe.yaml and the checkpoint record.",
+    )
     data: DataRecipe = Field(default_factory=DataRecipe, description="Training and validation rows.")
     stages: list[StageRecipe] = Field(
         default=[GateStage(name="gate"), JointStage(name="joint")], description="The training stages, in order."

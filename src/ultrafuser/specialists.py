@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,9 @@ import torch
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ultrafuser.data.templates import Renderer, resolve_template
-from ultrafuser.errors import CheckpointError, RecipeError, TokenizerMismatchError
+from ultrafuser.data.chat_format import ChatFormat, resolve_template
+from ultrafuser.data.templates import Renderer
+from ultrafuser.errors import CheckpointError, RecipeError
 from ultrafuser.model.checkpoint import fused_folder, is_plain_lora, load_groups, locate_model, read_adapter_config
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.manifest import FileRecords, SpecialistEntry, SpecialistSource, weight_sources
@@ -24,10 +26,11 @@ from ultrafuser.model.references import PACKAGE, record_files, resolve
 from ultrafuser.model.saving import mark_unchanged
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import Recipe, SpecialistRecipe
+from ultrafuser.vocabulary import common_vocabulary, is_same_tokenizer, shared_end
 
-_TOKENS_SHOWN = 5
 _SOURCE_FIELDS = {"model", "revision", "gguf_file", "adapter", "adapter_revision"}
-_LOADING_FIELDS = {"dtype", "device_map", "quantization"}
+_LOADING_FIELDS = {"dtype", "device_map", "quantization", "template_kwargs", "system"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 logger = logging.getLogger(__name__)
 
 
@@ -42,16 +45,24 @@ def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase
     configs: dict[str, dict[str, Any]] = {}
     specs = [_describe(specialist, configs) for specialist in recipe.specialists]
     tokenizers = _tokenizers(specs)
-    compare_tokenizers(tokenizers)
+    rows = {spec["name"]: _table_rows(spec) for spec in specs}
+    vocabulary = common_vocabulary(tokenizers, rows)
     tokenizer = tokenizers[specs[0]["name"]]
-    for name, candidate in tokenizers.items():
-        if candidate.eos_token != tokenizer.eos_token:
-            logger.warning(
-                "specialist %r ends its answers with %r, the fused model with %r, as %r does",
-                name, candidate.eos_token, tokenizer.eos_token, specs[0]["name"],
-            )  # fmt: skip
+    distinct = {name: other for name, other in tokenizers.items() if not is_same_tokenizer(other, tokenizer)}
+    date = recipe.date or datetime.date.today().isoformat()
+    formats = []
     for spec, specialist in zip(specs, recipe.specialists, strict=True):
-        spec["chat_template"] = resolve_template(specialist.chat_template, tokenizers[spec["name"]], specialist.name)
+        name = spec["name"]
+        spec["chat_template"] = resolve_template(specialist.chat_template, tokenizers[name], name)
+        chat_format = _chat_format(spec, distinct.get(name, tokenizer), date)
+        if not chat_format.writes_end:
+            logger.warning(
+                "specialist %r: its chat template writes no end token that its tokenizer has. Its answers end with %r",
+                name, chat_format.tokenizer.convert_ids_to_tokens(chat_format.end_token_id),
+            )  # fmt: skip
+        spec["end_token_id"] = chat_format.end_token_id
+        formats.append(chat_format)
+    end = shared_end(formats, vocabulary)
     tokenizer.chat_template = specs[0]["chat_template"]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -61,7 +72,10 @@ def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase
         gate_hidden_size=recipe.gate.hidden_size,
         mixing=recipe.mixing,
         share_base=recipe.share_base,
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary.size,
+        end_token_id=end,
+        masked_token_ids=[token for token in vocabulary.masked if token != end],
+        date=date if any(chat_format.reads_clock for chat_format in formats) else None,
     )
     groups = load_groups(config, None, verify=False, dtype=recipe.dtype, device_map=pick_device(recipe.device))
     _record_files(config)
@@ -69,19 +83,26 @@ def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase
         check_head(group, config.vocab_size)
     torch.manual_seed(recipe.seed)
     model = UltraFuserForCausalLM(config, groups)
+    model.specialist_tokenizers = distinct
     model.gate.to(model.device)
     mark_unchanged(model, None)
-    model.generation_config.eos_token_id = _ends(groups, tokenizer)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = _ends(model)
+    model.generation_config.pad_token_id = make_renderer(model, tokenizer).pad_id
     return model.eval(), tokenizer
 
 
-def _ends(groups: Sequence[SpecialistGroup], tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
-    """The tokens that end an answer: the tokenizer's, then those of checkpoints that list several."""
-    end = tokenizer.eos_token_id
-    lists = [group.model.generation_config.eos_token_id for group in groups]
-    further = sorted({token for ends in lists if isinstance(ends, list) for token in ends} - {end})
-    return [end, *further] if further else end
+def _ends(model: UltraFuserForCausalLM) -> int | list[int]:
+    """The tokens that end an answer: the common label, then those that the specialists' own checkpoints name."""
+    assert model.config.end_token_id is not None
+    end, further = model.config.end_token_id, set[int]()
+    tokens = {spec["name"]: spec["end_token_id"] for spec in model.config.specialists}
+    for group in model.groups:
+        ends = group.model.generation_config.eos_token_id
+        for name in group.names:  # a specialist's own end token is `end` in the mixture
+            further |= set(ends if isinstance(ends, list) else [ends]) - {tokens[name], None}
+    common = set(range(model.config.vocab_size)) - set(model.config.masked_token_ids)
+    further = (further & common) - {end}
+    return [end, *sorted(further)] if further else end
 
 
 def load(folder: str | Path, **kwargs: Any) -> tuple[UltraFuserForCausalLM, Renderer]:
@@ -98,7 +119,49 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[UltraFuserForCausalLM, Rend
     local = fused_folder(folder, kwargs)
     model = UltraFuserForCausalLM.from_pretrained(local, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(local)
-    return model, Renderer(tokenizer, model.config.chat_templates, model.config.max_position_embeddings)
+    return model, make_renderer(model, tokenizer)
+
+
+def make_renderer(
+    model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> Renderer:
+    """The renderer of a fused model's prompts and rows.
+
+    Args:
+        tokenizer: of the fused model. Specialists whose own tokenizers differ read theirs.
+        max_length: maximum tokens of a sequence. Default: the smallest context of the specialists.
+    """
+    config = model.config
+    formats = [
+        _chat_format(spec, model.specialist_tokenizers.get(spec["name"], tokenizer), config.date)
+        for spec in config.specialists
+    ]
+    return Renderer(
+        tokenizer,
+        formats,
+        config.max_position_embeddings if max_length is None else min(max_length, config.max_position_embeddings),
+        end_token_id=config.end_token_id,
+        vocab_size=config.vocab_size,
+        masked_token_ids=frozenset(config.masked_token_ids),
+    )
+
+
+def _chat_format(spec: SpecialistEntry, tokenizer: PreTrainedTokenizerBase, date: str | None) -> ChatFormat:
+    return ChatFormat(
+        tokenizer,
+        spec["chat_template"],
+        name=spec["name"],
+        template_kwargs=spec.get("template_kwargs"),
+        system=spec.get("system", "keep"),
+        date=date,
+        table_rows=_table_rows(spec),
+    )
+
+
+def _table_rows(spec: SpecialistEntry) -> int:
+    """Rows of a specialist's embedding table."""
+    fields = dict(spec["config"])
+    return AutoConfig.for_model(fields.pop("model_type"), **fields).get_text_config().vocab_size
 
 
 @dataclass(frozen=True)
@@ -158,75 +221,37 @@ def pick_device(device: str) -> str:
 
 
 def _tokenizers(specs: Sequence[SpecialistEntry]) -> dict[str, PreTrainedTokenizerBase]:
-    """The tokenizer of each specialist's model (of its base, for an adapter). Each source is loaded once."""
+    """The tokenizer of each specialist. That in the folder of an adapter comes before its base's. Each is loaded once."""
     by_source: dict[str, PreTrainedTokenizerBase] = {}
     tokenizers = {}
     for spec in specs:
         name, source = spec["name"], spec["source"]
         path, options = locate_model(source, None, name)
-        location = repr((path, options))
+        adapter = read_adapter_config(source, None, name)
+        folder = adapter[0] if adapter is not None else None
+        has_own = folder is not None and any((folder / file).is_file() for file in _TOKENIZER_FILES)
+        location = repr((folder, {})) if has_own else repr((path, options))
         if location not in by_source:
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(path, **options)
-            except (OSError, ValueError, KeyError) as error:  # transformers raises all three for missing files
-                raise CheckpointError(f"specialist {name!r}: no tokenizer in {source['model']}: {error}") from error
-            end = spec["config"].get("eos_token_id")
-            if "gguf_file" in options and isinstance(end, int):  # transformers 5.17 reads bos_token from some files
-                tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-            by_source[location] = tokenizer
+            by_source[location] = (
+                _load_tokenizer(folder or path, {}, spec) if has_own else _load_tokenizer(path, options, spec)
+            )
         tokenizers[name] = by_source[location]
+        template = folder / "chat_template.jinja" if folder is not None else None
+        if template is not None and not has_own and template.is_file():
+            tokenizers[name] = copy.deepcopy(tokenizers[name])
+            tokenizers[name].chat_template = template.read_text(encoding="utf-8")
     return tokenizers
 
 
-def compare_tokenizers(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
-    """Refuse specialists with different tokens.
-
-    Raises:
-        TokenizerMismatchError: names the tokens, merges or special tokens in which two tokenizers differ.
-    """
-    (first_name, first), *rest = tokenizers.items()
-    for name, tokenizer in rest:
-        if problem := _difference(first, tokenizer):
-            raise TokenizerMismatchError(
-                f"specialist {name!r}: its tokenizer differs from that of {first_name!r}: {problem}. Fused models need "
-                "one tokenizer (cross-tokenizer fusion is not available)"
-            )
-
-
-def _difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str | None:
-    vocab, second_vocab = first.get_vocab(), second.get_vocab()
-    added = set(first.get_added_vocab()) ^ set(second.get_added_vocab())
-    if added:
-        return f"added special tokens that only one of them has: {_some(sorted(added))}"
-    if vocab != second_vocab:
-        only = sorted(set(vocab) ^ set(second_vocab))
-        if only:
-            return f"vocabulary of {len(second_vocab)}, expected {len(vocab)}. Only one of them has: {_some(only)}"
-        moved = sorted(token for token in vocab if vocab[token] != second_vocab[token])
-        return f"the same tokens have other ids: {_some(f'{t} ({vocab[t]} and {second_vocab[t]})' for t in moved)}"
-    rules, second_rules = _rules(first), _rules(second)
-    if rules.get("merges") != second_rules.get("merges"):
-        pairs = zip(rules.get("merges") or [], second_rules.get("merges") or [], strict=False)
-        index = next((i for i, (a, b) in enumerate(pairs) if a != b), "the end")
-        return f"their merges differ from merge {index} on"
-    if rules != second_rules:
-        return "they split or normalise text differently"
-    return None
-
-
-def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return {}
-    fields = json.loads(backend.to_str())
-    rules = {key: fields.get(key) for key in ("normalizer", "pre_tokenizer")}
-    return rules | {"merges": fields.get("model", {}).get("merges")}
-
-
-def _some(tokens: Any) -> str:
-    tokens = list(tokens)
-    rest = f" and {len(tokens) - _TOKENS_SHOWN} more" if len(tokens) > _TOKENS_SHOWN else ""
-    return ", ".join(map(repr, tokens[:_TOKENS_SHOWN])) + rest
+def _load_tokenizer(path: Path | str, options: Mapping[str, str], spec: SpecialistEntry) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:  # transformers raises all three for missing files
+        raise CheckpointError(f"specialist {spec['name']!r}: no tokenizer in {path}: {error}") from error
+    end = spec["config"].get("eos_token_id")
+    if "gguf_file" in options and isinstance(end, int):  # transformers 5.17 reads bos_token from some files
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return tokenizer
 
 
 def _describe(specialist: SpecialistRecipe, configs: dict[str, dict[str, Any]]) -> SpecialistEntry:
@@ -247,7 +272,7 @@ def _describe(specialist: SpecialistRecipe, configs: dict[str, dict[str, Any]]) 
     if commit := config.pop("_commit_hash", None):
         source["revision"] = commit  # of a hub model: a later push must not change this fusion
     entry: SpecialistEntry = {"name": name, "domain": specialist.domain, "source": source, "config": config}
-    entry |= cast(SpecialistEntry, specialist.model_dump(include=_LOADING_FIELDS, exclude_none=True))
+    entry |= cast(SpecialistEntry, specialist.model_dump(include=_LOADING_FIELDS, exclude_defaults=True))
     if adapter is not None and not is_plain_lora(adapter[1]):
         entry["separate"] = True
     return entry

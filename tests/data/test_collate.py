@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tiny_models import fuse, tiny
+from ultrafuser.data.chat_format import BUILTIN
 from ultrafuser.data.collate import collate_rows, pad_labels, prompt_inputs
 from ultrafuser.data.schema import Row
-from ultrafuser.data.templates import BUILTIN, Rendered, Renderer
+from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import DataError
 
 ROWS = [

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from ultrafuser.data.chat_format import BUILTIN, resolve_template
 from ultrafuser.data.schema import Row
-from ultrafuser.data.templates import BUILTIN, Renderer, resolve_template
+from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import DataError
 
 ONE = (("user", "how many?"), ("assistant", "12345"))
@@ -16,6 +17,7 @@ MANY = (
     ("user", "jumps over?"),
     ("assistant", "the lazy dog\n\nand  two  spaces"),
 )
+LEAD = {"plain": " ", "inst": " "}  # the blanks that the template writes before an answer belong to it
 CHAT = [{"role": role, "content": content} for role, content in MANY]
 ALL = list(BUILTIN.values())
 
@@ -38,6 +40,7 @@ def supervised(rendered, k: int) -> list[int]:
 def test_labels_are_exactly_the_answers(tokenizer, name, messages):
     got = Renderer(tokenizer, [BUILTIN[name]]).render(row(messages))
     answers = [content for role, content in messages if role == "assistant"]
+    answers = [LEAD.get(name, "") + answer for answer in answers]
     expected = [token for a in answers for token in [*tokenizer.encode(a), tokenizer.eos_token_id]]
     assert list(got.labels) == expected
     assert tokenizer.decode(got.labels) == "".join(answer + tokenizer.eos_token for answer in answers)
@@ -85,7 +88,7 @@ def test_generation_prompts_are_what_training_saw(tokenizer, name, messages):
     renderer = Renderer(tokenizer, [BUILTIN[name]])
     got = renderer.render(row(messages))
     chat = [{"role": role, "content": content} for role, content in messages]
-    last = len(tokenizer.encode(messages[-1][1])) + 1
+    last = len(tokenizer.encode(LEAD.get(name, "") + messages[-1][1])) + 1
     start = got.response_index[0][-last] + 1
     assert renderer.prompt(chat[:-1])[0] == list(got.input_ids[0][:start])
 
@@ -174,7 +177,7 @@ def test_plain():
         "<s>Be brief.\nUser: def add(a, b)\nAssistant: return a + b</s>\nUser: jumps over?\n"
         "Assistant: the lazy dog\n\nand  two  spaces</s>\n"
     )
-    assert text("plain", CHAT[1:2], True) == "<s>User: def add(a, b)\nAssistant: "
+    assert text("plain", CHAT[1:2], True) == "<s>User: def add(a, b)\nAssistant:"
 
 
 def test_inst():
@@ -182,7 +185,7 @@ def test_inst():
         "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\ndef add(a, b) [/INST] return a + b</s>"
         "<s>[INST] jumps over? [/INST] the lazy dog\n\nand  two  spaces</s>"
     )
-    assert text("inst", CHAT[1:2], True) == "<s>[INST] def add(a, b) [/INST] "
+    assert text("inst", CHAT[1:2], True) == "<s>[INST] def add(a, b) [/INST]"
 
 
 def test_alpaca():
@@ -251,8 +254,10 @@ def test_unknown_template(tokenizer, template):
 
 
 def test_a_template_with_a_mistake(tokenizer):
-    with pytest.raises(DataError, match=r"chat template '\{% for m in %\}.*'\.\.\.: "):
-        Renderer(tokenizer, ["{% for m in %}"]).render(row())
+    with pytest.raises(
+        DataError, match=r"specialist 'model': its chat template '\{% for m in %\}' is no Jinja: Expected"
+    ):
+        Renderer(tokenizer, ["{% for m in %}"])
 
 
 def test_a_template_that_refuses(tokenizer):

@@ -88,9 +88,7 @@ def test_one_plain_model_on_the_rows_of_a_template(tiny_run, rows_and_model):
     model, rows, _ = rows_and_model
     plain = AutoModelForCausalLM.from_pretrained(tiny_run.folder / "code").eval()
     for template in range(3):
-        losses = group_losses(
-            model.groups[1], rows, model.config.vocab_size, template=template, progress=RecordingProgress()
-        )
+        losses = group_losses(model.groups[1], rows, model.heads()[1], template=template, progress=RecordingProgress())
         assert_same(losses, oracle(plain, rows, template))
 
 
@@ -100,7 +98,7 @@ def test_the_bare_base_of_adapters(tiny_run, tmp_path):
     renderer = Renderer(tokenizer, model.config.chat_templates, 128)
     rows = read_sources(recipe.data.train, renderer, RecordingProgress(), "test")
     base = AutoModelForCausalLM.from_pretrained(tiny_run.folder / "text").eval()
-    assert_same(group_losses(model.groups[0], rows, model.config.vocab_size), oracle(base, rows, 0))
+    assert_same(group_losses(model.groups[0], rows, model.heads()[0]), oracle(base, rows, 0))
     store = FeatureStore.build(model, rows, tmp_path / "features")
     for name, losses in specialist_losses(store, NAMES).items():
         assert_same(losses, oracle(model.specialist(name), rows, 0))

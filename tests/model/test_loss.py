@@ -61,6 +61,41 @@ def test_value_and_all_gradients_equal_plain_autograd(mixing, chunk):
         torch.testing.assert_close(gradient, plain)
 
 
+# the end of an answer, for all and for each: a swap within the vocabulary, a row behind it, none
+COMMON, MASKED, ENDS = V - 2, (2, 5), [(1, 4), (1, V - 1), None]
+
+
+@both
+@pytest.mark.parametrize("chunk", [1, 3, None])
+def test_own_end_tokens_and_tokens_that_only_some_have(mixing, chunk):
+    """The logit of the common end is that of each specialist's own end token. Tokens that not all have get none."""
+    states, tables, biases, scores, y = problem(4)
+    y = torch.tensor([1, 1, 3, 4, 0])[torch.arange(N) % 5]
+    leaves = [*states, *tables, *biases, scores]
+    common = [token for token in range(COMMON) if token not in MASKED]
+    logits = []
+    for h, table, bias, (scale, softcap, temperature), end in zip(states, tables, biases, SHAPES, ENDS, strict=True):
+        z = (h @ table.T + (0 if bias is None else bias)) * scale
+        z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+        order = list(range(V))
+        if end is not None:
+            order[end[0]], order[end[1]] = order[end[1]], order[end[0]]
+        logits.append(z[:, [order[token] for token in common]])
+    columns = torch.tensor([common.index(token) for token in y])
+    expected = naive_mix(logits, scores.softmax(-1), mixing).log_softmax(-1)[torch.arange(N), columns]
+    heads = [
+        head._replace(vocab_size=COMMON, end=end, masked=MASKED)
+        for head, end in zip(heads_of(tables, biases), ENDS, strict=True)
+    ]
+    got = mixed_log_prob(states, heads, scores.log_softmax(-1), y, mixing, chunk)
+    torch.testing.assert_close(got, expected)
+    for gradient, plain in zip(gradients(got, leaves), gradients(expected, leaves), strict=True):
+        torch.testing.assert_close(gradient, plain)
+    for head, state, z in zip(heads, states, logits, strict=True):
+        torch.testing.assert_close(head.logits(state)[:, common], z)
+        assert (head.logits(state)[:, list(MASKED)].exp() == 0).all()
+
+
 @both
 @pytest.mark.parametrize("chunk", [3, None])
 def test_gradcheck(mixing, chunk):

@@ -64,8 +64,9 @@ def load_model(workspace: Workspace, loaded: LoadedModel, features: Path) -> Loa
         if has_gate:
             store = FeatureStore.build(model, rows, features, progress=workspace.progress)
             return TestLosses(rows, *fused_losses(model, store))
-        group, vocab_size, progress = model.groups[0], model.config.vocab_size, workspace.progress
-        losses = group_losses(group, rows, vocab_size, adapter=0, label=loaded.name, progress=progress)
+        group, progress = model.groups[0], workspace.progress
+        head = model.heads()[0]._replace(temperature=1.0)
+        losses = group_losses(group, rows, head, adapter=0, label=loaded.name, progress=progress)
         return TestLosses(rows, losses)
 
     def traces() -> list[TokenTrace]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import replace
@@ -17,12 +18,11 @@ from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.lm.load import LoadedModel, wrap_model
 from ultrafuser.evaluate.lm.response_cache import ResponseCache
-from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import SpecialistRecipe
-from ultrafuser.specialists import fuse
+from ultrafuser.specialists import fuse, make_renderer
 from ultrafuser.train.features import FeatureStore
 from ultrafuser.train.rows import read_sources
 
@@ -70,10 +70,12 @@ class Workspace:
         specialists = {}
         for spec in model.config.specialists:
             name = spec["name"]
-            config = UltraFuserConfig([spec], mixing=model.config.mixing, vocab_size=model.config.vocab_size)
+            config = copy.deepcopy(model.config)
+            config.specialists = [spec]
             group = next(group for group in model.groups if name in group.names)
             single = UltraFuserForCausalLM(config, [SpecialistView(group, name)]).eval()
             single.generation_config = model.generation_config
+            single.specialist_tokenizers = model.specialist_tokenizers
             specialists[name] = self.load_model(single, renderer.tokenizer, name)
         return specialists
 
@@ -84,8 +86,7 @@ class Workspace:
 
     def renderer(self, model: Any, tokenizer: Any, max_length: int | None = None) -> Renderer:
         """A renderer that truncates test rows at the context alone, so that all systems see the same tokens."""
-        templates, context = model.config.chat_templates, model.config.max_position_embeddings
-        return Renderer(tokenizer, templates, min(max_length or context, context))
+        return make_renderer(model, tokenizer, max_length)
 
     def base(self) -> SpecialistRecipe:
         """The model that the specialists were trained from.

@@ -1,78 +1,25 @@
 """Render one conversation as K token sequences with the same response tokens.
 
-Every specialist reads the conversation in the chat template it was trained with. The answers are tokenised once, apart
-from the template, and inserted into every sequence as the same tokens. So the specialists' logits for them can be mixed
-(paper, section 3.1 and table 12).
+Every specialist reads the conversation in the chat template it was trained with, tokenised as a whole. Its answers are the
+tokens that the specialists' logits are mixed for (paper, section 3.1 and table 12), so they must be the same tokens for
+all. Where the templates make them differ, such as by a blank before the answer, the answer is tokenised once and
+everything around it counts as the prompt.
 """
 
 from __future__ import annotations
 
+import bisect
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
+from ultrafuser.data.chat_format import Chat, ChatFormat, Reading
 from ultrafuser.data.schema import Row
 from ultrafuser.errors import DataError
 
-# Our own Jinja of the layouts in the paper's table 12, and of ChatML without a default system message.
-BUILTIN = {
-    "chatml": (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-    "plain": (
-        "{{ bos_token or '' }}{% for m in messages %}"
-        "{% if m.role == 'system' %}{{ m.content }}\n{% elif m.role == 'user' %}User: {{ m.content }}\n"
-        "{% else %}Assistant: {{ m.content }}{{ eos_token or '' }}\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}Assistant: {% endif %}"
-    ),
-    "inst": (
-        "{% set ns = namespace(system='') %}{% for m in messages %}"
-        "{% if m.role == 'system' %}{% set ns.system = '<<SYS>>\n' + m.content + '\n<</SYS>>\n\n' %}"
-        "{% elif m.role == 'user' %}{{ bos_token or '' }}[INST] {{ ns.system + m.content }} [/INST] "
-        "{% set ns.system = '' %}{% else %}{{ m.content }}{{ eos_token or '' }}{% endif %}{% endfor %}"
-    ),
-    "alpaca": (
-        "{{ bos_token or '' }}{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}"
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "{% endif %}{{ '\n\n' }}{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
-        "{% elif m.role == 'assistant' %}### Response:\n{{ m.content }}{{ eos_token or '' }}\n\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}### Response:\n{% endif %}"
-    ),
-}
-
-
-def resolve_template(template: str | None, tokenizer: Any, specialist: str) -> str:
-    """The Jinja text of a specialist's chat template.
-
-    Args:
-        template: a built-in name, a path to a Jinja file, or Jinja text. None: the template of the tokenizer.
-
-    Raises:
-        DataError: there is no template, or its name is unknown.
-    """
-    if template is None:
-        default = tokenizer.chat_template
-        if isinstance(default, Mapping):  # several named templates
-            default = default.get("default")
-        if not default:
-            raise DataError(
-                f"specialist {specialist!r}: its tokenizer has no chat template. Give one: a built-in "
-                f"({', '.join(BUILTIN)}), a Jinja file, or Jinja text"
-            )
-        return default
-    if template in BUILTIN:
-        return BUILTIN[template]
-    if "{{" in template or "{%" in template:
-        return template
-    if os.path.isfile(template):  # False, not an error, if the text is too long for a path
-        return Path(template).read_text(encoding="utf-8")
-    raise DataError(
-        f"specialist {specialist!r}: chat template {template!r} is neither built in ({', '.join(BUILTIN)}), "
-        "nor a file, nor Jinja text"
-    )
+_CHECKED_ROWS = 4  # of each domain
 
 
 @dataclass(frozen=True)
@@ -82,7 +29,8 @@ class Rendered:
     Attributes:
         input_ids: K sequences, whose lengths may differ.
         response_index: K lists of R positions. The hidden state at position r predicts the r-th response token.
-        labels: the R response tokens, the same for every specialist.
+        labels: the R response tokens, the same for every specialist. The end of an answer is one label for all. Each
+            sequence holds the specialist's own end token there.
         truncated: number of response tokens that did not fit.
     """
 
@@ -101,94 +49,179 @@ class Rendered:
 
 @dataclass
 class RenderStats:
-    """Counts of the rows and tokens that did not fit into `max_length`."""
+    """Counts of what did not fit into `max_length`, and of what the templates changed."""
 
     rows: int = 0
     truncated_rows: int = 0
     truncated_tokens: int = 0
     dropped_rows: int = 0
+    unsupervised_rows: int = 0
+    unsupervised_answers: int = 0
+    rewritten: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        if not self.truncated_rows and not self.dropped_rows:
-            return "none truncated"
-        return (
-            f"{self.rows} rows kept, {self.truncated_rows} of them truncated by {self.truncated_tokens} response tokens. "
-            f"{self.dropped_rows} rows dropped because the prompt alone fills max_length"
-        )
+        parts = []
+        if self.truncated_rows or self.dropped_rows:
+            parts.append(
+                f"{self.rows} rows kept, {self.truncated_rows} of them truncated by {self.truncated_tokens} response "
+                f"tokens. {self.dropped_rows} rows dropped because the prompt alone fills max_length"
+            )
+        if self.unsupervised_rows:
+            parts.append(f"{self.unsupervised_rows} rows dropped because they have no supervised answer")
+        if self.unsupervised_answers:
+            parts.append(f"{self.unsupervised_answers} answers not supervised, because a template leaves them out")
+        for name, count in self.rewritten.items():
+            parts.append(f"the template of {name!r} rewrote {count} answers, of which the common end is supervised")
+        return ". ".join(parts) or "none truncated"
+
+
+class Aligned(NamedTuple):
+    """One answer in all readings.
+
+    Attributes:
+        labels: its response tokens. Empty if the specialists have none in common.
+        tokens: the tokens to put in place of each reading's own. None if these are the same.
+        spans: the characters of the answer in each reading.
+        supervised: whether a template leaves it out.
+    """
+
+    labels: list[int]
+    tokens: list[int] | None
+    spans: list[tuple[int, int]]
 
 
 class Renderer:
-    """Renders conversations for K specialists that share one tokenizer."""
+    """Renders conversations for K specialists that share one vocabulary."""
 
-    def __init__(self, tokenizer: Any, chat_templates: Sequence[str], max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_templates: Sequence[str | ChatFormat],
+        max_length: int | None = None,
+        *,
+        end_token_id: int | None = None,
+        vocab_size: int | None = None,
+        masked_token_ids: Set[int] = frozenset(),
+    ) -> None:
         """
         Args:
-            tokenizer: the shared tokenizer. Its `eos_token` ends every answer.
-            chat_templates: K Jinja texts, one for each specialist.
+            tokenizer: decodes answers, and reads the templates that are given as text.
+            chat_templates: K Jinja texts, or chat formats with their own tokenizers.
             max_length: maximum tokens of a sequence. None: no limit.
+            end_token_id: the label at the end of an answer. Default: the end token of the first specialist.
+            vocab_size, masked_token_ids: the tokens that all specialists have: those below the size that are not masked.
 
         Raises:
-            DataError: the tokenizer has no end-of-sequence token.
+            DataError: a format without an end token or without character offsets.
         """
-        if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no eos_token, so answers would never end. Set one")
         self.tokenizer = tokenizer
-        self.chat_templates = tuple(chat_templates)
+        self.formats = [
+            ChatFormat(tokenizer, template) if isinstance(template, str) else template for template in chat_templates
+        ]
         self.max_length = max_length
+        self.end_token_id = self.formats[0].end_token_id if end_token_id is None else end_token_id
+        self.vocab_size, self.masked_token_ids = vocab_size, masked_token_ids
+        self.lead = self.formats[0].lead if len({chat_format.lead for chat_format in self.formats}) == 1 else ""
 
-    def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[list[int]]:
-        """K prompts, up to the start of the next answer.
+    def with_max_length(self, max_length: int | None) -> Renderer:
+        """The same renderer with another limit."""
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__ | {"max_length": max_length}
+        return other
 
-        Raises:
-            DataError: the template refuses the messages.
-        """
-        return [self._encode(text) for text in self.prompt_texts(messages)]
-
-    def prompt_texts(self, messages: Sequence[Mapping[str, str]]) -> list[str]:
-        """The K prompts as text. If the last message is an assistant's, it is the beginning of the answer.
-
-        Raises:
-            DataError: the template refuses the messages.
-        """
-        prefix = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
-        history = messages[:-1] if prefix else messages
-        return [self._apply(jinja, history) + prefix for jinja in self.chat_templates]
+    @property
+    def chat_templates(self) -> tuple[str, ...]:
+        """The K Jinja texts."""
+        return tuple(chat_format.template for chat_format in self.formats)
 
     @property
     def pad_id(self) -> int:
         """The token that pads the shorter prompts of a batch."""
         pad_id = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad_id is None else pad_id
+        return self.end_token_id if pad_id is None or not self._is_common(pad_id) else pad_id
 
-    def render(self, row: Row) -> Rendered | None:
-        """One row, truncated on the right to `max_length`. None if a prompt alone fills it.
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """Generated tokens as the text of an answer, without the blanks that the templates write around it."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True).removeprefix(self.lead)
+        tails = {chat_format.tail for chat_format in self.formats}
+        return text.removesuffix(tails.pop()) if len(tails) == 1 else text
 
-        Some templates rewrite earlier answers, e.g. drop their reasoning. Then only the last answer is a response.
+    # ---------------------------------------------------------------- prompts
+
+    def prompt(self, messages: Chat) -> list[list[int]]:
+        """K prompts, up to the start of the next answer: the tokens that training puts before it.
+
+        If the last message is an assistant's, it is the beginning of the answer.
+
+        Raises:
+            DataError: a template refuses the messages.
         """
-        chat = row.chat()
-        answers = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
-        by_template = [self._segments(jinja, chat, answers) for jinja in self.chat_templates]
-        if any(segments is None for segments in by_template):
-            answers = answers[-1:]
-            by_template = [[self._apply(jinja, chat[: answers[0]])] for jinja in self.chat_templates]
-        responses = [self._encode(chat[i]["content"]) + [self.tokenizer.eos_token_id] for i in answers]
+        history, beginning = _split_beginning(messages)
+        readings = self._read(lambda chat_format: chat_format.read_prompt(history, beginning))
+        aligned = self._align_all(readings)
+        prompts = []
+        for k, reading in enumerate(readings):
+            ids, starts = self._assemble(reading, k, aligned)
+            self._check_ids(ids, k)
+            prompts.append(ids if beginning else ids[: starts[-1]])
+        return prompts
 
-        tokens = {segment: self._encode(segment) for segments in by_template for segment in segments or ()}
+    def prompt_texts(self, messages: Chat) -> list[str]:
+        """The K prompts as text. If the last message is an assistant's, it is the beginning of the answer.
+
+        Raises:
+            DataError: a template refuses the messages.
+        """
+        history, beginning = _split_beginning(messages)
+        return [chat_format.prompt_text(history)[0] + beginning for chat_format in self.formats]
+
+    # ---------------------------------------------------------------- rows
+
+    def render(self, row: Row, stats: RenderStats | None = None) -> Rendered | None:
+        """One row, truncated on the right to `max_length`. None if a prompt alone fills it or nothing is supervised.
+
+        Args:
+            stats: counts of what the templates changed, to add to.
+
+        Raises:
+            DataError: a template refuses the row, or gives an empty prompt.
+        """
+        stats = RenderStats() if stats is None else stats
+        chat = row.chat()
+        weights = [turn.get("weight", 1) for turn in chat if turn["role"] == "assistant"]
+        try:
+            readings = self._read(lambda chat_format: chat_format.read(chat))
+        except DataError as error:
+            raise DataError(f"row {row.id!r}: {error}") from error
+        aligned = self._align_all(readings)
+        labels = [a.labels if weight else [] for a, weight in zip(aligned, weights, strict=True)]
+        for chat_format, reading in zip(self.formats, readings, strict=True):
+            if rewritten := sum(answer is not None and answer.rewritten for answer in reading.answers):
+                stats.rewritten[chat_format.name] += rewritten
+        stats.unsupervised_answers += sum(not a.labels for a, weight in zip(aligned, weights, strict=True) if weight)
+        if not any(labels):
+            stats.unsupervised_rows += 1
+            return None
         sequences, positions = [], []
-        for segments in by_template:
-            ids: list[int] = []
-            index: list[int] = []
-            for segment, response in zip(segments or (), responses, strict=True):
-                ids += tokens[segment]
-                index += range(len(ids) - 1, len(ids) + len(response) - 1)
-                ids += response
+        for k, reading in enumerate(readings):
+            ids, starts = self._assemble(reading, k, aligned)
+            self._check_ids(ids, k, f"row {row.id!r}: ")
             sequences.append(ids)
-            positions.append(index)
-        labels = [token for response in responses for token in response]
+            pairs = zip(starts, labels, strict=True)
+            positions.append(
+                [i for start, tokens in pairs if tokens for i in range(start - 1, start - 1 + len(tokens))]
+            )
         if min(index[0] for index in positions) < 0:
             raise DataError(
                 f"row {row.id!r}: a chat template gives an empty prompt, so nothing predicts its first token"
             )
+        rendered = self._truncate(row, sequences, positions, [token for tokens in labels for token in tokens])
+        stats.dropped_rows += rendered is None
+        return rendered
+
+    def _truncate(
+        self, row: Row, sequences: list[list[int]], positions: list[list[int]], labels: list[int]
+    ) -> Rendered | None:
         limit = self.max_length or max(map(len, sequences))
         # the hidden state that predicts a token is one position before it: the last token itself is never read
         num_labels = min(sum(position < limit for position in index) for index in positions)
@@ -206,46 +239,167 @@ class Renderer:
         )
 
     def render_all(self, rows: Sequence[Row]) -> tuple[list[Rendered], RenderStats]:
-        """Every row that fits, and counts of the rest.
+        """Every row that fits, and counts of the rest. The first rows of each domain are checked (`check`).
 
         Raises:
-            DataError: no row fits.
+            DataError: no row fits, or a row differs from what its template writes.
         """
         stats, results = RenderStats(), []
+        seen: Counter[str] = Counter()
         for row in rows:
-            rendered = self.render(row)
+            rendered = self.render(row, stats)
             if rendered is None:
-                stats.dropped_rows += 1
                 continue
+            if seen[row.domain] < _CHECKED_ROWS:
+                self.check(row, rendered)
+            seen[row.domain] += 1
             stats.rows += 1
             stats.truncated_rows += rendered.truncated > 0
             stats.truncated_tokens += rendered.truncated
             results.append(rendered)
         if rows and not results:
+            if stats.unsupervised_rows == len(rows):
+                raise DataError(f"none of {len(rows)} rows has a supervised answer: {stats}")
             raise DataError(f"none of {len(rows)} rows fits into max_length={self.max_length} tokens. Raise it")
         return results, stats
 
-    def _apply(self, jinja: str, messages: Sequence[Mapping[str, str]]) -> str:
-        import jinja2
+    def check(self, row: Row, rendered: Rendered) -> None:
+        """Compare a row with what `apply_chat_template` gives for the whole conversation.
 
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=jinja, tokenize=False, add_generation_prompt=True
+        The tokens must be the same. Where the templates disagree on an answer's tokens, the texts must be the same.
+
+        Raises:
+            DataError: they differ. It shows both around the first difference.
+        """
+        for chat_format, ids in zip(self.formats, rendered.input_ids, strict=True):
+            text = chat_format.render(row.chat())
+            expected, _ = chat_format.encode(text)
+            if not chat_format.writes_end:
+                stop = len(expected)
+                ids = ids[: next((i for i, token in enumerate(ids) if i >= stop), len(ids))]
+            if list(ids) == expected[: len(ids)]:
+                continue
+            decode = chat_format.tokenizer.decode
+            ours, theirs = decode(list(ids)), decode(expected)
+            same = len(os.path.commonprefix([ours.replace(" ", ""), theirs.replace(" ", "")]))
+            if same < len(ours.replace(" ", "")):
+                i = next(i for i in range(len(ids)) if i >= len(expected) or ids[i] != expected[i])
+                window = slice(max(0, i - 5), i + 5)
+                raise DataError(
+                    f"row {row.id!r}, specialist {chat_format.name!r}: the tokens to train on differ from "
+                    f"apply_chat_template's from token {i} on: got {decode(list(ids[window]))!r}, expected "
+                    f"{decode(expected[window])!r}. Please report the chat template"
+                )
+
+    # ---------------------------------------------------------------- K readings as one
+
+    def _read(self, read: Any) -> list[Reading]:
+        """K readings. Specialists with the same format share one."""
+        shared: dict[Any, Reading] = {}
+        readings = []
+        for chat_format in self.formats:
+            if chat_format.key not in shared:
+                reading = read(chat_format)
+                if not self.lead:  # blanks that only some templates write belong to the prompt
+                    answers = [a and replace(a, lead=a.start) for a in reading.answers]
+                    reading = replace(reading, answers=answers)
+                shared[chat_format.key] = reading
+            readings.append(shared[chat_format.key])
+        return readings
+
+    def _align_all(self, readings: Sequence[Reading]) -> list[Aligned]:
+        return [self._align(readings, i) for i in range(len(readings[0].answers))]
+
+    def _align(self, readings: Sequence[Reading], i: int) -> Aligned:
+        """The response tokens of the i-th answer."""
+        answers = [answer for reading in readings if (answer := reading.answers[i]) is not None]
+        if len(answers) < len(readings):
+            return Aligned([], None, [])
+        pairs = list(zip(readings, answers, strict=True))
+        tokens = [reading.tokens(answer) for reading, answer in pairs]
+        ended = all(t.end is not None for t in tokens)
+        end = [self.end_token_id] if ended else []
+        spans = [(answer.lead, answer.stop) for answer in answers]
+        bodies = [
+            reading.ids[t.first : t.end if ended else t.stop] for reading, t in zip(readings, tokens, strict=True)
+        ]
+        edges = [
+            (reading.offsets[t.first][0] - answer.lead, reading.offsets[t.stop - 1][1] - answer.stop)
+            for (reading, answer), t in zip(pairs, tokens, strict=True)
+        ]
+        if all(body == bodies[0] for body in bodies) and len(set(edges)) == 1 and all(map(self._is_common, bodies[0])):
+            return Aligned(bodies[0] + end, None, spans)
+        texts = [reading.text[answer.lead : answer.stop] for reading, answer in pairs]
+        size = len(os.path.commonprefix([text[::-1] for text in texts]))  # a template may drop its beginning
+        spans = [(answer.stop - size, answer.stop) for answer in answers]
+        for reading, span in zip(readings, spans, strict=True):
+            body = _tokens_within(reading, span)
+            if size and body and all(map(self._is_common, body)):
+                return Aligned(body + end, body, spans)
+        return Aligned([], None, [])
+
+    def _assemble(self, reading: Reading, k: int, aligned: Sequence[Aligned]) -> tuple[list[int], list[int]]:
+        """A reading's tokens with the common ones in place of its own answers, and where each answer begins."""
+        ids: list[int] = []
+        starts: list[int] = []
+        position = 0  # of the first token of the reading that is not in `ids` yet
+        for answer, alignment in zip(reading.answers, aligned, strict=True):
+            if alignment.tokens is None:
+                first = reading.tokens(answer).first if answer is not None else position
+                starts.append(len(ids) + first - position)
+                continue
+            begin, stop = alignment.spans[k]
+            first = bisect.bisect_right(reading.offsets, begin, key=lambda offset: offset[1])
+            ids += reading.ids[position:first]
+            if first < len(reading.ids) and reading.offsets[first][0] < begin:  # a token over the answer's start
+                ids += _tokens_before(reading, first, begin)
+            starts.append(len(ids))
+            ids += alignment.tokens
+            position = bisect.bisect_left(reading.offsets, stop, lo=first, key=lambda offset: offset[0])
+            behind = reading.offsets[position - 1][1] if position else 0
+            if behind > stop:  # a token over the answer's end
+                ids += reading.format.encode(reading.text[stop:behind])[0]
+        return ids + reading.ids[position:], starts
+
+    def _is_common(self, token: int) -> bool:
+        """Whether every specialist has the token."""
+        return token not in self.masked_token_ids and (self.vocab_size is None or token < self.vocab_size)
+
+    def _check_ids(self, ids: Sequence[int], k: int, location: str = "") -> None:
+        """Raises DataError: a token that the specialist's embedding table does not reach."""
+        rows = self.formats[k].table_rows
+        if rows is not None and max(ids, default=0) >= rows:
+            token = self.formats[k].tokenizer.convert_ids_to_tokens(max(ids))
+            raise DataError(
+                f"{location}specialist {self.formats[k].name!r} has no row in its embedding table for the token {token!r}. "
+                "Take it out of the text"
             )
-        except jinja2.TemplateError as error:
-            raise DataError(f"chat template {jinja[:60]!r}...: {error}") from error
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _segments(self, jinja: str, chat: list[dict[str, str]], answers: list[int]) -> list[str] | None:
-        """The text of the template before each answer. None if it rewrites an earlier answer."""
-        segments, prefix = [], ""
-        for i in answers:
-            text = self._apply(jinja, chat[:i])
-            if not text.startswith(prefix):
-                return None
-            # the end-of-sequence token belongs to the previous answer, not to the template
-            segments.append(text[len(prefix) :].removeprefix(self.tokenizer.eos_token if prefix else ""))
-            prefix = text + chat[i]["content"]
-        return segments
+def _split_beginning(messages: Chat) -> tuple[Chat, str]:
+    """The turns before the next answer, and the beginning of that answer if the last message is an assistant's."""
+    if messages[-1]["role"] == "assistant":
+        return messages[:-1], str(messages[-1]["content"])
+    return messages, ""
+
+
+def _tokens_within(reading: Reading, span: tuple[int, int]) -> list[int]:
+    """The tokens of some characters, if no token reaches over an edge. Otherwise those of the text up to their end."""
+    begin, stop = span
+    ids, offsets = reading.ids, reading.offsets
+    for _ in range(2):
+        first = bisect.bisect_right(offsets, begin, key=lambda offset: offset[1])
+        last = bisect.bisect_left(offsets, stop, lo=first, key=lambda offset: offset[0])
+        if first == last or offsets[first][0] < begin:
+            return []
+        if offsets[last - 1][1] <= stop:
+            return ids[first:last]
+        ids, offsets = reading.format.encode(reading.text[:stop])
+    return []
+
+
+def _tokens_before(reading: Reading, first: int, begin: int) -> list[int]:
+    """The tokens of the characters between the start of a token that reaches over `begin` and `begin`."""
+    ids, offsets = reading.format.encode(reading.text[:begin])
+    start = reading.offsets[first][0]
+    return [token for token, offset in zip(ids, offsets, strict=True) if offset[0] >= start]

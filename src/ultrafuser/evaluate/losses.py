@@ -12,7 +12,7 @@ import torch
 from ultrafuser.data.collate import length_batches, token_budget
 from ultrafuser.data.templates import Rendered
 from ultrafuser.evaluate.intervals import Stratum
-from ultrafuser.model.loss import label_log_prob, mixed_log_prob
+from ultrafuser.model.loss import Head, label_log_prob, mixed_log_prob
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
@@ -68,7 +68,7 @@ def fused_losses(
 def group_losses(
     group: SpecialistGroup,
     rows: Sequence[Rendered],
-    vocab_size: int,
+    head: Head,
     *,
     template: int = 0,
     adapter: int | None = None,
@@ -78,6 +78,7 @@ def group_losses(
     """One plain model, or the base of a group.
 
     Args:
+        head: the output layer over the common vocabulary.
         template: index of the specialist whose chat template the rows are read in.
         adapter: index of the group's adapter that runs. None: the bare base.
         label: name of the model, for the progress bar.
@@ -86,7 +87,6 @@ def group_losses(
     progress.start(f"{label} reads the test rows", sum(row.num_tokens for row in rows))
     losses: list[RowLoss | None] = [None] * len(rows)
     active = [0] if not group.loras else [] if adapter is None else [adapter]
-    head = group.head(vocab_size)
     for batch in length_batches([row.num_tokens for row in rows], token_budget(group.device)):
         flat, labels = response_states(group, [rows[i] for i in batch], template, active)
         log_p = label_log_prob(flat, head, labels).double()

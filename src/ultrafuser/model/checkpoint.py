@@ -13,13 +13,13 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError
 from .manifest import SpecialistEntry, SpecialistSource, weight_sources
 from .references import WEIGHTS, check_files, is_hub_id, resolve
-from .saving import GATE_FILE, mark_unchanged
+from .saving import GATE_FILE, TOKENIZERS, mark_unchanged
 from .shared_base import AdapterWeights, SpecialistGroup
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -66,6 +66,10 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
     model.gate.to(model.device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    tokenizers = {name: folder / TOKENIZERS / name for name in config.names}
+    model.specialist_tokenizers = {
+        name: AutoTokenizer.from_pretrained(path) for name, path in tokenizers.items() if path.is_dir()
+    }
     mark_unchanged(model, folder)
     model.eval()
     report: dict[str, Any] = {

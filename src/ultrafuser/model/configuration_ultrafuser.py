@@ -45,6 +45,9 @@ class UltraFuserConfig(PreTrainedConfig):
         mixing: str = "probabilities",
         share_base: bool = True,
         vocab_size: int | None = None,
+        end_token_id: int | None = None,
+        masked_token_ids: Sequence[int] = (),
+        date: str | None = None,
         **kwargs: Any,
     ) -> None:
         # a list of config objects would break save_pretrained, so the sub-configurations stay plain dictionaries
@@ -53,6 +56,9 @@ class UltraFuserConfig(PreTrainedConfig):
         self.gate_hidden_size = gate_hidden_size
         self.mixing = mixing
         self.share_base = share_base
+        self.end_token_id = end_token_id
+        self.masked_token_ids = list(masked_token_ids)
+        self.date = date
         self.check()
         tables = [config.get_text_config().vocab_size for config in self.specialist_configs()]
         self.vocab_size = vocab_size if vocab_size is not None else min(tables, default=0)
@@ -103,6 +109,13 @@ class UltraFuserConfig(PreTrainedConfig):
         for specialist, temperature in zip(self.specialists, temperatures, strict=True):
             specialist["temperature"] = temperature
         self.check()
+
+    @property
+    def ends(self) -> list[tuple[int, int] | None]:
+        """For each specialist (the end of an answer for all, its own end token), or None where they are the same."""
+        tokens = [specialist.get("end_token_id") for specialist in self.specialists]
+        shared = self.end_token_id
+        return [None if shared is None or token in (None, shared) else (shared, token) for token in tokens]
 
     @property
     def contexts(self) -> dict[str, int]:

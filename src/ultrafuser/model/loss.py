@@ -25,14 +25,48 @@ _CHUNK_VALUES = {"cpu": 7 * 2**20}
 _CHUNK_VALUES_ACCELERATOR = 2**26
 
 
+# The logit of a token that not all specialists have. Its square is finite in float32, which soft-capped gradients need.
+_MASKED_LOGIT = -1e15
+
+
 class Head(NamedTuple):
-    """A specialist's output layer: z = softcap(scale * (W h + bias)) / temperature. W is (V, D), without padding rows."""
+    """A specialist's output layer: z = softcap(scale * (W h + bias)) / temperature, over the common vocabulary.
+
+    Attributes:
+        weight: W, (rows, D), with at least V rows. Padding rows are left out.
+        vocab_size: V, the size of the common vocabulary. None: the number of rows.
+        end: ids of the end of an answer, (for all specialists, for this one). They are swapped in the logits.
+        masked: ids below V of tokens that not all specialists have. Their probability is 0.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+    vocab_size: int | None = None
+    end: tuple[int, int] | None = None
+    masked: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """V."""
+        return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
+
+    def _to_common(self, z: torch.Tensor) -> torch.Tensor:
+        """Logits of the rows -> logits of the common vocabulary, (n, rows) -> (n, V). Overwrites z."""
+        if self.end is not None:
+            swap_columns(z, *self.end)
+        z = z[..., : self.size]
+        return z.index_fill_(-1, torch.tensor(self.masked, device=z.device), _MASKED_LOGIT) if self.masked else z
+
+    def _to_rows(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient for the logits of the common vocabulary -> that of the rows, (n, V) -> (n, rows)."""
+        extra = self.weight.shape[0] - self.size
+        if self.end is None and not extra:
+            return gradient
+        gradient = torch.nn.functional.pad(gradient, (0, extra)) if extra else gradient.clone()
+        return gradient if self.end is None else swap_columns(gradient, *self.end)
 
     def logits(self, state: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """(..., D) -> (..., V), in float32 at least. The result goes into `out` (rows, V) if one is given."""
@@ -44,7 +78,9 @@ class Head(NamedTuple):
                 z = z * self.scale
             if self.softcap is not None:
                 z = torch.tanh(z / self.softcap) * self.softcap
-            return z if self.temperature == 1.0 else z / self.temperature
+            z = z if self.temperature == 1.0 else z / self.temperature
+            changes = self.end is not None or self.masked
+            return self._to_common(z.clone() if changes and z.requires_grad else z)
         z = out[: len(state)]
         if z.dtype == self.weight.dtype:
             torch.mm(state, self.weight.T, out=z)
@@ -56,7 +92,15 @@ class Head(NamedTuple):
             z *= self.scale
         if self.softcap is not None:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z if self.temperature == 1.0 else z.div_(self.temperature)
+        return self._to_common(z if self.temperature == 1.0 else z.div_(self.temperature))
+
+
+def swap_columns(z: torch.Tensor, a: int, b: int) -> torch.Tensor:
+    """Swap two columns of (..., V) in place."""
+    column = z[..., a].clone()
+    z[..., a] = z[..., b]
+    z[..., b] = column
+    return z
 
 
 def mixed_log_prob(
@@ -133,6 +177,11 @@ def _buffers(heads: Sequence[Head], chunks: Sequence[slice], tokens: int) -> lis
     return [head.weight.new_empty(rows, len(head.weight), dtype=d) for head, d in zip(heads, dtypes, strict=True)]
 
 
+def _mixed_buffer(head: Head, buffer: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """An empty array for the mixed logits of a chunk."""
+    return buffer.new_empty(len(buffer), head.size, device=device)
+
+
 def _normalise(z: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(z)[y], (n,), and the sums (n, 1) of exp(z - max), which overwrites z."""
     top = z.amax(-1, keepdim=True)
@@ -169,7 +218,7 @@ def _accumulate(
         gradient = (
             logits.mul_(head.temperature / head.softcap).square_().neg_().add_(1).mul_(gradient.to(logits.device))
         )
-    gradient = gradient.to(head.weight.device, head.weight.dtype)
+    gradient = head._to_rows(gradient).to(head.weight.device, head.weight.dtype)
     factor = gradient.new_full((len(gradient), 1), head.scale / head.temperature)
     if weight is not None:
         factor *= weight[:, None].to(factor)
@@ -228,7 +277,7 @@ class _LabelLogProb(torch.autograd.Function):
             targets = targets.to(weight.device)
             chunks = token_chunks(len(state), weight, ctx.chunk_tokens)
             (buffer,) = _buffers([head], chunks, len(state))
-            spare = torch.empty_like(buffer) if head.softcap is not None else None
+            spare = buffer.new_empty(len(buffer), head.size) if head.softcap is not None else None
             for chunk in chunks:
                 z = head.logits(state[chunk], buffer)
                 logits = None if spare is None else spare[: len(z)].copy_(z)
@@ -244,7 +293,7 @@ class _FusedLogitsLogProb(torch.autograd.Function):
         states, heads = _split(tensors, settings)
         chunks = token_chunks(len(targets), heads[0].weight, chunk_tokens)
         buffers = _buffers(heads, chunks, len(targets))
-        mixed = torch.empty_like(buffers[0], device=weights.device)
+        mixed = _mixed_buffer(heads[0], buffers[0], weights.device)
         out, closed_form = mixed.new_empty(len(targets)), torch.zeros_like(weights)
         for chunk in chunks:
             y = targets[chunk, None]
@@ -272,7 +321,7 @@ class _FusedLogitsLogProb(torch.autograd.Function):
         if any(value is not None for specialist in grads for value in specialist):
             chunks = token_chunks(len(targets), heads[0].weight, ctx.chunk_tokens)
             buffers = _buffers(heads, chunks, len(targets))
-            mixed = torch.empty_like(buffers[0], device=weights.device)
+            mixed = _mixed_buffer(heads[0], buffers[0], weights.device)
             for chunk in chunks:
                 zs = [head.logits(h[chunk], buffer) for head, h, buffer in zip(heads, states, buffers, strict=True)]
                 gradient = _gradient(_mix(zs, weights[chunk], mixed), targets[chunk, None], grad[chunk])

@@ -50,6 +50,9 @@ class SpecialistEntry(_SpecialistIdentity, total=False):
         domain: the domain of the rows that it was trained on. Default: its name.
         files: size and SHA-256 of each local weight file.
         chat_template: the Jinja text it was trained with.
+        template_kwargs: further variables of the template.
+        system: what happens to system turns: `keep`, `merge` or `drop`. Default: `keep`.
+        end_token_id: the token by which it ends an answer.
         dtype, device_map, quantization: how to load it, if that differs from the others.
         separate: whether its adapter is no plain LoRA, so that PEFT merges it into a separate base.
         temperature: its logits are divided by it before they are mixed. Default: 1.
@@ -58,6 +61,9 @@ class SpecialistEntry(_SpecialistIdentity, total=False):
     domain: str
     files: dict[SourceKey, FileRecords]
     chat_template: str
+    template_kwargs: dict[str, Any]
+    system: Literal["keep", "merge", "drop"]
+    end_token_id: int
     dtype: str
     device_map: Any
     quantization: dict[str, Any]

@@ -83,6 +83,7 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
             )
         super().__init__(config)
         self.checkpoint_folder: Path | None = None  # against which relative sources resolve
+        self.specialist_tokenizers: dict[str, Any] = {}  # of the specialists whose tokenizers differ from the first's
         if groups is None:
             models = [AutoModelForCausalLM.from_config(specialist) for specialist in config.specialist_configs()]
             groups = [SpecialistGroup(model, [name]) for model, name in zip(models, config.names, strict=True)]
@@ -115,10 +116,11 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         return self.groups[0].device
 
     def heads(self) -> list:
-        """The K output layers, without padding rows, each with its temperature."""
+        """The K output layers over the common vocabulary, each with its temperature."""
+        size, masked = self.config.vocab_size, tuple(self.config.masked_token_ids)
         return [
-            self.groups[g].head(self.config.vocab_size)._replace(temperature=temperature)
-            for (g, _), temperature in zip(self._order, self.config.temperatures, strict=True)
+            self.groups[g].head(size, end, masked)._replace(temperature=temperature)
+            for (g, _), end, temperature in zip(self._order, self.config.ends, self.config.temperatures, strict=True)
         ]
 
     # ---------------------------------------------------------------- run, weigh, mix
@@ -177,7 +179,11 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
                 normaliser = normaliser + log_w.exp() * log_total
                 weighted = log_w - log_total + logits
                 mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted)
-        return mixed + normaliser if self.config.mixing == "probabilities" else mixed
+        if self.config.mixing == "probabilities":
+            mixed = mixed + normaliser
+        if self.config.masked_token_ids:
+            mixed[..., self.config.masked_token_ids] = -torch.inf
+        return mixed
 
     def forward(
         self,

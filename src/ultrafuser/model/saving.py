@@ -5,6 +5,7 @@ my-fused/
   model.safetensors    the gate
   specialists/<name>/  ordinary HF checkpoints or PEFT adapters: those that training changed, or all with `copy`
   bases/<name>/        the base of copied adapters
+  tokenizers/<name>/   tokenizers that differ from the one of the folder
   *.py                 this package, so that trust_remote_code works where ultrafuser is not installed
 """
 
@@ -33,6 +34,7 @@ from .references import is_inside, record_files, resolve
 from .shared_base import SpecialistGroup
 
 GATE_FILE = "model.safetensors"
+TOKENIZERS = "tokenizers"
 CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "saving", "references", "shared_base", "gate",
         "cache", "loss", "manifest", "fingerprint", "errors")  # fmt: skip
 
@@ -96,6 +98,8 @@ def save_fused(
         gate = {key: (state or gate)[key].detach().cpu().contiguous() for key in gate}
         save_file(gate, folder / GATE_FILE, metadata={"format": "pt"})
         config.gate_files = record_files(folder / GATE_FILE)
+        for name, tokenizer in model.specialist_tokenizers.items():
+            tokenizer.save_pretrained(folder / TOKENIZERS / name)
         for name in CODE:
             shutil.copy(Path(__file__).parent / f"{name}.py", folder)
         config.auto_map = {
@@ -227,7 +231,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             draft.rename(target)
         else:
             (target / "config.json").unlink(missing_ok=True)
-            for stale in ("specialists", "bases"):
+            for stale in ("specialists", "bases", TOKENIZERS):
                 shutil.rmtree(target / stale, ignore_errors=True)
             for entry in sorted(draft.iterdir(), key=lambda entry: entry.name == "config.json"):
                 if (target / entry.name).is_dir():

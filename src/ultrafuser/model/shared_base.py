@@ -162,18 +162,26 @@ class SpecialistGroup(nn.Module):
         states = self.model.base_model(**inputs).last_hidden_state
         return states.unflatten(0, input_ids.shape[:2])  # (k, B, T, D)
 
-    def head(self, vocab_size: int) -> Head:
-        """The output layer, without padding rows."""
+    def head(self, vocab_size: int, end: tuple[int, int] | None = None, masked: tuple[int, ...] = ()) -> Head:
+        """The output layer, without padding rows.
+
+        Args:
+            vocab_size, end, masked: of the common vocabulary. See `Head`.
+        """
+        rows = vocab_size if end is None else max(vocab_size, end[1] + 1)
         layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
         bias = getattr(layer, "bias", None)
         scale = getattr(config, "logit_scale", None)  # Cohere
         if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
             scale = 1.0 / divisor
         return Head(
-            layer.weight[:vocab_size],
-            None if bias is None else bias[:vocab_size],
+            layer.weight[:rows],
+            None if bias is None else bias[:rows],
             1.0 if scale is None else float(scale),
             getattr(config, "final_logit_softcapping", None),  # Gemma 2
+            vocab_size=vocab_size,
+            end=end,
+            masked=masked,
         )
 
     @contextmanager

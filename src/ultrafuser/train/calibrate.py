@@ -47,11 +47,12 @@ def calibrate(
     progress.start("specialists' temperatures", sum(row.num_tokens for sample in samples for row in sample))
     was_training = model.training
     model.eval()
+    heads = model.heads()
     for group in model.groups:
         for i, name in enumerate(group.names):
             k = names.index(name)
             if samples[k]:
-                head = group.head(model.config.vocab_size)
+                head = heads[k]._replace(temperature=1.0)
                 temperatures[k] = _fit_temperature(group, head, samples[k], k, i, progress)
     model.train(was_training)
     progress.finish()

@@ -14,14 +14,13 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ultrafuser import typed_yaml
 from ultrafuser.data.files import disk_problem, make_folder, next_step, write_text
 from ultrafuser.data.locking import exclusive_lock
-from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import CheckpointError, DiskError, RecipeError, TrainingError
 from ultrafuser.model.checkpoint import fused_folder, read_manifest
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.saving import atomic_directory
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import GateRecipe, Recipe, dump_recipe
-from ultrafuser.specialists import fuse, load, pick_device
+from ultrafuser.specialists import fuse, load, make_renderer, pick_device
 from ultrafuser.train.card import write_card
 from ultrafuser.train.metrics import METRICS_FILE, read_metrics, truncate_metrics
 from ultrafuser.train.rows import read_sources
@@ -55,6 +54,9 @@ def train(
     output = Path(recipe.output)
     if resume and not (output / RECIPE_FILE).is_file():
         raise TrainingError(f"{output}: no run to resume there (no {RECIPE_FILE}). Start it without --resume")
+    if resume and recipe.date is None:  # the templates must see the day of the run's start
+        saved = typed_yaml.parse((output / RECIPE_FILE).read_text(encoding="utf-8"), str(output / RECIPE_FILE))
+        recipe = recipe.model_copy(update={"date": saved.get("date")})
     with run_lock(output):
         _check_output(output, recipe, resume)
         return _train(recipe, features, progress)
@@ -78,11 +80,11 @@ def _train(recipe: Recipe, features: Path | None, progress: Progress) -> Path:
     output = Path(recipe.output)
     if recipe.fused is None:
         model, tokenizer = fuse(recipe)
+        recipe = recipe.model_copy(update={"date": recipe.date or model.config.date})  # recorded for a resumed run
     else:
         model, renderer = load(recipe.fused, dtype=recipe.dtype, device_map=pick_device(recipe.device))
         tokenizer = renderer.tokenizer
-    max_length = min(recipe.data.max_length, model.config.max_position_embeddings)
-    renderer = Renderer(tokenizer, model.config.chat_templates, max_length)
+    renderer = make_renderer(model, tokenizer, recipe.data.max_length)
     rows = read_sources(recipe.data.train, renderer, progress, "training")
     validation = (
         read_sources(recipe.data.validation, renderer, progress, "validation") if recipe.data.validation else []

@@ -194,9 +194,10 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 def test_training_moves_everything_and_lowers_the_loss(tmp_path):
     model = build_btx(three())
     initial = weights(model)
-    start = group_losses(SpecialistGroup(model, ["btx"]), rows(), 72)
+    group = SpecialistGroup(model, ["btx"])
+    start = group_losses(group, rows(), group.head(72))
     train(model, tmp_path, recipe(steps=15))
-    end = group_losses(SpecialistGroup(model, ["btx"]), rows(), 72)
+    end = group_losses(group, rows(), group.head(72))
     assert sum(r.nats for r in end) < 0.5 * sum(r.nats for r in start)
     assert not [name for name, parameter in model.named_parameters() if torch.equal(parameter, initial[name])]
     lines = metrics(tmp_path)

@@ -214,7 +214,8 @@ def test_mt_bench_is_resumed(server: FakeEndpoint):
 
 def test_answers_are_saved_when_the_judge_dies(server: FakeEndpoint, tokenizer, tmp_path, monkeypatch):
     from tiny_models import fuse, tiny
-    from ultrafuser.data.templates import BUILTIN, Renderer
+    from ultrafuser.data.chat_format import BUILTIN
+    from ultrafuser.data.templates import Renderer
     from ultrafuser.evaluate.lm.fused import FusionLM
     from ultrafuser.evaluate.lm.response_cache import CachedLM, ResponseCache
 

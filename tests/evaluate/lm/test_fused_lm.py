@@ -11,7 +11,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from tiny_models import force_gate, fuse, one_hot, tiny
-from ultrafuser.data.templates import BUILTIN, Renderer
+from ultrafuser.data.chat_format import BUILTIN
+from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
 from ultrafuser.evaluate.lm.fused import FusionLM
@@ -91,7 +92,10 @@ def test_the_batch_does_not_matter(fused, batch_size):
 
 
 @pytest.mark.parametrize("k", [0, 1])
-def test_a_one_hot_gate_is_that_specialist_with_its_own_template(fused, tokenizer, k):
+def test_a_one_hot_gate_is_that_specialist_with_its_own_template(tokenizer, k):
+    """Of templates that agree on the blanks before an answer. Otherwise these count as prompt in the fused model alone."""
+    templates = [BUILTIN["chatml"], BUILTIN["alpaca"]]
+    fused = FusionLM(fuse([big(0), big(1)]), Renderer(tokenizer, templates), batch_size=2)
     alone = FusionLM(fuse([big(k)]), Renderer(tokenizer, [fused.renderer.chat_templates[k]]))
     fused.model = force_gate(fused.model, one_hot(k, 2))
     chats = [encode_chat([{"role": "user", "content": q}]) for q in QUESTIONS]

@@ -70,7 +70,7 @@ def test_a_reply_continues_its_given_start(tmp_path: Path, model: str):
     assert client._model is not None and client._model.renderer is not None
     [text] = client._model.renderer.prompt_texts(begun.chat())
     assert text == client._model.renderer.prompt_texts(plain.chat())[0] + "1. Write"
-    added = len(client._model.renderer._encode(text)) - first.prompt_tokens
+    added = len(client._model.renderer.tokenizer.encode(text, add_special_tokens=False)) - first.prompt_tokens
     assert second.prompt_tokens == first.prompt_tokens + added > first.prompt_tokens
     assert not second.text.startswith("1. Write") and begun.full_reply(second.text) == "1. Write" + second.text
 

@@ -106,12 +106,13 @@ class FusionLM(LM):
         if len(tails) == 1 and (tail := tails.pop()):
             texts, continuation = [text[: -len(tail)] for text in texts], tail + continuation
         if any(texts):
-            prompts = [self._encode(text, special) for text in texts]
-            response = self._encode(texts[0] + continuation, special)[len(prompts[0]) :]
+            prompts = self._encode_all(texts, special)
+            (response, *_) = self._encode_all([text + continuation for text in texts], special)
+            response = response[len(prompts[0]) :]
         else:  # something must predict the first token
             first = self.tokenizer.bos_token_id
-            prompts = [[self.tokenizer.eos_token_id if first is None else first]] * len(texts)
-            response = self._encode(continuation)
+            prompts = [[self.renderer.end_token_id if first is None else first]] * len(texts)
+            response = self.tokenizer.encode(continuation, add_special_tokens=False)
         if not response:
             raise DataError(f"the continuation {continuation!r} has no tokens, so it has no log-likelihood")
         return Rendered(
@@ -153,7 +154,7 @@ class FusionLM(LM):
         tokens = self.model.generate(
             **inputs, **first.options, stopping_criteria=stops, pad_token_id=self.renderer.pad_id
         )
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens[:, width:].tolist()]
+        texts = [self.renderer.answer_text(ids) for ids in tokens[:, width:].tolist()]
         return [postprocess_generated_text(generation=text, stop=first.until, think_end_token=None) for text in texts]
 
     def _options(self, arguments: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -174,12 +175,19 @@ class FusionLM(LM):
         return [context] * len(self.renderer.chat_templates) if chat is None else self.renderer.prompt_texts(chat)
 
     def _prompts(self, context: str) -> list[list[int]]:
-        special = decode_chat(context) is None
-        return [self._encode(text, special) or [self.tokenizer.eos_token_id] for text in self._texts(context)]
+        chat = decode_chat(context)
+        if chat is not None:
+            return self.renderer.prompt(chat)
+        return [ids or [self.renderer.pad_id] for ids in self._encode_all([context] * len(self.renderer.formats), True)]
 
-    def _encode(self, text: str, special: bool = False) -> list[int]:
-        """The tokens of a text. `special` adds those that the tokenizer adds. A chat template writes them itself."""
-        return self.tokenizer.encode(text, add_special_tokens=special)
+    def _encode_all(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """The tokens of a text for each of the K specialists.
+
+        Args:
+            special: add the special tokens that the tokenizer adds. A chat template writes them itself.
+        """
+        pairs = zip(texts, self.renderer.formats, strict=True)
+        return [chat_format.tokenizer.encode(text, add_special_tokens=special) for text, chat_format in pairs]
 
     def _check_fits(self, prompt: int, new: int, request: Instance) -> None:
         context = self.model.config.max_position_embeddings

@@ -20,7 +20,7 @@ from ultrafuser.evaluate.lm.parameters import count_parameters
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import PACKAGE, record_files
 from ultrafuser.recipe import load_node, load_recipe
-from ultrafuser.specialists import fuse, is_fused, load, parse_model_reference, pick_device
+from ultrafuser.specialists import fuse, is_fused, load, make_renderer, parse_model_reference, pick_device
 
 ENDPOINT = "openai:"
 
@@ -98,7 +98,7 @@ def load_model(
         spec = {"name": "model", **asdict(parse_model_reference(source)), "chat_template": options.chat_template}
         recipe = {"specialists": [spec], "dtype": options.dtype, "device": options.device, "seed": seed}
         model, tokenizer = fuse(load_recipe(recipe))
-        renderer = Renderer(tokenizer, model.config.chat_templates, model.config.max_position_embeddings)
+        renderer = make_renderer(model, tokenizer)
     return wrap_model(model, renderer, name=name, batch_size=options.batch_size, seed=seed, folder=Path(source))
 
 
