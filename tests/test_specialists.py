@@ -18,11 +18,11 @@ from training_fixtures import NAMES
 from ultrafuser.data.chat_format import BUILTIN
 from ultrafuser.errors import CheckpointError, DataError, RecipeError, TokenizerMismatchError
 from ultrafuser.model import checkpoint
+from ultrafuser.model.fitness import check_head
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import load_recipe
 from ultrafuser.specialists import (
     ModelReference,
-    check_head,
     fuse,
     is_fused,
     parse_model_reference,

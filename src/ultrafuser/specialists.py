@@ -20,6 +20,7 @@ from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import CheckpointError, RecipeError
 from ultrafuser.model.checkpoint import fused_folder, is_plain_lora, load_groups, locate_model, read_adapter_config
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
+from ultrafuser.model.fitness import check_head, check_weights
 from ultrafuser.model.manifest import FileRecords, SpecialistEntry, SpecialistSource, weight_sources
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import PACKAGE, record_files, resolve
@@ -80,6 +81,7 @@ def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase
     groups = load_groups(config, None, verify=False, dtype=recipe.dtype, device_map=pick_device(recipe.device))
     _record_files(config)
     for group in groups:
+        check_weights(group, config.vocab_size)
         check_head(group, config.vocab_size)
     torch.manual_seed(recipe.seed)
     model = UltraFuserForCausalLM(config, groups)
@@ -301,21 +303,3 @@ def _record_files(config: UltraFuserConfig) -> None:
                 if path not in records:
                     records[path] = record_files(path)
                 entry["files"][key] = records[path]
-
-
-@torch.no_grad()
-def check_head(group: SpecialistGroup, vocab_size: int) -> None:
-    """Compare our logits (last hidden state, output layer) with the model's own on a few tokens.
-
-    Raises:
-        CheckpointError: they differ, because the architecture changes the logits in another way.
-    """
-    ids = torch.arange(3, 11, device=group.device).remainder(vocab_size).expand(group.size, 1, -1)
-    logits = group.head(vocab_size).logits(group(ids))
-    expected = group.model(ids.flatten(0, 1)).logits[..., :vocab_size].reshape(logits.shape).to(logits)
-    scale = expected.abs().max().clamp(min=1e-6)
-    if (logits - expected).abs().max() > 2e-2 * scale:
-        raise CheckpointError(
-            f"specialist {group.names[0]!r}: {type(group.model).__name__} changes its logits after the output layer in a "
-            "way that ultrafuser does not know, so they cannot be mixed. Please report the architecture"
-        )

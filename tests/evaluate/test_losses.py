@@ -13,6 +13,7 @@ from tiny_models import save_adapter, shake_gate
 from training_fixtures import NAMES, RecordingProgress, TinyRun
 from ultrafuser.data.collate import collate_rows
 from ultrafuser.data.templates import Renderer
+from ultrafuser.errors import CheckpointError
 from ultrafuser.evaluate.intervals import Stratum, difference, estimate
 from ultrafuser.evaluate.losses import (
     RowLoss,
@@ -159,3 +160,11 @@ def test_intervals_are_seeded():
     losses = [random_losses(30, 1.0)]
     assert estimate(losses) == estimate(losses)
     assert estimate(losses, seed=1) != estimate(losses)
+
+
+def test_a_loss_that_is_nan_names_its_row(rows_and_model):
+    _, rows, store = rows_and_model
+    losses = specialist_losses(store, NAMES)["text"]
+    losses[3] = RowLoss(losses[3].domain, float("nan"), losses[3].tokens)
+    with pytest.raises(CheckpointError, match=rf"the loss of row {rows[3].row_id} .* is NaN.*dtype float32"):
+        by_stratum(rows, losses)

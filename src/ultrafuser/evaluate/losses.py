@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 
 from ultrafuser.data.collate import length_batches, token_budget
 from ultrafuser.data.templates import Rendered
+from ultrafuser.errors import CheckpointError
 from ultrafuser.evaluate.intervals import Stratum
 from ultrafuser.model.loss import Head, label_log_prob, mixed_log_prob
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -98,7 +100,11 @@ def group_losses(
 
 
 def by_stratum(rows: Sequence[Rendered], losses: Sequence[RowLoss]) -> dict[str, Stratum]:
-    """The rows' nats and tokens by domain and id. The second row with one id is `ID#2`, so that none is lost."""
+    """The rows' nats and tokens by domain and id. The second row with one id is `ID#2`, so that none is lost.
+
+    Raises:
+        CheckpointError: a loss is NaN.
+    """
     by_domain: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
     counts: Counter[tuple[str, str]] = Counter()
     for row, loss in zip(rows, losses, strict=True):
@@ -106,6 +112,11 @@ def by_stratum(rows: Sequence[Rendered], losses: Sequence[RowLoss]) -> dict[str,
         counts[row.domain, row.row_id] += 1
         count = counts[row.domain, row.row_id]
         key = f"{row.row_id}#{count}" if count > 1 else row.row_id
+        if math.isnan(loss.nats):
+            raise CheckpointError(
+                f"the loss of row {key} ({row.domain}) is NaN: the model computes NaN there. Load it with dtype float32. "
+                "If that does not help, its weights are damaged"
+            )
         totals[key], weights[key] = loss.nats, loss.tokens
     return {domain: Stratum(totals, weights) for domain, (totals, weights) in by_domain.items()}
 

@@ -410,6 +410,8 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             save_directory: created if needed. A save that fails leaves the folder as it was.
             copy: also copy the specialists that did not change.
+            left_out: a list. Specialists that cannot be written are added to it instead of ending the save, and the
+                checkpoint refers to their sources as they were.
 
         Raises:
             CheckpointError: the disk is full, or weights that several specialists share were changed.

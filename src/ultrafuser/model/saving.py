@@ -38,6 +38,8 @@ TOKENIZERS = "tokenizers"
 CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "saving", "references", "shared_base", "gate",
         "cache", "loss", "manifest", "fingerprint", "errors")  # fmt: skip
 
+WRITE_ERRORS = (OSError, RuntimeError, TypeError, ValueError)  # of torch, transformers, safetensors and our own
+
 
 # ---------------------------------------------------------------- changes
 
@@ -70,6 +72,7 @@ def save_fused(
     save_directory: str | os.PathLike,
     *,
     copy: bool = False,
+    left_out: list[str] | None = None,
     is_main_process: bool = True,
     push_to_hub: bool = False,
     state_dict: Mapping[str, torch.Tensor] | None = None,
@@ -86,14 +89,15 @@ def save_fused(
     with atomic_directory(Path(save_directory)) as folder:
         for g, group in enumerate(model.groups):
             specs = [config.specialists[config.names.index(name)] for name in group.names]
-            if is_changed(group):
-                prefix = f"groups.{g}.model."
-                group_state = state and {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-                _write_group(group, specs, folder, group_state, model.checkpoint_folder, copied)
+            prefix = f"groups.{g}.model."
+            group_state = state and {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            arguments = (group, specs, folder, group_state, model.checkpoint_folder, copied)
+            if left_out is not None:
+                left_out += _write_some(*arguments, copy=copy)
+            elif is_changed(group):
+                _write_group(*arguments)
             else:
-                for spec in specs:
-                    for key, _ in weight_sources(spec["source"]):
-                        _keep(spec, key, folder, model.checkpoint_folder, copy, copied)
+                _keep_group(specs, folder, model.checkpoint_folder, copy, copied)
         gate = model.gate.state_dict(prefix="gate.")
         gate = {key: (state or gate)[key].detach().cpu().contiguous() for key in gate}
         save_file(gate, folder / GATE_FILE, metadata={"format": "pt"})
@@ -112,6 +116,44 @@ def save_fused(
         config.save_pretrained(folder)
 
 
+def _write_some(
+    group: SpecialistGroup,
+    specs: list[SpecialistEntry],
+    folder: Path,
+    state: Mapping[str, torch.Tensor] | None,
+    old: Path | None,
+    copied: dict[Path, str],
+    *,
+    copy: bool,
+) -> list[str]:
+    """Write as much of a group as can be written, and refer to the rest as it was. Returns the parts left out."""
+    names, initial, initially_copied = ", ".join(group.names), copying.deepcopy(specs), dict(copied)
+    for keep_base in (False, True) if is_changed(group) else ():
+        try:
+            _write_group(group, specs, folder, state, old, copied, keep_base=keep_base)
+            return [f"the changed base of {names}"] if keep_base else []
+        except WRITE_ERRORS:
+            for spec, unchanged in zip(specs, initial, strict=True):
+                spec |= copying.deepcopy(unchanged)
+                shutil.rmtree(folder / "specialists" / spec["name"], ignore_errors=True)
+            copied.clear()
+            copied |= initially_copied
+    left_out = [f"the changes of {names}"] if is_changed(group) else []
+    try:
+        _keep_group(specs, folder, old, copy, copied)
+    except WRITE_ERRORS as error:
+        left_out.append(f"the files of {names} ({error})")
+    return left_out
+
+
+def _keep_group(
+    specs: list[SpecialistEntry], folder: Path, old: Path | None, copy: bool, copied: dict[Path, str]
+) -> None:
+    for spec in specs:
+        for key, _ in weight_sources(spec["source"]):
+            _keep(spec, key, folder, old, copy, copied)
+
+
 def _write_group(
     group: SpecialistGroup,
     specs: list[SpecialistEntry],
@@ -119,11 +161,16 @@ def _write_group(
     state: Mapping[str, torch.Tensor] | None,
     old: Path | None,
     copied: dict[Path, str],
+    keep_base: bool = False,
 ) -> None:
-    """Write the specialists of a group that training changed. `old`, `copied`: see `_keep`."""
+    """Write the specialists of a group that training changed. `old`, `copied`: see `_keep`.
+
+    Args:
+        keep_base: write the adapters alone, and refer to the base as it was.
+    """
     adapters = {id(parameter) for parameter in group.adapter_parameters()}  # they may be new since loading
     base_changed = any(group.marks.is_written(p) for p in group.parameters() if id(p) not in adapters)
-    if group.loras and not base_changed:
+    if group.loras and (keep_base or not base_changed):
         for i, spec in enumerate(specs):
             specialist_folder = folder / "specialists" / spec["name"]
             _keep(spec, "model", folder, old, False, copied)

@@ -14,17 +14,17 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ultrafuser import typed_yaml
 from ultrafuser.data.files import disk_problem, make_folder, next_step, write_text
 from ultrafuser.data.locking import exclusive_lock
-from ultrafuser.errors import CheckpointError, DiskError, RecipeError, TrainingError
+from ultrafuser.errors import DiskError, RecipeError, TrainingError
 from ultrafuser.model.checkpoint import fused_folder, read_manifest
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
-from ultrafuser.model.saving import atomic_directory
+from ultrafuser.model.saving import WRITE_ERRORS, atomic_directory
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import GateRecipe, Recipe, dump_recipe
 from ultrafuser.specialists import fuse, load, make_renderer, pick_device
 from ultrafuser.train.card import write_card
 from ultrafuser.train.metrics import METRICS_FILE, read_metrics, truncate_metrics
 from ultrafuser.train.rows import read_sources
-from ultrafuser.train.stages import StageRun, run_stage
+from ultrafuser.train.stages import FINISHED, StageRun, run_stage
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -107,18 +107,38 @@ def save_fused_folder(
     """Write the trained model of a run as `<output>/fused`.
 
     Raises:
-        DiskError: the folder cannot be written. The trained weights are in the folders of the stages.
+        DiskError: the disk is full or not writable. The trained weights are in the folders of the stages.
+        TrainingError: it cannot be written for another reason, and what was saved instead.
     """
     folder = output / "fused"
     if PartialState().is_main_process:
         try:
             write_fused_folder(model, tokenizer, recipe, folder, title=output.name, metrics=output / METRICS_FILE)
-        except CheckpointError as error:
+        except WRITE_ERRORS as error:
+            rest = _save_the_rest(model, tokenizer, recipe, output)
             if error.__cause__ is not None and (problem := disk_problem(error.__cause__)):
-                raise DiskError(folder, problem, next_step(problem)) from error
-            raise
+                raise DiskError(folder, problem, f"{next_step(problem)}. {rest}") from error
+            raise TrainingError(f"{folder}: could not be written: {str(error).rstrip('.')}. {rest}") from error
     PartialState().wait_for_everyone()
     return folder
+
+
+def _save_the_rest(
+    model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, output: Path
+) -> str:
+    """Save the gate, and those specialists that can be written. Returns what was left out, and how to go on."""
+    folder, left_out = output / "fused-partial", list[str]()
+    remedy = "Remove the cause and run it again"
+    if stages := ", ".join(str(file) for file in sorted(output.glob(f"*/{FINISHED}"))):
+        remedy = f"All trained weights are in {stages}. Remove the cause, and --resume writes them without training"
+    try:
+        write_fused_folder(
+            model, tokenizer, recipe, folder, title=output.name, metrics=output / METRICS_FILE, left_out=left_out
+        )
+    except WRITE_ERRORS:
+        return remedy
+    missing = f" without {', '.join(left_out)}" if left_out else ""
+    return f"{folder} holds the trained gate and model{missing}. {remedy}"
 
 
 def write_fused_folder(
@@ -130,6 +150,7 @@ def write_fused_folder(
     title: str,
     metrics: Path | None = None,
     copy: bool = False,
+    left_out: list[str] | None = None,
 ) -> None:
     """Write a checkpoint with its tokenizer, recipe and model card, all or nothing.
 
@@ -137,9 +158,10 @@ def write_fused_folder(
         title: of the model card.
         metrics: file of the training. None: the gate is untrained, and the card has no section on training.
         copy: also copy the specialists that did not change.
+        left_out: see `UltraFuserForCausalLM.save_pretrained`.
     """
     with atomic_directory(folder) as draft:
-        model.save_pretrained(draft, copy=copy)
+        model.save_pretrained(draft, copy=copy, left_out=left_out)
         tokenizer.save_pretrained(draft)
         (draft / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         if metrics and metrics.is_file():

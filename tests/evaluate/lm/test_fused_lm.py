@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from tiny_models import force_gate, fuse, one_hot, tiny
 from ultrafuser.data.chat_format import BUILTIN
 from ultrafuser.data.templates import Renderer
-from ultrafuser.errors import DataError
+from ultrafuser.errors import CheckpointError, DataError
 from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
 from ultrafuser.evaluate.lm.fused import FusionLM
 from ultrafuser.evaluate.lm.response_cache import CachedLM, ResponseCache
@@ -242,3 +242,12 @@ def test_a_full_disk_is_a_clear_error(fused, tmp_path):
         for i in range(1000):
             store.put("generate_until", str(i), "x" * 1000)
     assert store.get("generate_until", "0") == "x" * 1000
+
+
+@pytest.mark.parametrize("mixing", ["logits", "probabilities"])
+def test_a_likelihood_that_is_nan_is_an_error(fused, mixing):
+    fused.model.config.mixing = mixing
+    with torch.no_grad():
+        fused.model.groups[1].model.model.norm.weight[0] = float("nan")
+    with pytest.raises(CheckpointError, match="the log-probability of ' True' is NaN.*--dtype float32"):
+        fused.loglikelihood([instance("loglikelihood", "how many?", " True")])

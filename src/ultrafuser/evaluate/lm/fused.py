@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 
 from ultrafuser.data.collate import collate_rows, pad_prompts
 from ultrafuser.data.templates import Rendered, Renderer
-from ultrafuser.errors import DataError
+from ultrafuser.errors import CheckpointError, DataError
 from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
 from ultrafuser.model.loss import select_responses
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -59,6 +60,7 @@ class FusionLM(LM):
         """For each continuation, its log-probability in nats, and whether greedy decoding would give it.
 
         Raises:
+            CheckpointError: a log-probability is NaN.
             DataError: a request that does not fit into the smallest context.
         """
         groups: dict[Any, list[int]] = {}  # options of one token share a prompt, and differ in the label alone
@@ -76,6 +78,11 @@ class FusionLM(LM):
                 for i in group:
                     labels = torch.tensor(rows[i].labels, device=log_probs.device)
                     log_p = log_probs.gather(-1, labels[:, None]).sum().item()
+                    if math.isnan(log_p):
+                        raise CheckpointError(
+                            f"the log-probability of {requests[i].args[1]!r} is NaN: the model computes NaN there. Load it "
+                            "with --dtype float32. If that does not help, its weights are damaged"
+                        )
                     answers[i] = (log_p, bool((best == labels).all()))
                     self.cache_hook.add_partial("loglikelihood", requests[i].args, answers[i])
         return answers

@@ -1,0 +1,63 @@
+"""Check that loaded specialists can be mixed: sound weights, and logits that their output layers give."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import CheckpointError
+from .shared_base import GroupedLora, SpecialistGroup
+
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@torch.no_grad()
+def check_weights(group: SpecialistGroup, vocab_size: int) -> None:
+    """Look for NaN in the weights. Rows of embedding tables that no token uses may hold anything.
+
+    Raises:
+        CheckpointError: names the specialist and the first weight that holds NaN.
+    """
+    tables = {
+        id(layer.weight) for layer in (group.model.get_input_embeddings(), group.model.get_output_embeddings()) if layer
+    }
+    for name, weight in group.model.named_parameters():
+        if type(weight.data) is not torch.Tensor or weight.dtype not in _PLAIN or weight.is_meta:
+            continue  # quantised or offloaded: check_head sees its effect
+        values = weight[:vocab_size] if id(weight) in tables else weight
+        if values.numel() and values.aminmax().min.isnan():
+            raise CheckpointError(
+                f"specialist {_owner(group, name, values)!r}: its weight {name} holds NaN, so its predictions would be "
+                "NaN. The checkpoint is damaged, or its training diverged. Download it again, or fuse an earlier one"
+            )
+
+
+def _owner(group: SpecialistGroup, name: str, weight: torch.Tensor) -> str:
+    """The specialist that a weight belongs to. The first one of those that share a base stands for all."""
+    layer, _, half = name.rpartition(".")
+    is_adapter = half in ("lora_A", "lora_B") and isinstance(group.loras.get(layer), GroupedLora)
+    return next(group.names[i] for i, own in enumerate(weight) if own.isnan().any()) if is_adapter else group.names[0]
+
+
+@torch.no_grad()
+def check_head(group: SpecialistGroup, vocab_size: int) -> None:
+    """Compare our logits (last hidden state, output layer) with the model's own on a few tokens.
+
+    Raises:
+        CheckpointError: they differ, because the architecture changes the logits in another way, or they are not finite.
+    """
+    ids = torch.arange(3, 11, device=group.device).remainder(vocab_size).expand(group.size, 1, -1)
+    logits = group.head(vocab_size).logits(group(ids))
+    expected = group.model(ids.flatten(0, 1)).logits[..., :vocab_size].reshape(logits.shape).to(logits)
+    for name, values in zip(group.names, logits, strict=True):
+        if not values.isfinite().all():
+            raise CheckpointError(
+                f"specialist {name!r}: {type(group.model).__name__} in {str(group.model.dtype).removeprefix('torch.')} gives "
+                "logits that are NaN or infinite. Load it with dtype: float32, or bfloat16 instead of float16. If that "
+                "does not help, its checkpoint is damaged"
+            )
+    scale = expected.abs().max().clamp(min=1e-6)
+    if not (logits - expected).abs().max() <= 2e-2 * scale:
+        raise CheckpointError(
+            f"specialist {group.names[0]!r}: {type(group.model).__name__} changes its logits after the output layer in a "
+            "way that ultrafuser does not know, so they cannot be mixed. Please report the architecture"
+        )
