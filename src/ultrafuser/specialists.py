@@ -25,7 +25,6 @@ from ultrafuser.model.manifest import FileRecords, SpecialistEntry, SpecialistSo
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import PACKAGE, record_files, resolve
 from ultrafuser.model.saving import mark_unchanged
-from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import Recipe, SpecialistRecipe
 from ultrafuser.vocabulary import common_vocabulary, is_same_tokenizer, shared_end
 
