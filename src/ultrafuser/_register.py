@@ -11,7 +11,15 @@ from importlib import import_module
 from types import ModuleType
 
 _AUTO = "transformers.models.auto.modeling_auto"
-_IMPORTERS = ("configuration_ultrafuser", "shared_base", "cache", "checkpoint", "saving", "modeling_ultrafuser")
+_IMPORTERS = (
+    "configuration_ultrafuser",
+    "shared_base",
+    "cache",
+    "generation",
+    "checkpoint",
+    "saving",
+    "modeling_ultrafuser",
+)
 
 
 def when_transformers_loads() -> None:

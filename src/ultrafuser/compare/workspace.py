@@ -142,8 +142,12 @@ class SpecialistView(SpecialistGroup):
         self.names, self.row = [name], group.names.index(name)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: object | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: object | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(1, B, T) -> (1, B, T, D)."""
         with self.group.only([self.row]):
-            return self.group(input_ids, attention_mask, cache)
+            return self.group(input_ids, attention_mask, cache, position_ids)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 
 class UltraFuserCache(Cache):
@@ -13,16 +15,27 @@ class UltraFuserCache(Cache):
 
     A group of k specialists keeps k * B rows, specialist by specialist, so row `i` of the batch is the rows
     `i, B + i, 2B + i, ...` of its layers.
+
+    The cache also keeps the tokens and the padding that it was filled with, C columns for every specialist. So the prompts
+    of the next turn can continue it, although their left padding differs (`keep_prefix`).
+
+    Attributes:
+        input_ids: (B, K, C), the cached tokens. None while the cache is empty.
+        attention_mask: (B, K, C), zero at padding. None while nothing is padded.
     """
 
-    def __init__(self, configs: Sequence[PreTrainedConfig], sizes: Sequence[int], offloading: bool = False) -> None:
+    def __init__(
+        self, configs: Sequence[PreTrainedConfig], members: Sequence[Sequence[int]], offloading: bool = False
+    ) -> None:
         """
         Args:
             configs: the model configuration of each group.
-            sizes: how many specialists each group runs.
+            members: the specialists that each group runs, by their index.
         """
         self.groups = [DynamicCache(config=config, offloading=offloading) for config in configs]
-        self.sizes = list(sizes)
+        self.members = [list(indices) for indices in members]
+        self.input_ids: torch.Tensor | None = None
+        self.attention_mask: torch.Tensor | None = None
         super().__init__(layers=[])
 
     @property
@@ -35,22 +48,198 @@ class UltraFuserCache(Cache):
         """Ignore the list that the base class assigns once, because the groups own the layers."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The number of cached tokens, the same in every group."""
+        """The number of cached columns, the same in every group."""
         return self.groups[0].get_seq_length(layer_idx)
+
+    # ---------------------------------------------------------------- tokens and padding
+
+    def full_mask(self, mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor | None:
+        """The attention mask of the cached columns and of new tokens.
+
+        Args:
+            mask: of the new tokens alone, or of all columns. (B, T) or (B, K, T).
+            ids: (B, K, T), the new tokens.
+
+        Returns:
+            (B, K, C + T), or None if nothing is padded.
+        """
+        new = ids.shape[-1]
+        if mask is not None:
+            mask = (mask if mask.dim() == 3 else mask[:, None]).expand(*ids.shape[:2], -1).to(ids.device)
+            if mask.shape[-1] > new or self.input_ids is None:
+                return mask
+        elif self.attention_mask is None:
+            return None
+        cached = self.attention_mask
+        if cached is None:
+            cached = ids.new_ones(*ids.shape[:2], self.get_seq_length())
+        return torch.cat([cached.to(ids.device), ids.new_ones(ids.shape) if mask is None else mask.to(cached)], dim=-1)
+
+    def record(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Remember the tokens whose states were just added: (B, K, T), and the mask of all columns, (B, K, C + T)."""
+        self.input_ids = ids if self.input_ids is None else torch.cat([self.input_ids.to(ids.device), ids], dim=-1)
+        self.attention_mask = mask
+
+    def keep_prefix(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+        """Keep the states that prompts share with the cached tokens, in the columns of these prompts. Drop the others.
+
+        Each specialist's padding is then that of the new prompts, and so are the positions, because they count real
+        tokens. All rows continue at the same column, so a row with a longer shared prefix reads some tokens again. At
+        least the last column is left to read.
+
+        Args:
+            input_ids, attention_mask: (B, K, T), the whole prompts of the next turn.
+        """
+        if self.input_ids is None or not self._is_complete(self.input_ids.shape[-1]):
+            return self.reset()
+        input_ids, attention_mask = input_ids.to(self.input_ids.device), attention_mask.to(self.input_ids.device)
+        cached_mask = self.attention_mask
+        if cached_mask is None:
+            cached_mask = torch.ones_like(self.input_ids)
+        rows, shared = _shared_prefixes(input_ids, attention_mask, self.input_ids, cached_mask)
+        rank = attention_mask.cumsum(-1)  # (B, K, T): a real token's place among the real tokens, from 1
+        width = int((rank <= shared[..., None]).sum(-1).min().clamp(max=input_ids.shape[-1] - 1))
+        rank, real = rank[..., :width], attention_mask[..., :width] != 0
+        # the cached column of each token that is kept
+        columns = _real_tokens_first(cached_mask)[rows].gather(-1, (rank - 1).clamp(min=0))
+        columns = columns.masked_fill(~real, 0)
+        if self._moves(rows, columns, real) and not self._select(rows, columns, real):
+            return self.reset()
+        self.input_ids, self.attention_mask = input_ids[..., :width], attention_mask[..., :width]
+
+    def _is_complete(self, length: int) -> bool:
+        """Whether every layer has seen as many columns. False after a pass that failed half-way."""
+        return all(layer.get_seq_length() == length for layer in _filled(self.layers))
+
+    def _moves(self, rows: torch.Tensor, columns: torch.Tensor, real: torch.Tensor) -> bool:
+        """Whether any state changes its row or column, or is dropped."""
+        assert self.input_ids is not None
+        batch, _, width = columns.shape
+        if (len(self.input_ids), self.input_ids.shape[-1]) != (batch, width):
+            return True
+        return bool((rows != torch.arange(batch, device=rows.device)).any()) or bool(
+            ((columns != torch.arange(width, device=columns.device)) & real).any()
+        )
+
+    def _select(self, rows: torch.Tensor, columns: torch.Tensor, real: torch.Tensor) -> bool:
+        """Move the states of every layer to the new rows and columns. False if a layer no longer has them."""
+        assert self.input_ids is not None
+        batch, length = len(self.input_ids), self.input_ids.shape[-1]
+        if not columns.shape[-1]:
+            return False
+        for group, members in zip(self.groups, self.members, strict=True):
+            group_rows = _rows(rows, len(members), batch)  # (k * B,)
+            group_columns = columns[:, members].transpose(0, 1).flatten(0, 1)  # (k * B, width)
+            group_real = real[:, members].transpose(0, 1).flatten(0, 1)
+            if not all(isinstance(layer, (CacheLayerMixin, DummyLayer)) for layer in group.layers):
+                return False  # recurrent states cannot go back to a prefix
+            for layer in _filled(group.layers):
+                if not _select_states(layer, group_rows, group_columns, group_real, length):
+                    return False
+        return True
+
+    # ---------------------------------------------------------------- what generate does to a cache
+
+    def reset(self) -> None:
+        """Drop everything."""
+        super().reset()
+        self.input_ids = self.attention_mask = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, as many as the negative number says."""
+        super().crop(tokens_to_remove)
+        if tokens_to_remove:
+            self._map(lambda tensor: tensor[..., : -abs(tokens_to_remove)])
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows alike for every specialist."""
-        for group, size in zip(self.groups, self.sizes, strict=True):
-            group.reorder_cache(_rows(beam_idx, size, len(beam_idx)))
+        for group, members in zip(self.groups, self.members, strict=True):
+            group.reorder_cache(_rows(beam_idx, len(members), len(beam_idx)))
+        self._map(lambda tensor: tensor[beam_idx.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        super().batch_repeat_interleave(repeats)
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows of the batch."""
-        for group, size in zip(self.groups, self.sizes, strict=True):
-            held = next((layer.keys.shape[0] for layer in group.layers if layer.is_initialized), 0)
-            group.batch_select_indices(_rows(indices, size, held // size))
+        for group, members in zip(self.groups, self.members, strict=True):
+            held = next((layer.keys.shape[0] for layer in _filled(group.layers)), 0)
+            group.batch_select_indices(_rows(indices, len(members), held // len(members)))
+        self._map(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def _map(self, change: Any) -> None:
+        """Do to the tokens and the mask what was done to the states."""
+        self.input_ids = None if self.input_ids is None else change(self.input_ids)
+        self.attention_mask = None if self.attention_mask is None else change(self.attention_mask)
+
+
+def _filled(layers: Sequence[Any]) -> list[Any]:
+    """The layers that hold keys and values."""
+    return [layer for layer in layers if isinstance(layer, CacheLayerMixin) and layer.is_initialized]
 
 
 def _rows(indices: torch.Tensor, size: int, batch: int) -> torch.Tensor:
     """Rows of the batch -> rows of a group: (n,) -> (size * n,)."""
     offsets = torch.arange(size, device=indices.device) * batch
     return (offsets[:, None] + indices).flatten()
+
+
+def _real_tokens_first(mask: torch.Tensor) -> torch.Tensor:
+    """The columns of the real tokens in order, then those of the padding: (..., T) -> (..., T)."""
+    return (mask == 0).to(torch.int8).argsort(dim=-1, stable=True)
+
+
+def _shared_prefixes(
+    ids: torch.Tensor, mask: torch.Tensor, cached_ids: torch.Tensor, cached_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each new row, the cached row that it continues, (B,), and how many real tokens they share, (B, K).
+
+    Args:
+        ids, mask: (B, K, T).
+        cached_ids, cached_mask: (B', K, C).
+    """
+    n = min(ids.shape[-1], cached_ids.shape[-1])
+    new = ids.gather(-1, _real_tokens_first(mask))[:, None, :, :n]  # (B, 1, K, n)
+    old = cached_ids.gather(-1, _real_tokens_first(cached_mask))[None, :, :, :n]  # (1, B', K, n)
+    counts = torch.minimum((mask != 0).sum(-1)[:, None], (cached_mask != 0).sum(-1)[None])  # (B, B', K)
+    same = (new == old) & (torch.arange(n, device=ids.device) < counts[..., None])
+    shared = same.long().cumprod(-1).sum(-1)  # (B, B', K)
+    score = 2 * shared.sum(-1)
+    if score.shape[0] == score.shape[1]:  # a tie goes to the row itself
+        score = score + torch.eye(len(score), dtype=score.dtype, device=score.device)
+    rows = score.argmax(1)
+    return rows, shared[torch.arange(len(rows), device=rows.device), rows]
+
+
+def _select_states(layer: Any, rows: torch.Tensor, columns: torch.Tensor, real: torch.Tensor, length: int) -> bool:
+    """Move the keys and values of one layer. False if the layer no longer has them, or is of another kind.
+
+    Args:
+        rows: (n,), the row that each new row continues.
+        columns, real: (n, width), the column of each state that is kept, and False at padding.
+        length: the number of columns that the layer has seen.
+    """
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length() != length:
+        return False
+    width = columns.shape[1]
+    gone = length - layer.keys.shape[-2]  # the first columns, which a sliding window has dropped
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        missing = ((columns < gone) & real).any(0).nonzero()
+        held = width - (int(missing.max()) + 1 if len(missing) else 0)
+        if held < min(width, layer.sliding_window - 1):
+            return False
+        if not layer.record_past:
+            held = min(held, layer.sliding_window - 1)
+        columns = columns[:, width - held :]
+        layer.cumulative_length = width
+    index = (columns - gone).clamp(min=0)[:, None, :, None]
+    layer.keys, layer.values = (_gather(states, rows, index) for states in (layer.keys, layer.values))
+    return True
+
+
+def _gather(states: torch.Tensor, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(rows, heads, C, D) -> (n, heads, width, D), with index (n, 1, width, 1)."""
+    states, index = states.index_select(0, rows.to(states.device)), index.to(states.device)
+    return states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))

@@ -22,6 +22,8 @@ from .checkpoint import load_fused
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError, UltraFuserError
 from .gate import Gate, StaticGate
+from .generation import FusedGeneration
+from .inputs import check_mask_length, refuse_keywords, select_inputs
 from .loss import label_log_prob, mixed_log_prob, select_responses
 from .saving import plain_model, save_fused
 from .shared_base import SpecialistGroup
@@ -47,7 +49,9 @@ class UltraFuserOutput(ModelOutput):
     token_loss: torch.Tensor | None = None
 
 
-class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
+class UltraFuserForCausalLM(
+    PreTrainedModel, FusedGeneration, GenerationMixin
+):  # transformers looks for the last by name
     """K causal language models fused at the token level by a gate.
 
     A `PreTrainedModel` with `from_pretrained`, `save_pretrained` and `generate`. Each specialist may read its own prompt
@@ -130,23 +134,37 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cache: UltraFuserCache | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """Last hidden states of every specialist.
 
         Args:
             input_ids: (B, T) for all alike, or (B, K, T).
-            attention_mask: the same shape, preceded by the cached tokens. None if nothing is padded on the left.
+            attention_mask: the same shape, preceded by the cached tokens or not. None if none of these is padding.
+            position_ids: (B, T). By default the positions count the tokens that are no padding.
 
         Returns:
             K tensors (B, T, D_k).
+
+        Raises:
+            UltraFuserError: a mask of another length, or positions for a specialist that takes none.
         """
+        if attention_mask is not None:
+            check_mask_length(attention_mask, input_ids.shape[-1], 0 if cache is None else cache.get_seq_length())
+        if cache is not None:
+            if input_ids.dim() == 2:
+                input_ids = input_ids[:, None].expand(-1, len(self._order), -1)
+            attention_mask = cache.full_mask(attention_mask, input_ids)
         states: dict[tuple[int, int], torch.Tensor] = {}
         for g, group in enumerate(self.groups):
             indices = [self.config.names.index(name) for name in group.names]
             ids = _per_specialist(input_ids, indices)  # (k, B, T)
             mask = None if attention_mask is None else _per_specialist(attention_mask, indices)
-            out = group(ids, mask, None if cache is None else cache.groups[g])
+            positions = None if position_ids is None else _per_specialist(position_ids, indices)
+            out = group(ids, mask, None if cache is None else cache.groups[g], positions)
             states |= {(g, i): out[i] for i in range(group.size)}
+        if cache is not None:
+            cache.record(input_ids, attention_mask)
         return [states[location] for location in self._order]
 
     def mix(self, states: Sequence[torch.Tensor], log_weights: torch.Tensor) -> torch.Tensor:
@@ -199,42 +217,44 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         output_gate_weights: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
         return_dict: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
+        specialist_hidden_states: Sequence[torch.Tensor] | None = None,
+        specialist_log_probs: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> UltraFuserOutput | tuple:
         """Run every specialist, weigh them, and mix.
 
         Args:
-            input_ids, attention_mask: (B, T), the same tokens for every specialist.
+            input_ids, attention_mask, position_ids: (B, T), the same tokens for every specialist.
             specialist_input_ids, specialist_attention_mask: (B, K, T), each specialist's own prompt instead.
             labels: (B, T) as usual (shifted here), or (B, R) with `response_index`. -100 is ignored.
             response_index: (B, K, R), where each specialist's state predicts the r-th label.
             logits_to_keep: compute the logits of the last tokens only (0: of all).
             num_items_in_batch: divide the summed loss by this instead of by the number of labels here.
+            specialist_hidden_states, specialist_log_probs: as for `loss_from_features`, instead of tokens.
+            kwargs: refused, unless None or False.
 
         Raises:
-            UltraFuserError: neither kind of input ids, or a sequence longer than the smallest context.
+            UltraFuserError: no input ids, an input that would have no effect, or a sequence longer than the smallest context.
         """
+        refuse_keywords(kwargs)
+        if labels is None:
+            refuse_keywords({"response_index": response_index, "specialist_hidden_states": specialist_hidden_states})
         return_dict = return_dict if return_dict is not None else self.config.return_dict
-        features = kwargs.get("specialist_hidden_states")
-        if features is not None and labels is not None:
+        if specialist_hidden_states is not None and labels is not None:
             # by way of `forward`, because distributed wrappers synchronise the gradients of its calls alone
-            out = self.loss_from_features(features, labels, kwargs.get("specialist_log_probs"), num_items_in_batch)
+            out = self.loss_from_features(specialist_hidden_states, labels, specialist_log_probs, num_items_in_batch)
         else:
-            ids = specialist_input_ids if specialist_input_ids is not None else input_ids
-            mask = specialist_attention_mask if specialist_input_ids is not None else attention_mask
-            if ids is None:
-                raise UltraFuserError("forward needs input_ids (B, T) or specialist_input_ids (B, K, T), got neither")
+            refuse_keywords({"specialist_log_probs": specialist_log_probs})
+            masks = (attention_mask, specialist_attention_mask)
+            ids, mask, positions = select_inputs(
+                len(self._order), input_ids, masks[0], position_ids, specialist_input_ids, masks[1]
+            )
             cache = self._cache(past_key_values, use_cache)
             self._check_length(ids, cache)
-            states = self.specialist_states(ids, mask, cache)  # K x (B, T, D_k)
+            states = self.specialist_states(ids, mask, cache, positions)  # K x (B, T, D_k)
             if labels is None:
-                tokens = logits_to_keep if torch.is_tensor(logits_to_keep) else slice(-logits_to_keep, None)
-                states = [state[:, tokens] for state in states]
-                log_weights = self.gate(states)  # (B, T, K)
-                weights = log_weights.exp() if output_gate_weights else None
-                out = UltraFuserOutput(
-                    logits=self.mix(states, log_weights), past_key_values=cache, gate_weights=weights
-                )
+                out = self._logits(states, logits_to_keep, output_gate_weights)
             elif response_index is None:  # the labels of one sequence: each state predicts the next token
                 shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
                 out = self.loss_from_features(states, shifted, num_items_in_batch=num_items_in_batch)
@@ -245,6 +265,15 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None and not output_gate_weights:
             out.gate_weights = out.token_loss = None
         return out if return_dict else out.to_tuple()
+
+    def _logits(
+        self, states: Sequence[torch.Tensor], logits_to_keep: int | torch.Tensor, output_gate_weights: bool
+    ) -> UltraFuserOutput:
+        tokens = logits_to_keep if torch.is_tensor(logits_to_keep) else slice(-logits_to_keep, None)
+        states = [state[:, tokens] for state in states]
+        log_weights = self.gate(states)  # (B, T, K)
+        weights = log_weights.exp() if output_gate_weights else None
+        return UltraFuserOutput(logits=self.mix(states, log_weights), gate_weights=weights)
 
     def loss_from_features(
         self,
@@ -302,73 +331,13 @@ class UltraFuserForCausalLM(PreTrainedModel, GenerationMixin):
                     "or lower max_length / max_new_tokens"
                 )
 
-    # ---------------------------------------------------------------- generation
-
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> UltraFuserCache | None:
-        if isinstance(cache, UltraFuserCache):
-            return cache
-        if cache is not None and cache.get_seq_length():
+        if cache is not None and not isinstance(cache, UltraFuserCache):
             raise UltraFuserError(
-                f"past_key_values is a {type(cache).__name__}. Pass the UltraFuserCache that forward returned"
+                f"past_key_values is a {type(cache).__name__}. Pass model.new_cache(), or the UltraFuserCache that forward "
+                "returned"
             )
-        return self.new_cache() if use_cache else None
-
-    def new_cache(self, offloading: bool = False) -> UltraFuserCache:
-        """An empty cache for every specialist."""
-        configs = [group.model.config.get_text_config(decoder=True) for group in self.groups]
-        return UltraFuserCache(configs, [group.size for group in self.groups], offloading=offloading)
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict,
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
-            raise UltraFuserError(
-                f"cache_implementation={kind!r} is not available for fused models. Use 'dynamic' or 'offloaded'"
-            )
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            return
-        model_kwargs["past_key_values"] = self.new_cache(offloading=kind == "offloaded")
-        if generation_config.is_assistant:
-            model_kwargs["past_key_values"].activate_past_recording()
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        specialist_input_ids: torch.LongTensor | None = None,
-        specialist_attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Continue each specialist's own prompt with the tokens generated so far, which are the same for all."""
-        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
-        if specialist_input_ids is None:
-            return inputs
-        prompt = specialist_input_ids.shape[-1]
-        if input_ids.shape[1] < prompt:
-            raise UltraFuserError(
-                f"specialist_input_ids holds prompts of {prompt} tokens, but input_ids has {input_ids.shape[1]}. Pass input_ids "
-                "of the same length, e.g. one specialist's prompts"
-            )
-        new = input_ids[:, None, prompt:].expand(-1, specialist_input_ids.shape[1], -1)  # (B, K, new)
-        ids = torch.cat([specialist_input_ids, new], dim=-1)
-        inputs["specialist_input_ids"] = ids[..., -inputs["input_ids"].shape[1] :]
-        if specialist_attention_mask is not None:
-            mask = torch.cat([specialist_attention_mask, torch.ones_like(new)], dim=-1)
-            inputs["specialist_attention_mask"] = mask
-        inputs.pop("attention_mask", None)
-        return inputs
-
-    def _get_candidate_generator(self, *args: Any, model_kwargs: dict, **kwargs: Any) -> Any:
-        """A drafting model is an ordinary model: it reads `input_ids`, not the specialists' prompts."""
-        fused_only = ("specialist_input_ids", "specialist_attention_mask", "output_gate_weights")
-        plain = {key: value for key, value in model_kwargs.items() if key not in fused_only}
-        return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)
+        return self.new_cache() if cache is None and use_cache else cache
 
     # ---------------------------------------------------------------- specialists, loading, saving
 

@@ -36,7 +36,7 @@ from .shared_base import SpecialistGroup
 GATE_FILE = "model.safetensors"
 TOKENIZERS = "tokenizers"
 CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "saving", "references", "shared_base", "gate",
-        "cache", "loss", "manifest", "fingerprint", "errors")  # fmt: skip
+        "generation", "inputs", "cache", "loss", "manifest", "fingerprint", "errors")  # fmt: skip
 
 WRITE_ERRORS = (OSError, RuntimeError, TypeError, ValueError)  # of torch, transformers, safetensors and our own
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import CheckpointError
+from .errors import CheckpointError, UltraFuserError
 from .fingerprint import WeightMarks
 from .loss import Head
 
@@ -142,16 +142,25 @@ class SpecialistGroup(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cache: object | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Last hidden states of the active specialists.
 
         Args:
             input_ids: (k, B, T).
             attention_mask: (k, B, T with the cached tokens), or None if nothing is padded on the left.
+            position_ids: (k, B, T). By default the positions count the tokens that are no padding.
 
         Returns:
             (k, B, T, D).
+
+        Raises:
+            UltraFuserError: positions, but the model takes none.
         """
+        if position_ids is not None and not self._takes_positions:
+            raise UltraFuserError(
+                f"specialist {self.names[0]!r}: {type(self.model).__name__} takes no position_ids. Leave them out"
+            )
         rows = input_ids.flatten(0, 1).to(self.device)  # (k * B, T)
         inputs = {"input_ids": rows, "past_key_values": cache, "use_cache": cache is not None}
         if attention_mask is not None:
@@ -159,6 +168,8 @@ class SpecialistGroup(nn.Module):
             inputs["attention_mask"] = mask
             if self._takes_positions:
                 inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -rows.shape[1] :]
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids.flatten(0, 1).to(self.device)
         states = self.model.base_model(**inputs).last_hidden_state
         return states.unflatten(0, input_ids.shape[:2])  # (k, B, T, D)
 
