@@ -145,6 +145,7 @@ class ChatFormat:
         end_token_id: the token that ends an answer: the one that the template writes, or the tokenizer's `eos_token` if
             it writes none.
         writes_end: whether the template writes it.
+        writes_prompts_only: whether the template leaves answers out.
         lead, tail: the blanks that the template writes before an answer, and between it and the end token.
     """
 
@@ -183,7 +184,9 @@ class ChatFormat:
                 f"specialist {name!r}: its tokenizer {type(tokenizer).__name__} tells no character offsets, by which "
                 "answers are found. Convert it to a fast tokenizer (tokenizer.json)"
             )
-        end, self.lead, self.tail = self._probe()
+        self.lead = self.tail = ""
+        self.writes_prompts_only = False
+        end = self._probe()
         self.writes_end = end is not None
         self.end_token_id: int = tokenizer.eos_token_id if end is None else end
         if self.end_token_id is None:
@@ -342,28 +345,36 @@ class ChatFormat:
         """Whether the specialist is asked for thoughts before its answers."""
         return any(self.template_kwargs.get(key) is True for key in ("enable_thinking", "thinking"))
 
-    def _probe(self) -> tuple[int | None, str, str]:
-        """The end token that the template writes after an answer, and the blanks before and after one."""
+    def _probe(self) -> int | None:
+        """Find the end token that the template writes after an answer, and the blanks before and after one.
+
+        Without an end token the next turn's first token ends an answer, as in GLM-4.
+        """
         chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
-        try:
-            text = self.render(chat)
-            answer = self._locate(chat, text)[-1]
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder} - {
+            self.tokenizer.bos_token_id
+        }
+        for turns in (chat, [*chat, *chat]):
+            try:
+                text = self.render(turns)
+                answer = self._locate(turns, text)[0]
+            except TemplateSyntaxError:
+                raise
+            except DataError:  # a template that wants other turns. Its rows say so
+                return None
             if answer is None:
+                self.writes_prompts_only = True
                 text, answer = self._after_prompt(chat)
-        except TemplateSyntaxError:
-            raise
-        except DataError:  # a template that wants other turns. Its rows say so
-            return None, "", ""
-        lead = text[answer.lead : answer.start]
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        for token, (start, end) in zip(*self.encode(text), strict=True):
-            if end <= answer.stop:
-                continue
-            if token in special:
-                return token, lead, text[answer.stop : start]
-            if text[max(start, answer.stop) : end].strip():
-                break
-        return None, lead, ""
+            self.lead = text[answer.lead : answer.start]
+            for token, (start, end) in zip(*self.encode(text), strict=True):
+                if end <= answer.stop:
+                    continue
+                if token in special:
+                    self.tail = text[answer.stop : start]
+                    return token
+                if text[max(start, answer.stop) : end].strip():
+                    break
+        return None
 
 
 def _replace(chat: Chat, turns: Sequence[int]) -> list[dict[str, Any]]:
