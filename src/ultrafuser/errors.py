@@ -15,7 +15,7 @@ UltraFuserError            base of all errors below, and a ValueError, so that `
 └── MissingExtraError      a missing optional dependency
 """
 
-from ultrafuser.model.errors import CheckpointError, UltraFuserError
+from ultrafuser.model.errors import CheckpointError, UltraFuserError, hide_logins
 
 __all__ = [
     "BudgetExceeded",
@@ -31,6 +31,7 @@ __all__ = [
     "TokenizerMismatchError",
     "TrainingError",
     "UltraFuserError",
+    "hide_logins",
 ]
 
 

@@ -9,6 +9,8 @@ import sys
 import time
 from typing import Any
 
+from ultrafuser.errors import hide_logins
+
 
 class Progress:
     """Receives reports of long work. This one shows nothing, for use as a library."""
@@ -32,10 +34,10 @@ class ConsoleProgress(Progress):
     _LINE_INTERVAL_S = 15.0
 
     def __init__(self) -> None:
-        from rich.console import Console
+        from ultrafuser.printing import PlainConsole
 
         atexit.register(self._close)  # a bar that is not stopped keeps the cursor hidden
-        self._console = Console(file=sys.stderr)
+        self._console = PlainConsole(file=sys.stderr)
         self._bar: Any = None
         self._task: Any = None
         self._label, self._total, self._steps, self._start, self._last_line = "", 0, 0, 0.0, 0.0
@@ -47,8 +49,11 @@ class ConsoleProgress(Progress):
         self._label, self._total, self._steps = label, total, 0
         self._start = self._last_line = time.monotonic()
         if self._console.is_terminal:
-            counts = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-            columns = (TextColumn("{task.description}"), *counts, TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()),
+                TextColumn("{task.fields[note]}", markup=False),
+            )
             self._bar = Bars(*columns, console=self._console)
             self._bar.start()
             self._task = self._bar.add_task(label, total=total, note="")
@@ -74,7 +79,7 @@ class ConsoleProgress(Progress):
             self.log(f"{self._label}: done in {time.monotonic() - self._start:.0f} s")
 
     def log(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(hide_logins(text))
 
 
 def quiet_libraries() -> None:

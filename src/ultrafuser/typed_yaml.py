@@ -42,7 +42,7 @@ FreeForm = Annotated[dict[str, Any], BeforeValidator(as_yaml_value)]
 class Node(BaseModel):
     """A mapping of the tree. Unknown keys are errors, and a bare string may stand for one of its fields."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
     shorthand: ClassVar[str | None] = None
 
     @model_validator(mode="before")

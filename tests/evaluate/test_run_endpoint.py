@@ -11,10 +11,12 @@ import pytest
 
 from fake_endpoint import FakeEndpoint, Step, failing, fine
 from judged_rows import write_gsm8k
+from ultrafuser.endpoint.recipe import EndpointRecipe
 from ultrafuser.errors import EndpointError
 from ultrafuser.evaluate.options import EvalOptions
 from ultrafuser.evaluate.run import evaluate_models
 from ultrafuser.evaluate.tasks import TaskOptions
+from ultrafuser.progress import Progress
 
 DOCUMENTS = 8
 
@@ -93,3 +95,24 @@ def test_an_endpoint_that_refuses_half_way_is_resumed(server, data_dir, tmp_path
     assert resumed["tasks"] == uninterrupted["tasks"]
     files = [tmp_path / run / "chat" / "gsm8k.jsonl" for run in ("whole", "out")]
     assert files[0].read_text() == files[1].read_text()
+
+
+def test_no_file_and_no_line_has_the_password_or_the_key(server, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-mango-1234567890")
+    lines: list[str] = []
+
+    class Lines(Progress):
+        def log(self, text: str) -> None:
+            lines.append(text)
+
+    server.reply = lambda question: fine(f"{solution(question)} sk-mango-1234567890 mango-password")
+    url = server.url.replace("//", "//user:mango-password@")
+    judge = EndpointRecipe(model="judge", base_url=url)
+    options = EvalOptions(["gsm8k"], judge=judge, task_options=TaskOptions(data_dir))
+    results = evaluate_models([f"openai:m@{url}"], options, tmp_path / "out", Lines())
+    assert results["models"]["m"]["source"] == f"openai:m@{server.url.replace('//', '//***@')}"
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    texts = [file.read_bytes().decode("utf-8", "replace") for file in files] + lines
+    assert len(files) > 3 and any("***" in text for text in texts)
+    assert not [text for text in texts if "mango" in text and "sk-mango" in text]
+    assert not [text for text in texts if "mango-password" in text]

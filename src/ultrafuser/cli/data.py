@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
-from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice, echo
+from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice
 from ultrafuser.errors import DataError
+from ultrafuser.printing import PlainConsole, echo
 from ultrafuser.progress import ConsoleProgress, quiet_libraries
 
 if TYPE_CHECKING:
@@ -376,7 +376,7 @@ def _print_table(title: str, heads: list[str], lines: Iterable[list[str]], text_
         table.add_column(head, justify="left" if index < text_columns else "right", overflow="fold")
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))  # plain text, since a source may hold brackets
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def _echo_files(*files: Path | None) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from rich.box import HORIZONTALS
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
-from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice, echo, overrides_like
+from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice, overrides_like
 from ultrafuser.errors import RecipeError
+from ultrafuser.printing import PlainConsole, echo
 from ultrafuser.progress import ConsoleProgress, quiet_libraries
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def eval_command(
     if as_json:
         echo(json.dumps(results))
         return
-    Console().print(_table(results))
+    PlainConsole().print(_table(results))
     echo(f"results: {output / 'results.json'}, {output / 'table.md'}, with answers and scores by document beside them")
 
 
@@ -172,7 +172,7 @@ def compare_command(
     if as_json:
         echo(json.dumps(comparison.model_dump(mode="json")))
     else:
-        Console().print(*tables(comparison), sep="\n\n")
+        PlainConsole().print(*tables(comparison), sep="\n\n")
         echo(f"report: {Path(typed.output) / 'report.html'}")
     if failed := comparison.failed:
         raise RecipeError(

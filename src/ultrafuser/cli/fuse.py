@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer import Argument, Option
 
-from ultrafuser.cli.options import Device, Folder, Json, Overrides, Seed, echo
+from ultrafuser.cli.options import Device, Folder, Json, Overrides, Seed
 from ultrafuser.errors import RecipeError
+from ultrafuser.printing import PlainConsole, echo
 from ultrafuser.progress import ConsoleProgress, Progress, quiet_libraries
 
 if TYPE_CHECKING:
@@ -138,10 +139,10 @@ def demo_command(
     from ultrafuser.inspect.terminal import render_terminal
     from ultrafuser.report.terminal import loss_table
 
-    console = Console()
+    console = PlainConsole()
     console.print(loss_table(comparison))
     if traces:
-        console.print(f"\n[bold]{traces[-1].prompt}[/bold]")
+        console.print(Text(f"\n{traces[-1].prompt}", "bold"))
         console.print(render_terminal(traces[-1]))
     fused = output / "fused"
     echo(
@@ -184,7 +185,7 @@ def _print_info(facts: CheckpointInfo, as_json: bool) -> None:
             _size(sum(source["size_bytes"] for source in sources)),
             ", ".join(dict.fromkeys(source["status"] for source in sources)),
         )
-    Console().print(table)
+    PlainConsole().print(table)
     for group in sorted({tuple(sorted([s["name"], *s["shares_base_with"]])) for s in facts["specialists"]}):
         if len(group) > 1:
             echo(f"shared base, loaded once: {', '.join(group)}")

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich.console import Console
 from rich.table import Table
 from typer import Option
 
@@ -24,9 +23,9 @@ from ultrafuser.cli.options import (
     Temperature,
     TopP,
     check_choice,
-    echo,
 )
 from ultrafuser.errors import DataError, UltraFuserError
+from ultrafuser.printing import PlainConsole, echo, echo_answer
 from ultrafuser.progress import ConsoleProgress, quiet_libraries
 
 Response = Annotated[str | None, Option(help="Show the weights of this answer instead of generating one.")]
@@ -71,7 +70,7 @@ def generate_command(
         echo(json.dumps(pairs, ensure_ascii=False))
         return
     for chat, text in zip(chats, answers, strict=True):
-        echo(f"> {chat[-1]['content']}\n{text}\n" if len(chats) > 1 else text)
+        echo_answer(f"> {chat[-1]['content']}\n{text}\n" if len(chats) > 1 else text)
 
 
 def chat_command(
@@ -94,13 +93,13 @@ def chat_command(
     from ultrafuser.inspect.run import answer, trace_tokens
     from ultrafuser.inspect.terminal import render_terminal
 
-    console = Console()
+    console = PlainConsole()
     opening = [{"role": "system", "content": system}] if system else []
     messages, last_answer = list(opening), None
-    console.print("[dim]/reset, /weights, /exit[/dim]")
+    console.print("/reset, /weights, /exit", style="dim")
     while True:
         try:
-            line = console.input("[bold]> [/bold]").strip()
+            line = console.input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             return
         if line == "/exit":
@@ -114,12 +113,13 @@ def chat_command(
         elif line:
             messages.append({"role": "user", "content": line})
             streamer = TextStreamer(renderer.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            streamer.on_finalized_text = lambda text, stream_end=False: echo_answer(text, "\n" if stream_end else "")
             try:
                 [ids] = answer(
                     model, renderer, [messages], streamer=streamer, **_sampling(max_new_tokens, temperature, top_p)
                 )
             except UltraFuserError as error:  # usually: the chat is longer than the context
-                console.print(str(error), style="red", markup=False)
+                console.print(str(error), style="red")
                 messages.pop()
                 continue
             last_answer = (list(messages), ids) if ids else None
@@ -182,7 +182,7 @@ def inspect_command(
         from ultrafuser.inspect.terminal import render_terminal
 
         for trace in traces:
-            Console().print(render_terminal(trace, weights=weights))
+            PlainConsole().print(render_terminal(trace, weights=weights))
 
 
 # ---------------------------------------------------------------- shared by the commands
@@ -258,4 +258,4 @@ def _print_means(means: dict[str, dict[str, float]]) -> None:
         table.add_column(name, justify="right")
     for domain, row in means.items():
         table.add_row(domain, *(f"{value:.3f}" for value in row.values()))
-    Console().print(table)
+    PlainConsole().print(table)

@@ -14,9 +14,9 @@ from ultrafuser.cli.data import data_app
 from ultrafuser.cli.evaluate import compare_command, eval_command
 from ultrafuser.cli.fuse import demo_command, fuse_command, info_command, train_command
 from ultrafuser.cli.generate import chat_command, generate_command, inspect_command
-from ultrafuser.cli.options import echo
 from ultrafuser.cli.synth import synth_app
 from ultrafuser.errors import UltraFuserError
+from ultrafuser.printing import echo, printable, show_traceback
 
 app = typer.Typer(
     name="ultrafuser",
@@ -36,8 +36,11 @@ def main() -> None:
         if os.environ.get("ULTRAFUSER_DEBUG"):
             raise
         message = " ".join(str(error).split())  # messages of other libraries may have several lines
-        sys.stderr.write(f"ultrafuser: error: {message}\n")
+        sys.stderr.write(f"ultrafuser: error: {printable(message)}\n")
         sys.exit(2)
+    except Exception:
+        sys.excepthook = show_traceback
+        raise
 
 
 def _version(value: bool) -> None:

@@ -1,8 +1,7 @@
-"""Options that several commands share, and printing."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -42,8 +41,3 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     """
     if value not in choices:
         raise RecipeError(f"{option} {value!r}: expected one of {', '.join(choices)}")
-
-
-def echo(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()  # long work may follow

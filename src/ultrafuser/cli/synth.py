@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import HORIZONTALS
-from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
 from typer.core import TyperGroup
 
-from ultrafuser.cli.options import Json, echo, overrides_like
+from ultrafuser.cli.options import Json, overrides_like
 from ultrafuser.errors import DataError, RecipeError
+from ultrafuser.printing import PlainConsole, echo
 from ultrafuser.progress import ConsoleProgress, quiet_libraries
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _dry_run(recipe: SynthRecipe, until: str | None, unused_options: list[str], 
     if as_json:
         echo(json.dumps([vars(estimate) for estimate in estimates]))
     else:
-        Console().print(_plan_table(estimates))
+        PlainConsole().print(_plan_table(estimates))
 
 
 @synth_app.command(name="status")
@@ -142,7 +142,7 @@ def status_command(recipe: SynthRecipeFile, overrides: Overrides = None, as_json
     pace = "none in the last minutes" if counts.a_second is None else f"{60 * counts.a_second:.1f} per minute"
     echo(f"calls: {counts.answered} answered, {counts.under_way} under way ({pace}), cost: ${counts.spent_usd:.4f}")
     progress = status(typed)
-    Console().print(_status_table(progress))
+    PlainConsole().print(_status_table(progress))
     rows = ", ".join(f"{domain} {count}" for domain, count in progress.rows.items()) or "none"
     echo(f"rows if it ended now, near duplicates included: {rows}")
     remaining = "unknown"

@@ -16,6 +16,7 @@ from ultrafuser.compare.systems import SystemRecipe
 from ultrafuser.data.files import write_json
 from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.endpoint.client import Endpoint
+from ultrafuser.endpoint.recipe import logins_for_children
 from ultrafuser.errors import DataError, MissingExtraError
 from ultrafuser.evaluate.options import LOSSES
 from ultrafuser.evaluate.run import check_benchmarks
@@ -47,7 +48,8 @@ def compare(recipe: CompareRecipe, progress: Progress | None = None) -> Comparis
     _check(recipe)
     with exclusive_lock(folder, "comparison"):
         (folder / RECIPE).write_text(dump_compare_recipe(recipe), encoding="utf-8")
-        errors = _run_systems(recipe, folder, progress)
+        with logins_for_children([recipe.judge] if recipe.judge is not None else []):
+            errors = _run_systems(recipe, folder, progress)
         measured = {system.id: read_measured(recipe, system) for system in recipe.systems}
         comparison = collect(recipe, measured, errors)
         write_json(folder / "results.json", comparison.model_dump(mode="json"))

@@ -7,7 +7,6 @@ Plain requests by aiohttp: the `openai` package takes six times the processor ti
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from ultrafuser.endpoint.errors import Failure, next_step, read_failure
 from ultrafuser.endpoint.messages import Reply, Request, read_reply
 from ultrafuser.endpoint.pace import retry_wait_s
 from ultrafuser.endpoint.recipe import EndpointRecipe
-from ultrafuser.errors import ContextOverflowError, EndpointError, MissingExtraError, RequestError
+from ultrafuser.errors import ContextOverflowError, EndpointError, MissingExtraError, RequestError, hide_logins
 
 MAX_REPLY_BYTES = 16 * 2**20  # a longer reply is of no use
 MAX_FAILURES = 5  # requests in a row that were not served, retries included: then the endpoint counts as dead
@@ -56,14 +55,14 @@ class AsyncEndpoint:
         address = urlsplit(self._url)
         self._proxy = None if proxy_bypass(address.netloc) else getproxies().get(address.scheme)
         self._headers = {"content-type": "application/json"}
-        variable = recipe.api_key_env
-        key = os.environ.get(variable, "").strip()
-        if not (key.isascii() and key.isprintable()):
+        if not (recipe.key.isascii() and recipe.key.isprintable()):
             raise EndpointError(
-                f"{self.name}: the environment variable {variable} holds blanks or letters that no key has. Set it again"
+                f"{self.name}: the environment variable {recipe.api_key_env} holds blanks or letters that no key has. "
+                "Set it again"
             )
-        if key and not address.username:  # a password in the address comes first
-            self._headers["authorization"] = f"Bearer {key}"
+        if authorization := recipe.authorization():
+            self._headers["authorization"] = authorization
+        self._secrets = recipe.secrets()
 
     async def open(self) -> None:
         """Open the session, inside the event loop."""
@@ -95,10 +94,9 @@ class AsyncEndpoint:
             raise Failure("transient", f"no reply within {self.recipe.timeout_s:g} s", billed=True) from None
         except aiohttp.ClientConnectorError as error:
             state = "any more " if self.usage.replies else ""
-            raise Failure("unreachable", f"cannot be reached {state}({error})") from error
+            raise Failure("unreachable", f"cannot be reached {state}({self._cause(error)})") from error
         except (aiohttp.ClientError, OSError) as error:
-            cause = str(error) or type(error).__name__
-            raise Failure("transient", f"the connection broke ({cause})", billed=True) from error
+            raise Failure("transient", f"the connection broke ({self._cause(error)})", billed=True) from error
         if status != 200:
             raise read_failure(status, body, headers)
         reply = read_reply(body)
@@ -116,7 +114,17 @@ class AsyncEndpoint:
                 if len(content) > MAX_REPLY_BYTES:
                     response.close()
                     raise Failure("too long", f"a reply of more than {MAX_REPLY_BYTES:,} bytes", billed=True)
-            return response.status, response.headers, bytes(content)
+            text = bytes(content).decode("utf-8", "surrogateescape")
+            return response.status, response.headers, self._without_secrets(text).encode("utf-8", "surrogateescape")
+
+    def _cause(self, error: Exception) -> str:
+        return self._without_secrets(hide_logins(str(error))) or type(error).__name__
+
+    def _without_secrets(self, text: str) -> str:
+        """What an endpoint sends is saved and shown, and some endpoints send the key back."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
 
     def error(
         self, failure: Failure, kind: type[EndpointError] = EndpointError, *, prefix: str = "", suffix: str = ""

@@ -13,7 +13,7 @@ from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
 from ultrafuser.endpoint.client import Endpoint
-from ultrafuser.errors import DataError
+from ultrafuser.errors import DataError, hide_logins
 from ultrafuser.evaluate.judged import alpaca, mt_bench
 from ultrafuser.evaluate.judged.judge import Judge
 from ultrafuser.evaluate.judged.result import JudgedResult
@@ -60,7 +60,7 @@ def evaluate_models(
     with exclusive_lock(output, "evaluation"):
         results = EvalResults(created=time.strftime("%Y-%m-%d"), models=read_models(output / "results.json"))
         for name, source in sources.items():
-            progress.log(f"{name}: {source}")
+            progress.log(f"{name}: {hide_logins(source)}")
             current = _measure_source(name, source, model_options[name], rows, output / name, progress)
             results["models"][name] = merge_results(results["models"].get(name, {}), current)
             write_json(output / "results.json", results)
@@ -99,7 +99,9 @@ def _options_of(source: str, options: EvalOptions, progress: Progress) -> EvalOp
             f"{source}: an endpoint cannot score given text, which {', '.join(required)} needs. Give the model itself, or "
             "tasks that generate, such as --tasks gsm8k"
         )
-    progress.log(f"skipped for {source}, since an endpoint cannot score given text: {', '.join(impossible)}")
+    progress.log(
+        f"skipped for {hide_logins(source)}, since an endpoint cannot score given text: {', '.join(impossible)}"
+    )
     return replace(options, benchmarks=possible)
 
 
@@ -127,7 +129,7 @@ def _measure_source(
     loaded = load_model(source, options.load_options, name=name, seed=options.seed)
     results = measure(loaded, options, rows, folder, progress)
     seconds = round(time.monotonic() - start, 1)
-    return {**results, "source": source, "seed": options.seed, "limit": options.limit, "seconds": seconds}
+    return {**results, "source": hide_logins(source), "seed": options.seed, "limit": options.limit, "seconds": seconds}
 
 
 def measure(

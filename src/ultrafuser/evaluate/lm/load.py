@@ -142,13 +142,13 @@ def endpoint_recipe(text: str) -> EndpointRecipe:
     """
     if (file := text.removeprefix(ENDPOINT)).endswith((".yaml", ".yml")):
         return load_node(EndpointRecipe, file)
-    if "://" in text and "@http" not in text:
+    if "://" in text and "@http" not in text.lower():
         raise RecipeError(f"{text}: expected NAME@URL, such as my-model@http://localhost:8000/v1")
     try:
         return EndpointRecipe.model_validate(text)
     except ValidationError as error:
         problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{text}: {problem}. Expected NAME@URL, such as my-model@http://localhost:8000/v1") from error
+        raise RecipeError(f"{text}: {problem}. Expected NAME@URL, such as my-model@http://localhost:8000/v1") from None
 
 
 def _fingerprint(model: UltraFuserForCausalLM, renderer: Renderer, folder: Path | None) -> str:
