@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError
+from .files import ADAPTER_FILE, refuse_links, refuse_pickles
 from .manifest import SpecialistEntry, SpecialistSource, weight_sources
-from .references import WEIGHTS, check_files, is_hub_id, resolve
+from .references import check_files, is_hub_id, resolve
 from .saving import GATE_FILE, TOKENIZERS, mark_unchanged
 from .shared_base import AdapterWeights, SpecialistGroup
 
@@ -94,7 +95,9 @@ def fused_folder(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Pat
             folder = Path(snapshot_download(str(name_or_path), **hub))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{name_or_path}: no such folder, and the hub did not give it: {error}") from error
-    return folder / subfolder
+    folder /= subfolder
+    refuse_links(folder)
+    return folder
 
 
 def read_manifest(folder: Path) -> UltraFuserConfig:
@@ -163,7 +166,7 @@ def load_base(spec: SpecialistEntry, folder: Path | None, **kwargs: Any) -> PreT
         if options["dtype"] == "auto":
             options["dtype"] = torch.float32  # a GGUF file is decompressed and has no data type
     elif isinstance(path, Path):
-        _refuse_pickles(path, name)
+        refuse_pickles(path, f"specialist {name!r}", spec["config"].get("transformers_weights"))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -225,7 +228,7 @@ def read_adapter_config(source: SpecialistSource, folder: Path | None, name: str
             ) from error
     if not (path / "adapter_config.json").is_file():
         raise CheckpointError(f"specialist {name!r}: {path} has no adapter_config.json. Expected a PEFT adapter")
-    _refuse_pickles(path, name)
+    refuse_pickles(path, f"specialist {name!r}")
     return path, json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
 
 
@@ -260,7 +263,7 @@ def read_adapter(spec: SpecialistEntry, folder: Path | None, dtype: torch.dtype)
     if adapter is None:
         return None
     path, config = adapter
-    tensors = _read_safetensors(path / "adapter_model.safetensors")
+    tensors = _read_safetensors(path / ADAPTER_FILE)
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
@@ -285,19 +288,6 @@ def _merge_with_peft(model: PreTrainedModel, spec: SpecialistEntry, folder: Path
         raise CheckpointError(
             f"specialist {spec['name']!r}: PEFT cannot merge its adapter {adapter[0]} into its base: {error}"
         ) from error
-
-
-def _refuse_pickles(path: Path, name: str) -> None:
-    if not path.is_dir():
-        raise CheckpointError(f"specialist {name!r}: {path} is not a folder. Expected a checkpoint or an adapter")
-    if any(file for pattern in WEIGHTS for file in path.glob(pattern)):
-        return
-    pickled = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    contents = f"only pickled weights ({', '.join(pickled)}), which can run code" if pickled else "no weights"
-    raise CheckpointError(
-        f"specialist {name!r}: {path} has {contents}. Expected *.safetensors (load it once with transformers from a source "
-        "you trust, then save_pretrained)"
-    )
 
 
 def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import CheckpointError
+from .files import leaves, weight_files
 from .manifest import FileRecord, FileRecords
 
 PACKAGE = "package:"
-WEIGHTS = ("*.safetensors", "*.gguf")
 # Loading compares larger files by size alone, because hashing would double the time. `info --verify` hashes all.
 HASH_LIMIT_BYTES = 1 << 30
 
@@ -20,19 +20,24 @@ def resolve(reference: str, folder: Path | None, specialist: str) -> Path | str:
     """The local path behind a reference, or the reference itself when it is a hub id.
 
     Args:
-        reference: `package:MODULE/FILE`, a path (relative ones first against `folder`), or a hub id.
-        folder: the fused checkpoint.
+        reference: `package:MODULE/FILE`, a path (a relative one lies in `folder`), or a hub id.
+        folder: the fused checkpoint. None: relative paths lie in the working folder.
 
     Raises:
-        CheckpointError: a path that is gone, or a package that is not installed.
+        CheckpointError: a path that is gone or leaves the checkpoint, or a package that is not installed.
     """
     if reference.startswith(PACKAGE):
         return package_path(reference)
-    if folder is not None and (folder / reference).exists():
-        return folder / reference
     local = Path(reference).expanduser()
+    if folder is not None and not local.is_absolute():
+        local = folder / reference
+        if ".." in Path(reference).parts or leaves(local, folder):
+            raise CheckpointError(
+                f"specialist {specialist!r}: its source {reference} leads out of {folder}. Expected a folder inside, a full "
+                "path or a hub id. Fuse again if you trust this checkpoint"
+            )
     if local.exists():
-        return local.absolute()
+        return local if folder is not None else local.absolute()
     if is_hub_id(reference) and not reference.startswith("specialists/"):
         return reference
     raise CheckpointError(
@@ -57,20 +62,30 @@ def package_path(reference: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(f"{reference}: the Python package {module!r} is not installed. Install it with pip")
     path = Path(next(iter(spec.submodule_search_locations))) / inner
-    if not path.exists():
+    if ".." in Path(inner).parts or not path.exists():
         raise CheckpointError(f"{reference}: the Python package {module!r} has no {inner!r}")
     return path
 
 
+def inner_path(path: Path, folder: Path) -> str | None:
+    """A path relative to the folder that holds it. None: it lies elsewhere. Folders that are links are followed."""
+    real = path.parent.resolve() / path.name if path.is_symlink() else path.resolve()
+    root = folder.resolve()
+    return real.relative_to(root).as_posix() if real.is_relative_to(root) and not leaves(path, folder) else None
+
+
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path lies within a folder."""
-    return path.absolute().is_relative_to(folder.absolute())
+    return inner_path(path, folder) is not None
 
 
 def record_files(path: Path) -> FileRecords:
     """Size and SHA-256 of the weight files of a folder, or of one file, by name."""
-    files = [path] if path.is_file() else sorted(file for pattern in WEIGHTS for file in path.glob(pattern))
-    return {file.name: {"size_bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
+    files = [path] if path.is_file() else [file for file in weight_files(path) if file.is_file()]
+    root = path.parent if path.is_file() else path
+    return {
+        file.relative_to(root).as_posix(): {"size_bytes": file.stat().st_size, "sha256": sha256(file)} for file in files
+    }
 
 
 def check_files(path: Path, recorded: Mapping[str, FileRecord], owner: str, every: bool = False) -> None:

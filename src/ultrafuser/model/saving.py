@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy as copying
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,15 +29,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError
+from .files import copy_model
 from .fingerprint import WeightMarks
 from .manifest import SourceKey, SpecialistEntry, weight_sources
-from .references import is_inside, record_files, resolve
+from .references import PACKAGE, inner_path, record_files, resolve
 from .shared_base import SpecialistGroup
 
 GATE_FILE = "model.safetensors"
 TOKENIZERS = "tokenizers"
-CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "saving", "references", "shared_base", "gate",
-        "generation", "inputs", "cache", "loss", "manifest", "fingerprint", "errors")  # fmt: skip
+CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "saving", "references", "files", "shared_base",
+        "gate", "generation", "inputs", "cache", "loss", "manifest", "fingerprint", "errors")  # fmt: skip
 
 WRITE_ERRORS = (OSError, RuntimeError, TypeError, ValueError)  # of torch, transformers, safetensors and our own
 
@@ -235,27 +237,30 @@ def _keep(
         old: the checkpoint that was loaded.
         copied: paths copied so far and their new places, because several specialists may share a base.
     """
-    source = spec["source"]
-    path = resolve(str(source[key]), old, spec["name"])
-    inside = old is not None and isinstance(path, Path) and is_inside(path, old)
-    if not (inside or copy):
+    source, reference = spec["source"], str(spec["source"][key])
+    path = resolve(reference, old, spec["name"])
+    inside = None if old is None or not isinstance(path, Path) else inner_path(path, old)
+    if inside is None and not copy:
         return
     if not isinstance(path, Path):
         revision = source.get("revision") if key == "model" else source.get("adapter_revision")
         path = Path(snapshot_download(str(path), revision=revision))
     if path not in copied:
-        if inside and old is not None:
-            copied[path] = path.absolute().relative_to(old.absolute()).as_posix()
-        else:
-            shelf = "bases" if key == "model" and source.get("adapter") else "specialists"
-            copied[path] = f"{shelf}/{spec['name']}" + (f"/{path.name}" if path.is_file() else "")
+        shelf = "bases" if key == "model" and source.get("adapter") else "specialists"
+        copied[path] = inside or f"{shelf}/{spec['name']}" + (f"/{path.name}" if path.is_file() else "")
         target = folder / copied[path]
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            shutil.copytree(path, target, dirs_exist_ok=True)
+            root = old if inside is not None else None if reference.startswith(PACKAGE) else path
+            copy_model(path, target, root=root, gguf_file=source.get("gguf_file") if key == "model" else None)
         else:
             shutil.copy(path, target)
     source[key] = copied[path]
+    recorded = (spec.get("files") or {}).get(key)
+    if recorded and path.is_dir():
+        spec["files"][key] = {
+            name: record for name, record in recorded.items() if (folder / copied[path] / name).exists()
+        }
 
 
 @contextmanager
@@ -271,6 +276,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     target = target.expanduser().absolute()
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        _remove_stale_drafts(target)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         yield draft
@@ -279,10 +285,10 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         else:
             (target / "config.json").unlink(missing_ok=True)
             for stale in ("specialists", "bases", TOKENIZERS):
-                shutil.rmtree(target / stale, ignore_errors=True)
+                _remove(target / stale)
             for entry in sorted(draft.iterdir(), key=lambda entry: entry.name == "config.json"):
                 if (target / entry.name).is_dir():
-                    shutil.rmtree(target / entry.name)
+                    _remove(target / entry.name)
                 os.replace(entry, target / entry.name)
     except (OSError, SafetensorError) as error:
         full = "No space left" in str(error) or getattr(error, "errno", None) == 28
@@ -292,3 +298,35 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link to a folder but not what it leads to."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_stale_drafts(target: Path) -> None:
+    """Remove the drafts of this target, and drafts of drafts, whose process was killed."""
+    if not target.parent.is_dir():
+        return
+    name = re.compile(rf"\.+{re.escape(target.name)}((?:\.\d+\.tmp)+)")
+    for path in target.parent.iterdir():
+        match = name.fullmatch(path.name)
+        if match and path.is_dir() and not any(map(_is_running, map(int, re.findall(r"\d+", match[1])))):
+            _remove(path)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process of this machine runs. True where the system does not tell."""
+    if os.name != "posix":  # on Windows the same call ends the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
