@@ -351,10 +351,10 @@ class ChatFormat:
         Without an end token the next turn's first token ends an answer, as in GLM-4.
         """
         chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder} - {
-            self.tokenizer.bos_token_id
-        }
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         for turns in (chat, [*chat, *chat]):
+            if turns is not chat:
+                special -= {self.tokenizer.bos_token_id}
             try:
                 text = self.render(turns)
                 answer = self._locate(turns, text)[0]
