@@ -18,7 +18,7 @@ import yaml
 from test_imports import MAY_IMPORT
 from tiny_models import tiny
 from ultrafuser.cli.main import main as command_line
-from ultrafuser.data.schema import PAIR_LAYOUTS
+from ultrafuser.data.layouts import PAIR_LAYOUTS
 from ultrafuser.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]

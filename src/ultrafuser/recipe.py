@@ -136,6 +136,11 @@ class DataRecipe(Node):
     max_length: PositiveInt = Field(
         default=1024, description="Maximum tokens of a row, prompt and response together. Longer rows are truncated."
     )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="What to do with a row that cannot be used. `skip`: leave it out, and list it in `bad_rows.jsonl` of the "
+        "run.",
+    )
 
 
 class LoraRecipe(Node):

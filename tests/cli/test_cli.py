@@ -181,6 +181,10 @@ BAD = {
     "response of a file": ("inspect {folder} --file {good_rows} --response c", "--response needs exactly one --prompt"),
     "empty response": ("inspect {folder} -p a --response ''", "there is no answer to inspect"),
     "bad rows": ("inspect {folder} --file {rows}", "bad.jsonl:1: roles must alternate"),
+    "bad rows only": ("inspect {folder} --file {rows} --on-bad-row skip", "no rows, all 1 are bad"),
+    "bad rows of generate": ("generate {folder} --file {rows}", "bad.jsonl:1: roles must alternate"),
+    "bad rows of eval": ("eval {folder} --data {rows}", "bad.jsonl:1: roles must alternate"),
+    "an unknown way with bad rows": ("generate {folder} --file {rows} --on-bad-row fix", "expected one of stop, skip"),
 }  # fmt: skip
 
 
@@ -277,6 +281,17 @@ def test_generate_reads_files_and_standard_input_and_batches_change_nothing(run,
     assert from_file == from_stdin
     rows = run("generate", folder, "--file", tiny_run.folder / "math.jsonl", *options).json()
     assert [item["prompt"] for item in rows] == [f"how many math {i}?" for i in range(5)]
+
+
+def test_generate_skips_bad_rows_on_request(run, folder, files, tiny_run, tmp_path):
+    good = (tiny_run.folder / "math.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(files["rows"].read_text() + good)
+    words = ["generate", folder, "--max-new-tokens", "2", "--json", "--file"]
+    result = run(*words, tmp_path / "rows.jsonl", "--on-bad-row", "skip")
+    assert result.json() == run(*words, tiny_run.folder / "math.jsonl").json()
+    assert f"skipped 1 bad rows of 6, the first one {tmp_path}/rows.jsonl:1: roles must alternate" in " ".join(
+        result.err.split()
+    )
 
 
 def test_standard_input_is_not_read_if_there_is_a_prompt(run, folder, monkeypatch):

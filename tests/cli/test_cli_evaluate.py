@@ -80,6 +80,14 @@ def comparison(tmp_path: Path, model: Path, rows: Path) -> Path:
     return tmp_path / "compare.yaml"
 
 
+def test_eval_skips_bad_rows_on_request(run, model, rows, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n" + rows.read_text())
+    words = ["eval", model, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "out", "--json"]
+    assert json.loads(run(*words, "--on-bad-row", "skip").out)["models"]["base"]["loss"]["code"]["samples"] == 3
+    [line] = (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()
+    assert json.loads(line)["where"] == f"{tmp_path}/rows.jsonl:1"
+
+
 def test_eval_prints_a_table_and_json(run, model, rows, tmp_path):
     words = ["eval", model, "--data", rows, "--output", tmp_path / "out"]
     result = run(*words)

@@ -126,9 +126,11 @@ def test_broken_json_names_file_and_line(tmp_path):
     refuses(tmp_path / "rows.jsonl", r"rows\.jsonl:2: not JSON: .* column 2")
 
 
-def test_an_empty_line_names_file_and_line(tmp_path):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(RAW[0]) + "\n\n" + json.dumps(RAW[1]) + "\n")
-    refuses(tmp_path / "rows.jsonl", r"rows\.jsonl:2: empty line, expected one JSON object")
+def test_blank_lines_are_no_rows(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(RAW[0]) + "\n\n \t\r\n" + json.dumps(RAW[1]) + "\n\n")
+    assert [row.messages for row in load_rows(str(tmp_path / "rows.jsonl"), domain="d")] == EXPECTED[:2]
+    (tmp_path / "rows.csv").write_text("prompt,response\n\nQ,A\n\n")
+    assert len(load_rows(str(tmp_path / "rows.csv"), domain="d")) == 1
 
 
 def test_a_json_list_names_the_element(tmp_path):
@@ -138,9 +140,11 @@ def test_a_json_list_names_the_element(tmp_path):
 
 def test_json_that_is_no_list(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps({"rows": RAW}))
-    refuses(tmp_path / "rows.json", r"rows\.json: expected a JSON list of rows, got dict")
+    refuses(tmp_path / "rows.json", r"rows\.json: no known layout in the columns \['rows'\]")
+    (tmp_path / "rows.json").write_text("3")
+    refuses(tmp_path / "rows.json", r"rows\.json: expected a JSON list of rows, got int")
     (tmp_path / "rows.json").write_text("[1,")
-    refuses(tmp_path / "rows.json", r"rows\.json: not JSON: .* at line 1")
+    refuses(tmp_path / "rows.json", r"rows\.json\[1\]: not JSON: .* at column 4")
 
 
 def test_csv_names_the_line(tmp_path):
@@ -164,7 +168,7 @@ def test_a_broken_parquet_file(tmp_path):
 
 def test_not_utf8(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(json.dumps(RAW[0]).encode() + b'\n{"prompt": "\xe9"}\n')
-    refuses(tmp_path / "rows.jsonl", r"rows\.jsonl: not UTF-8 at byte \d+. Convert the file")
+    refuses(tmp_path / "rows.jsonl", r"rows\.jsonl:2: not UTF-8 at byte 12 of the line. Convert the file")
 
 
 def test_no_rows(tmp_path):
@@ -179,7 +183,7 @@ def test_no_rows(tmp_path):
 def test_nothing_there(tmp_path):
     refuses(
         tmp_path / "missing.jsonl",
-        r"missing\.jsonl: no such file, expected \.jsonl, \.json, \.csv, \.parquet, a folder",
+        r"missing\.jsonl: no such file, expected \.jsonl, \.ndjson, .*\.arrow .*, a folder",
     )
     refuses(tmp_path / "*.jsonl", r"\*\.jsonl: no such file")
     refuses("data/rows.jsonl", r"data/rows\.jsonl: no such file")
@@ -187,7 +191,7 @@ def test_nothing_there(tmp_path):
 
 def test_a_folder_without_data(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    refuses(tmp_path, "no such file|no rows|no .*file")
+    refuses(tmp_path, "no file of a known type in this folder, expected")
 
 
 def test_an_unknown_file_type(tmp_path):
@@ -220,8 +224,8 @@ def test_long_cells_of_csv(tmp_path):
 
 
 def test_csv_that_cannot_be_read(tmp_path, monkeypatch):
-    from ultrafuser.data import sources
+    from ultrafuser.data import records
 
-    monkeypatch.setattr(sources, "_MAX_CELL_BYTES", 10)
+    monkeypatch.setattr(records, "_MAX_CELL_BYTES", 10)
     (tmp_path / "rows.csv").write_text('prompt,response\n"a long question",A\n')
-    refuses(tmp_path / "rows.csv", r"rows\.csv: not readable CSV: field larger than field limit \(10\)")
+    refuses(tmp_path / "rows.csv", r"rows\.csv:\d: not readable CSV: field larger than field limit \(10\)")

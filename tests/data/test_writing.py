@@ -7,10 +7,11 @@ import json
 import pytest
 
 from ultrafuser.data.files import atomic_file, write_json
+from ultrafuser.data.records import read_records
 from ultrafuser.data.schema import Row
-from ultrafuser.data.sources import SUFFIXES, load_rows, read_records, write_rows
+from ultrafuser.data.sources import load_rows, write_rows
 from ultrafuser.data.tools.streaming import convert
-from ultrafuser.data.writing import LAYOUTS, PAIRS, check_layout, row_writer
+from ultrafuser.data.writing import LAYOUTS, PAIRS, SUFFIXES, check_layout, row_writer
 from ultrafuser.errors import DataError
 
 PAIR = Row("1", "math", (("user", 'Q, "é"\n\nmore'), ("assistant", "A\nB")), "s", "CC0", "t", "u", check="answer == 1")
@@ -37,6 +38,32 @@ def test_every_layout_in_every_file_type_reads_back(suffix, layout, tmp_path):
     assert load_rows(path) == rows
     columns = set(next(read_records(path))[0])
     assert columns >= (set(filter(None, PAIRS[layout])) if layout in PAIRS else {layout})
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("layout", ["messages", "conversations"])
+def test_further_keys_of_messages_read_back(suffix, layout, tmp_path):
+    call = {"function": {"name": "f", "arguments": {"x": [1, "é"]}}}
+    extras = {1: {"weight": 0, "tool_calls": [call]}, 2: {"tool_call_id": "1"}, 3: {"reasoning_content": "Hm."}}
+    messages = (("user", "Q"), ("assistant", ""), ("tool", "7"), ("assistant", "A"))
+    rows = [PAIR, Row("tools", "d", messages, extras=extras), TALK]
+    path = write(rows, tmp_path / f"out{suffix}", layout)
+    assert load_rows(path) == rows
+    assert [file.name for file in tmp_path.iterdir()] == [f"out{suffix}"]
+
+
+def test_further_keys_of_messages_do_not_fit_a_pair(tmp_path):
+    weighted = Row("w", "d", PAIR.messages, extras={1: {"weight": 1, "reasoning_content": "Hm."}})
+    with pytest.raises(DataError, match="row 'w': messages with reasoning_content, weight do not fit the layout"):
+        write([weighted], tmp_path / "out.csv")
+
+
+def test_a_list_of_tests_is_written_as_statements(tmp_path):
+    raw = {"prompt": "Q", "response": "A", "domain": "code", "tests": ["assert 1", "assert 2"]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(raw))
+    for suffix in SUFFIXES:
+        convert([str(tmp_path / "in.jsonl")], tmp_path / f"out{suffix}")
+        assert load_rows(str(tmp_path / f"out{suffix}"))[0].tests == "assert 1\nassert 2"
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -13,7 +13,17 @@ from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
-from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice
+from ultrafuser.cli.options import (
+    DTYPES,
+    Device,
+    Dtype,
+    Json,
+    OnBadRow,
+    Seed,
+    check_choice,
+    report_reading,
+    row_reader,
+)
 from ultrafuser.errors import DataError
 from ultrafuser.printing import PlainConsole, echo
 from ultrafuser.progress import ConsoleProgress, quiet_libraries
@@ -30,7 +40,8 @@ data_app = typer.Typer(
 Sources = Annotated[
     list[str],
     Argument(
-        help="Rows: files (JSONL, JSON, CSV, Parquet), folders, globs, package:MODULE/FILE, hub ids.", metavar="DATA..."
+        help="Rows: files (JSONL, JSON, CSV, Parquet, Arrow), folders, globs, package:MODULE/FILE, hub ids.",
+        metavar="DATA...",
     ),
 ]
 Domain = Annotated[str | None, Option(help="Domain of all rows. Default: the domain that each row names.")]
@@ -65,6 +76,7 @@ def stats_command(
         str | None, Option("--tokenizer", "-t", help="Hub id or folder of the tokenizer that counts tokens.")
     ] = None,
     domain: Domain = None,
+    on_bad_row: OnBadRow = "stop",
     as_json: Json = False,
 ) -> None:
     """Count conversations, topics, tokens and turns by domain, and rows by source and licence."""
@@ -75,8 +87,10 @@ def stats_command(
     if tokenizer is not None:
         quiet_libraries()
         counter = load_tokenizer(tokenizer)
-    rows = stream_rows(sources, domain=domain, progress=ConsoleProgress(), label="rows counted")
+    progress, reader = ConsoleProgress(), row_reader(on_bad_row)
+    rows = stream_rows(sources, domain=domain, reader=reader, progress=progress, label="rows counted")
     statistics = data_statistics(rows, counter)
+    report_reading(reader, progress)
     if as_json:
         echo(json.dumps(statistics, ensure_ascii=False))
         return
@@ -114,6 +128,7 @@ def map_command(
     max_tokens: Annotated[int, Option(min=1, help="Read at most N tokens of each row.")] = 256,
     batch_size: Annotated[int, Option(min=1, help="Number of rows per batch.")] = 16,
     domain: Domain = None,
+    on_bad_row: OnBadRow = "stop",
     force: Force = False,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -132,14 +147,16 @@ def map_command(
     check_choice("--dtype", dtype, DTYPES)
     for target in filter(None, (output, png)):
         check_target(target, force=force)
-    progress = ConsoleProgress()
-    rows = maps.sample(stream_rows(sources, domain=domain, progress=progress, label="rows read"), per_domain, seed)
+    progress, reader = ConsoleProgress(), row_reader(on_bad_row)
+    stream = stream_rows(sources, domain=domain, reader=reader, progress=progress, label="rows read")
+    rows = maps.sample(stream, per_domain, seed)
+    report_reading(reader, progress, output)
     quiet_libraries()
     from ultrafuser.datamap.embed import embed, load_reader
 
-    reader = load_reader(model, dtype=dtype, device=device)
+    embedder = load_reader(model, dtype=dtype, device=device)
     texts = [maps.text_of(row, part) for row in rows]
-    vectors = embed(reader, texts, max_tokens=max_tokens, batch_size=batch_size, progress=progress)
+    vectors = embed(embedder, texts, max_tokens=max_tokens, batch_size=batch_size, progress=progress)
     vectors = maps.principal(vectors, seed)
     points = maps.as_points(rows, maps.lay_out(vectors, method, seed=seed, progress=progress), part)
     agreement = maps.neighbour_agreement(vectors, [row.domain for row in rows])
@@ -183,12 +200,14 @@ def decontaminate_command(
         int, Option(min=3, help="Test texts of at least N words and fewer than --ngram match as a whole.")
     ] = 8,
     domain: Domain = None,
+    on_bad_row: OnBadRow = "stop",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Drop rows that share 13 consecutive words with test data, and report the test items that they match."""
     from ultrafuser.data.tools.decontaminate import Rule, decontaminate
 
+    progress, reader = ConsoleProgress(), row_reader(on_bad_row)
     result = decontaminate(
         sources,
         against,
@@ -198,8 +217,10 @@ def decontaminate_command(
         domain=domain,
         report=report,
         force=force,
-        progress=ConsoleProgress(),
+        reader=reader,
+        progress=progress,
     )
+    report_reading(reader, progress, output or report)
     if as_json:
         echo(json.dumps(asdict(result), ensure_ascii=False))
         return
@@ -227,6 +248,7 @@ def dedup_command(
     shingle: Shingle = 3,
     exact_only: ExactOnly = False,
     domain: Domain = None,
+    on_bad_row: OnBadRow = "stop",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -234,9 +256,18 @@ def dedup_command(
     from ultrafuser.data.tools.near_duplicates import NearDuplicateRule, deduplicate
 
     rule = NearDuplicateRule(None if exact_only else threshold, on, shingle)
+    progress, reader = ConsoleProgress(), row_reader(on_bad_row)
     summary = deduplicate(
-        sources, output, rule=rule, domain=domain, report=report, force=force, progress=ConsoleProgress()
+        sources,
+        output,
+        rule=rule,
+        domain=domain,
+        report=report,
+        force=force,
+        reader=reader,
+        progress=progress,
     )
+    report_reading(reader, progress, output or report)
     if as_json:
         echo(json.dumps(summary, ensure_ascii=False))
         return
@@ -273,6 +304,7 @@ def split_command(
     shingle: Shingle = 3,
     exact_only: ExactOnly = False,
     domain: Domain = None,
+    on_bad_row: OnBadRow = "stop",
     force: Force = False,
     seed: Seed = 0,
     as_json: Json = False,
@@ -282,6 +314,7 @@ def split_command(
     from ultrafuser.data.tools.split import split
 
     rule = NearDuplicateRule(None if exact_only else threshold, on, shingle)
+    progress, reader = ConsoleProgress(), row_reader(on_bad_row)
     report = split(
         sources,
         output,
@@ -291,8 +324,10 @@ def split_command(
         kind=kind,
         domain=domain,
         force=force,
-        progress=ConsoleProgress(),
+        reader=reader,
+        progress=progress,
     )
+    report_reading(reader, progress, output)
     if as_json:
         echo(json.dumps(report, ensure_ascii=False))
         return
@@ -333,6 +368,7 @@ def convert_command(
         ),
     ] = None,
     domain: Domain = None,
+    on_bad_row: OnBadRow = "stop",
     limit: Annotated[int | None, Option(min=1, help="Read at most N rows.")] = None,
     force: Force = False,
     as_json: Json = False,
@@ -340,7 +376,9 @@ def convert_command(
     """Convert rows from any known layout and file type to another."""
     from ultrafuser.data.tools.streaming import convert
 
-    count = convert(sources, output, layout, domain=domain, limit=limit, force=force, progress=ConsoleProgress())
+    progress, reader = ConsoleProgress(), row_reader(on_bad_row)
+    count = convert(sources, output, layout, domain=domain, limit=limit, force=force, reader=reader, progress=progress)
+    report_reading(reader, progress, output)
     if as_json:
         echo(json.dumps({"rows": count, "output": str(output), "layout": layout}))
     else:

@@ -11,7 +11,17 @@ from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
-from ultrafuser.cli.options import DTYPES, Device, Dtype, Json, Seed, check_choice, overrides_like
+from ultrafuser.cli.options import (
+    DTYPES,
+    Device,
+    Dtype,
+    Json,
+    OnBadRow,
+    Seed,
+    check_choice,
+    overrides_like,
+    row_reader,
+)
 from ultrafuser.errors import RecipeError
 from ultrafuser.printing import PlainConsole, echo
 from ultrafuser.progress import ConsoleProgress, quiet_libraries
@@ -74,6 +84,7 @@ def eval_command(
     tasks: Tasks = None,
     output: Output = Path("runs/eval"),
     data: TestRows = None,
+    on_bad_row: OnBadRow = "stop",
     data_dir: DataDir = None,
     limit: Limit = None,
     samples: Samples = 1,
@@ -115,6 +126,7 @@ def eval_command(
         names,
         required=task_names,
         data=data or [],
+        on_bad_row=row_reader(on_bad_row).on_bad_row,
         limit=limit,
         seed=seed,
         judge=endpoint_recipe(judge) if judge else None,

@@ -17,12 +17,15 @@ from ultrafuser.cli.options import (
     Folder,
     Json,
     MaxNewTokens,
+    OnBadRow,
     Prompt,
     Seed,
     System,
     Temperature,
     TopP,
     check_choice,
+    report_reading,
+    row_reader,
 )
 from ultrafuser.errors import DataError, UltraFuserError
 from ultrafuser.printing import PlainConsole, echo, echo_answer
@@ -46,18 +49,19 @@ def generate_command(
     top_p: TopP = 1.0,
     num_beams: Annotated[int, Option(min=1, help="Number of beams. 1: no beam search.")] = 1,
     batch_size: Annotated[int, Option(min=1, help="Number of prompts per batch.")] = 8,
+    on_bad_row: OnBadRow = "stop",
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Answer prompts, in batches."""
-    chats = _conversations(prompt, file, system)
+    progress = ConsoleProgress()
+    chats = _conversations(prompt, file, system, on_bad_row, progress)
     model, renderer = _load(folder, dtype, device, seed)
     from ultrafuser.inspect.run import answer
 
     options = _sampling(max_new_tokens, temperature, top_p) | {"num_beams": num_beams}
-    progress = ConsoleProgress()
     progress.start("answers", len(chats))
     answers: list[str] = []
     for start in range(0, len(chats), batch_size):
@@ -136,6 +140,7 @@ def inspect_command(
     ] = None,
     domain: Annotated[str | None, Option(help="Domain of the rows in --file. Default: as each row names it.")] = None,
     limit: Annotated[int | None, Option(min=1, help="Read at most N rows of --file.")] = None,
+    on_bad_row: OnBadRow = "stop",
     weights: Annotated[bool, Option("--weights", help="Also print the weights of every token.")] = False,
     html: Annotated[Path | None, Option(help="Write an HTML page with coloured tokens.")] = None,
     png: Annotated[
@@ -157,7 +162,9 @@ def inspect_command(
     from ultrafuser.data.sources import load_rows
     from ultrafuser.inspect.trace import mean_weights_by_domain
 
-    rows = load_rows(str(file), domain=domain, limit=limit) if file else []
+    reader = row_reader(on_bad_row)
+    rows = load_rows(str(file), domain=domain, limit=limit, reader=reader) if file else []
+    report_reading(reader, ConsoleProgress())
     chats = [_chat(text, system) for text in prompt or []]
     model, renderer = _load(folder, dtype, device, seed)
     from ultrafuser.inspect.run import answer, trace_rows, trace_tokens
@@ -209,14 +216,21 @@ def _chat(text: str, system: str | None) -> list[dict[str, str]]:
     return [*opening, {"role": "user", "content": text}]
 
 
-def _conversations(prompts: list[str] | None, file: Path | None, system: str | None) -> list[list[dict[str, str]]]:
+def _conversations(
+    prompts: list[str] | None, file: Path | None, system: str | None, on_bad_row: str, progress: ConsoleProgress
+) -> list[list[dict[str, str]]]:
     """The conversations to answer: from the options, a file or standard input. Rows lose their last answer."""
     if prompts and file:
         raise DataError("give --prompt or --file, not both")
-    from ultrafuser.data.sources import SUFFIXES, load_rows, read_text
+    from ultrafuser.data.records import read_text
+    from ultrafuser.data.row_files import file_type
+    from ultrafuser.data.sources import load_rows
 
-    if file is not None and file.suffix in SUFFIXES:
-        return [row.chat()[:-1] for row in load_rows(str(file), domain="any")]
+    if file is not None and file_type(file) is not None:
+        reader = row_reader(on_bad_row)
+        rows = load_rows(str(file), domain="any", reader=reader)
+        report_reading(reader, progress)
+        return [row.chat()[:-1] for row in rows]
     if file is not None and not file.is_file():
         raise DataError(f"{file}: no such file, expected a text file with one prompt per line, or rows")
     if prompts:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from ultrafuser.errors import RecipeError
+from ultrafuser.progress import Progress
+
+if TYPE_CHECKING:
+    from ultrafuser.data.sources import RowReader
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Folder = Annotated[str, Argument(help="A fused checkpoint: a folder or a hub id.")]
@@ -31,6 +36,10 @@ Temperature = Annotated[float, Option(min=0.0, help="Sampling temperature. 0: al
 TopP = Annotated[
     float, Option(min=0.0, max=1.0, help="Sample from the most likely tokens with this total probability.")
 ]
+OnBadRow = Annotated[
+    str,
+    Option(help="What to do with a row that cannot be used: stop, or skip it. Skipped rows are counted and listed."),
+]
 Seed = Annotated[int, Option(help="Seed of the random numbers.")]
 
 
@@ -41,3 +50,25 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     """
     if value not in choices:
         raise RecipeError(f"{option} {value!r}: expected one of {', '.join(choices)}")
+
+
+def row_reader(on_bad_row: str) -> RowReader:
+    """
+    Raises:
+        RecipeError: neither stop nor skip.
+    """
+    from ultrafuser.data.sources import RowReader
+
+    check_choice("--on-bad-row", on_bad_row, ("stop", "skip"))
+    return RowReader("skip" if on_bad_row == "skip" else "stop")
+
+
+def report_reading(reader: RowReader, progress: Progress, output: Path | None = None) -> None:
+    """Show what was not used of the rows, and list skipped rows in `OUTPUT.bad_rows`."""
+    for note in reader.notes():
+        progress.log(note)
+    if output is not None:
+        bad_rows = output.with_name(f"{output.name}.bad_rows")
+        reader.write_bad_rows(bad_rows)
+        if reader.bad_rows:
+            progress.log(f"skipped rows: {bad_rows}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from lm_eval.api.model import LM
 
 from ultrafuser.compare.workspace import Workspace
+from ultrafuser.data.sources import RowReader
 from ultrafuser.data.templates import Rendered
 from ultrafuser.evaluate.lm.load import LoadedModel
 from ultrafuser.evaluate.lm.parameters import count_parameters
@@ -72,7 +73,9 @@ def load_model(workspace: Workspace, loaded: LoadedModel, features: Path) -> Loa
     def traces() -> list[TokenTrace]:
         if not has_gate:
             return []
-        return list(trace_rows(model, renderer, [load_source(source)[0] for source in workspace.settings.test]))
+        reader = RowReader(workspace.settings.training().data.on_bad_row)
+        rows = [load_source(source, reader)[0] for source in workspace.settings.test]
+        return list(trace_rows(model, renderer, rows))
 
     return LoadedSystem(
         lm=loaded.lm,

@@ -30,6 +30,7 @@ from ultrafuser.compare.results import Measurement
 from ultrafuser.compare.systems import SystemRecipe
 from ultrafuser.compare.workspace import BUILT, Workspace
 from ultrafuser.data.files import write_json
+from ultrafuser.data.sources import RowReader
 from ultrafuser.errors import UltraFuserError
 from ultrafuser.evaluate.lm.load import LoadedModel
 from ultrafuser.evaluate.lm.parameters import peak_rss_mb
@@ -136,7 +137,8 @@ def _speed(recipe: CompareRecipe, lm: LM) -> Speed:
     """New tokens per second: the shortest test prompts, one at a time, always the same number of new tokens."""
     settings = recipe.decode
     rows_per_source = -(-settings.prompts // max(1, len(recipe.test)))
-    rows = [row for source in recipe.test for row in load_source(source)[:rows_per_source]]
+    reader = RowReader(recipe.training().data.on_bad_row)
+    rows = [row for source in recipe.test for row in load_source(source, reader)[:rows_per_source]]
     # each row up to its first answer
     chats = [list(takewhile(lambda message: message["role"] != "assistant", row.chat())) for row in rows]
     chats = chats or [[{"role": "user", "content": "Why is the sky blue?"}]]

@@ -14,6 +14,7 @@ from torch import nn
 
 from ultrafuser.compare.settings import CompareSettings
 from ultrafuser.compare.systems.plain_checkpoints import PlainCheckpoints, write_plain_checkpoints
+from ultrafuser.data.sources import RowReader
 from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.lm.load import LoadedModel, wrap_model
@@ -118,8 +119,12 @@ class Workspace:
 
     def rows(self, data_set: DataSet, renderer: Renderer) -> list[Rendered]:
         """The training or test rows as a system reads them."""
-        sources = self.settings.training().data.train if data_set == "train" else self.settings.test
-        return read_sources(sources, renderer, self.progress, data_set)
+        data = self.settings.training().data
+        sources = data.train if data_set == "train" else self.settings.test
+        reader = RowReader(data.on_bad_row)
+        rows = read_sources(sources, renderer, self.progress, data_set, reader)
+        reader.write_bad_rows(self.folder / f"bad_rows.{data_set}.jsonl")
+        return rows
 
     def features(self, data_set: DataSet, model: UltraFuserForCausalLM, rows: list[Rendered]) -> FeatureStore:
         """The frozen specialists' states on the rows, computed once for all systems."""

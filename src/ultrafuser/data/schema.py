@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ultrafuser.data.layouts import Conversation, as_text, is_missing, read_conversation
 from ultrafuser.errors import DataError
 
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# (question, context, answer) columns of the layouts on the hub, tried in this order.
-PAIR_LAYOUTS = (
-    ("instruction", "input", "output"),
-    ("instruction", "input", "response"),
-    ("instruction", "context", "response"),
-    ("instruction", None, "output"),
-    ("instruction", None, "response"),
-    ("prompt", None, "completion"),
-    ("prompt", None, "response"),
-    ("query", None, "response"),
-    ("question", None, "answer"),
-    ("problem", None, "solution"),
-)
+_TEXT_COLUMNS = ("source", "licence", "topic", "subtopic")
+_CODE_COLUMNS = ("tests", "check")
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -37,6 +28,8 @@ class Row:
         messages: (role, content) pairs, the last one an assistant's.
         tests: Python statements to run after the code of the last answer (code rows), if any.
         check: Python statements that verify the last answer, held in `answer` (math rows), if any.
+        extras: further keys of messages, by the index of the message: `weight` (0: the answer is not learned),
+            `reasoning_content`, `tool_calls`, `tool_call_id`, `name`.
     """
 
     id: str
@@ -48,15 +41,34 @@ class Row:
     subtopic: str = ""
     tests: str | None = None
     check: str | None = None
+    extras: Mapping[int, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
-    def chat(self) -> list[dict[str, str]]:
+    def chat(self) -> list[dict[str, Any]]:
         """The messages in the form that chat templates take."""
-        return [{"role": role, "content": content} for role, content in self.messages]
+        return [
+            {"role": role, "content": content, **self.extras.get(index, {})}
+            for index, (role, content) in enumerate(self.messages)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The row as one JSON object, without optional keys that are None."""
-        fields = asdict(self) | {"messages": self.chat()}
-        return {key: value for key, value in fields.items() if value is not None}
+        values = {column.name: getattr(self, column.name) for column in fields(self)} | {"messages": self.chat()}
+        return {key: value for key, value in values.items() if value is not None and key != "extras"}
+
+
+@dataclass
+class ParsedRecord:
+    """What one raw record holds.
+
+    Attributes:
+        row: None if there are problems.
+        problems: everything that is wrong with the record.
+        unused: columns with values that are not read, and keys of messages as `messages[].KEY`.
+    """
+
+    row: Row | None
+    problems: list[str]
+    unused: set[str] = field(default_factory=set)
 
 
 def parse_row(raw: Mapping[str, Any], location: str, domain: str | None = None) -> Row:
@@ -70,77 +82,84 @@ def parse_row(raw: Mapping[str, Any], location: str, domain: str | None = None) 
     Raises:
         DataError: not an object, no known layout, empty content, a wrong role or role order, no domain.
     """
+    parsed = parse_record(raw, domain)
+    if parsed.row is None:
+        raise DataError(f"{location}: {parsed.problems[0]}")
+    return parsed.row
+
+
+def parse_record(raw: Any, domain: str | None = None) -> ParsedRecord:
+    """Read one raw record in any of the known layouts, and list all its problems."""
     if not isinstance(raw, Mapping):
-        raise DataError(f"{location}: expected a JSON object, got {type(raw).__name__}")
-    messages = _messages(raw, location)
-    _check_messages(messages, location)
-    domain = domain or raw.get("domain")
-    if not domain or not isinstance(domain, str):
-        raise DataError(f"{location}: no domain. Add a 'domain' column or give the source one in the recipe")
-    text = "\x1f".join(content for _, content in messages)
-    row_id = raw.get("id")
-    return Row(
-        id=hashlib.sha256(text.encode()).hexdigest()[:12] if row_id in (None, "") else str(row_id),
-        domain=domain,
+        return ParsedRecord(None, [f"expected a JSON object, got {type(raw).__name__}"])
+    talk = read_conversation(raw)
+    problems = talk.problems
+    row_domain = _domain(raw, domain, problems)
+    texts = {column: _text(raw, column, problems) for column in ("id", *_TEXT_COLUMNS)}
+    code = {column: _code(raw, column, problems) for column in _CODE_COLUMNS}
+    _check_characters(talk, {"domain": row_domain, **texts, **code}, problems)
+    known = {"id", "domain", *_TEXT_COLUMNS, *_CODE_COLUMNS} | talk.columns
+    unused = {str(key) for key, value in raw.items() if key not in known and not is_missing(value)} | talk.unused_keys
+    if problems:
+        return ParsedRecord(None, problems, unused)
+    messages = tuple((turn.role, turn.content) for turn in talk.turns)
+    content = "\x1f".join(content for _, content in messages)
+    row = Row(
+        id=texts.pop("id") or hashlib.sha256(content.encode()).hexdigest()[:12],
+        domain=row_domain,
         messages=messages,
-        **{key: str(raw.get(key) or "") for key in ("source", "licence", "topic", "subtopic")},
-        tests=raw.get("tests") or None,
-        check=raw.get("check") or None,
+        extras={index: turn.extras for index, turn in enumerate(talk.turns) if turn.extras},
+        tests=code["tests"] or None,
+        check=code["check"] or None,
+        **texts,
     )
+    return ParsedRecord(row, [], unused)
 
 
-def _messages(raw: Mapping[str, Any], location: str) -> tuple[tuple[str, str], ...]:
-    for key, role_key, content_key in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if raw.get(key) is not None:
-            return _turns(raw[key], key, role_key, content_key, location)
-    question_column, context_column, answer_column = pair_layout(raw, location)
-    question, answer = raw[question_column], raw[answer_column]
-    for column, value in ((question_column, question), (answer_column, answer)):
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{location}: column {column!r} is empty")
-    context = raw.get(context_column) if context_column else None
-    if isinstance(context, str) and context.strip():
-        question = f"{question.strip()}\n\n{context.strip()}"
-    return (("user", question.strip()), ("assistant", answer.strip()))
+def _domain(raw: Mapping[str, Any], domain: str | None, problems: list[str]) -> str:
+    value = domain or raw.get("domain")
+    if isinstance(value, str) and value:
+        return value
+    if is_missing(value):
+        problems.append(
+            "no domain. Add a 'domain' column, or give the source one (--domain, or 'domain' in the recipe)"
+        )
+    else:
+        problems.append(f"domain {value!r}: expected text, got {type(value).__name__}")
+    return ""
 
 
-def pair_layout(raw: Mapping[str, Any], location: str) -> tuple[str, str | None, str]:
-    """The columns of the question, its context and the answer in one raw record.
-
-    Raises:
-        DataError: no known layout.
-    """
-    for layout in PAIR_LAYOUTS:
-        if all(column in raw for column in layout if column):
-            return layout
-    layouts = "; ".join("/".join(column for column in layout if column) for layout in PAIR_LAYOUTS)
-    raise DataError(
-        f"{location}: no known layout in the columns {sorted(map(str, raw))}, expected 'messages', 'conversations', or "
-        f"one of {layouts}"
-    )
+def _text(raw: Mapping[str, Any], column: str, problems: list[str]) -> str:
+    text = as_text(raw.get(column))
+    if text is None:
+        problems.append(f"{column!r}: expected text, got {type(raw[column]).__name__}")
+    return text or ""
 
 
-def _turns(turns: Any, key: str, role_key: str, content_key: str, location: str) -> tuple[tuple[str, str], ...]:
-    if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise DataError(f"{location}: {key!r} must be a list of objects with {role_key!r} and {content_key!r}")
-    messages = []
-    for index, turn in enumerate(turns):
-        role = turn.get(role_key, turn.get("role"))
-        content = turn.get(content_key, turn.get("content"))
-        role = SHAREGPT_ROLES.get(str(role), role)
-        if role not in ROLES:
-            raise DataError(f"{location}: {key}[{index}]: role {role!r}, expected one of {', '.join(ROLES)}")
-        if not isinstance(content, str) or not content.strip():
-            raise DataError(f"{location}: {key}[{index}]: empty content of the {role}")
-        messages.append((str(role), content.strip()))
-    return tuple(messages)
+def _code(raw: Mapping[str, Any], column: str, problems: list[str]) -> str:
+    """Python statements: a text, or a list with one text for each statement."""
+    value = raw.get(column)
+    if isinstance(value, list | tuple) and all(isinstance(statement, str) for statement in value):
+        return "\n".join(value)
+    if isinstance(value, str):
+        return value
+    if is_missing(value):
+        return ""
+    problems.append(f"{column!r}: expected text or a list of texts, got {type(value).__name__}")
+    return ""
 
 
-def _check_messages(messages: tuple[tuple[str, str], ...], location: str) -> None:
-    roles = [role for role, _ in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns:
-        raise DataError(f"{location}: a conversation without messages")
-    if turns != ["user", "assistant"] * (len(turns) // 2):
-        got = ", ".join(roles)
-        raise DataError(f"{location}: roles must alternate user, assistant and end with assistant, got {got}")
+def _check_characters(talk: Conversation, columns: Mapping[str, str], problems: list[str]) -> None:
+    """Find lone surrogates, which no file of ours and no tokenizer can hold."""
+    texts = dict(columns)
+    for index, turn in enumerate(talk.turns):
+        texts[f"message {index}"] = turn.content
+        texts |= {
+            f"message {index}, {key}": json.dumps(value, ensure_ascii=False, default=str)
+            for key, value in turn.extras.items()
+        }
+    problems += [
+        f"{name}: holds a lone surrogate, half of a character"
+        for name, text in texts.items()
+        if not text.isascii() and _LONE_SURROGATE.search(text)
+    ]

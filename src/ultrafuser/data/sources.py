@@ -1,20 +1,136 @@
-"""Read rows from JSONL, JSON, CSV and Parquet files, folders, globs, package data, and hub data sets."""
+"""Read the rows of sources, skip or refuse bad rows, and report what was not used."""
 
 from __future__ import annotations
 
-import csv
-import glob
+import difflib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from ultrafuser.data.schema import Row, parse_row
-from ultrafuser.errors import CheckpointError, DataError
-from ultrafuser.model.references import package_path
+from ultrafuser.data.files import write_text
+from ultrafuser.data.layouts import CONTEXT_COLUMNS, PAIR_LAYOUTS, SYSTEM_COLUMNS
+from ultrafuser.data.records import Record, scan_file, scan_hub
+from ultrafuser.data.row_files import find_files
+from ultrafuser.data.schema import Row, parse_record
+from ultrafuser.errors import DataError
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-_MAX_CELL_BYTES = 1 << 26  # of a CSV file
+OnBadRow = Literal["stop", "skip"]
+_MAX_NAMES = 10  # files in a note
+_TYPO_SIMILARITY = 0.75  # an unknown column this similar to a known one is taken for a typo
+_KNOWN_COLUMNS = sorted(
+    {"id", "domain", "messages", "conversations", "source", "licence", "topic", "subtopic", "tests", "check", "history"}
+    | {column for layout in PAIR_LAYOUTS for column in layout if column}
+    | {*CONTEXT_COLUMNS, *SYSTEM_COLUMNS}
+)
+
+
+class RowReader:
+    """Reads rows, and counts everything that it does not use.
+
+    Attributes:
+        on_bad_row: `stop`: the first bad row is an error. `skip`: bad rows are left out and listed.
+        num_rows: rows read so far.
+        bad_rows: location and problem of each row that was skipped.
+        unused_columns: number of rows that have a value in a column that is not read.
+        unread_files: files beside the ones that were read.
+    """
+
+    def __init__(self, on_bad_row: OnBadRow = "stop") -> None:
+        self.on_bad_row = on_bad_row
+        self.num_rows = 0
+        self.bad_rows: list[dict[str, str]] = []
+        self.unused_columns: Counter[str] = Counter()
+        self.unread_files: list[Path] = []
+
+    def read(
+        self,
+        path: str,
+        *,
+        domain: str | None = None,
+        split: str = "train",
+        limit: int | None = None,
+        revision: str | None = None,
+        config: str | None = None,
+    ) -> Iterator[Row]:
+        """The rows of one source, as `load_rows`.
+
+        Raises:
+            DataError: as `load_rows`. A bad row only if `on_bad_row` is `stop`.
+        """
+        count, bad_rows_before = 0, len(self.bad_rows)
+        for record in self._records(path, split, revision, config):
+            problem = record.problem
+            if problem is None:
+                parsed = parse_record(record.value, domain)
+                self.unused_columns.update(parsed.unused)
+                if parsed.row is not None:
+                    self.num_rows += 1
+                    count += 1
+                    yield parsed.row
+                    if count == limit:
+                        return
+                    continue
+                problem = parsed.problems[0]
+            if self.on_bad_row == "stop":
+                raise DataError(
+                    f"{record.location}: {problem}. Fix the row, or skip bad rows with on_bad_row=skip (--on-bad-row skip)"
+                )
+            self.bad_rows.append({"where": record.location, "problem": problem})
+        if not count:
+            bad_rows = self.bad_rows[bad_rows_before:]
+            first = f", all {len(bad_rows)} are bad, the first one {' '.join(bad_rows[0].values())}" if bad_rows else ""
+            raise DataError(f"{path}: no rows{first}")
+
+    def _records(self, path: str, split: str, revision: str | None, config: str | None) -> Iterator[Record]:
+        files = find_files(path, split)
+        self.unread_files += files.unread
+        if not files.paths:
+            yield from scan_hub(path, split, revision, config)
+        for file in files.paths:
+            try:
+                yield from scan_file(file)
+            except OSError as error:
+                raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+    def notes(self) -> list[str]:
+        """One line for each kind of thing that was not used."""
+        notes = []
+        if self.unused_columns:
+            columns = ", ".join(map(column_note, sorted(self.unused_columns.items())))
+            notes.append(f"columns that are not used: {columns}")
+        if self.unread_files:
+            notes.append(unread_note(self.unread_files))
+        if self.bad_rows:
+            first = self.bad_rows[0]
+            notes.append(
+                f"skipped {len(self.bad_rows):,} bad rows of {self.num_rows + len(self.bad_rows):,}, the first one "
+                f"{first['where']}: {first['problem']}"
+            )
+        return notes
+
+    def write_bad_rows(self, file: Path) -> None:
+        """List the skipped rows, one JSON object per line. Without any, the file is removed."""
+        if not self.bad_rows:
+            file.unlink(missing_ok=True)
+            return
+        write_text(file, "".join(json.dumps(row) + "\n" for row in self.bad_rows))
+
+
+def column_note(count_of_column: tuple[str, int]) -> str:
+    """An unused column with its number of rows, and the known column of a similar name."""
+    column, count = count_of_column
+    similar = difflib.get_close_matches(column, _KNOWN_COLUMNS, 1, _TYPO_SIMILARITY)
+    hint = f", is it {similar[0]!r}?" if similar and similar[0] != column else ""
+    return f"{column!r} ({count:,} rows{hint})"
+
+
+def unread_note(files: Sequence[Path]) -> str:
+    """The files that are not read, in one line."""
+    names = ", ".join(str(file) for file in files[:_MAX_NAMES])
+    more = f" and {len(files) - _MAX_NAMES} more" if len(files) > _MAX_NAMES else ""
+    return f"files that are not read: {names}{more}"
 
 
 def load_rows(
@@ -25,143 +141,25 @@ def load_rows(
     limit: int | None = None,
     revision: str | None = None,
     config: str | None = None,
+    reader: RowReader | None = None,
 ) -> list[Row]:
     """Read the rows of one source.
 
     Args:
         path: a file, a folder of files, a glob, `package:MODULE/FILE`, or a hub data set id (`owner/name`).
         domain: the stratum of all its rows. None: the domain that each row names.
-        split, revision, config: of a hub data set. `config` is its configuration, e.g. `main` of `openai/gsm8k`.
+        split: of a hub data set or a saved data set.
+        revision, config: of a hub data set. `config` is its configuration, e.g. `main` of `openai/gsm8k`.
         limit: read at most this many rows. None: all.
+        reader: counts what is not used, and may skip bad rows. None: the first bad row is an error.
 
     Raises:
         DataError: a missing or unreadable file, or a malformed row (with file and line number).
     """
-    rows = []
-    for raw, location in read_records(path, split, revision, config):
-        rows.append(parse_row(raw, location, domain))
-        if limit is not None and len(rows) >= limit:
-            break
-    if not rows:
-        raise DataError(f"{path}: no rows")
-    return rows
+    reader = reader or RowReader()
+    return list(reader.read(path, domain=domain, split=split, limit=limit, revision=revision, config=config))
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write rows as JSONL, one object per line."""
     path.write_text("".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def read_records(
-    path: str, split: str = "train", revision: str | None = None, config: str | None = None
-) -> Iterator[tuple[Any, str]]:
-    """Raw records of any layout, each with its location. Arguments and errors are those of `load_rows`."""
-    files = local_files(path)
-    if files:
-        for file in files:
-            yield from read_file(file)
-    elif path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith(SUFFIXES):
-        import datasets
-
-        try:
-            rows = datasets.load_dataset(path, config, split=split, revision=revision)
-        except (OSError, ValueError) as error:  # a missing data set or split, or no network
-            raise DataError(
-                f"{path}: no such local file, and the hub data set could not be loaded (split {split!r}): {error}"
-            ) from error
-        yield from ((record, f"{path}[{split}][{index}]") for index, record in enumerate(rows))
-    else:
-        raise DataError(f"{path}: no such file, expected {', '.join(SUFFIXES)}, a folder of them, a glob, or a hub id")
-
-
-def local_files(path: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-    """The files behind a path: one file, those of a folder with these suffixes, a glob, or `package:MODULE/FILE`.
-
-    Raises:
-        DataError: a package that is not installed or has no such file.
-    """
-    if path.startswith("package:"):
-        try:
-            path = str(package_path(path))
-        except CheckpointError as error:
-            raise DataError(str(error)) from error
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return sorted(file for file in local.iterdir() if file.suffix in suffixes)
-    if local.is_file():
-        return [local]
-    return [Path(match) for match in sorted(glob.glob(str(local), recursive=True))] if glob.has_magic(path) else []
-
-
-def read_file(file: Path) -> Iterator[tuple[Any, str]]:
-    """Raw records of one file, each with its location.
-
-    Raises:
-        DataError: an unknown or unreadable type of file.
-    """
-    if file.suffix not in SUFFIXES:
-        raise DataError(f"{file}: unknown file type {file.suffix!r}, expected one of {', '.join(SUFFIXES)}")
-    try:
-        if file.suffix == ".jsonl":
-            with file.open(encoding="utf-8-sig") as lines:
-                for line_number, line in enumerate(lines, 1):
-                    location = f"{file}:{line_number}"
-                    if not line.strip():
-                        raise DataError(f"{location}: empty line, expected one JSON object")
-                    yield parse_json(line, location), location
-        elif file.suffix == ".json":
-            records = parse_json(read_text(file), str(file))
-            if not isinstance(records, list):
-                raise DataError(f"{file}: expected a JSON list of rows, got {type(records).__name__}")
-            yield from ((record, f"{file}[{index}]") for index, record in enumerate(records))
-        elif file.suffix == ".csv":
-            csv.field_size_limit(_MAX_CELL_BYTES)  # the default, 128 KiB, is too short for a long conversation
-            with file.open(encoding="utf-8-sig", newline="") as lines:
-                reader = csv.DictReader(lines)
-                for record in reader:
-                    yield record, f"{file}:{reader.line_num}"
-        else:
-            yield from _read_parquet(file)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 at byte {error.start}. Convert the file") from error
-    except csv.Error as error:
-        raise DataError(f"{file}: not readable CSV: {error}") from error
-
-
-def read_text(file: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        DataError: not UTF-8.
-    """
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 at byte {error.start}. Convert the file") from error
-
-
-def parse_json(text: str, location: str) -> Any:
-    """Parse JSON text.
-
-    Raises:
-        DataError: the text is not JSON. The message holds the location.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{location}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[Any, str]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{file}: not a readable Parquet file: {error}") from error
-    index = 0
-    for batch in table.iter_batches():
-        for record in batch.to_pylist():
-            yield record, f"{file}[{index}]"
-            index += 1

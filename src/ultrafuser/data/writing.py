@@ -7,19 +7,21 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ultrafuser.data.files import atomic_file, atomic_files, check_target, json_text, naming
-from ultrafuser.data.schema import PAIR_LAYOUTS, Row
-from ultrafuser.data.sources import SUFFIXES
+from ultrafuser.data.layouts import CHAT_LAYOUTS, MESSAGE_KEYS, PAIR_LAYOUTS
+from ultrafuser.data.schema import Row
 from ultrafuser.errors import DataError
 
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # The name of a pair layout is its columns, as in the errors of `parse_row`.
 PAIRS = {"/".join(filter(None, layout)): layout for layout in PAIR_LAYOUTS}
-LAYOUTS = ("messages", "conversations", *PAIRS)
+LAYOUTS = (*CHAT_LAYOUTS, *PAIRS)
 _CSV_LAYOUT = "instruction/input/output"
-_SHAREGPT_NAMES = {"system": "system", "user": "human", "assistant": "gpt"}
+_SHAREGPT_NAMES = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 _ROWS_PER_GROUP = 2000  # rows of a Parquet row group
 
 Write = Callable[[Mapping[str, Any]], None]
@@ -114,14 +116,18 @@ def record_of(row: Row, layout: str) -> dict[str, Any]:
     """A row as one record of a layout, which `parse_row` reads back exactly.
 
     Raises:
-        DataError: a conversation with several turns or a system message, in a layout of one question and answer.
+        DataError: a conversation with several turns, a system message or further keys of messages, in a layout of one
+            question and answer.
     """
     record = row.to_dict()
     if layout == "messages":
         return record
-    del record["messages"]
+    messages = record.pop("messages")
     if layout == "conversations":
-        turns = [{"from": _SHAREGPT_NAMES[role], "value": content} for role, content in row.messages]
+        turns = [
+            {"from": _SHAREGPT_NAMES[message.pop("role")], "value": message.pop("content"), **message}
+            for message in messages
+        ]
         return record | {"conversations": turns}
     question_column, context_column, answer_column = PAIRS[layout]
     if [role for role, _ in row.messages] != ["user", "assistant"]:
@@ -129,6 +135,12 @@ def record_of(row: Row, layout: str) -> dict[str, Any]:
         raise DataError(
             f"row {row.id!r}: messages of {roles} do not fit the layout {layout!r}, one question and one answer. Use "
             "messages or conversations"
+        )
+    if row.extras:
+        keys = ", ".join(sorted({key for extras in row.extras.values() for key in extras}))
+        raise DataError(
+            f"row {row.id!r}: messages with {keys} do not fit the layout {layout!r}, which has texts only. Use messages or "
+            "conversations"
         )
     (_, question), (_, answer) = row.messages
     context = {context_column: ""} if context_column else {}
@@ -194,31 +206,47 @@ def _csv(draft: Path, layout: str) -> Iterator[Write]:
 
 @contextmanager
 def _parquet(draft: Path, layout: str) -> Iterator[Write]:
+    """The rows are first written as JSONL, since the keys of the messages are only known at the end."""
+    rows_file = draft.with_suffix(".uneven")
+    message_keys: set[str] = set()
+    try:
+        with rows_file.open("w", encoding="utf-8") as stream:
+
+            def write(record: Mapping[str, Any]) -> None:
+                record = dict(record)
+                if layout in CHAT_LAYOUTS:
+                    record[layout] = [_flat(message) for message in record[layout]]
+                    message_keys.update(key for message in record[layout] for key in message)
+                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+            yield write
+        _write_parquet(rows_file, draft, layout, message_keys)
+    finally:
+        rows_file.unlink(missing_ok=True)
+
+
+def _flat(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose values fit into a column: lists as JSON text, which `parse_row` reads."""
+    return {
+        key: value if isinstance(value, str | int) else json.dumps(value, ensure_ascii=False, default=str)
+        for key, value in message.items()
+    }
+
+
+def _write_parquet(rows_file: Path, draft: Path, layout: str, message_keys: set[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    turns = {"messages": ("role", "content"), "conversations": ("from", "value")}
-
     def column_type(column: str) -> Any:
-        if column not in turns:
+        if column not in CHAT_LAYOUTS:
             return pa.string()
-        return pa.list_(pa.struct([(name, pa.string()) for name in turns[column]]))
+        keys = [*CHAT_LAYOUTS[layout], *(key for key in MESSAGE_KEYS if key in message_keys)]
+        return pa.list_(pa.struct([(key, pa.int64() if key == "weight" else pa.string()) for key in keys]))
 
     schema = pa.schema([(column, column_type(column)) for column in _columns(layout)])
-    buffer: list[Mapping[str, Any]] = []
-    with pq.ParquetWriter(draft, schema) as file:
-
-        def flush() -> None:
-            file.write_table(pa.Table.from_pylist(buffer, schema=schema))
-            buffer.clear()
-
-        def write(record: Mapping[str, Any]) -> None:
-            buffer.append(record)
-            if len(buffer) == _ROWS_PER_GROUP:
-                flush()
-
-        yield write
-        flush()
+    with rows_file.open(encoding="utf-8") as lines, pq.ParquetWriter(draft, schema) as file:
+        while batch := [json.loads(line) for line in islice(lines, _ROWS_PER_GROUP)]:
+            file.write_table(pa.Table.from_pylist(batch, schema=schema))
 
 
 _OPENERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

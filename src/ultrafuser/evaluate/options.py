@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ultrafuser.data.sources import OnBadRow
 from ultrafuser.endpoint.recipe import EndpointRecipe
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.lm.load import LoadOptions
@@ -30,6 +31,7 @@ class EvalOptions:
         required: benchmarks that were named one by one. An endpoint cannot score given text, so a benchmark that needs it
             is an error if it is required, and is skipped otherwise.
         data: files with the rows for `loss` and `mixed`. Empty: the zoo's test rows.
+        on_bad_row: what to do with a row of `data` that cannot be used.
         limit: rows of each domain and documents of each task, the same for all models. None: all.
         seed: of the rows drawn for the limit, of sampling and of the intervals.
         judge: the endpoint that judges `alpaca_eval` and `mt_bench`.
@@ -38,6 +40,7 @@ class EvalOptions:
     benchmarks: Sequence[str]
     required: Sequence[str] = ()
     data: Sequence[str] = ()
+    on_bad_row: OnBadRow = "stop"
     limit: int | None = None
     seed: int = 0
     judge: EndpointRecipe | None = None

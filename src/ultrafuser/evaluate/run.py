@@ -11,7 +11,7 @@ from pathlib import Path
 from ultrafuser.data.files import write_json
 from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.data.schema import Row
-from ultrafuser.data.sources import load_rows
+from ultrafuser.data.sources import RowReader, load_rows
 from ultrafuser.endpoint.client import Endpoint
 from ultrafuser.errors import DataError, hide_logins
 from ultrafuser.evaluate.judged import alpaca, mt_bench
@@ -53,11 +53,15 @@ def evaluate_models(
     """
     progress = progress or Progress()
     # Everything that can be wrong with the request comes before the first model is loaded.
-    rows, sources = loss_rows(options), _name_models(models)
+    reader = RowReader(options.on_bad_row)
+    rows, sources = loss_rows(options, reader), _name_models(models)
     model_options = {name: _options_of(source, options, progress) for name, source in sources.items()}
     check_benchmarks(options)
+    for note in reader.notes():
+        progress.log(note)
     output.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(output, "evaluation"):
+        reader.write_bad_rows(output / "bad_rows.jsonl")
         results = EvalResults(created=time.strftime("%Y-%m-%d"), models=read_models(output / "results.json"))
         for name, source in sources.items():
             progress.log(f"{name}: {hide_logins(source)}")
@@ -197,7 +201,7 @@ def _judge_endpoint(benchmark: str, options: EvalOptions) -> Endpoint:
 # ---------------------------------------------------------------- rows of the losses
 
 
-def loss_rows(options: EvalOptions) -> list[Row]:
+def loss_rows(options: EvalOptions, reader: RowReader | None = None) -> list[Row]:
     """The rows for `loss` and `mixed`: the user's, or the zoo's test rows.
 
     Raises:
@@ -210,7 +214,7 @@ def loss_rows(options: EvalOptions) -> list[Row]:
         return []
     by_domain: dict[str, list[Row]] = {}
     for path in options.data or [ZOO.format(domain) for domain in domains]:
-        for row in load_rows(path):
+        for row in load_rows(path, reader=reader):
             by_domain.setdefault(row.domain, []).append(row)
     # `mixed` measures the domain of that name, `loss` all others.
     benchmark_of = {domain: "mixed" if domain == "mixed" else "loss" for domain in by_domain}

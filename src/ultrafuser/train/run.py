@@ -14,6 +14,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ultrafuser import typed_yaml
 from ultrafuser.data.files import disk_problem, make_folder, next_step, write_text
 from ultrafuser.data.locking import exclusive_lock
+from ultrafuser.data.sources import RowReader
 from ultrafuser.errors import DiskError, RecipeError, TrainingError
 from ultrafuser.model.checkpoint import fused_folder, read_manifest
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -23,7 +24,7 @@ from ultrafuser.recipe import GateRecipe, Recipe, dump_recipe
 from ultrafuser.specialists import fuse, load, make_renderer, pick_device
 from ultrafuser.train.card import write_card
 from ultrafuser.train.metrics import METRICS_FILE, read_metrics, truncate_metrics
-from ultrafuser.train.rows import read_sources
+from ultrafuser.train.rows import BAD_ROWS_FILE, read_sources
 from ultrafuser.train.stages import FINISHED, StageRun, run_stage
 
 RECIPE_FILE = "recipe.yaml"
@@ -85,12 +86,13 @@ def _train(recipe: Recipe, features: Path | None, progress: Progress) -> Path:
         model, renderer = load(recipe.fused, dtype=recipe.dtype, device_map=pick_device(recipe.device))
         tokenizer = renderer.tokenizer
     renderer = make_renderer(model, tokenizer, recipe.data.max_length)
-    rows = read_sources(recipe.data.train, renderer, progress, "training")
-    validation = (
-        read_sources(recipe.data.validation, renderer, progress, "validation") if recipe.data.validation else []
-    )
+    reader = RowReader(recipe.data.on_bad_row)
+    rows = read_sources(recipe.data.train, renderer, progress, "training", reader)
+    sources = recipe.data.validation
+    validation = read_sources(sources, renderer, progress, "validation", reader) if sources else []
     if PartialState().is_main_process:  # from here on there is something to resume
         write_text(output / RECIPE_FILE, dump_recipe(recipe))
+        reader.write_bad_rows(output / BAD_ROWS_FILE)
     truncate_metrics(output / METRICS_FILE)
     for index, stage in enumerate(recipe.stages, 1):
         stage_folder = output / f"{index}-{stage.name}"

@@ -57,23 +57,23 @@ def test_it_finds_problems_exactly_where_parse_row_fails(record, domain):
 
 def test_all_problems_of_a_record_are_listed():
     record = {
-        "messages": [{"role": "tool", "content": ""}, {"role": "assistant", "content": None}],
-        "licence": 3,
+        "messages": [{"role": "narrator", "content": ""}, {"role": "assistant", "content": {}}],
+        "licence": ["MIT"],
         "tests": "assert (",
     }
     assert list(problems_of(record)) == [
-        "messages[0]: role 'tool', expected one of system, user, assistant",
-        "messages[0]: empty content",
-        "messages[1]: the content is NoneType, expected text",
-        "no domain. Add a 'domain' column or give one for all rows with --domain",
-        "'licence': expected text, got int",
+        "messages[0]: role 'narrator', expected one of system, user, assistant, tool",
+        "messages[0]: empty content of the narrator",
+        "messages[1]: expected text, got dict",
+        "no domain. Add a 'domain' column, or give the source one (--domain, or 'domain' in the recipe)",
+        "'licence': expected text, got list",
         "'tests': not Python: '(' was never closed (<unknown>, line 1)",
     ]
     assert list(problems_of({"domain": "text", "prompt": " ", "response": None})) == [
         "column 'prompt' is empty",
-        "column 'response': expected text, got NoneType",
+        "column 'response' is empty",
     ]
-    assert list(problems_of(GOOD | {"source": "\ud800"})) == ["'source': holds a lone surrogate, half of a character"]
+    assert list(problems_of(GOOD | {"source": "\ud800"})) == ["source: holds a lone surrogate, half of a character"]
 
 
 def test_every_line_is_checked(tmp_path):
@@ -89,17 +89,17 @@ def test_every_line_is_checked(tmp_path):
     ]
     path.write_bytes(b"\n".join(lines) + b"\n")
     findings = validate([str(path)])
-    assert findings.rows == 6 and findings.bad_rows == 5
+    assert findings.rows == 5 and findings.bad_rows == 4  # a blank line is no row
     problems = [(problem["where"].removeprefix(str(path)), problem["problem"]) for problem in findings.problems]
-    assert [location for location, _ in problems] == [":2", ":3", ":4", ":5", ":6"]
+    assert [location for location, _ in problems] == [":2", ":4", ":5", ":6"]
     texts = [text for _, text in problems]
     assert texts[0].startswith("not JSON: ") and texts[0].endswith("at column 2")
-    assert texts[1:3] == ["empty line, expected one JSON object", "not UTF-8 at byte 12 of the line"]
-    assert texts[3].startswith("no known layout in the columns ['domain'], expected 'messages'")
-    assert texts[4] == f"id 'a' is also the id of {path}:1, expected unique ids"
+    assert texts[1] == "not UTF-8 at byte 12 of the line. Convert the file"
+    assert texts[2].startswith("no known layout in the columns ['domain'], expected 'messages'")
+    assert texts[3] == f"id 'a' is also the id of {path}:1, expected unique ids"
     assert findings.domains == {"code": 1, "text": 2}
     assert findings.notes == [
-        "column 'license' of 2 rows is not read. Is it 'licence'?",
+        "column not used: 'license' (2 rows, is it 'licence'?)",
         "3 rows without a licence",
         "1 rows without a source",
     ]
@@ -107,7 +107,7 @@ def test_every_line_is_checked(tmp_path):
 
 def test_other_file_types(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([GOOD, {}, 3]))
-    (tmp_path / "b.json").write_text("{}")
+    (tmp_path / "b.json").write_text("3")
     (tmp_path / "c.csv").write_text("prompt,response,domain\nQ,A,text\nQ,,\n")
     (tmp_path / "d.parquet").write_bytes(b"PAR1 but no more")
     (tmp_path / "e.jsonl").write_text("")
@@ -120,7 +120,7 @@ def test_other_file_types(tmp_path):
         ("a.json[1]", "no known layout in the columns []"),
         ("a.json[1]", "no domain"),
         ("a.json[2]", "expected a JSON object, got int"),
-        ("b.json", "expected a JSON list of rows, got dict"),
+        ("b.json", "expected a JSON list of rows, got int"),
         ("c.csv:3", "column 'response' is empty"),
         ("c.csv:3", "no domain"),
     ]

@@ -11,10 +11,12 @@ from typing import TypedDict
 
 import numpy as np
 
+from ultrafuser.data.row_files import find_files
 from ultrafuser.data.schema import Row
+from ultrafuser.data.sources import RowReader, unread_note
 from ultrafuser.data.tools.ngrams import window_hashes, words
 from ultrafuser.data.tools.streaming import stream_rows
-from ultrafuser.data.tools.texts import Text, read_texts
+from ultrafuser.data.tools.texts import TEXT_SUFFIXES, Text, read_texts
 from ultrafuser.data.writing import check_targets, row_writers
 from ultrafuser.errors import DataError
 from ultrafuser.progress import Progress
@@ -227,6 +229,7 @@ def decontaminate(
     domain: str | None = None,
     report: Path | None = None,
     force: bool = False,
+    reader: RowReader | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Copy the rows that match no test text.
@@ -237,17 +240,21 @@ def decontaminate(
         output: the file to write. None: only report.
         fields: top-level fields of the test files to read. Empty: all.
         report: the file for the report as JSON. None: none.
+        reader: as in `stream_rows`.
 
     Raises:
         DataError: unreadable rows or tests, or an output that exists or cannot be written.
     """
     check_targets(output, report, force=force)
+    progress = progress or Progress()
+    if unread := [file for path in tests for file in find_files(path, suffixes=TEXT_SUFFIXES).unread]:
+        progress.log(f"test data: {unread_note(unread)}")
     index = ContaminationIndex((text for path in tests for text in read_texts(path, fields)), rule)
     counts = {kind: index.counts[kind] for kind in ("ngram", "whole", "message", "ignored")}
     result = Report({"ngram": index.rule.ngram, "min_words": index.rule.min_words, "tests": list(tests)}, counts)
     domains: Counter[str] = Counter()
     test_files: Counter[str] = Counter()
-    rows = stream_rows(sources, domain=domain, progress=progress, label="rows compared with the tests")
+    rows = stream_rows(sources, domain=domain, reader=reader, progress=progress, label="rows compared with the tests")
     with row_writers([output] if output else [], report, force=force) as (writers, write_report):
         for row, matches in index.find_matches(rows):
             result.rows += 1

@@ -11,13 +11,18 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ultrafuser.data.schema import Row
+from ultrafuser.data.sources import RowReader
 from ultrafuser.data.tools.ngrams import WordCodes, window_hashes, word_and_sign_tokens
 from ultrafuser.data.tools.streaming import stream_rows
 from ultrafuser.data.writing import check_targets, row_writers
 from ultrafuser.errors import DataError, MissingExtraError
 from ultrafuser.progress import Progress
 
-COMPARED_ROLES = {"conversation": ("system", "user", "assistant"), "instructions": ("user",), "answers": ("assistant",)}
+COMPARED_ROLES = {
+    "conversation": ("system", "user", "assistant", "tool"),
+    "instructions": ("user",),
+    "answers": ("assistant",),
+}
 _NUM_PERM = 128  # permutations of MinHash. More find more of the pairs near the threshold, and take longer
 _REPORT_EVERY = 200  # rows between two reports of progress
 
@@ -225,6 +230,7 @@ def deduplicate(
     domain: str | None = None,
     report: Path | None = None,
     force: bool = False,
+    reader: RowReader | None = None,
     progress: Progress | None = None,
 ) -> DuplicateReport:
     """Copy the first row by id of every cluster of duplicates. Rows keep their order.
@@ -233,6 +239,7 @@ def deduplicate(
         sources: rows, as in `load_rows`.
         output: the file to write. None: only report.
         report: the file for the report as JSON. None: none.
+        reader: as in `stream_rows`.
 
     Raises:
         DataError: unreadable rows, or an output that exists or cannot be written.
@@ -240,7 +247,7 @@ def deduplicate(
     """
     rule = rule or NearDuplicateRule()
     check_targets(output, report, force=force)
-    rows = list(stream_rows(sources, domain=domain, progress=progress, label="rows read"))
+    rows = list(stream_rows(sources, domain=domain, reader=reader, progress=progress, label="rows read"))
     clusters = find_clusters(rows, rule, progress)
     summary: DuplicateReport = {
         "rows": len(rows),

@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 
 from ultrafuser.data.files import check_target
 from ultrafuser.data.schema import Row
+from ultrafuser.data.sources import RowReader
 from ultrafuser.data.tools.near_duplicates import NearDuplicateRule, find_groups
 from ultrafuser.data.tools.streaming import stream_rows
 from ultrafuser.data.writing import check_layout, row_writers
@@ -105,6 +106,7 @@ def split(
     kind: str = "jsonl",
     domain: str | None = None,
     force: bool = False,
+    reader: RowReader | None = None,
     progress: Progress | None = None,
 ) -> SplitReport:
     """Write one file for each split, and `split.json`, into a folder. All of them appear at the end, or none does.
@@ -122,7 +124,7 @@ def split(
         check_layout(file, None)
     for file in (*files.values(), folder / REPORT):
         check_target(file, force=force)
-    rows = list(stream_rows(sources, domain=domain, progress=progress, label="rows read"))
+    rows = list(stream_rows(sources, domain=domain, reader=reader, progress=progress, label="rows read"))
     names = assign(rows, shares, seed=seed, rule=rule, progress=progress)
     counts: dict[str, Counter[str]] = {name: Counter() for name in shares}
     for row, name in zip(rows, names, strict=True):

@@ -1,4 +1,4 @@
-"""Read every text of a file: the strings of JSON, CSV and Parquet records, or the paragraphs of plain text."""
+"""Read every text of a file: the strings of records, or the paragraphs of plain text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.data.sources import SUFFIXES, local_files, parse_json, read_file, read_text
+from ultrafuser.data.records import read_file, read_text
+from ultrafuser.data.row_files import EXPECTED, SUFFIXES, file_type, find_files
 from ultrafuser.errors import DataError
+
+TEXT_SUFFIXES = (*SUFFIXES, ".txt")  # of the files of a folder
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ def read_texts(path: str, fields: Sequence[str] = ()) -> Iterator[Text]:
     """Every string in the items of a file, of a folder of files, or of a glob.
 
     Mappings and lists are read at every depth. A key that holds a space is text too (TruthfulQA stores its answers as
-    keys). A file that is not JSONL, JSON, CSV or Parquet is plain text: each paragraph is an item, or each line if the
+    keys). A file of another type is plain text: each paragraph is an item, or each line if the
     file has no empty lines.
 
     Args:
@@ -38,11 +41,9 @@ def read_texts(path: str, fields: Sequence[str] = ()) -> Iterator[Text]:
     Raises:
         DataError: a missing or unreadable file, or a field that no item of a file has.
     """
-    files = local_files(path, (*SUFFIXES, ".txt"))
+    files = find_files(path, suffixes=TEXT_SUFFIXES).paths
     if not files:
-        raise DataError(
-            f"{path}: no such test file, expected {', '.join(SUFFIXES)} or plain text, a folder of them, or a glob"
-        )
+        raise DataError(f"{path}: no such test file, expected {EXPECTED} or plain text, a folder of them, or a glob")
     for file in files:
         names: set[str] = set()
         for record, location in _read_items(file):
@@ -56,14 +57,7 @@ def read_texts(path: str, fields: Sequence[str] = ()) -> Iterator[Text]:
 
 
 def _read_items(file: Path) -> Iterator[tuple[Any, str]]:
-    if file.suffix == ".json":  # unlike rows, test items need not be a list
-        value = parse_json(read_text(file), str(file))
-        if isinstance(value, list):
-            yield from ((item, f"{file}[{index}]") for index, item in enumerate(value))
-        else:
-            yield value, str(file)
-        return
-    if file.suffix in SUFFIXES:
+    if file.is_dir() or file_type(file) is not None:
         yield from read_file(file)
         return
     lines = read_text(file).splitlines()

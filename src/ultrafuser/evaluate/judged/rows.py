@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ultrafuser.data.sources import read_file
+from ultrafuser.data.records import read_file
 from ultrafuser.errors import DataError
 
 

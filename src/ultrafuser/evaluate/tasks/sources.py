@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrafuser.data.sources import read_records
+from ultrafuser.data.records import read_records
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.tasks import TASKS, TaskInfo
 from ultrafuser.evaluate.tasks.choices import LETTERS, split_label
