@@ -20,7 +20,9 @@ import ultrafuser
 from tiny_models import save_adapter, shake_gate
 from training_fixtures import GATE, NAMES, TinyRun
 from ultrafuser.cli import main as cli
-from ultrafuser.specialists import fuse
+from ultrafuser.inspect.run import answer
+from ultrafuser.model.shared_base import SpecialistGroup
+from ultrafuser.specialists import fuse, load
 
 COMMANDS = get_command(cli.app).commands  # type: ignore[attr-defined]
 NEEDS_MATPLOTLIB = not os.environ.get("CI") and "matplotlib is not installed (extra: report)"
@@ -338,6 +340,27 @@ def test_a_chat(run, folder):
     assert all(name in result.out for name in NAMES), "/weights shows who led"
     first = run("generate", folder, "-p", "how many foxes?", "--max-new-tokens", "5").out.strip()
     assert first in result.out
+
+
+def test_a_chat_reads_only_what_is_new(run, folder, monkeypatch):
+    """Every answer is that of a pass over the whole chat, but no turn reads the chat again."""
+    turns, messages, answers, whole = ["how many foxes?", "and dogs?", "the quick brown fox"], [], [], []
+    model, renderer = load(folder)
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        whole.append(max(map(len, renderer.prompt(messages))))
+        [ids] = answer(model, renderer, [messages], max_new_tokens=5, do_sample=False)
+        answers.append(renderer.tokenizer.decode(ids))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    lengths, forward = [], SpecialistGroup.forward
+    monkeypatch.setattr(
+        SpecialistGroup, "forward", lambda self, ids, *rest: lengths.append(ids.shape[-1]) or forward(self, ids, *rest)
+    )
+    result = run("chat", folder, "--max-new-tokens", "5", "--temperature", "0", stdin="\n".join([*turns, "/exit"]))
+    assert all(text in result.out for text in answers)
+    read = [length for length in lengths[:: len(model.groups)] if length > 1]
+    assert read[0] == whole[0] and len(read) == len(turns)
+    assert sum(read[1:]) < whole[-1] - whole[0], "the second and third turn read the chat again"
 
 
 def test_a_chat_ends_with_its_input(run, folder):

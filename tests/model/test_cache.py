@@ -182,9 +182,7 @@ def test_a_turn_reads_only_what_is_new():
 def test_sliding_windows_go_on_if_they_record(record):
     """A window has dropped states that a moved prompt needs: read again from the start, or never drop them."""
     model = fuse(MODELS["sliding windows"]())
-    cache, prompts = model.new_cache(), opening(1)
-    if record:
-        cache.activate_past_recording()
+    cache, prompts = model.new_cache(record=record), opening(1)
     answers = same_as_fresh(model, prompts, cache)
     prompts = grown(prompts, answers, 1)
     longest = max(len(prompt) for prompt in prompts[0])
@@ -230,8 +228,7 @@ def test_cached_padding_stays_masked(model, mask_of):
 def test_tokens_follow_what_happens_to_the_states(model):
     prompts = [[tokens(1, 3 + 2 * b + k, seed=10 * b + k)[0] for k in range(3)] for b in range(2)]
     inputs = padded(prompts)
-    cache = model.new_cache()
-    cache.activate_past_recording()
+    cache = model.new_cache(record=True)
     with torch.no_grad():
         model(**inputs, past_key_values=cache)
     ids, mask = inputs["specialist_input_ids"], inputs["specialist_attention_mask"]

@@ -101,6 +101,7 @@ def chat_command(
     opening = [{"role": "system", "content": system}] if system else []
     messages, last_answer = list(opening), None
     console.print("/reset, /weights, /exit", style="dim")
+    cache = model.new_cache(record=True)  # each turn reads only what it adds to the chat
     while True:
         try:
             line = console.input("> ").strip()
@@ -118,10 +119,9 @@ def chat_command(
             messages.append({"role": "user", "content": line})
             streamer = TextStreamer(renderer.tokenizer, skip_prompt=True, skip_special_tokens=True)
             streamer.on_finalized_text = lambda text, stream_end=False: echo_answer(text, "\n" if stream_end else "")
+            options = _sampling(max_new_tokens, temperature, top_p) | {"streamer": streamer, "past_key_values": cache}
             try:
-                [ids] = answer(
-                    model, renderer, [messages], streamer=streamer, **_sampling(max_new_tokens, temperature, top_p)
-                )
+                [ids] = answer(model, renderer, [messages], **options)
             except UltraFuserError as error:  # usually: the chat is longer than the context
                 console.print(str(error), style="red")
                 messages.pop()

@@ -28,15 +28,22 @@ class FusedGeneration(GenerationMixin):
     config: UltraFuserConfig
     groups: Any  # nn.ModuleList of SpecialistGroup, which type checkers cannot express
 
-    def new_cache(self, offloading: bool = False) -> UltraFuserCache:
+    def new_cache(self, offloading: bool = False, record: bool = False) -> UltraFuserCache:
         """An empty cache for every specialist.
 
         Pass the same one to `generate` at every turn of a conversation (`past_key_values`): each turn then reads only
         what the cache does not hold yet.
+
+        Args:
+            offloading: keep the states of layers that are not running on the CPU.
+            record: also keep the states that sliding windows have passed, so that a later turn need not read them again.
         """
         configs = [group.model.config.get_text_config(decoder=True) for group in self.groups]
         members = [[self.config.names.index(name) for name in group.names] for group in self.groups]
-        return UltraFuserCache(configs, members, offloading=offloading)
+        cache = UltraFuserCache(configs, members, offloading=offloading)
+        if record:
+            cache.activate_past_recording()
+        return cache
 
     def _prepare_cache_for_generation(
         self,
@@ -60,9 +67,8 @@ class FusedGeneration(GenerationMixin):
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache(offloading=kind == "offloaded")
-            if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+            record = bool(generation_config.is_assistant)
+            model_kwargs["past_key_values"] = self.new_cache(offloading=kind == "offloaded", record=record)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Any, model_kwargs: dict) -> None:
         """None: each specialist's positions count the real tokens of its own mask."""
