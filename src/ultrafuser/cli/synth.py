@@ -197,7 +197,7 @@ def review_command(
     from ultrafuser.synth.review.page import review_page
     from ultrafuser.synth.review.session import ReviewSession
 
-    page = review_page(ReviewSession.open(typed))
+    page = review_page(ReviewSession.open(typed), host)
     echo(f"review page: http://{host}:{port} (press Ctrl-C to stop)")
     page.launch(server_name=host, server_port=port, quiet=True, share=False)
 

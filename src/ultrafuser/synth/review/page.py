@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import socket
 from typing import Any
 
 from ultrafuser.errors import DataError, MissingExtraError
@@ -12,8 +14,13 @@ NO_ROWS = (
 )
 
 
-def review_page(session: ReviewSession) -> Any:
+def review_page(session: ReviewSession, host: str = "127.0.0.1") -> Any:
     """The page as a gradio app. `launch()` serves it.
+
+    Rows are shown in text boxes alone: Markdown and HTML could load images from other servers.
+
+    Args:
+        host: the address that will be given to `launch()`. Requests with another Host header are refused.
 
     Raises:
         MissingExtraError: gradio is not installed.
@@ -29,7 +36,7 @@ def review_page(session: ReviewSession) -> Any:
         with gr.Row():
             domain = gr.Dropdown(list(session.domains), value=ALL_DOMAINS, label="domain")
             state = gr.Dropdown(list(STATES), value=STATES[0], label="show")
-        heading = gr.Markdown()
+        heading = gr.Textbox(label="row", lines=1, interactive=False)
         boxes = [gr.Textbox(lines=3, max_lines=30, visible=False, interactive=True) for _ in range(actions.num_boxes)]
         with gr.Row():
             accept_button = gr.Button("Accept", variant="primary")
@@ -49,7 +56,28 @@ def review_page(session: ReviewSession) -> Any:
             lambda d, s, i: actions.show(d, s, i, -1), [domain, state, index], outputs, api_name="previous"
         )
         next_button.click(lambda d, s, i: actions.show(d, s, i, 1), [domain, state, index], outputs, api_name="next")
+    page.launch = functools.partial(page.launch, ssr_mode=False, app_kwargs={"middleware": [_own_hosts(host)]})
     return page
+
+
+def _own_hosts(host: str) -> Any:
+    """Middleware that refuses requests to other names. Else a web page whose name leads here could use this one."""
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    hosts = {"127.0.0.1", "localhost", host}
+    if host in ("0.0.0.0", "::"):  # all addresses of this machine
+        names = {socket.gethostname(), socket.getfqdn()}
+        infos = [info for name in names for info in _addresses(name)]
+        hosts |= names | set(infos)
+    return Middleware(TrustedHostMiddleware, allowed_hosts=sorted(hosts), www_redirect=False)
+
+
+def _addresses(name: str) -> list[str]:
+    try:
+        return [str(info[4][0]) for info in socket.getaddrinfo(name, None)]
+    except socket.gaierror:
+        return []
 
 
 class _Actions:
@@ -68,7 +96,7 @@ class _Actions:
         row, messages = self.session.rows[index], self.session.messages(index)
         review = self.session.store.reviews.get(row.id)
         decision = review.decision if review is not None else "not reviewed"
-        heading = f"**{row.domain}** / {row.topic} / {row.subtopic} · `{row.id}` · {row.source} · {decision}"
+        heading = " · ".join([f"{row.domain} / {row.topic} / {row.subtopic}", row.id, row.source, decision])
         reject_note = review.note if review is not None and decision == "reject" else ""
         boxes = [self.gr.update(label=role, value=content, visible=True) for role, content in messages]
         boxes += [self.gr.update(visible=False) for _ in range(self.num_boxes - len(messages))]
@@ -90,7 +118,8 @@ class _Actions:
         try:
             self.session.edit(index, list(contents[: len(self.session.rows[index].messages)]))
         except DataError as error:
-            raise self.gr.Error(str(error)) from error
+            # The message is shown as HTML, so it may not hold the id of the row.
+            raise self.gr.Error(str(error).removeprefix(f"row {self.session.rows[index].id}: ")) from error
         return self.show(domain, state, index, 1)
 
 
