@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from ultrafuser.evaluate.tasks import mathematics
+from ultrafuser.evaluate.tasks import mathematics, number_spellings
 
 pytest.importorskip("math_verify", reason="the eval extra is not installed")
 
@@ -157,6 +158,78 @@ RESPELLED = [
     ("2516_8", "2516_{8}"),
     ("2516", "2516_8"),
 ]
+# Numbers as people write them, with their value.
+WRITTEN = [
+    ("1 200", "1200"),
+    ("1\u00a0200\u00a0000", "1200000"),
+    ("1\u2009200.5", "1200.5"),
+    ("1\u202f200", "1,200"),
+    ("1'200", "1200"),
+    ("1’200’000", "1200000"),
+    ("1,00,000", "100000"),
+    ("₹12,34,567", "1234567"),
+    ("10^3", "1000"),
+    ("10^12", "1000000000000"),
+    ("10**3", "1000"),
+    ("2 ** 10", "1024"),
+    ("10⁴", "10000"),
+    ("10^(-3)", "0.001"),
+    ("10^-3", "0.001"),
+    (r"3 \times 10^{3}", "3000"),
+    ("1.5 x 10^3", "1500"),
+    ("1.5×10³", "1500"),
+    (r"2 \cdot 10^{-2}", "0.02"),
+    ("2e-2", "0.02"),
+    (r"\frac{10}{2}", "5"),
+    (r"1\frac12", "1.5"),
+    ("60 km/h", "60"),
+    (r"60\,\mathrm{km/h}", "60"),
+    (r"60~\text{km}/\text{h}", "60"),
+    ("60 km per hour", "60"),
+    ("60 miles/hour", "60"),
+    ("60 km/h", r"60\text{ km per hour}"),
+    ("16 cm^2", "16"),
+    ("16 cm²", "16"),
+    ("16cm^2", "16"),
+    (r"16\,\text{cm}^{2}", "16 cm²"),
+    ("16 sq. cm", "16"),
+    ("9.8 m/s^2", "9.8"),
+    ("8 N·m", "8"),
+    ("5 kg", "5"),
+    ("5 m", "5"),
+    (r"\frac{1}{2} m", "0.5"),
+    ("1 200 km/h", "1200"),
+    (r"10^3\text{ W}", "1000"),
+    ("25 °C", "25"),
+    (r"90^{\circ}", "90"),
+    ("€5", "5"),
+    ("5 €", "5"),
+    ("-£5.50", "-5.5"),
+    ("US$5", "5"),
+    ("5 USD", "$5"),
+    ("Rs. 500", "500"),
+    ("50 %", "50"),
+]
+MISREAD = [
+    ("1 200", "1"),
+    ("1 20", "120"),
+    ("1,00,000", "1"),
+    ("10^3", "103"),
+    ("10^3", "10"),
+    ("1.5 x 10^3", "1510"),
+    ("10^{-3}", "-1000"),
+    ("16 cm^2", "256"),
+    ("60 km/h", "6"),
+    ("5 km", "5 cm"),  # units that are both there must be the same
+    ("5 kg", "5 g"),
+    ("3x", "3"),
+    ("3 x", "3"),
+    ("3 n", "3"),
+    ("5m^2", "5"),  # a term, without a blank before it
+    ("1, 200", "1200"),
+    ("(1, 200)", "1200"),
+    ("5 and 6", "5"),
+]
 ROWS = Path(__file__).parents[3] / "../shared/data/eval/math500.jsonl"
 
 
@@ -172,6 +245,61 @@ def test_equal(answer, reference):
 @pytest.mark.parametrize(("answer", "reference"), [*UNEQUAL, ("2516_8", "2516"), ("2516_8", "2516_7"), ("", "5")])
 def test_unequal(answer, reference):
     assert not mathematics.equal(answer, reference)
+
+
+@pytest.mark.parametrize(("answer", "reference"), WRITTEN)
+def test_numbers_as_people_write_them(answer, reference):
+    assert mathematics.equal(answer, reference)
+    assert mathematics.equal(reference, answer)
+
+
+@pytest.mark.parametrize(("answer", "reference"), MISREAD)
+def test_what_those_numbers_are_not(answer, reference):
+    assert not mathematics.equal(answer, reference)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("She drives 1 200 km at 60 km/h. The answer is 1 200 km.", "1200"),
+        ("The area is 16 cm^2", "16"),
+        ("This is 3 x 10^3", "3000"),
+        (r"It is \boxed{1\,200 \text{ km/h}}", "1200"),
+        ("#### 1'200", "1200"),
+        ("#### 18\n#### 5", "18"),
+    ],
+)
+def test_scores_of_numbers_as_people_write_them(text, reference):
+    assert mathematics.score_number({"answer": reference}, [text]) == {"exact_match": 1.0, "unparsed": 0.0}
+
+
+def test_a_list_without_blanks_is_no_number():
+    assert mathematics.equal("1,10,100", "1, 10, 100")
+    assert not mathematics.equal("1,10,100", "1, 10, 101")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("5 h", "5 hrs"),
+        ("5 km/h", "5 kmh"),
+        ("5 sq ft", "5 ft^2"),
+        ("5 L", "5 l"),
+        (r"5 \text{ cm}^{3}", "5 cm3"),
+        ("5 s", "5 sec"),
+    ],
+)
+def test_spellings_of_one_unit(first, second):
+    assert mathematics.equal(first, second)
+    assert not mathematics.equal(first, "5 kg")
+    assert mathematics.equal(first, "5")
+
+
+@pytest.mark.parametrize("text", ["5 " + "min " * 45 + "!", "5 " * 5_000, "1 " + "km/" * 60 + "?"])
+def test_a_long_unit_takes_no_time(text):
+    start = time.perf_counter()
+    number_spellings.split_unit(text)
+    assert time.perf_counter() - start < 0.5
 
 
 @pytest.mark.xfail(strict=True, reason="known misses of the checker")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from ultrafuser.evaluate.tasks import choices
@@ -38,6 +40,73 @@ from ultrafuser.evaluate.tasks import read_answers as answers
 )
 def test_number(answer, expected):
     assert answers.number(answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        # separators of thousands: blanks of all kinds, apostrophes, LaTeX, groups of two as in India
+        ("The total is 1 200.", "1200"),
+        ("12\u00a0345\u00a0678 people", "12345678"),
+        ("1\u2009200\u2009000.5 m", "1200000.5"),
+        ("-45\u202f000", "-45000"),
+        ("It is 1'200, or 1’200", "1200"),
+        (r"10~000 and $9\;500$", "9500"),
+        ("1,00,000 rupees", "100000"),
+        ("₹12,34,567.50 in all", "1234567.50"),
+        ("in 2023 100 people", "100"),  # a year and a number
+        ("It took 3.5 100", "100"),
+        # powers and fractions
+        ("so 10^3", "10^{3}"),
+        ("so 10**3", "10^{3}"),
+        ("so 2 ** 10", "2^{10}"),
+        ("so 10⁶", "10^{6}"),
+        ("so 10^(-3)", "10^{-3}"),
+        ("so 1e3 of them", "1e3"),
+        ("so 2.5E-4", "2.5E-4"),
+        (r"$1.5 \times 10^{3}$", r"1.5 \times 10^{3}"),
+        ("about 2 x 10^4", r"2 \times 10^{4}"),
+        ("about 6.02·10²³", r"6.02 \times 10^{23}"),
+        (r"The answer is \frac{10}{2}, for 4 days", r"\frac{10}{2}"),
+        (r"The answer is 1\dfrac{1}{2}", r"1\dfrac{1}{2}"),
+        (r"The answer is $-\tfrac34$", r"-\tfrac34"),
+        ("The answer is 2 1/2 hours", "2 1/2"),
+        ("2^{10} = 1024", "1024"),
+        ("**Answer** **42**", "42"),  # bold, no power
+        ("so x^2 + y^{2} = z**2 with 5", "5"),
+        # units
+        ("The area is 16 cm^2", "16"),
+        ("The area is 16 cm² and no more", "16"),
+        ("The volume is 3 m^{3}.", "3"),
+        ("Her speed is 60 km/h", "60"),
+        ("It costs €1 200", "1200"),
+        ("It costs -£5", "-5"),
+        # the first "####" before a number
+        ("#### 13\nQuestion: How many?\n#### 7", "13"),
+        ("#### 13 eggs in 4 days\nThe answer is 5", "13"),
+        ("####\n13", "13"),
+        ("#### $1,200", "1200"),
+        ("#### **-3**", "-3"),
+        ("#### 9 * 2 = 18", "18"),
+        (r"#### \frac{10}{2}", r"\frac{10}{2}"),
+        ("#### Step 1: add 5\nIt is 18.\n#### 18\nI had 3 steps", "18"),
+        ("#### 1. Add the 5 boxes\n#### 18", "18"),
+        ("#### 1) Add the 5 boxes\nThe answer is 18, not 4", "18"),
+        ("It is 5.\n#### She has 13 eggs after 4 days", "13"),
+        ("##### 5\nthen 7", "7"),
+    ],
+)
+def test_numbers_as_people_write_them(answer, expected):
+    assert answers.number(answer) == expected
+
+
+@pytest.mark.parametrize(
+    "blanks", [" " * 50_000, "\u2009" * 50_000, "1 " * 50_000, "####" * 20_000, "^" * 50_000, "1," * 50_000]
+)
+def test_long_answers_are_read_in_linear_time(blanks):
+    start = time.perf_counter()
+    assert answers.number(f"{blanks} and 7") == "7"
+    assert time.perf_counter() - start < 2.0
 
 
 @pytest.mark.parametrize(

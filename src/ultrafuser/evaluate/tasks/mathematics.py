@@ -17,12 +17,20 @@ from typing import Any
 
 from ultrafuser.errors import MissingExtraError, UltraFuserError
 from ultrafuser.evaluate.tasks import read_answers as answers
+from ultrafuser.evaluate.tasks.number_spellings import (
+    are_different_units,
+    join_digits,
+    join_indian_digits,
+    latex_powers,
+    split_unit,
+    without_currency,
+)
 
 TIMEOUT_S = 10.0
 START_TIMEOUT_S = 120.0
+MAX_NUMBER_CHARS = 100  # a longer number is left to math-verify
 COMMAND = ["-m", "ultrafuser.evaluate.tasks.math_worker"]  # of this Python
-_SEPARATORS = re.compile(r"(?<=\d)(?:,?\\[,!;: ] ?|\{,\}| )(?=\d{3}(?!\d))")  # 10{,}000, 10\,000, 10,\!000, 10 000
-_COMMAS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
 # Spellings that math-verify cannot read, and the same in those that it can.
 _SPELLINGS = [
     (re.compile(pattern), replacement)
@@ -34,16 +42,16 @@ _SPELLINGS = [
         (r"½", r"\\frac{1}{2}"),
         (r"¼", r"\\frac{1}{4}"),
         (r"¾", r"\\frac{3}{4}"),
-        (r"²", r"^{2}"),
-        (r"³", r"^{3}"),
         (r"\\emptyset|∅", r"\\varnothing"),
         (r"^[A-Za-z]\s*(?:\\in\b|∈)\s*", ""),
         (r"(?<![\d/])(\d+)\s+(\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
+        (r"×", r"\\times "),
         (r"^(.*\d)\s+((?!degrees|percent)[A-Za-z]{3,}(?:\s+[A-Za-z]{3,})*)$", r"\1\\text{ \2}"),
         (r"(?:\\[,!;: ]|[\s.])+$", ""),
     )
 ]
 _PLAIN = re.compile(r"[-+]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][-+]?\d{1,3})?")
+_SCIENTIFIC = re.compile(r"(.*?)\s*\\(?:times|cdot)\s*10\^\{([-+]?\d{1,3})\}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ,.'-]{2,}")
 _BASE = re.compile(r"(.*\w)_\{?(\d+)\}?")
 
@@ -85,23 +93,34 @@ def equal(answer: str, reference: str) -> bool:
     (answer, base), (reference, reference_base) = _split_base(answer), _split_base(reference)
     if base and base != reference_base:
         return False
-    # 3. Plain numbers.
-    numbers = _parse_number(answer), _parse_number(reference)
-    if None not in numbers and numbers[0] == numbers[1]:
+    # 3. Plain numbers. A unit is optional in both, but must not be another one.
+    (value, unit), (reference_value, reference_unit) = _split_quantity(answer), _split_quantity(reference)
+    numbers = _parse_number(value), _parse_number(reference_value)
+    if are_different_units(unit, reference_unit):
+        if None not in numbers:
+            return False
+        value, reference_value = answer, reference
+    elif None not in numbers and numbers[0] == numbers[1]:
         return True
-    # 4. Everything else, with and without percent signs.
-    pairs = dict.fromkeys([(answer, reference), (_no_percent(answer), _no_percent(reference))])
+    # 4. Everything else, with and without percent signs and units.
+    pairs = dict.fromkeys([(answer, reference), (_no_percent(value), _no_percent(reference_value))])
     return any(_CHECKER.ask(*pair) for pair in pairs)
 
 
 def normalise(text: str) -> str:
     """An answer in the spelling that math-verify reads."""
-    text = _SEPARATORS.sub("", text.strip())
+    text = latex_powers(join_digits(text.strip()))
     if not re.search(r"[(\[]|\\\{", text):  # in (100,200) the comma separates two numbers
-        text = _COMMAS.sub("", text)
+        text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     return text.strip()
+
+
+def _split_quantity(text: str) -> tuple[str, str]:
+    """The number and the unit of an answer, also with commas as in India where they do not separate a pair."""
+    value, unit = split_unit(text)
+    return value if re.search(r"[(\[]|\\\{", value) else join_indian_digits(value), unit
 
 
 def _split_base(text: str) -> tuple[str, str | None]:
@@ -114,7 +133,9 @@ def _no_percent(text: str) -> str:
 
 
 def _parse_number(text: str) -> Fraction | None:
-    bare = _no_percent(re.sub(r"^\\?\$\s*|\$$", "", text))
+    if len(text) > MAX_NUMBER_CHARS:
+        return None
+    bare = _SCIENTIFIC.sub(r"\1e\2", _no_percent(without_currency(text)).strip())
     return Fraction(bare) if _PLAIN.fullmatch(bare) else None
 
 

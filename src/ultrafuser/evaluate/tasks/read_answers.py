@@ -5,12 +5,21 @@ from __future__ import annotations
 import re
 
 from ultrafuser.data.answer_text import after_thinking
+from ultrafuser.evaluate.tasks.number_spellings import join_digits, join_indian_digits, latex_powers, without_currency
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-z])\s*")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$(.+?)(?<!\\)\$", re.DOTALL)
-_SPACES = re.compile(r"(?<=\d)(?:\{,\}|\\[,!;: ])(?=\d{3})")  # 10{,}000 and 10\,000
-# 1,319 or 18.5 or 3/4. A minus after a digit, a letter or a bracket is an operator.
-_NUMBER = re.compile(r"(?:(?<![\w.)\]}])[-−])?(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
+# In all of these, a minus after a digit, a letter or a bracket is an operator, and digits after "^" are an exponent.
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"  # 1,319 or 18.5
+_EXPONENT = r"\^\{-?\d+\}"
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)\]}])[-−])?(?<![\w.^])(?<!\^[-−{])(?<!\^\{[-−])"
+    rf"(?:(?:\d+ ?)?\\[dt]?frac *(?:\{{-?{_DIGITS}\}}\{{-?{_DIGITS}\}}|\d\d)"  # \frac{10}{2}, 1\frac12
+    r"|\d+ +\d{1,2}/\d{1,3}(?!\d)"  # 2 1/2
+    rf"|{_DIGITS}(?: \\times 10{_EXPONENT}|{_EXPONENT}|[eE][-+]?\d+(?!\w)|/\d+)?)"  # 1.5 \times 10^{3}, 10^{3}, 1e3, 3/4
+)
+# "#### 13" of GSM8K's format. "#### 1. Add the boxes" is a heading.
+_MARKED = re.compile(r"(?<!#)####(?!#)[\s*_`]*(?![-−]?\d+(?:[.)]\s+[A-Za-z]|:))(?=[-−]?[.\\]?[\d]|\\[dt]?frac)([^\n]*)")
 
 
 def number(answer: str) -> str | None:
@@ -19,14 +28,15 @@ def number(answer: str) -> str | None:
     The first of these that has one:
 
     1. the whole last box, if it holds a digit
-    2. the first number after "####"
+    2. the number after the first "####" that has one directly after it
     3. the first number after the last "answer is", "answer:" or the like, behind the last "=" of that line
     4. the last number of the answer
     """
     text = _plain(after_thinking(answer))
     if (box := boxed(text)) and re.search(r"\d", box):
         return box
-    marked = [text.rsplit("####", 1)[1]] if "####" in text else []
+    marked = [match[1] for match in _MARKED.finditer(text)][:1] or _last_heading(text)
+    marked = [result.rsplit("=", 1)[-1] for result in marked]
     for result in [*marked, *(cue.rsplit("=", 1)[-1] for cue in after_cues(text, "answer"))]:
         if numbers := _numbers(result):
             return numbers[0]
@@ -93,8 +103,14 @@ def _braced(text: str, start: int) -> str | None:
 
 
 def _plain(text: str) -> str:
-    r"""Without currency signs, and without the separators of thousands of LaTeX."""
-    return _SPACES.sub("", re.sub(r"\\?[$€£]", "", text))
+    r"""Without currency signs and separators of thousands, and with powers as 10^{3}."""
+    return latex_powers(join_indian_digits(join_digits(without_currency(text))))
+
+
+def _last_heading(text: str) -> list[str]:
+    """The last line, if it begins with "####"."""
+    line = text.rstrip().rsplit("\n", 1)[-1].strip()
+    return [line.lstrip("#")] if line.startswith("####") else []
 
 
 def _numbers(text: str) -> list[str]:
