@@ -18,11 +18,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError
 from .files import ADAPTER_FILE, refuse_links, refuse_pickles
+from .fitness import check_output_layer
 from .manifest import SpecialistEntry, SpecialistSource, weight_sources
+from .quantized import check_packages, finish_loading
 from .references import check_files, is_hub_id, resolve
 from .saving import GATE_FILE, TOKENIZERS, mark_unchanged
 from .shared_base import AdapterWeights, SpecialistGroup
 
+# What transformers and the readers of quantised weights raise for a checkpoint that they cannot read.
+LOAD_ERRORS = (OSError, ImportError, SafetensorError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 # Plain LoRA is y = W x + scaling * B A x with one rank and scaling. These keys of PEFT's adapter_config.json keep it
 # plain at any value: they describe the file, the training, or which layers are adapted, as the weights also show.
@@ -136,6 +140,9 @@ def load_groups(
         CheckpointError: a reference is gone, a file changed, weights are pickled, an adapter does not fit its base.
     """
     groups, checked = [], set[Path]()
+    for spec in config.specialists:
+        quantization = spec.get("quantization") or spec["config"].get("quantization_config") or {}
+        check_packages(quantization, f"specialist {spec['name']!r}")
     for indices in config.groups():
         specs = [config.specialists[k] for k in indices]
         for spec in specs if verify else ():
@@ -153,7 +160,9 @@ def load_groups(
             adapters: list[AdapterWeights | None] = []
         else:
             adapters = [read_adapter(spec, folder, model.dtype) for spec in specs]
-        groups.append(SpecialistGroup(model, [spec["name"] for spec in specs], adapters))
+        group = SpecialistGroup(model, [spec["name"] for spec in specs], adapters)
+        check_output_layer(group)
+        groups.append(group)
     return groups
 
 
@@ -171,9 +180,9 @@ def load_base(spec: SpecialistEntry, folder: Path | None, **kwargs: Any) -> PreT
         model, info = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         raise CheckpointError(
-            f"specialist {name!r}: its weights could not be loaded from {source['model']}: {error}"
+            f"specialist {name!r}: its weights could not be loaded from {source['model']}: {reason(error)}"
         ) from error
     # transformers fills missing weights with random numbers and a warning
     if missing := sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"]):
@@ -183,7 +192,21 @@ def load_base(spec: SpecialistEntry, folder: Path | None, **kwargs: Any) -> PreT
         )
     if "gguf_file" in location and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # decompressed: saving must not claim otherwise
+    try:
+        finish_loading(model)
+    except LOAD_ERRORS as error:
+        raise CheckpointError(
+            f"specialist {name!r}: its quantised weights cannot run on {model.device}: {reason(error)}"
+        ) from error
     return model
+
+
+def reason(error: Exception) -> str:
+    """An error of another library as a part of a sentence. Its kind is named where the text does not explain itself."""
+    text = str(error).strip().rstrip(".")
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"the Python package {error.name.partition('.')[0]!r} is not installed ({text})"
+    return text if isinstance(error, (OSError, ImportError, ValueError)) and text else f"{type(error).__name__}: {text}"
 
 
 def locate_model(source: SpecialistSource, folder: Path | None, name: str) -> tuple[Path | str, dict[str, str]]:
@@ -206,7 +229,12 @@ def _loading_options(spec: SpecialistEntry, kwargs: Mapping[str, Any]) -> dict[s
     if isinstance(options.get("quantization_config"), dict):
         from transformers.quantizers.auto import AutoQuantizationConfig
 
-        options["quantization_config"] = AutoQuantizationConfig.from_dict(options["quantization_config"])
+        try:
+            options["quantization_config"] = AutoQuantizationConfig.from_dict(options["quantization_config"])
+        except LOAD_ERRORS as error:
+            raise CheckpointError(
+                f"specialist {spec['name']!r}: quantization cannot be used: {reason(error)}"
+            ) from error
     fields = dict(spec["config"])
     options["config"] = AutoConfig.for_model(fields.pop("model_type"), **fields)  # parsing a GGUF file for it is slow
     return options

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
+from .quantized import inner_tensors
+
 _HASHED_VALUES = 64  # of each tensor. Caches on disk hold hashes of these
 _MARKED_VALUES = 1024
 
@@ -37,7 +39,8 @@ class WeightMarks:
         if id(tensor) not in self._marks:
             return True
         version, values = self._marks[id(tensor)]
-        return version != tensor._version or not _equal(values.to(tensor.dtype), _sample(tensor, _MARKED_VALUES).cpu())
+        sample = _sample(tensor, _MARKED_VALUES).cpu()
+        return version != tensor._version or not _equal(values.to(sample.dtype), sample)
 
     def differ(self, weights: Iterable[torch.Tensor]) -> bool:
         """Whether these are other tensors than those marked, or one of them was written."""
@@ -46,9 +49,14 @@ class WeightMarks:
 
 
 def _sample(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """At most `count` values, evenly spaced."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, -(-flat.numel() // count))]  # rounded up, so that the last values are sampled too
+    """At most `count` values of each plain tensor in it, evenly spaced from the first to the last."""
+    samples = []
+    for inner in inner_tensors(tensor.detach()):
+        flat = inner.new_empty(0, device="cpu") if inner.is_meta else inner.reshape(-1)  # meta: offloaded to disk
+        samples.append(
+            flat[:: max(1, -(-flat.numel() // count))]
+        )  # rounded up, so that the last values are sampled too
+    return samples[0] if len(samples) == 1 else torch.cat([sample.double() for sample in samples])
 
 
 def _equal(values: torch.Tensor, others: torch.Tensor) -> bool:

@@ -5,9 +5,27 @@ from __future__ import annotations
 import torch
 
 from .errors import CheckpointError
+from .quantized import is_plain
 from .shared_base import GroupedLora, SpecialistGroup
 
-_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+def check_output_layer(group: SpecialistGroup) -> None:
+    """Check that a group's output layer can be read, because the mixture multiplies by its weights itself.
+
+    Raises:
+        CheckpointError: it is offloaded or quantised.
+    """
+    weight = group.model.get_output_embeddings().weight
+    if weight.is_meta:
+        raise CheckpointError(
+            f"specialist {group.names[0]!r}: its output layer is offloaded to the CPU or the disk by device_map. The mixture "
+            "reads it at every token. Put lm_head on a device in device_map, or use more or smaller devices"
+        )
+    if not is_plain(weight):
+        raise CheckpointError(
+            f"specialist {group.names[0]!r}: its output layer is quantised ({type(weight).__name__}, {weight.dtype}). The "
+            "mixture needs its plain weights. Leave lm_head out of the quantisation"
+        )
 
 
 @torch.no_grad()
@@ -21,7 +39,7 @@ def check_weights(group: SpecialistGroup, vocab_size: int) -> None:
         id(layer.weight) for layer in (group.model.get_input_embeddings(), group.model.get_output_embeddings()) if layer
     }
     for name, weight in group.model.named_parameters():
-        if type(weight.data) is not torch.Tensor or weight.dtype not in _PLAIN or weight.is_meta:
+        if not is_plain(weight):
             continue  # quantised or offloaded: check_head sees its effect
         values = weight[:vocab_size] if id(weight) in tables else weight
         if values.numel() and values.aminmax().min.isnan():

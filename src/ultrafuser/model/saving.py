@@ -32,13 +32,15 @@ from .errors import CheckpointError
 from .files import copy_model
 from .fingerprint import WeightMarks
 from .manifest import SourceKey, SpecialistEntry, weight_sources
+from .quantized import is_quantized
 from .references import PACKAGE, inner_path, record_files, resolve
 from .shared_base import SpecialistGroup
 
 GATE_FILE = "model.safetensors"
 TOKENIZERS = "tokenizers"
 CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "saving", "references", "files", "shared_base",
-        "gate", "generation", "inputs", "cache", "loss", "manifest", "fingerprint", "errors")  # fmt: skip
+        "gate", "generation", "inputs", "cache", "loss", "manifest", "fingerprint", "fitness", "quantized",
+        "errors")  # fmt: skip
 
 WRITE_ERRORS = (OSError, RuntimeError, TypeError, ValueError)  # of torch, transformers, safetensors and our own
 
@@ -60,7 +62,10 @@ def is_changed(group: SpecialistGroup) -> bool:
 
 def plain_model(group: SpecialistGroup, coefficients: Mapping[int, float]) -> PreTrainedModel:
     """A copy of the base as an ordinary transformers model, with adapters merged by `coefficients`."""
-    model = AutoModelForCausalLM.from_config(group.model.config, dtype=group.model.dtype)
+    config = copying.deepcopy(group.model.config)
+    if is_quantized(group.model):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=group.model.dtype)
     model.load_state_dict(group.base_state(coefficients))
     model.generation_config = copying.deepcopy(group.model.generation_config)
     return model.to(group.device).eval()

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .errors import CheckpointError, UltraFuserError
 from .fingerprint import WeightMarks
 from .loss import Head
+from .quantized import dense_state, is_quantized, linear_shape
 
 
 @dataclass
@@ -275,14 +276,18 @@ class SpecialistGroup(nn.Module):
     def base_state(self, coefficients: Mapping[int, float]) -> dict[str, torch.Tensor]:
         """Weights of the base by their ordinary names, with adapters added by `coefficients`.
 
-        This is one specialist with its adapter merged ({i: 1}), or an average of several ({0: 1/3, 1: 1/3, ...}).
+        This is one specialist with its adapter merged ({i: 1}), or an average of several ({0: 1/3, 1: 1/3, ...}). Quantised
+        weights are given as plain ones.
         """
         adapter_weights = {id(p) for p in self.adapter_parameters()}
+        state = self.model.state_dict(keep_vars=True)
+        if is_quantized(self.model):
+            state = dense_state(self.model)
         out = {
             name.replace(".base.", ".")
             if any(name.startswith(f"{layer}.base.") for layer in self.loras)
             else name: tensor
-            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            for name, tensor in state.items()
             if id(tensor) not in adapter_weights
         }
         if coefficients:
@@ -292,11 +297,3 @@ class SpecialistGroup(nn.Module):
                 delta = delta.T if isinstance(lora.base, Conv1D) else delta
                 out[f"{name}.weight"] = weight.detach() + delta.detach().to(weight.dtype)
         return {name: tensor.detach() for name, tensor in out.items()}
-
-
-def linear_shape(layer: nn.Module | None) -> tuple[int, int] | None:
-    """(in, out) of a linear layer: plain, quantised or GPT-2's transposed one. None for other modules."""
-    if isinstance(layer, Conv1D):
-        return tuple(layer.weight.shape)
-    rows, columns = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    return (rows, columns) if isinstance(rows, int) and isinstance(columns, int) else None

@@ -21,6 +21,7 @@ from ultrafuser.data.files import atomic_file, write_json
 from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.quantized import is_quantized
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import JointStage, Recipe, StageRecipe
 from ultrafuser.train.calibrate import TEMPERATURES, calibrate
@@ -153,7 +154,7 @@ def prepare_joint(model: UltraFuserForCausalLM, stage: JointStage) -> None:
     """Stage 2: the gate and the specialists learn: their adapters (new ones where they have none), or all weights.
 
     Raises:
-        TrainingError: `specialists: full` where several specialists share one base.
+        TrainingError: `specialists: full` where several specialists share one base, or where weights are quantised.
     """
     prepare_gate(model)
     for group in model.groups:
@@ -162,6 +163,11 @@ def prepare_joint(model: UltraFuserForCausalLM, stage: JointStage) -> None:
                 raise TrainingError(
                     f"specialists {', '.join(group.names)} share one base, so training all its weights would tie them. "
                     "Use stages.joint.specialists=lora, or share_base=false"
+                )
+            if is_quantized(group.model):
+                raise TrainingError(
+                    f"specialist {group.names[0]!r}: its weights are quantised and cannot be trained. Use "
+                    "stages.joint.specialists=lora"
                 )
             group.float()  # AdamW's small steps vanish in bfloat16, and run_stage casts back
             group.requires_grad_(True)
