@@ -17,6 +17,7 @@ WAYS = {
     "beams": {"num_beams": 3, "do_sample": False},
     "several beams": {"num_beams": 4, "num_return_sequences": 2, "do_sample": False},
     "several samples": {"do_sample": True, "num_return_sequences": 3},
+    "sampled beams": {"num_beams": 3, "do_sample": True},
     "penalised": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
 }
 
@@ -67,14 +68,14 @@ def test_cached_equals_uncached(mixing, way):
 
 
 @both
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_unequal_prompts_in_a_batch(mixing, num_beams):
+@pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"repetition_penalty": 1.5}])
+def test_unequal_prompts_in_a_batch(mixing, way):
     model = three(mixing=mixing)
     rows = [tokens(1, n, seed=n)[0] for n in (3, 9, 6)]
     ids, mask = left_pad(rows)
-    out = generate(model, ids, attention_mask=mask, num_beams=num_beams, do_sample=False, eos_token_id=None)
+    out = generate(model, ids, attention_mask=mask, do_sample=False, eos_token_id=None, **way)
     for row, prompt in enumerate(rows):
-        alone = generate(model, prompt[None], num_beams=num_beams, do_sample=False, eos_token_id=None)
+        alone = generate(model, prompt[None], do_sample=False, eos_token_id=None, **way)
         assert out[row, ids.shape[1] :].tolist() == alone[0, len(prompt) :].tolist()
 
 
@@ -161,6 +162,43 @@ def test_a_penalty_moves_a_token_that_is_almost_certain(mixing):
     assert penalised.softmax(-1)[0, ids[0, -1]] < 0.4
 
 
+@both
+def test_beam_scores_are_log_probabilities_of_the_mixture(mixing):
+    model, ids = three(mixing=mixing), tokens(2, 5)
+    options = {"return_dict_in_generate": True, "output_scores": True, "eos_token_id": None, "length_penalty": 0.0}
+    out = generate(model, ids, num_beams=3, num_return_sequences=2, do_sample=False, **options)
+    with torch.no_grad():
+        log_p = model(out.sequences).logits[:, 4:-1].log_softmax(-1)
+    log_p = log_p.gather(-1, out.sequences[:, 5:, None])[..., 0]
+    torch.testing.assert_close(out.sequences_scores, log_p.sum(-1), rtol=1e-4, atol=1e-3)
+    steps = model.compute_transition_scores(out.sequences, out.scores, out.beam_indices, normalize_logits=False)
+    torch.testing.assert_close(steps, log_p, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"repetition_penalty": 9.0},
+        {"repetition_penalty": 9.0, "num_beams": 3},
+        {"repetition_penalty": 9.0, "prompt_lookup_num_tokens": 2},
+    ],
+    ids=str,
+)
+def test_penalties_do_not_count_padding(way):
+    """Whatever token pads a single conversation, here the very one that would come next, the answer is the same."""
+    model, prompts = three(), [tokens(1, n, seed=n)[0] for n in (3, 8, 5)]
+
+    def padded_with(pad):
+        ids, mask = left_pad(prompts, pad)
+        inputs = {"specialist_input_ids": ids[None], "specialist_attention_mask": mask[None]}
+        out = generate(model, ids[None, 0], attention_mask=mask[None, 0], do_sample=False, **inputs, **way)
+        return out[0, 8:].tolist()
+
+    expected = padded_with(2)
+    for pad in set(expected):
+        assert padded_with(pad) == expected
+
+
 def test_streaming(tokenizer, capsys):
     rows = len(tokenizer)
     model = fuse([tiny(seed=s, vocab_size=rows) for s in range(2)])
@@ -198,7 +236,7 @@ def test_eos_comes_from_the_first_specialist():
 
 
 @both
-@pytest.mark.parametrize("way", ["greedy", "beams", "several beams", "sampling"])
+@pytest.mark.parametrize("way", WAYS)
 def test_each_specialist_continues_its_own_prompt(mixing, way):
     """Equal prompts given one by one are the same as one prompt for all."""
     model, ids = three(mixing=mixing), tokens(2, 5)
@@ -267,11 +305,91 @@ def test_a_specialist_may_draft_for_prompts_of_its_own():
     assert got.tolist() == expected.tolist()
 
 
-def test_a_specialist_with_a_padded_table_may_draft():
-    model = fuse([tiny(seed=0), tiny(seed=1, vocab_size=VOCAB + 8)], names=["a", "b"])
-    ids = tokens(1, 6)
+DRAFTS = {
+    "a specialist with a taller table": lambda model: model.specialist("b"),
+    "a taller table": lambda model: tiny(seed=5, vocab_size=VOCAB + 30),
+    "a lower table": lambda model: tiny(seed=5, vocab_size=VOCAB - 30),
+    "another architecture": lambda model: tiny("gpt2", vocab_size=VOCAB + 1),
+    "another fused model": lambda model: fuse([tiny(seed=2, vocab_size=VOCAB + 5), tiny(seed=3, vocab_size=VOCAB + 9)]),
+    "a fused model with the same tokens": lambda model: fuse([tiny(seed=2), tiny(seed=3)]),
+    "the model itself": lambda model: model,
+}
+drafts = pytest.mark.parametrize("draft", DRAFTS)
+
+
+def tall():
+    """Qwen2.5's tables of 151,665 and 151,936 rows, in small."""
+    return fuse([tiny(seed=0), tiny(seed=1, vocab_size=VOCAB + 8)], names=["a", "b"])
+
+
+@both
+@drafts
+def test_a_table_of_any_height_may_draft(draft, mixing):
+    model = tall()
+    model.config.mixing = mixing
+    assistant, ids = DRAFTS[draft](model), tokens(1, 6)
+    for options in ({}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}):
+        expected = generate(model, ids, new=12, do_sample=False, **options)
+        got = generate(model, ids, new=12, do_sample=False, assistant_model=assistant, **options)
+        assert got.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("draft", ["a specialist with a taller table", "a lower table", "another fused model"])
+def test_drafts_leave_nothing_behind(draft):
+    model, ids = tall(), tokens(1, 6)
+    assistant = DRAFTS[draft](model)
+    before = assistant(ids[:, :3] % 40).logits
+    generate(model, ids, do_sample=False, assistant_model=assistant)
+    assert torch.equal(assistant(ids[:, :3] % 40).logits, before)
+    assert not assistant._forward_hooks and not assistant._forward_pre_hooks
+
+
+@pytest.mark.parametrize("draft", ["a taller table", "a lower table"])
+def test_sampled_drafts_follow_the_fused_distribution(draft):
+    """Speculative sampling: whatever is drafted, the first token is drawn from the fused model's distribution."""
+    model, ids, n = tall(), tokens(1, 4), 200
+    assistant = DRAFTS[draft](model)
+    options = {"do_sample": True, "top_k": 0, "temperature": 2.0, "new": 3, "eos_token_id": None}
+    with torch.no_grad():
+        p = (model(ids).logits[0, -1] / 2.0).softmax(-1)
+    draws = torch.stack([generate(model, ids, seed, assistant_model=assistant, **options)[0, 4:] for seed in range(n)])
+    assert draws.max() < VOCAB
+    observed = torch.bincount(draws[:, 0], minlength=VOCAB) / n
+    assert (observed - p).abs().max() < 5 * (p.max() * (1 - p.max()) / n) ** 0.5
+
+
+def test_a_copy_of_the_model_drafts_what_is_accepted():
+    """The same distribution over a taller table: every draft is accepted, so few passes are needed."""
+    plain = tiny(seed=1)
+    taller = tiny(seed=1)
+    taller.resize_token_embeddings(VOCAB + 8)
+    with torch.no_grad():
+        taller.get_output_embeddings().weight[VOCAB:] = (
+            taller.get_output_embeddings().weight[:1] * 50
+        )  # certain rubbish
+    taller.generation_config.assistant_confidence_threshold = 0.0
+    taller.generation_config.num_assistant_tokens = 5
+    model, ids, passes = fuse([plain]), tokens(1, 6), []
+    expected = generate(model, ids, new=12, do_sample=False, eos_token_id=None)
+    model.register_forward_hook(lambda *_: passes.append(1))
+    got = generate(model, ids, new=12, do_sample=False, eos_token_id=None, assistant_model=taller.eval())
+    assert got.tolist() == expected.tolist() and len(passes) <= 3
+
+
+def test_a_fused_model_drafts_for_an_ordinary_one():
+    plain, ids = tiny(seed=9), tokens(1, 6)
+    expected = generate(plain, ids, do_sample=False)
+    assert generate(plain, ids, do_sample=False, assistant_model=tall()).tolist() == expected.tolist()
+
+
+def test_other_tokenizers_take_the_way_of_transformers(tokenizer):
+    """With both tokenizers, drafts go through text, as for any other model."""
+    model = fuse([tiny(seed=s, vocab_size=len(tokenizer)) for s in range(2)])
+    ids = tokenizer("def add(a, b):", return_tensors="pt").input_ids
     expected = generate(model, ids, do_sample=False)
-    got = generate(model, ids, do_sample=False, assistant_model=model.specialist("b"))
+    both_tokenizers = {"tokenizer": tokenizer, "assistant_tokenizer": tokenizer}
+    assistant = tiny(seed=7, vocab_size=len(tokenizer) + 8)
+    got = generate(model, ids, do_sample=False, assistant_model=assistant, **both_tokenizers)
     assert got.tolist() == expected.tolist()
 
 
