@@ -62,6 +62,40 @@ def test_case_punctuation_and_white_space_do_not_matter():
         assert matched(index, row("a", disguise(LONG)))["a"]
 
 
+def test_signs_and_marks_between_the_words_count():
+    hindi = "मैं हर दिन सुबह अपने गाँव के पुराने स्कूल तक पैदल चलकर पढ़ने जाता हूँ"  # 14 words
+    formula = "Compute the value of 17 + 4 where all numbers are written in base ten please"  # 15 words
+    smile = "Name a feeling that is close to what this picture 😀 shows to all of us"
+    index = ContaminationIndex(texts(hindi, formula, smile))
+    assert index.counts == {"ngram": 3}
+    for other in (
+        hindi.replace("पुराने", "पुरानी"),
+        formula.replace("+", "-"),
+        formula.replace("17", "1.7"),
+        smile.replace("😀", "😡"),
+        " ".join(hindi.split()[:8]),  # more than 13 letters and marks apart
+    ):
+        assert matched(index, row("a", other)) == {"a": []}, other
+    assert matched(index, row("a", f"({hindi})"), row("b", f"Q: -{formula} = ?"), row("c", f"😡 {smile} 😡")) == {
+        "a": [("t.jsonl:1", "13-gram")],
+        "b": [("t.jsonl:2", "13-gram")],
+        "c": [("t.jsonl:3", "13-gram")],
+    }
+    [(_, [match])] = index.find_matches([row("b", formula)])
+    assert match.words == "compute the value of 17 + 4 where all numbers are written in base"
+
+
+def test_a_whole_message_has_the_same_signs():
+    index = ContaminationIndex(texts("What is 5!", "Is C++ old?"))
+    rows = [row("a", "WHAT is\n5!"), row("b", "What is 5?"), row("c", "is c++ OLD"), row("d", "Is C old?")]
+    assert {name: bool(tests) for name, tests in matched(index, *rows).items()} == {
+        "a": True,
+        "b": False,
+        "c": True,
+        "d": False,
+    }
+
+
 def test_a_shorter_test_text_counts_as_a_whole():
     index = ContaminationIndex(texts(WHOLE, SHORT, "B"))
     matches = matched(

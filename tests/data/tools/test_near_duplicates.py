@@ -71,6 +71,23 @@ def test_another_sign_is_another_question(rule):
     assert len(find_clusters(rows, rule)) == 4
 
 
+@pytest.mark.parametrize("rule", [EXACT, NearDuplicateRule(0.7)])
+@pytest.mark.parametrize(
+    "questions",
+    [
+        ["मैं स्कूल जाता हूँ।", "मैं स्कूल जाती हूँ।", "मैं स्कूल जाते हैं।"],
+        ["ป่าอยู่ไหน", "ป้าอยู่ไหน", "ปาอยู่ไหน"],
+        ["What is 5!", "What is 5?", "What is 5%"],
+        ["Round 1.5", "Round 1,5", "Round 15"],
+        ["How does 😀 feel?", "How does 😡 feel?", "How does it feel?"],
+    ],
+)
+def test_marks_signs_and_emoji_make_other_questions(rule, questions, datasketch):
+    rows = [row(str(index), question) for index, question in enumerate(questions)]
+    rule = NearDuplicateRule(rule.threshold, "instructions")
+    assert len(find_clusters(rows, rule)) == 3
+
+
 def test_exact_duplicates_differ_in_case_punctuation_and_space_at_most():
     rows = [row("c", "What is 1,000 + 1?"), row("a", "what is 1000  +  1"), row("b", "What is 1,000 + 2?")]
     assert by_id(find_clusters(rows, EXACT), rows) == {"a": (["c"], []), "b": ([], [])}

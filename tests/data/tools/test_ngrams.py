@@ -9,9 +9,10 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies
 
 from ultrafuser.data.tools import ngrams
-from ultrafuser.data.tools.ngrams import WordCodes, window_hashes, words
+from ultrafuser.data.tools.ngrams import WordCodes, signed_words, window_hashes, word_and_sign_tokens, words
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,17 @@ from ultrafuser.data.tools.ngrams import WordCodes, window_hashes, words
         ("1,000 or 1000, 12,345,678; [1,2,30]", ["1000", "or", "1000", "12345678", "1", "2", "30"]),
         ("f(x_1) = x**2", ["f", "x", "1", "x", "2"]),
         ("f( x_1 )=x ** 2", ["f", "x", "1", "x", "2"]),
-        ("ﬁne Ｆｕｌｌ x²", ["fine", "full", "x2"]),  # compatibility forms
+        ("ﬁne Ｆｕｌｌ H₂O", ["fine", "full", "h2o"]),  # compatibility forms
+        ("x² 10²³ 1½", ["x", "2", "10", "23", "1", "1", "2"]),  # but x² is not x2
+        ("1.5 .5 1..5 1.2.3 v1.5, 3. And", ["1.5", ".5", "1", "5", "1.2.3", "v1.5", "3", "and"]),
+        ("मैं खाता हूँ। क्‍या", ["मैं", "खाता", "हूँ", "क्या"]),
+        ("தமிழ் மொழி", ["தமிழ்", "மொழி"]),
+        ("বাংলা ভাষা", ["বাংলা", "ভাষা"]),
+        ("שָׁלוֹם عُدْتُ", ["שָׁלוֹם", "عُدْتُ"]),
+        ("cafe\u0301 e\u0301te\u0301", ["café", "été"]),
+        ("q\u0307x", ["q\u0307x"]),  # without a composed form
+        ("ป่า กา", ["ป่", "า", "ก", "า"]),
+        ("می‌خواهم co\u00adop", ["میخواهم", "coop"]),
         ("Straße STRASSE", ["strasse", "strasse"]),
         ("数数 とabc", ["数", "数", "と", "abc"]),
         ("'quoted' rock'n'roll", ["quoted", "rocknroll"]),
@@ -32,6 +43,55 @@ from ultrafuser.data.tools.ngrams import WordCodes, window_hashes, words
 )
 def test_words(text, expected):
     assert words(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("What is 5!", "What is 5?"), ("Expand n!.", "Expand n."), ("Find (n + 1)!", "Find (n + 1)"), ("a != b", "a = b"),
+        ("Round 1.5", "Round 1,5"), ("Round 1.5", "Round 15"), ("Round .5", "Round 5"), ("x²", "x2"), ("10²", "102"),
+        ("1½", "11/2"), ("5 + 3", "5 - 3"), ("5 × 3", "5 ÷ 3"), ("5 − 3", "5 3"), ("2^3", "2*3"), ("50%", "50"), ("-5", "5"),
+        ("(2 + 3) * 4", "2 + 3 * 4"), ("[0, 1)", "[0, 1]"), ("f'(x)", "f(x)"), ("f''(x)", "f'(x)"), ("C++", "C"), ("C#", "C"),
+        ("How does 😀 feel?", "How does 😡 feel?"), ("👍", "👎"), ("👍🏽", "👍🏿"), ("👨‍👩‍👧", "👨‍👧"), ("🇫🇷", "🇩🇪"), ("€5", "£5"),
+        ("x ≤ 3", "x ≥ 3"), ("A ∪ B", "A ∩ B"), ("∀x", "∃x"), ("√2", "2"), ("20 °C", "20 C"), ("खाता", "खाती"), ("ป่า", "ป้า"), ("কি", "কী"),
+        ("كَتَبَ", "كُتِبَ"), ("año", "ano"),
+    ],
+)  # fmt: skip
+def test_signs_and_marks_that_carry_meaning(first, second):
+    assert word_and_sign_tokens(first) != word_and_sign_tokens(second)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Hello!", "hello"), ("What?!", "What..."), ("5 − 3", "5-3"), ("x²", "x^2"), ("½", "1/2"), ("❤️", "❤"), ("don’t", "Don't"),
+        ("**Note:** read *this* now", "Note: read this now"), ("- one\n- two", "* one\n* two"), ("## Title\ntext", "Title\ntext"),
+        ("> quoted", "quoted"), ("`x` is $5", "x is 5"), ("a -- b", "a — b"), ("f( x )=2", "f(x) = 2"), ("in 1999. And", "in 1999, and"),
+    ],
+)  # fmt: skip
+def test_differences_without_meaning(first, second):
+    assert word_and_sign_tokens(first) == word_and_sign_tokens(second)
+
+
+def test_a_sign_belongs_to_the_next_word():
+    assert signed_words("5 + 3 = (8)!") == [("", "5"), ("+", "3"), ("=", "8")]
+    assert signed_words("well-known and/or x-y -5 a|b") == [
+        ("", "well"), ("", "known"), ("", "and"), ("", "or"), ("", "x"), ("-", "y"), ("-", "5"), ("", "a"), ("|", "b"),
+    ]  # fmt: skip
+
+
+@given(text=strategies.text(strategies.characters(max_codepoint=127)), other=strategies.sampled_from("é中ก"))
+def test_the_patterns_agree_on_ascii(text, other):
+    """The faster ones are only used for texts without the characters of the slower ones."""
+    extended = [token for token in word_and_sign_tokens(f"{text}\n;{other}") if token not in ("é", "中", "ก")]
+    assert extended == word_and_sign_tokens(f"{text}\n;")
+
+
+@given(text=strategies.text())
+def test_any_text_has_words(text):
+    tokens = word_and_sign_tokens(text)
+    assert [word for _, word in signed_words(text)] == words(text)
+    assert [token for token in tokens if token in words(text)] == words(text)
 
 
 def slow_hash(codes, size):

@@ -14,7 +14,7 @@ import numpy as np
 from ultrafuser.data.row_files import find_files
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import RowReader, unread_note
-from ultrafuser.data.tools.ngrams import window_hashes, words
+from ultrafuser.data.tools.ngrams import signed_words, window_hashes, word_and_sign_tokens
 from ultrafuser.data.tools.streaming import stream_rows
 from ultrafuser.data.tools.texts import TEXT_SUFFIXES, Text, read_texts
 from ultrafuser.data.writing import check_targets, row_writers
@@ -32,7 +32,7 @@ class Rule:
     """When a row is contaminated by a test text.
 
     Attributes:
-        ngram: consecutive words that a conversation and a long test text must share.
+        ngram: consecutive words that a conversation and a long test text must share, with the signs between them.
         min_words: a conversation must hold all of a test text of `min_words` to `ngram - 1` words. A shorter test text
             counts only if it is a whole user message.
     """
@@ -72,7 +72,8 @@ class _GramTable:
 class ContaminationIndex:
     """The texts of test files, indexed by their words.
 
-    A hash only proposes candidates. Each candidate is then compared word by word, so there are no false hits.
+    A hash only proposes candidates. Each candidate is then compared word by word, so there are no false hits. The signs
+    before a word belong to it, so `5 + 3` is not `5 - 3`. Those before the first word of a run do not count.
     """
 
     def __init__(self, texts: Iterable[Text], rule: Rule | None = None) -> None:
@@ -84,13 +85,14 @@ class ContaminationIndex:
         self.texts: list[Text] = []
         self._kinds: list[str] = []
         self.counts: Counter[str] = Counter()
-        self._ids: dict[str, int] = {}  # word -> id, from 1 on. 0 is any word that no test text has
+        self._ids: dict[str, int] = {}  # word with its signs -> id, from 1 on. 0 is any word that no test text has
         self._messages: dict[tuple[str, ...], list[int]] = {}
-        flat: list[int] = []  # word ids of all test texts, one after the other
+        flat: list[int] = []  # ids of the words with their signs of all test texts, one after the other
+        flat_bare: list[int] = []  # ids of the words without signs
         text_starts: list[int] = []
         gram_starts: dict[int, list[int]] = {}
         for text in texts:
-            text_words = words(text.text)
+            text_words = signed_words(text.text)
             kind = self._kind(len(text_words))
             self.counts[kind] += 1
             if kind == "ignored":
@@ -100,14 +102,15 @@ class ContaminationIndex:
             self._kinds.append(kind)
             text_starts.append(len(flat))
             if kind == "message":  # compared as a whole, by the dictionary
-                self._messages.setdefault(tuple(text_words), []).append(index)
+                self._messages.setdefault(tuple(word_and_sign_tokens(text.text)), []).append(index)
                 continue
             size = min(self.rule.ngram, len(text_words))
             gram_starts.setdefault(size, []).extend(range(len(flat), len(flat) + len(text_words) - size + 1))
-            flat += [self._ids.setdefault(word, len(self._ids) + 1) for word in text_words]
+            flat += [self._ids.setdefault(signs + word, len(self._ids) + 1) for signs, word in text_words]
+            flat_bare += [self._ids.setdefault(word, len(self._ids) + 1) for _, word in text_words]
         if not self.texts:
             raise DataError(f"the test files hold no text of {_MIN_TEXT_WORDS} words or more, expected at least one")
-        self._flat = np.array(flat, np.int64)
+        self._flat, self._flat_bare = np.array(flat, np.int64), np.array(flat_bare, np.int64)
         self._text_starts = np.array(text_starts, np.int64)
         draws = np.random.default_rng(0).integers(0, 1 << 63, len(self._ids) + 1, np.uint64)
         self._codes = draws * np.uint64(2) + np.uint64(1)  # a random odd code for each word
@@ -121,13 +124,19 @@ class ContaminationIndex:
         return "message" if length >= _MIN_TEXT_WORDS else "ignored"
 
     def _table(self, size: int, starts: np.ndarray) -> _GramTable:
-        hashes = window_hashes(self._codes[self._flat], size)[starts]
+        hashes = self._run_hashes(self._flat, self._flat_bare, size)[starts]
         order = np.argsort(hashes, kind="stable")
         bits = min(26, max(16, int(16 * len(hashes)).bit_length()))  # about one in 16 other runs passes by chance
         shift = np.uint64(64 - bits)
         prefixes = np.zeros(1 << bits, bool)
         prefixes[hashes >> shift] = True
         return _GramTable(size, hashes[order], starts[order], prefixes, shift)
+
+    def _run_hashes(self, ids: np.ndarray, bare_ids: np.ndarray, size: int) -> np.ndarray:
+        """A hash of every run of words, (T,) -> (T - size + 1,). The signs before the first word of a run do not count."""
+        hashes = window_hashes(self._codes[ids], size)
+        # the code of the first word has the factor B^0 in the hash of a window
+        return hashes - self._codes[ids[: len(hashes)]] + self._codes[bare_ids[: len(hashes)]]
 
     def find_matches(self, rows: Iterable[Row]) -> Iterator[tuple[Row, list[Match]]]:
         """Every row with its matches, in the order of the test texts. A clean row has none."""
@@ -144,20 +153,23 @@ class ContaminationIndex:
     def _search(self, batch: Sequence[Row]) -> list[dict[int, tuple[str, ...]]]:
         """For each row, the words that it shares with each test text, by the index of the text."""
         shared: list[dict[int, tuple[str, ...]]] = [{} for _ in batch]
-        batch_words: list[str] = []
+        batch_words: list[tuple[str, str]] = []  # (signs, word)
         row_starts = []
         for row, row_shared in zip(batch, shared, strict=True):
             row_starts.append(len(batch_words))
             for role, content in row.messages:
-                message = words(content)
+                message = signed_words(content)
                 batch_words += message
                 if role == "user" and len(message) < self.rule.min_words:
-                    row_shared |= {index: tuple(message) for index in self._messages.get(tuple(message), ())}
-            batch_words.append("")  # not a word, so no run goes on into the next row
-        ids = np.fromiter(map(self._ids.get, batch_words, repeat(0)), np.int64, len(batch_words))
-        codes = self._codes[ids]
+                    tokens = tuple(word_and_sign_tokens(content))
+                    row_shared |= {index: tokens for index in self._messages.get(tokens, ())}
+            batch_words.append(("", ""))  # not a word, so no run goes on into the next row
+        ids, bare_ids = (
+            np.fromiter(map(self._ids.get, texts, repeat(0)), np.int64, len(batch_words))
+            for texts in ([signs + word for signs, word in batch_words], [word for _, word in batch_words])
+        )
         for table in self._tables:
-            windows, positions = self._hits(table, ids, codes)
+            windows, positions = self._hits(table, ids, bare_ids)
             # the row of each hit, and the test text of each hit
             row_indices = np.searchsorted(row_starts, windows, "right") - 1
             text_indices = np.searchsorted(self._text_starts, positions, "right") - 1
@@ -165,13 +177,14 @@ class ContaminationIndex:
                 windows.tolist(), row_indices.tolist(), text_indices.tolist(), strict=True
             ):
                 if index not in shared[row_index]:
-                    shared[row_index][index] = tuple(batch_words[window : window + table.size])
+                    (_, first), *others = batch_words[window : window + table.size]
+                    shared[row_index][index] = (first, *(token for pair in others for token in pair if token))
         return shared
 
-    def _hits(self, table: _GramTable, ids: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _hits(self, table: _GramTable, ids: np.ndarray, bare_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions of equal runs of words: in `ids`, and in the words of the test texts. Each pair is verified."""
         # 1. Hash every window, and keep those whose first bits some test run has.
-        hashes = window_hashes(codes, table.size)
+        hashes = self._run_hashes(ids, bare_ids, table.size)
         windows = np.flatnonzero(table.prefixes[hashes >> table.shift])
         # 2. Look up the range of equal hashes in the sorted table.
         first = np.searchsorted(table.hashes, hashes[windows], "left")
@@ -182,8 +195,9 @@ class ContaminationIndex:
         offset = np.arange(len(pair)) - np.repeat(np.cumsum(count) - count, count)
         windows, positions = windows[pair], table.starts[first[pair] + offset]
         # 4. Compare the words themselves.
-        span = np.arange(table.size)
+        span = np.arange(1, table.size)
         same = (ids[windows[:, None] + span] == self._flat[positions[:, None] + span]).all(axis=1)
+        same &= bare_ids[windows] == self._flat_bare[positions]
         return windows[same], positions[same]
 
 

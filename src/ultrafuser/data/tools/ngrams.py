@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from functools import lru_cache
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
+import regex  # unlike `re`, it has classes of characters and sets
 
-# Han and kana are written without spaces: each character is a word.
-_HAN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_HAN}]|[^\W_{_HAN}]+")
-_WORD_OR_SIGN = re.compile(rf"{_WORD.pattern}|[-+*/^=<>%#&|√×÷−≤≥≠]")
+# Han, kana, Thai, Lao, Burmese and Khmer are written without spaces: each character with its marks is a word.
+_UNSPACED = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
+_ANY_UNSPACED = regex.compile(_UNSPACED)
+_LETTER = regex.compile(r"[\p{L}\p{N}]")
+
+
+def _patterns(letter: str, mark: str, symbol: str, unspaced: str = "") -> tuple[Any, Any]:
+    """The patterns of words, and of words and signs, with these characters."""
+    # a letter or digit, or the point of .5, then letters, digits, marks and decimal points
+    word = rf"(?:[{letter}]|(?<![{letter}.])\.\d)[{letter}{mark}]*+(?:(?<=\d)\.(?=\d)[{letter}{mark}]++)*+{unspaced}"
+    number, letter_alone = rf"(?<![{letter}{mark}.])[\d.]+", rf"(?<![{letter}{mark}])[{letter}]"
+    sign = (
+        rf"[{symbol}]|[*/%#&′()\[\]]|(?<!-)-(?!-)"  # operators, currencies, emoji, brackets; a double hyphen is a dash
+        rf"|!(?==)|(?<={number}|{letter_alone}|[)\]])!"  # !=, 5!, n!, (n + 1)!
+        rf"|(?<={letter_alone}'*)'(?='*\()"  # f'(x)
+    )
+    return regex.compile(word, regex.V1), regex.compile(f"{word}|{sign}", regex.V1)
+
+
+# The first that fits is used: sets of all scripts are slow.
+_ASCII = _patterns(r"a-z0-9", "", r"+<=>|^")
+_SPACED = _patterns(r"\p{L}\p{N}", r"\p{M}", r"\p{S}--$`~´¨")
+_MIXED = _patterns(
+    rf"\p{{L}}\p{{N}}--{_UNSPACED}",
+    rf"\p{{M}}--{_UNSPACED}",
+    r"\p{S}--$`~´¨",
+    rf"|[\p{{L}}\p{{N}}&&{_UNSPACED}]\p{{M}}*+",
+)
+_BRACKETS = frozenset("()[]")
+_JOINERS = str.maketrans("", "", "-/|")  # between words they are punctuation: well-known, and/or
+
+_SUPERSCRIPTS = regex.compile("[⁰¹²³⁴-⁹⁺⁻ⁿⁱ]+")
+_FRACTIONS = regex.compile("[¼-¾⅐-⅞]")
+_SAME_SIGNS = str.maketrans({"⁄": "/", "∕": "/", "−": "-", "∗": "*"})
+# Joiners, soft hyphens and variation selectors. They change how a word is drawn, not the word.
+_INVISIBLE = regex.compile("[\u00ad\u200c\u200d\u2060\ufeff\ufe00-\ufe0f\U000e0100-\U000e01ef]+")
 # Removed: an apostrophe within a word (don't = dont) and a comma within a number (1,000 = 1000).
-_INSIDE = re.compile(r"['’](?<=\w.)(?=\w)|,(?<=\d.)(?=\d{3}(?!\d))")
+_INSIDE = regex.compile(r"['’](?<=\w.)(?=\w)|,(?<=\d.)(?=\d{3}(?!\d))")
+# Signs of Markdown: bullets, headings and quotes, and emphasis.
+_MARKUP = regex.compile(r"^[ \t]*+(?:(?:[-*+>•●▪■◦]|#{1,6})[ \t]++)+", regex.M)
+_EMPHASIS = regex.compile(r"(?<![\w*])(\*{1,3})(?=[^\s*])([^*\n]*+)(?<=\S)\1(?![\w*])")
 
 # Odd, so that it has an inverse modulo 2^64. It is 5 modulo 8, so that its powers are slow to repeat.
 _BASE = 0x9E3779B97F4A7C15
@@ -24,19 +60,50 @@ _INVERSE = pow(_BASE, -1, 1 << 64)
 def words(text: str) -> list[str]:
     """The words of a text without regard to case, punctuation, white space and compatibility forms.
 
-    Runs of letters and digits are words. All other characters, `_` included, separate words.
+    Runs of letters, digits and their marks are words, with the decimal points between digits. All other characters, `_`
+    included, separate words.
     """
-    return _WORD.findall(_normalised(text))
+    normalised = _normalised(text)
+    return _patterns_of(normalised)[0].findall(normalised)
 
 
 def word_and_sign_tokens(text: str) -> list[str]:
     """The words of a text and the signs that change its meaning: `5 + 3` is not `5 - 3`, and C is not `C++`."""
-    return _WORD_OR_SIGN.findall(_normalised(text))
+    normalised = _normalised(text)
+    return _patterns_of(normalised)[1].findall(normalised)
+
+
+def signed_words(text: str) -> list[tuple[str, str]]:
+    """The words of a text, each with the signs before it: `5 + 3` is [("", "5"), ("+", "3")].
+
+    Brackets are no signs here, and `-`, `/` and `|` only before numbers and single letters: a text that is formatted in
+    another way is the same text.
+    """
+    pairs, signs = [], ""
+    for token in word_and_sign_tokens(text):
+        if len(token) > 1 or token.isalnum() or _LETTER.match(token):  # a sign is one character
+            is_operand = len(token) == 1 or not token[0].isalpha()
+            pairs.append((signs if is_operand else signs.translate(_JOINERS), token))
+            signs = ""
+        elif token not in _BRACKETS:
+            signs += token
+    return pairs
+
+
+def _patterns_of(text: str) -> tuple[Any, Any]:
+    if text.isascii():
+        return _ASCII
+    return _MIXED if _ANY_UNSPACED.search(text) else _SPACED
 
 
 def _normalised(text: str) -> str:
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
+        text = _SUPERSCRIPTS.sub(lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text)
+        text = _FRACTIONS.sub(r" \g<0>", text)
+        text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).translate(_SAME_SIGNS)
+    text = _MARKUP.sub("", text)
+    if "*" in text:
+        text = _EMPHASIS.sub(r"\2", text)
     return _INSIDE.sub("", text.casefold())
 
 
