@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import re
+import textwrap
 from collections.abc import Iterator
 from typing import NamedTuple
 
 PYTHON_NAMES = ("python", "python3", "py", "py3")  # languages of a code block that holds Python
 
-_FENCE = r"^[ \t]*(?:```|~~~)"
-_END_OF_BLOCK = rf"(?:{_FENCE}[ \t]*$|\Z)"  # a block that is cut off ends with the text
-_BLOCK = re.compile(rf"{_FENCE}[ \t]*([\w+.-]*)[^\n]*\n(.*?){_END_OF_BLOCK}", re.M | re.S)
-_FENCED = re.compile(rf"{_FENCE}.*?{_END_OF_BLOCK}", re.M | re.S)  # also a fence in the last line, without a body
-# Complete blocks between backticks at the margin; groups: language, body.
-CLOSED_BLOCK = re.compile(r"^```[ \t]*([\w+.-]*)[^\n]*\n(.*?)^```[ \t]*$", re.M | re.S)
+MAX_CLOSING_FENCES = 20  # that are tried as the end of one block
+# A fence may stand in a list item, behind its marker, or in a quotation. Groups: prefix, fence, language, rest of the line.
+_OPENING = re.compile(r"((?:[ \t]*(?:>|[-*+•]|\d{1,3}[.)])(?=[ \t]|>))*[ \t]*)(`{3,}|~{3,})[ \t]*[{.]*([\w+.#-]*)(.*)")
+_QUOTATION = re.compile(r"[ \t]*>[ \t]?")
 
 _REFUSAL = re.compile(
     # "I'm sorry", "My apologies, but", "Sorry, but I"
@@ -34,6 +35,16 @@ class CodeBlock(NamedTuple):
     body: str
 
 
+class FencedBlock(NamedTuple):
+    """A fenced block and its place in the text. A block that is cut off is not closed."""
+
+    language: str
+    body: str
+    start: int  # of its first line
+    end: int  # of its last line, without the line break
+    closed: bool
+
+
 def after_thinking(answer: str) -> str:
     """The answer without the reasoning that some models put between <think> tags.
 
@@ -50,9 +61,81 @@ def is_refusal(text: str) -> bool:
 
 def code_blocks(text: str) -> Iterator[CodeBlock]:
     """Every fenced block, in order. A block that is cut off extends to the end of the text."""
-    return (CodeBlock(*match.groups()) for match in _BLOCK.finditer(text))
+    return (CodeBlock(block.language, block.body) for block in fenced_blocks(text))
 
 
 def without_code(text: str) -> str:
     """The text with a newline in place of each fenced block."""
-    return _FENCED.sub("\n", text)
+    end, texts = 0, []
+    for block in fenced_blocks(text):
+        texts += [text[end : block.start], "\n"]
+        end = block.end
+    return "".join([*texts, text[end:]])
+
+
+def fenced_blocks(text: str) -> list[FencedBlock]:
+    """The blocks between fences of three or more backticks or tildes, as in CommonMark.
+
+    A fence may have any indentation, which the body then loses. A fence inside a Python docstring does not end the block.
+    """
+    lines = text.split("\n")
+    starts = [0, *itertools.accumulate(len(line) + 1 for line in lines)]  # of each line, and after the last one
+    blocks, index = [], 0
+    while index < len(lines):
+        opening = _OPENING.fullmatch(lines[index])
+        if opening is None or (opening[2][0] == "`" and "`" in opening[4]):  # the latter is code within a line
+            index += 1
+            continue
+        end = _closing_line(lines, index, opening)
+        body = _body(lines[index + 1 : end], opening[1])
+        closed = end < len(lines)
+        last = min(end, len(lines) - 1)
+        blocks.append(
+            FencedBlock(
+                opening[3], body + "\n" * (closed and end > index + 1), starts[index], starts[last + 1] - 1, closed
+            )
+        )
+        index = end + 1
+    return blocks
+
+
+def _closing_line(lines: list[str], opening_line: int, opening: re.Match[str]) -> int:
+    """The number of the line that closes a block. The number of lines if none does."""
+    quoted, fence = ">" in opening[1], opening[2]
+    closing = re.compile(rf"[ \t]*{fence[0]}{{{len(fence)},}}[ \t]*")
+    candidates = (
+        index
+        for index in range(opening_line + 1, len(lines))
+        if closing.fullmatch(_QUOTATION.sub("", lines[index], count=1) if quoted else lines[index])
+    )
+    first = next(candidates, len(lines))
+    if opening[3].lower() not in ("", *PYTHON_NAMES) or not _ends_in_docstring(lines[opening_line + 1 : first]):
+        return first
+    # The fence stands in a docstring, if the block is Python with a later end.
+    for end in itertools.islice(itertools.chain(candidates, [len(lines)]), MAX_CLOSING_FENCES):
+        body = lines[opening_line + 1 : end]
+        if not _ends_in_docstring(body) and _is_python(_body(body, opening[1])):
+            return end
+    return first
+
+
+def _body(lines: list[str], prefix: str) -> str:
+    """The lines of a block without the indentation of its fence, or the marks of its quotation."""
+    if ">" in prefix:
+        lines = [_QUOTATION.sub("", line, count=1) for line in lines]
+        prefix = prefix.rpartition(">")[2][1:]
+    indentation = min([len(prefix), *(len(line) - len(line.lstrip()) for line in lines if line.strip())])
+    return "\n".join(line[indentation:] if line.strip() else line.lstrip(" \t") for line in lines)
+
+
+def _ends_in_docstring(lines: list[str]) -> bool:
+    code = "\n".join(lines)
+    return any(code.count(quotes) % 2 for quotes in ('"""', "'''"))
+
+
+def _is_python(code: str) -> bool:
+    try:
+        ast.parse(textwrap.dedent(code))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the parser raises all of these
+        return False
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 
 import pytest
 
@@ -41,6 +42,39 @@ def fenced(body: str, language: str = "python") -> str:
 )
 def test_the_function_alone_is_taken(answer):
     assert code.extract_code(answer, "total") == FUNCTION
+
+
+LIST_ITEM = textwrap.indent(fenced(FUNCTION), "   ")
+DOCUMENTED = '''def total(numbers):
+    """Add numbers.
+
+    ```
+    total([1, 2])
+    ```
+    """
+    return sum(numbers)'''
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"1. Write the function:\n\n{LIST_ITEM}\n\n2. Call it:\n\n   ```python\n   total([1, 2])\n   ```",
+        f"- The function:\n  ```python\n{textwrap.indent(FUNCTION, '      ')}\n  ```",  # deeper than its fence
+        f"````markdown\nSee below\n````\n````python\n{FUNCTION}\n````",
+        f"~~~~\n{FUNCTION}\n~~~~",
+    ],
+)
+def test_code_in_list_items_and_long_fences(answer):
+    assert code.extract_code(answer, "total") == FUNCTION
+
+
+def test_a_fence_in_a_docstring_does_not_end_the_code():
+    assert code.extract_code(f"Here:\n{fenced(DOCUMENTED)}\nThat is all.", "total") == DOCUMENTED
+
+
+def test_a_body_in_a_list_item_completes_the_signature():
+    answer = "1. The body:\n   ```python\n       return sum(numbers)\n   ```"
+    assert code.extract_code(answer, "total", "def total(numbers):\n") == FUNCTION + "\n"
 
 
 def test_definitions_of_earlier_blocks_come_along():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 
 import pytest
 
@@ -85,6 +86,45 @@ def test_an_item_goes_on_over_several_lines():
 def test_brackets_and_code_in_an_item_are_part_of_it(reply):
     items = read_list(reply)
     assert len(items) == 2 and items[1] == "Name a hill."
+
+
+FENCED = "```text\n1. one\n2. two\n\n- three\n```"
+
+
+@pytest.mark.parametrize("fence", ["```", "````", "~~~"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"1. Mend this list:\n{FENCED}\n2. Name a hill.",
+        f"1. Mend this list:\n\n{FENCED}\n\n2. Name a hill.",
+        f"1. Mend this list:\n{textwrap.indent(FENCED, '   ')}\n2. Name a hill.",
+        f"- Mend this list:\n{textwrap.indent(FENCED, '  ')}\n- Name a hill.",
+        f"- Mend this list:\n{FENCED}\n- Name a hill.",
+    ],
+)
+def test_lists_in_the_code_of_an_item_are_part_of_it(reply, fence):
+    first, second = read_list(reply.replace("```", fence))
+    assert first.replace("\n\n", "\n") == f"Mend this list:\n{FENCED}".replace("```", fence).replace("\n\n", "\n")
+    assert "\n\n- three" in first and second == "Name a hill."
+
+
+def test_code_of_the_last_item_is_complete():
+    reply = f"1. Name a hill.\n2. Mend this list:\n\n{textwrap.indent(FENCED, '   ')}\n\nI hope this helps."
+    assert read_list(reply) == ["Name a hill.", f"Mend this list:\n\n{FENCED}"]
+
+
+def test_a_list_inside_a_code_block_is_a_list():
+    assert read_list("```\n1. Name a river.\n2. Name a hill.\n```")[:1] == ["Name a river."]
+    assert len(read_list("~~~~\n- Name a river.\n- Name a hill.\n~~~~")) == 2
+
+
+def test_a_fence_that_is_never_closed_does_not_swallow_the_next_items():
+    assert len(read_list("1. Mend ```x```:\n```\nx = 1\n2. Name a hill.\n3. Name a lake.")) == 3
+
+
+def test_json_in_long_fences_and_list_items():
+    for fence in ("````", "~~~"):
+        assert read_list(f"{fence}json\n{json.dumps(AB)}\n{fence}\n") == AB
 
 
 def test_a_list_of_numbers_is_no_list_of_texts():
@@ -195,6 +235,13 @@ def test_tests_are_cut_off_an_answer():
         CODE,
         "import math\nassert f() == 1",
     )
+
+
+@pytest.mark.parametrize("fence", ["```", "````", "~~~"])
+def test_tests_between_other_fences_are_cut_off_too(fence):
+    tests = f"{fence}python\nassert f() == 1\n{fence}"
+    assert split_tests(f"{CODE}\n\nTests:\n\n{tests}") == (CODE, "assert f() == 1")
+    assert split_tests(f"{CODE}\n\n2. **Tests**:\n\n{textwrap.indent(tests, '   ')}\n") == (CODE, "assert f() == 1")
 
 
 @pytest.mark.parametrize(

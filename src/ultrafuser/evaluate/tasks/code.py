@@ -6,6 +6,7 @@ import ast
 import math
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -93,7 +94,7 @@ def extract_code(answer: str, entry_point: str, context: str = "") -> str | None
     """
     text = after_thinking(answer).replace("\r\n", "\n")
     blocks = [
-        block.body.rstrip()
+        _at_margin(block.body.rstrip(), entry_point)
         for block in code_blocks(text)
         if block.language.lower() in ("", *PYTHON_NAMES) and block.body.strip()
     ]
@@ -107,6 +108,12 @@ def extract_code(answer: str, entry_point: str, context: str = "") -> str | None
             if filled := _as_body(context, body):
                 return filled
     return blocks[0] if blocks else bare
+
+
+def _at_margin(code: str, entry_point: str) -> str:
+    """The code without its indentation if it defines the function. Otherwise it may be the body of a signature."""
+    dedented = textwrap.dedent(code)
+    return dedented if _defines(dedented, entry_point) else code
 
 
 def _defines(code: str, name: str) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import re
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-from ultrafuser.data.answer_text import CLOSED_BLOCK, after_thinking, code_blocks
+from ultrafuser.data.answer_text import after_thinking, code_blocks, fenced_blocks
 
 GIANT_CHARS = 200_000  # a longer reply is rejected
 MAX_NAME_CHARS = 100
@@ -24,7 +25,9 @@ _LABEL = re.compile(
 )
 _RATING = re.compile(r"\[\[\s*(10|[1-9])\s*\]\]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_TEST_HEAD = re.compile(r"(?:^|\n)[#*_ \t]*(?:unit |assert(?:ion)? )?tests?[^\n]{0,40}:?[*_ \t]*\n*\Z", re.I)
+_TEST_HEAD = re.compile(
+    r"(?:^|\n)[#*_ \t]*(?:\d{1,2}[.)] *)?[*_]*(?:unit |assert(?:ion)? )?tests?[^\n]{0,40}:?[*_ \t]*\n*\Z", re.I
+)
 _NAME_KEYS = ("name", "sub_topic", "subtopic", "topic", "title")
 _TEXT_KEYS = ("instruction", "text", "prompt", "question", "task", "request", "content", *_NAME_KEYS)
 
@@ -114,25 +117,55 @@ def _complete_items(text: str) -> list[Any]:
 
 
 def _listed_lines(text: str) -> list[Any]:
-    """Numbered lines if there are any, otherwise bulleted ones. Indented and plain lines continue the item above."""
+    """Numbered lines if there are any, otherwise bulleted ones. Indented, plain and fenced lines continue the item above."""
     # 1. Collect the lines of each item.
-    lines = text.splitlines()
-    numbered = any(_NUMBERED_LINE.match(line) for line in lines)
+    lines = text.split("\n")
+    code = _code_lines(text)
+    numbered = any(_NUMBERED_LINE.match(line) for index, line in enumerate(lines) if index not in code)
     items: list[str] = []
-    for line in lines:
-        match = _ITEM_LINE.match(line)
+    for index, line in enumerate(lines):
+        match = _ITEM_LINE.match(line) if index not in code else None
         if match and (not numbered or _NUMBERED_LINE.match(line)):
             items.append(match[1])
         elif items and line.strip():
-            if not numbered and not line[:1].isspace():
+            if not numbered and not line[:1].isspace() and index not in code:
                 break  # text after the list
             items[-1] += "\n" + line.rstrip()
         elif items and not line.strip():
             items[-1] += "\n"
     # 2. Further paragraphs after the last item are text after the list.
-    texts: list[Any] = [item.strip() for item in items]
-    texts[-1:] = [text.split("\n\n")[0] for text in texts[-1:]]
-    return texts
+    items[-1:] = [_until_paragraph(item) for item in items[-1:]]
+    return [_at_margin(item.strip()) for item in items]
+
+
+def _code_lines(text: str) -> set[int]:
+    """The lines of fenced blocks inside items. A block around the list, or before it, is not in an item."""
+    first = re.search(rf"^{_ITEM_LINE.pattern}", text, re.M)
+    lines: set[int] = set()
+    if first is None:
+        return lines
+    for block in [block for block in fenced_blocks(text) if block.closed]:
+        start, end = (text.count("\n", 0, position) for position in (block.start, block.end))
+        if block.start > first.start():
+            lines.update(range(start, end + 1))
+        elif block.start == first.start():  # the fence stands behind the marker of the item
+            lines.update(range(start + 1, end + 1))
+    return lines
+
+
+def _until_paragraph(item: str) -> str:
+    """An item up to its first empty line that neither code nor an indented line follows."""
+    blocks = fenced_blocks(item)
+    for gap in re.finditer(r"\n\n(?![ \t\n]|```|~~~)", item):
+        if not any(block.start < gap.start() < block.end for block in blocks):
+            return item[: gap.start()]
+    return item
+
+
+def _at_margin(item: str) -> str:
+    """An item with code, whose further lines lose their common indentation."""
+    first, _, rest = item.partition("\n")
+    return f"{first}\n{textwrap.dedent(rest)}" if fenced_blocks(rest) else item
 
 
 # ---------------------------------------------------------------- strict checks
@@ -215,10 +248,10 @@ def read_rating(reply: str) -> int:
 
 def split_tests(answer: str) -> tuple[str, str | None]:
     """An answer, and the tests in its last code block. Tests are assert statements and imports, after a block of code."""
-    blocks = list(CLOSED_BLOCK.finditer(answer))
-    if len(blocks) < 2 or answer[blocks[-1].end() :].strip():
+    blocks = [block for block in fenced_blocks(answer) if block.closed]
+    if len(blocks) < 2 or answer[blocks[-1].end :].strip():
         return answer, None
-    tests = blocks[-1][2].strip()
+    tests = blocks[-1].body.strip()
     try:
         tree = ast.parse(tests)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -226,7 +259,7 @@ def split_tests(answer: str) -> tuple[str, str | None]:
     kinds = {type(node) for node in tree.body}
     if ast.Assert not in kinds or not kinds <= {ast.Assert, ast.Import, ast.ImportFrom}:
         return answer, None
-    head = answer[: blocks[-1].start()].rstrip()
+    head = answer[: blocks[-1].start].rstrip()
     return _TEST_HEAD.sub("", head).rstrip(), tests
 
 
