@@ -7,7 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fake_endpoint import fake_endpoint
+from fake_hub import FakeHub, fake_hub
 from tiny_models import entry, fuse_entries, save_adapter, tiny
 from training_fixtures import TinyRun, shared_tiny_run
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -100,3 +101,20 @@ def server():
     pytest.importorskip("aiohttp", reason="the endpoint extra is not installed")
     with fake_endpoint() as server:
         yield server
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub of our own, with an empty cache."""
+    from huggingface_hub import constants
+
+    with fake_hub() as hub:
+        for name, value in {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": True,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        yield hub

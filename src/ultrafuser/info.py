@@ -7,7 +7,8 @@ from typing import TypedDict
 
 from ultrafuser.errors import CheckpointError
 from ultrafuser.model.checkpoint import fused_folder, read_manifest
-from ultrafuser.model.manifest import SourceKey, SpecialistEntry, weight_sources
+from ultrafuser.model.hub import Access, is_commit
+from ultrafuser.model.manifest import REVISIONS, SourceKey, SpecialistEntry, weight_sources
 from ultrafuser.model.references import check_files, is_inside, resolve
 from ultrafuser.model.saving import GATE_FILE
 
@@ -61,18 +62,22 @@ def describe(folder: str | Path, *, verify: bool = False) -> CheckpointInfo:
     """Facts about a fused checkpoint, without loading it.
 
     Args:
-        verify: compare every file with its recorded checksum, large ones too.
+        verify: compare every file with its recorded checksum, large ones too, and look up the commits of hub models.
 
     Raises:
-        CheckpointError: no checkpoint, or with `verify` a file that differs.
+        CheckpointError: no checkpoint, or with `verify` a file that differs, or a hub model whose commit is not recorded or
+            gone.
     """
-    root = fused_folder(folder, {})
+    access = Access()
+    root = fused_folder(folder, access)
     config = read_manifest(root)
     groups = config.groups()
     specialists = []
     for k, spec in enumerate(config.specialists):
         group = next(group for group in groups if k in group)
-        specialists.append(_specialist(spec, root, verify, [config.names[index] for index in group if index != k]))
+        specialists.append(
+            _specialist(spec, root, verify, [config.names[index] for index in group if index != k], access)
+        )
     if verify:
         check_files(root, config.gate_files, "the gate")
     # Bytes outside the checkpoint. A base that several specialists share counts once.
@@ -95,7 +100,22 @@ def describe(folder: str | Path, *, verify: bool = False) -> CheckpointInfo:
     }
 
 
-def _specialist(spec: SpecialistEntry, root: Path, verify: bool, shares_base_with: list[str]) -> SpecialistInfo:
+def _check_commit(repository: str, revision: str | None, specialist: str, access: Access) -> None:
+    """
+    Raises:
+        CheckpointError: no commit is recorded, or neither the hub nor the cache has it.
+    """
+    if not is_commit(revision):
+        raise CheckpointError(
+            f"specialist {specialist!r}: {repository} has no recorded commit, so a push to the hub changes this model. Fuse "
+            "again, or load it and save it, to record the commit"
+        )
+    access.metadata(repository, revision, specialist)
+
+
+def _specialist(
+    spec: SpecialistEntry, root: Path, verify: bool, shares_base_with: list[str], access: Access
+) -> SpecialistInfo:
     facts: SpecialistInfo = {
         "name": spec["name"],
         "domain": spec.get("domain"),
@@ -111,8 +131,13 @@ def _specialist(spec: SpecialistEntry, root: Path, verify: bool, shares_base_wit
         try:
             path = resolve(reference, root, spec["name"])
             location["inside"] = isinstance(path, Path) and is_inside(path, root)
-            location["status"] = "here" if isinstance(path, Path) else "on the hub"
-            if verify and isinstance(path, Path):
+            location["status"] = "here"
+            if not isinstance(path, Path):
+                revision = spec["source"].get(REVISIONS[key])
+                location["status"] = "on the hub" if is_commit(revision) else "on the hub, not pinned to a commit"
+                if verify:
+                    _check_commit(reference, revision, spec["name"], access)
+            elif verify:
                 check_files(path, recorded, f"specialist {spec['name']!r}", every=True)
         except CheckpointError as error:
             if verify:

@@ -101,6 +101,9 @@ class SpecialistRecipe(Node):
     dtype: Dtype | None = Field(default=None, description="Type of its weights. null: the `dtype` of the recipe.")
     device_map: str | FreeForm | None = Field(default=None, description="Passed to transformers as `device_map`.")
     quantization: FreeForm | None = Field(default=None, description="Passed to transformers as `quantization_config`.")
+    trust_remote_code: bool = Field(
+        default=False, description="Run the code in the repositories of its model, tokenizer and adapter."
+    )
 
 
 class GateRecipe(Node):
@@ -246,6 +249,9 @@ class Recipe(Node):
         default=None,
         description="The day, as YYYY-MM-DD, that chat templates which read the clock see. null: the day of the run, which "
         "its recipe.yaml and the checkpoint record.",
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run the code in the repositories of all specialists, also of a `fused` folder."
     )
     data: DataRecipe = Field(default_factory=DataRecipe, description="Training and validation rows.")
     stages: list[StageRecipe] = Field(

@@ -13,14 +13,23 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
 from ultrafuser.data.chat_format import ChatFormat, resolve_template
 from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import CheckpointError, RecipeError
-from ultrafuser.model.checkpoint import fused_folder, is_plain_lora, load_groups, locate_model, read_adapter_config
-from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
+from ultrafuser.model.checkpoint import (
+    fused_folder,
+    is_plain_lora,
+    load_groups,
+    load_tokenizer,
+    locate_model,
+    pin,
+    read_adapter_config,
+)
+from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig, specialist_config
 from ultrafuser.model.fitness import check_head, check_weights
+from ultrafuser.model.hub import Access, needs_code
 from ultrafuser.model.manifest import FileRecords, SpecialistEntry, SpecialistSource, weight_sources
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import PACKAGE, record_files, resolve
@@ -34,8 +43,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 logger = logging.getLogger(__name__)
 
 
-def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
+def fuse(recipe: Recipe, **options: Any) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
     """Load the recipe's specialists and add an untrained gate.
+
+    Args:
+        options: `token`, `cache_dir`, `local_files_only` and `force_download` of transformers' `from_pretrained`.
 
     Raises:
         CheckpointError: a specialist cannot be loaded.
@@ -43,8 +55,10 @@ def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase
         DataError: a specialist without a chat template.
     """
     configs: dict[str, dict[str, Any]] = {}
-    specs = [_describe(specialist, configs) for specialist in recipe.specialists]
-    tokenizers = _tokenizers(specs)
+    trusted = [specialist.name for specialist in recipe.specialists if specialist.trust_remote_code]
+    access = Access(**options, trust_remote_code=recipe.trust_remote_code or trusted)
+    specs = [_describe(specialist, configs, access) for specialist in recipe.specialists]
+    tokenizers = _tokenizers(specs, access)
     rows = {spec["name"]: _table_rows(spec) for spec in specs}
     vocabulary = common_vocabulary(tokenizers, rows)
     tokenizer = tokenizers[specs[0]["name"]]
@@ -77,7 +91,8 @@ def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase
         masked_token_ids=[token for token in vocabulary.masked if token != end],
         date=date if any(chat_format.reads_clock for chat_format in formats) else None,
     )
-    groups = load_groups(config, None, verify=False, dtype=recipe.dtype, device_map=pick_device(recipe.device))
+    device = pick_device(recipe.device)
+    groups = load_groups(config, None, verify=False, access=access, dtype=recipe.dtype, device_map=device)
     _record_files(config)
     for group in groups:
         check_weights(group, config.vocab_size)
@@ -86,7 +101,7 @@ def fuse(recipe: Recipe) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase
     model = UltraFuserForCausalLM(config, groups)
     model.specialist_tokenizers = distinct
     model.gate.to(model.device)
-    mark_unchanged(model, None)
+    mark_unchanged(model, None, access)
     model.generation_config.eos_token_id = _ends(model)
     model.generation_config.pad_token_id = make_renderer(model, tokenizer).pad_id
     return model.eval(), tokenizer
@@ -117,9 +132,11 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[UltraFuserForCausalLM, Rend
         CheckpointError: see `UltraFuserForCausalLM.from_pretrained`.
     """
     kwargs.setdefault("device_map", pick_device("auto"))
-    local = fused_folder(folder, kwargs)
+    access = Access.take(dict(kwargs))
+    local = fused_folder(folder, access, kwargs.pop("revision", None), kwargs.pop("subfolder", None))
     model = UltraFuserForCausalLM.from_pretrained(local, **kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(local)
+    first = model.config.names[0]
+    tokenizer = load_tokenizer(local, access.options(first), first)
     return model, make_renderer(model, tokenizer)
 
 
@@ -161,8 +178,7 @@ def _chat_format(spec: SpecialistEntry, tokenizer: PreTrainedTokenizerBase, date
 
 def _table_rows(spec: SpecialistEntry) -> int:
     """Rows of a specialist's embedding table."""
-    fields = dict(spec["config"])
-    return AutoConfig.for_model(fields.pop("model_type"), **fields).get_text_config().vocab_size
+    return specialist_config(spec["config"]).get_text_config().vocab_size
 
 
 @dataclass(frozen=True)
@@ -221,21 +237,21 @@ def pick_device(device: str) -> str:
     return device
 
 
-def _tokenizers(specs: Sequence[SpecialistEntry]) -> dict[str, PreTrainedTokenizerBase]:
+def _tokenizers(specs: Sequence[SpecialistEntry], access: Access) -> dict[str, PreTrainedTokenizerBase]:
     """The tokenizer of each specialist. That in the folder of an adapter comes before its base's. Each is loaded once."""
     by_source: dict[str, PreTrainedTokenizerBase] = {}
     tokenizers = {}
     for spec in specs:
         name, source = spec["name"], spec["source"]
-        path, options = locate_model(source, None, name)
-        adapter = read_adapter_config(source, None, name)
+        path, options = locate_model(source, None, name, access)
+        adapter = read_adapter_config(source, None, name, access)
         folder = adapter[0] if adapter is not None else None
         has_own = folder is not None and any((folder / file).is_file() for file in _TOKENIZER_FILES)
-        location = repr((folder, {})) if has_own else repr((path, options))
+        if has_own and folder is not None:
+            path, options = folder, access.options(name)
+        location = repr((path, options))
         if location not in by_source:
-            by_source[location] = (
-                _load_tokenizer(folder or path, {}, spec) if has_own else _load_tokenizer(path, options, spec)
-            )
+            by_source[location] = _load_tokenizer(path, options, spec)
         tokenizers[name] = by_source[location]
         template = folder / "chat_template.jinja" if folder is not None else None
         if template is not None and not has_own and template.is_file():
@@ -244,34 +260,28 @@ def _tokenizers(specs: Sequence[SpecialistEntry]) -> dict[str, PreTrainedTokeniz
     return tokenizers
 
 
-def _load_tokenizer(path: Path | str, options: Mapping[str, str], spec: SpecialistEntry) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:  # transformers raises all three for missing files
-        raise CheckpointError(f"specialist {spec['name']!r}: no tokenizer in {path}: {error}") from error
+def _load_tokenizer(path: Path, options: Mapping[str, Any], spec: SpecialistEntry) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(path, options, spec["name"])
     end = spec["config"].get("eos_token_id")
     if "gguf_file" in options and isinstance(end, int):  # transformers 5.17 reads bos_token from some files
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
 
 
-def _describe(specialist: SpecialistRecipe, configs: dict[str, dict[str, Any]]) -> SpecialistEntry:
+def _describe(specialist: SpecialistRecipe, configs: dict[str, dict[str, Any]], access: Access) -> SpecialistEntry:
     """A recipe's specialist as a manifest entry. `configs` caches the model configurations that several share."""
     name = specialist.name
     source = cast(SpecialistSource, specialist.model_dump(include=_SOURCE_FIELDS, exclude_none=True))
     for key, reference in weight_sources(source):  # local folders are kept with their full path
         if not reference.startswith(PACKAGE):
             source[key] = str(resolve(reference, None, name))
-    adapter = read_adapter_config(source, None, name)
-    if adapter is not None and adapter[0].parent.name == "snapshots":  # the hub's folder is named by the commit
-        source["adapter_revision"] = adapter[0].name
-    path, options = locate_model(source, None, name)
+    pin(source, None, name, access)  # a later push to the hub must not change this fusion
+    adapter = read_adapter_config(source, None, name, access)
+    path, options = locate_model(source, None, name, access)
     location = repr((path, options))
     if location not in configs:  # a GGUF file takes seconds to parse
         configs[location] = _read_config(path, options, name)
     config = copy.deepcopy(configs[location])
-    if commit := config.pop("_commit_hash", None):
-        source["revision"] = commit  # of a hub model: a later push must not change this fusion
     entry: SpecialistEntry = {"name": name, "domain": specialist.domain, "source": source, "config": config}
     entry |= cast(SpecialistEntry, specialist.model_dump(include=_LOADING_FIELDS, exclude_defaults=True))
     if adapter is not None and not is_plain_lora(adapter[1]):
@@ -279,16 +289,21 @@ def _describe(specialist: SpecialistRecipe, configs: dict[str, dict[str, Any]]) 
     return entry
 
 
-def _read_config(path: Path | str, options: Mapping[str, str], name: str) -> dict[str, Any]:
+def _read_config(path: Path, options: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A model's configuration as plain JSON."""
     try:
         config = AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise needs_code(path, name) from error
         raise CheckpointError(f"specialist {name!r}: no model in {path}: {error}") from error
     fields = config.to_dict()
     if "gguf_file" in options:
         fields.pop("quantization_config", None)  # transformers decompresses it
-    return fields | {"_commit_hash": getattr(config, "_commit_hash", None)}
+    if fields["model_type"] not in CONFIG_MAPPING:  # without its code, only these names are known
+        facts = {key: getattr(config, key, None) for key in ("vocab_size", "max_position_embeddings")}
+        fields = {key: value for key, value in facts.items() if value is not None} | fields
+    return fields
 
 
 def _record_files(config: UltraFuserConfig) -> None:

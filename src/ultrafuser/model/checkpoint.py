@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -10,24 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from .configuration_ultrafuser import UltraFuserConfig
+from .configuration_ultrafuser import UltraFuserConfig, specialist_config
 from .errors import CheckpointError
 from .files import ADAPTER_FILE, refuse_links, refuse_pickles
 from .fitness import check_output_layer
-from .manifest import SpecialistEntry, SpecialistSource, weight_sources
+from .hub import Access, is_commit, needs_code
+from .manifest import REVISIONS, SpecialistEntry, SpecialistSource, weight_sources
 from .quantized import check_packages, finish_loading
 from .references import check_files, is_hub_id, resolve
 from .saving import GATE_FILE, TOKENIZERS, mark_unchanged
 from .shared_base import AdapterWeights, SpecialistGroup
 
+logger = logging.getLogger(__name__)
 # What transformers and the readers of quantised weights raise for a checkpoint that they cannot read.
 LOAD_ERRORS = (OSError, ImportError, SafetensorError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
-_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 # Plain LoRA is y = W x + scaling * B A x with one rank and scaling. These keys of PEFT's adapter_config.json keep it
 # plain at any value: they describe the file, the training, or which layers are adapted, as the weights also show.
 _PLAIN_LORA_KEYS = {
@@ -47,7 +56,8 @@ _OUTER_LAYERS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte")
 
 def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
     """See `UltraFuserForCausalLM.from_pretrained`."""
-    folder = fused_folder(name_or_path, kwargs)
+    access = Access.take(kwargs)
+    folder = fused_folder(name_or_path, access, kwargs.pop("revision", None), kwargs.pop("subfolder", None))
     config = kwargs.pop("config", None)
     if not isinstance(config, UltraFuserConfig):
         config = read_manifest(folder)
@@ -57,7 +67,7 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
         config.check()
     kwargs.pop("adapter_kwargs", None)  # the Auto class means this folder; the specialists have their own adapters
     info = kwargs.pop("output_loading_info", False)
-    groups = load_groups(config, folder, **kwargs)
+    groups = load_groups(config, folder, access=access, **kwargs)
     model = cls(config, groups)
     state = _read_safetensors(folder / GATE_FILE)
     check_files(folder, getattr(config, "gate_files", None) or {}, "the gate")
@@ -73,9 +83,9 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
         model.generation_config = GenerationConfig.from_pretrained(folder)
     tokenizers = {name: folder / TOKENIZERS / name for name in config.names}
     model.specialist_tokenizers = {
-        name: AutoTokenizer.from_pretrained(path) for name, path in tokenizers.items() if path.is_dir()
+        name: load_tokenizer(path, access.options(name), name) for name, path in tokenizers.items() if path.is_dir()
     }
-    mark_unchanged(model, folder)
+    mark_unchanged(model, folder, access)
     model.eval()
     report: dict[str, Any] = {
         "missing_keys": set(),
@@ -86,22 +96,39 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
     return (model, report) if info else model
 
 
-def fused_folder(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Path:
-    """The local folder of a fused checkpoint. A hub id is downloaded with the hub arguments, which leave `kwargs`."""
-    hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
-    subfolder = kwargs.pop("subfolder", None) or ""
+def fused_folder(
+    name_or_path: str | os.PathLike,
+    access: Access | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> Path:
+    """The local folder of a fused checkpoint. A hub id is downloaded.
+
+    Raises:
+        CheckpointError: no such folder, or one with links that lead out of it.
+    """
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
         if not is_hub_id(str(name_or_path)):
             raise CheckpointError(f"{name_or_path}: no such folder. Expected a fused checkpoint or a hub id")
-        hub = {key: value for key, value in hub.items() if value is not None}
-        try:
-            folder = Path(snapshot_download(str(name_or_path), **hub))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{name_or_path}: no such folder, and the hub did not give it: {error}") from error
-    folder /= subfolder
+        folder = (access or Access()).fetch(str(name_or_path), revision, None, str(name_or_path))
+    folder /= subfolder or ""
     refuse_links(folder)
     return folder
+
+
+def load_tokenizer(path: Path, options: Mapping[str, Any], specialist: str) -> PreTrainedTokenizerBase:
+    """A tokenizer whose files are here.
+
+    Raises:
+        CheckpointError: there is none, or it needs code that may not run.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:  # transformers raises all three for missing files
+        if "trust_remote_code" in str(error):
+            raise needs_code(f"the tokenizer in {path}", specialist) from error
+        raise CheckpointError(f"specialist {specialist!r}: no tokenizer in {path}: {error}") from error
 
 
 def read_manifest(folder: Path) -> UltraFuserConfig:
@@ -127,18 +154,30 @@ def read_manifest(folder: Path) -> UltraFuserConfig:
 
 
 def load_groups(
-    config: UltraFuserConfig, folder: Path | None, verify: bool = True, **kwargs: Any
+    config: UltraFuserConfig,
+    folder: Path | None,
+    verify: bool = True,
+    access: Access | None = None,
+    **kwargs: Any,
 ) -> list[SpecialistGroup]:
     """Load every specialist from its source. Adapters on one base load that base once.
 
     Args:
         folder: the checkpoint, against which relative sources resolve.
         verify: compare local weight files with the recorded sizes and checksums first.
+        access: to the hub. Sources without a commit are pinned to the one that is loaded.
         kwargs: of AutoModelForCausalLM.from_pretrained.
 
     Raises:
         CheckpointError: a reference is gone, a file changed, weights are pickled, an adapter does not fit its base.
     """
+    access = access or Access()
+    for spec in config.specialists:
+        for repository, commit in pin(spec["source"], folder, spec["name"], access):
+            logger.warning(
+                "specialist %r: no commit of %s is recorded. Loading %s. Save the model to record it",
+                spec["name"], repository, commit,
+            )  # fmt: skip
     groups, checked = [], set[Path]()
     for spec in config.specialists:
         quantization = spec.get("quantization") or spec["config"].get("quantization_config") or {}
@@ -154,33 +193,48 @@ def load_groups(
                 if path not in checked:  # a base that several share is hashed once
                     check_files(path, recorded, f"specialist {spec['name']!r}")
                     checked.add(path)
-        model = load_base(specs[0], folder, **kwargs)
+        model = load_base(specs[0], folder, access, **kwargs)
         if specs[0].get("separate"):
-            model = _merge_with_peft(model, specs[0], folder)
+            model = _merge_with_peft(model, specs[0], folder, access)
             adapters: list[AdapterWeights | None] = []
         else:
-            adapters = [read_adapter(spec, folder, model.dtype) for spec in specs]
+            adapters = [read_adapter(spec, folder, model.dtype, access) for spec in specs]
         group = SpecialistGroup(model, [spec["name"] for spec in specs], adapters)
         check_output_layer(group)
         groups.append(group)
     return groups
 
 
-def load_base(spec: SpecialistEntry, folder: Path | None, **kwargs: Any) -> PreTrainedModel:
+def pin(source: SpecialistSource, folder: Path | None, name: str, access: Access) -> list[tuple[str, str]]:
+    """Record the commits of a specialist's hub repositories. Returns the repositories that had none, and their commits."""
+    pinned = []
+    for key, reference in weight_sources(source):
+        revision = source.get(REVISIONS[key])
+        if isinstance(resolve(reference, folder, name), str) and not is_commit(revision):
+            source[REVISIONS[key]] = commit = access.commit(reference, revision, name)
+            pinned.append((reference, commit))
+    return pinned
+
+
+def load_base(
+    spec: SpecialistEntry, folder: Path | None, access: Access | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """The causal model of one specialist, without its adapter."""
     source, name = spec["source"], spec["name"]
-    path, location = locate_model(source, folder, name)
-    options = _loading_options(spec, kwargs) | location
+    path, location = locate_model(source, folder, name, access, weights=True)
+    options = _loading_options(spec, kwargs, path, location) | location
     if "gguf_file" in location:
         if options["dtype"] == "auto":
             options["dtype"] = torch.float32  # a GGUF file is decompressed and has no data type
-    elif isinstance(path, Path):
+    else:
         refuse_pickles(path, f"specialist {name!r}", spec["config"].get("transformers_weights"))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except LOAD_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise needs_code(source["model"], name) from error
         raise CheckpointError(
             f"specialist {name!r}: its weights could not be loaded from {source['model']}: {reason(error)}"
         ) from error
@@ -209,17 +263,28 @@ def reason(error: Exception) -> str:
     return text if isinstance(error, (OSError, ImportError, ValueError)) and text else f"{type(error).__name__}: {text}"
 
 
-def locate_model(source: SpecialistSource, folder: Path | None, name: str) -> tuple[Path | str, dict[str, str]]:
-    """The path and options by which transformers' `from_pretrained` finds the model of the specialist `name`."""
-    path = resolve(source["model"], folder, name)
-    pairs = {"revision": source.get("revision"), "gguf_file": source.get("gguf_file")}
-    options = {key: value for key, value in pairs.items() if value}
-    if isinstance(path, Path) and path.suffix == ".gguf":
+def locate_model(
+    source: SpecialistSource, folder: Path | None, name: str, access: Access | None = None, weights: bool = False
+) -> tuple[Path, dict[str, Any]]:
+    """The path and options by which transformers' `from_pretrained` finds the model of the specialist `name`.
+
+    Args:
+        weights: fetch the weights of a hub model too.
+    """
+    access = access or Access()
+    path, gguf_file, revision = resolve(source["model"], folder, name), source.get("gguf_file"), source.get("revision")
+    options = access.options(name) | ({"gguf_file": gguf_file} if gguf_file else {})
+    if not isinstance(path, Path):
+        whole = weights or gguf_file  # the configuration is in the GGUF file
+        path = access.model(path, revision, name, gguf_file) if whole else access.metadata(path, revision, name)
+    if path.suffix == ".gguf":
         return path.parent, options | {"gguf_file": path.name}
     return path, options
 
 
-def _loading_options(spec: SpecialistEntry, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _loading_options(
+    spec: SpecialistEntry, kwargs: Mapping[str, Any], path: Path, location: Mapping[str, Any]
+) -> dict[str, Any]:
     """Options of `AutoModelForCausalLM.from_pretrained`: the caller's, replaced by those of the manifest entry."""
     options = dict(kwargs)
     options.setdefault("dtype", options.pop("torch_dtype", None) or "auto")
@@ -235,25 +300,25 @@ def _loading_options(spec: SpecialistEntry, kwargs: Mapping[str, Any]) -> dict[s
             raise CheckpointError(
                 f"specialist {spec['name']!r}: quantization cannot be used: {reason(error)}"
             ) from error
-    fields = dict(spec["config"])
-    options["config"] = AutoConfig.for_model(fields.pop("model_type"), **fields)  # parsing a GGUF file for it is slow
+    if location["trust_remote_code"] and spec["config"].get("auto_map"):
+        options["config"] = AutoConfig.from_pretrained(path, **location)  # its class is in the repository too
+    elif spec["config"]["model_type"] not in CONFIG_MAPPING:
+        raise needs_code(spec["source"]["model"], spec["name"])
+    else:
+        options["config"] = specialist_config(spec["config"])  # parsing a GGUF file for it is slow
     return options
 
 
-def read_adapter_config(source: SpecialistSource, folder: Path | None, name: str) -> tuple[Path, dict[str, Any]] | None:
+def read_adapter_config(
+    source: SpecialistSource, folder: Path | None, name: str, access: Access | None = None
+) -> tuple[Path, dict[str, Any]] | None:
     """Folder and configuration of the PEFT adapter of the specialist `name`, if it has one."""
     reference = source.get("adapter")
     if not reference:
         return None
     path = resolve(reference, folder, name)
     if not isinstance(path, Path):
-        try:
-            revision = source.get("adapter_revision")
-            path = Path(snapshot_download(str(path), revision=revision, allow_patterns="adapter_*"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"specialist {name!r}: no folder {reference!r}, and the hub did not give it: {error}"
-            ) from error
+        path = (access or Access()).adapter(path, source.get("adapter_revision"), name)
     if not (path / "adapter_config.json").is_file():
         raise CheckpointError(f"specialist {name!r}: {path} has no adapter_config.json. Expected a PEFT adapter")
     refuse_pickles(path, f"specialist {name!r}")
@@ -281,13 +346,15 @@ def _keeps_lora_plain(key: str, value: Any) -> bool:
     return key in _PLAIN_LORA_KEYS or not value
 
 
-def read_adapter(spec: SpecialistEntry, folder: Path | None, dtype: torch.dtype) -> AdapterWeights | None:
+def read_adapter(
+    spec: SpecialistEntry, folder: Path | None, dtype: torch.dtype, access: Access | None = None
+) -> AdapterWeights | None:
     """A specialist's LoRA weights, by the names of the base's layers.
 
     Raises:
         CheckpointError: weights whose names are not LoRA's.
     """
-    adapter = read_adapter_config(spec["source"], folder, spec["name"])
+    adapter = read_adapter_config(spec["source"], folder, spec["name"], access)
     if adapter is None:
         return None
     path, config = adapter
@@ -303,11 +370,13 @@ def read_adapter(spec: SpecialistEntry, folder: Path | None, dtype: torch.dtype)
     return AdapterWeights({name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}, scaling)
 
 
-def _merge_with_peft(model: PreTrainedModel, spec: SpecialistEntry, folder: Path | None) -> PreTrainedModel:
+def _merge_with_peft(
+    model: PreTrainedModel, spec: SpecialistEntry, folder: Path | None, access: Access
+) -> PreTrainedModel:
     """Merge an adapter that is no plain LoRA into its own copy of the base, by PEFT."""
     from peft import PeftModel
 
-    adapter = read_adapter_config(spec["source"], folder, spec["name"])
+    adapter = read_adapter_config(spec["source"], folder, spec["name"], access)
     if adapter is None:
         return model
     try:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .errors import CheckpointError
 from .manifest import SpecialistEntry
 
 MIXINGS = ("logits", "probabilities")
 GATES = ("mlp", "static")
+
+
+def specialist_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """A specialist's configuration, rebuilt from its dictionary. It has no behaviour where only remote code knows the model."""
+    fields = dict(fields)
+    model_type = fields.pop("model_type")
+    return AutoConfig.for_model(model_type, **fields) if model_type in CONFIG_MAPPING else PreTrainedConfig(**fields)
 
 
 class UltraFuserConfig(PreTrainedConfig):
@@ -131,11 +138,7 @@ class UltraFuserConfig(PreTrainedConfig):
 
     def specialist_configs(self) -> list[PreTrainedConfig]:
         """K configuration objects, rebuilt from their dictionaries."""
-        out = []
-        for specialist in self.specialists:
-            fields = dict(specialist["config"])
-            out.append(AutoConfig.for_model(fields.pop("model_type"), **fields))
-        return out
+        return [specialist_config(specialist["config"]) for specialist in self.specialists]
 
     def groups(self) -> list[list[int]]:
         """The indices of specialists that run as rows of one batch: adapters on the same base, loaded in the same way."""

@@ -134,16 +134,19 @@ def refuse_to_leave(path: Path, folder: Path) -> None:
         )
 
 
-def copy_model(folder: Path, target: Path, *, root: Path | None, gguf_file: str | None = None) -> None:
+def copy_model(
+    folder: Path, target: Path, *, root: Path | None, gguf_file: str | None = None, code: bool = False
+) -> None:
     """Copy the files that make a model or an adapter.
 
     Args:
         root: the files must lie within it, after links are followed. None: anywhere.
+        code: also the Python files.
 
     Raises:
         CheckpointError: a link leads out of `root`.
     """
-    for file in model_files(folder, gguf_file=gguf_file):
+    for file in model_files(folder, gguf_file=gguf_file, code=code):
         if root is not None:
             refuse_to_leave(file, root)
         place = target / file.relative_to(folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal, TypedDict
 
 SourceKey = Literal["model", "adapter"]
+RevisionKey = Literal["revision", "adapter_revision"]
+REVISIONS: dict[SourceKey, RevisionKey] = {"model": "revision", "adapter": "adapter_revision"}
 
 
 class FileRecord(TypedDict):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +22,10 @@ from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError, UltraFuserError
 from .gate import Gate, StaticGate
 from .generation import FusedGeneration
+from .hub import Access
 from .inputs import check_mask_length, refuse_keywords, select_inputs
 from .loss import label_log_prob, mixed_log_prob, select_responses
-from .saving import plain_model, save_fused
+from .saving import Origin, plain_model, save_fused
 from .shared_base import SpecialistGroup
 
 
@@ -86,10 +86,13 @@ class UltraFuserForCausalLM(
                 "a fused model needs at least one specialist, got none (K = 0). Add some to the recipe"
             )
         super().__init__(config)
-        self.checkpoint_folder: Path | None = None  # against which relative sources resolve
+        self.origin = Origin(None, Access())
         self.specialist_tokenizers: dict[str, Any] = {}  # of the specialists whose tokenizers differ from the first's
         if groups is None:
-            models = [AutoModelForCausalLM.from_config(specialist) for specialist in config.specialist_configs()]
+            models = [
+                AutoModelForCausalLM.from_config(specialist, trust_remote_code=False)
+                for specialist in config.specialist_configs()
+            ]
             groups = [SpecialistGroup(model, [name]) for model, name in zip(models, config.names, strict=True)]
         self.groups = nn.ModuleList(groups)
         # the location of each specialist: (group, row in the group)

@@ -19,10 +19,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -31,26 +30,44 @@ from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError
 from .files import copy_model
 from .fingerprint import WeightMarks
-from .manifest import SourceKey, SpecialistEntry, weight_sources
+from .hub import Access
+from .manifest import REVISIONS, SourceKey, SpecialistEntry, weight_sources
 from .quantized import is_quantized
 from .references import PACKAGE, inner_path, record_files, resolve
 from .shared_base import SpecialistGroup
 
 GATE_FILE = "model.safetensors"
 TOKENIZERS = "tokenizers"
-CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "saving", "references", "files", "shared_base",
-        "gate", "generation", "inputs", "cache", "loss", "manifest", "fingerprint", "fitness", "quantized",
+CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "saving", "references", "files", "hub",
+        "shared_base", "gate", "generation", "inputs", "cache", "loss", "manifest", "fingerprint", "fitness", "quantized",
         "errors")  # fmt: skip
 
 WRITE_ERRORS = (OSError, RuntimeError, TypeError, ValueError)  # of torch, transformers, safetensors and our own
 
 
+class Origin(NamedTuple):
+    """Where a model was loaded from.
+
+    Attributes:
+        folder: the checkpoint, against which relative sources resolve. None: it was fused or made in memory.
+        access: to the hub.
+    """
+
+    folder: Path | None
+    access: Access
+
+
 # ---------------------------------------------------------------- changes
 
 
-def mark_unchanged(model: Any, folder: Path | None) -> None:
-    """Remember that the specialists' weights now equal their sources. `folder`: the checkpoint, if there is one."""
-    model.checkpoint_folder = folder
+def mark_unchanged(model: Any, folder: Path | None, access: Access | None = None) -> None:
+    """Remember that the specialists' weights now equal their sources.
+
+    Args:
+        folder: the checkpoint, if there is one.
+        access: how the sources were reached.
+    """
+    model.origin = Origin(folder, access or Access())
     for group in model.groups:
         group.marks = WeightMarks(group.parameters())
 
@@ -98,13 +115,13 @@ def save_fused(
             specs = [config.specialists[config.names.index(name)] for name in group.names]
             prefix = f"groups.{g}.model."
             group_state = state and {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            arguments = (group, specs, folder, group_state, model.checkpoint_folder, copied)
+            arguments = (group, specs, folder, group_state, model.origin, copied)
             if left_out is not None:
                 left_out += _write_some(*arguments, copy=copy)
             elif is_changed(group):
                 _write_group(*arguments)
             else:
-                _keep_group(specs, folder, model.checkpoint_folder, copy, copied)
+                _keep_group(specs, folder, model.origin, copy, copied)
         gate = model.gate.state_dict(prefix="gate.")
         gate = {key: (state or gate)[key].detach().cpu().contiguous() for key in gate}
         save_file(gate, folder / GATE_FILE, metadata={"format": "pt"})
@@ -128,7 +145,7 @@ def _write_some(
     specs: list[SpecialistEntry],
     folder: Path,
     state: Mapping[str, torch.Tensor] | None,
-    old: Path | None,
+    old: Origin,
     copied: dict[Path, str],
     *,
     copy: bool,
@@ -153,9 +170,7 @@ def _write_some(
     return left_out
 
 
-def _keep_group(
-    specs: list[SpecialistEntry], folder: Path, old: Path | None, copy: bool, copied: dict[Path, str]
-) -> None:
+def _keep_group(specs: list[SpecialistEntry], folder: Path, old: Origin, copy: bool, copied: dict[Path, str]) -> None:
     for spec in specs:
         for key, _ in weight_sources(spec["source"]):
             _keep(spec, key, folder, old, copy, copied)
@@ -166,7 +181,7 @@ def _write_group(
     specs: list[SpecialistEntry],
     folder: Path,
     state: Mapping[str, torch.Tensor] | None,
-    old: Path | None,
+    old: Origin,
     copied: dict[Path, str],
     keep_base: bool = False,
 ) -> None:
@@ -234,38 +249,39 @@ def write_adapter(
 
 
 def _keep(
-    spec: SpecialistEntry, key: SourceKey, folder: Path, old: Path | None, copy: bool, copied: dict[Path, str]
+    spec: SpecialistEntry, key: SourceKey, folder: Path, old: Origin, copy: bool, copied: dict[Path, str]
 ) -> None:
     """Keep unchanged weights as a reference, or copy them: always if they lie inside the old checkpoint.
 
     Args:
-        old: the checkpoint that was loaded.
+        old: the origin of the model.
         copied: paths copied so far and their new places, because several specialists may share a base.
     """
-    source, reference = spec["source"], str(spec["source"][key])
-    path = resolve(reference, old, spec["name"])
-    inside = None if old is None or not isinstance(path, Path) else inner_path(path, old)
+    source, reference, name = spec["source"], str(spec["source"][key]), spec["name"]
+    path = resolve(reference, old.folder, name)
+    inside = None if old.folder is None or not isinstance(path, Path) else inner_path(path, old.folder)
     if inside is None and not copy:
         return
+    gguf_file = source.get("gguf_file") if key == "model" else None
     if not isinstance(path, Path):
-        revision = source.get("revision") if key == "model" else source.get("adapter_revision")
-        path = Path(snapshot_download(str(path), revision=revision))
+        revision, access = source.get(REVISIONS[key]), old.access
+        is_model = key == "model"
+        path = access.model(path, revision, name, gguf_file) if is_model else access.adapter(path, revision, name)
     if path not in copied:
         shelf = "bases" if key == "model" and source.get("adapter") else "specialists"
-        copied[path] = inside or f"{shelf}/{spec['name']}" + (f"/{path.name}" if path.is_file() else "")
+        copied[path] = inside or f"{shelf}/{name}" + (f"/{path.name}" if path.is_file() else "")
         target = folder / copied[path]
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            root = old if inside is not None else None if reference.startswith(PACKAGE) else path
-            copy_model(path, target, root=root, gguf_file=source.get("gguf_file") if key == "model" else None)
+            root = old.folder if inside is not None else None if reference.startswith(PACKAGE) else path
+            copy_model(path, target, root=root, gguf_file=gguf_file, code=old.access.trusts(name))
         else:
             shutil.copy(path, target)
     source[key] = copied[path]
-    recorded = (spec.get("files") or {}).get(key)
-    if recorded and path.is_dir():
-        spec["files"][key] = {
-            name: record for name, record in recorded.items() if (folder / copied[path] / name).exists()
-        }
+    if path.is_dir():
+        target, files = folder / copied[path], spec.get("files") or {}
+        written = {file: record for file, record in files.get(key, {}).items() if (target / file).exists()}
+        spec["files"] = files | {key: written or record_files(target)}
 
 
 @contextmanager

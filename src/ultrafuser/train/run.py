@@ -83,7 +83,8 @@ def _train(recipe: Recipe, features: Path | None, progress: Progress) -> Path:
         model, tokenizer = fuse(recipe)
         recipe = recipe.model_copy(update={"date": recipe.date or model.config.date})  # recorded for a resumed run
     else:
-        model, renderer = load(recipe.fused, dtype=recipe.dtype, device_map=pick_device(recipe.device))
+        options = {"dtype": recipe.dtype, "trust_remote_code": recipe.trust_remote_code}
+        model, renderer = load(recipe.fused, device_map=pick_device(recipe.device), **options)
         tokenizer = renderer.tokenizer
     renderer = make_renderer(model, tokenizer, recipe.data.max_length)
     reader = RowReader(recipe.data.on_bad_row)
@@ -180,7 +181,7 @@ def _settle(recipe: Recipe) -> Recipe:
     """
     if recipe.fused is None:
         return recipe
-    config = read_manifest(fused_folder(recipe.fused, {}))
+    config = read_manifest(fused_folder(recipe.fused))
     fixed = {
         "mixing": config.mixing,
         "share_base": config.share_base,
