@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ultrafuser.compare.results import Measurement, SystemResult, compare_systems
-from ultrafuser.data.files import write_json
+from ultrafuser.data.files import disk_errors, write_json
 from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import TrainingError
 from ultrafuser.evaluate.lm.parameters import peak_rss_mb
@@ -134,7 +134,8 @@ def _run_demo(recipe: Recipe, output: Path, clock: Clock, progress: Progress) ->
         config=_config(recipe, clock),
     )
     write_json(output / "results.json", comparison.model_dump(mode="json"))
-    write_report(comparison, output, traces=traces)
+    with disk_errors(output / "report.html"):
+        write_report(comparison, output, traces=traces)
     return comparison, traces
 
 

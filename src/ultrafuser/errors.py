@@ -49,10 +49,11 @@ class DiskError(DataError):
     Attributes:
         target: its path.
         problem: the reason, such as `the disk is full`.
+        next_step: what the user can do.
     """
 
     def __init__(self, target: object, problem: str, next_step: str) -> None:
-        self.target, self.problem = target, problem
+        self.target, self.problem, self.next_step = target, problem, next_step
         super().__init__(f"{target}: could not be written: {problem}. {next_step}")
 
 

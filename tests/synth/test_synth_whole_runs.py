@@ -123,7 +123,7 @@ def test_a_second_process_on_one_store_is_refused(tmp_path, start):
         with CallStore(tmp_path / "one" / STORE, tiny().identity()):
             second = start(server, "one")
             assert second.wait(120) == 1
-        message = f"{tmp_path / 'one'}: another synthesis is running in this folder; wait until it ends, or choose another folder"
+        message = f"{tmp_path / 'one'}: another synthesis is running in this folder. Wait until it ends, or choose another folder"
         assert message in second.stderr.read() and not server.hits
         finish(start(server, "one"))
         results(tmp_path / "one")

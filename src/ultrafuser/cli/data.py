@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
+from ultrafuser.cli.ending import AGAIN, how_to_go_on
 from ultrafuser.cli.options import (
     DTYPES,
     Device,
@@ -31,6 +32,7 @@ from ultrafuser.progress import ConsoleProgress, quiet_libraries
 if TYPE_CHECKING:
     from ultrafuser.data.tools.statistics import DomainStatistics
 
+NOTHING_WRITTEN = f"Nothing was written. {AGAIN}"
 data_app = typer.Typer(
     name="data",
     help="Count, map, decontaminate, deduplicate, split, convert and validate the rows of data sets.",
@@ -70,6 +72,7 @@ Embedder = Annotated[
 
 
 @data_app.command(name="stats")
+@how_to_go_on(AGAIN, resumes=False)
 def stats_command(
     sources: Sources,
     tokenizer: Annotated[
@@ -117,6 +120,7 @@ def _cells(name: str, counts: DomainStatistics) -> list[str]:
 
 
 @data_app.command(name="map")
+@how_to_go_on(NOTHING_WRITTEN, resumes=False)
 def map_command(
     sources: Sources,
     model: Embedder,
@@ -136,9 +140,9 @@ def map_command(
     as_json: Json = False,
 ) -> None:
     """Draw a map of the rows: a page to zoom and search, where a point is near the rows that a model embeds similarly."""
+    from ultrafuser.data.files import atomic_files, check_target, naming
     from ultrafuser.data.tools.near_duplicates import COMPARED_ROLES
     from ultrafuser.data.tools.streaming import stream_rows
-    from ultrafuser.data.writing import atomic_file, check_target
     from ultrafuser.datamap import layout as maps
     from ultrafuser.datamap.page import map_figure, map_page
 
@@ -162,13 +166,14 @@ def map_command(
     agreement = maps.neighbour_agreement(vectors, [row.domain for row in rows])
     name = Path(model).name if Path(model).exists() else model
     text = map_page(points, model=name, method=method, content=part, agreement=agreement)
-    with atomic_file(output, force=force) as draft:
-        draft.write_text(text, encoding="utf-8")
-    if png is not None:
-        from ultrafuser.display.drawing import png_bytes
+    with atomic_files([output, *filter(None, [png])], force=force) as drafts:
+        with naming(output, drafts[0]):
+            drafts[0].write_text(text, encoding="utf-8", errors="backslashreplace")
+        if png is not None:
+            from ultrafuser.display.drawing import png_bytes
 
-        with atomic_file(png, force=force) as draft:
-            draft.write_bytes(png_bytes(map_figure(points)))
+            with naming(png, drafts[1]):
+                drafts[1].write_bytes(png_bytes(map_figure(points)))
     counts = {name: sum(row.domain == name for row in rows) for name in agreement}
     if as_json:
         facts = {"html": str(output), "png": str(png) if png else None, "method": method, "model": model, "part": part}
@@ -180,6 +185,7 @@ def map_command(
 
 
 @data_app.command(name="decontaminate")
+@how_to_go_on(NOTHING_WRITTEN, resumes=False)
 def decontaminate_command(
     sources: Sources,
     against: Annotated[
@@ -239,6 +245,7 @@ def decontaminate_command(
 
 
 @data_app.command(name="dedup")
+@how_to_go_on(NOTHING_WRITTEN, resumes=False)
 def dedup_command(
     sources: Sources,
     output: Cleaned = None,
@@ -286,6 +293,7 @@ def dedup_command(
 
 
 @data_app.command(name="split")
+@how_to_go_on(NOTHING_WRITTEN, resumes=False)
 def split_command(
     sources: Sources,
     output: Annotated[Path, Option("--output", "-o", help="Folder for the parts and split.json.")],
@@ -357,6 +365,7 @@ def _shares(options: list[str]) -> dict[str, float]:
 
 
 @data_app.command(name="convert")
+@how_to_go_on(NOTHING_WRITTEN, resumes=False)
 def convert_command(
     sources: Sources,
     output: Annotated[Path, Option("--output", "-o", help="File to write: .jsonl, .json, .csv, .parquet.")],
@@ -386,6 +395,7 @@ def convert_command(
 
 
 @data_app.command(name="validate")
+@how_to_go_on(AGAIN, resumes=False)
 def validate_command(sources: Sources, domain: Domain = None, as_json: Json = False) -> None:
     """Check every row and list all problems with file and line. The exit code is 2 if there is a problem."""
     from ultrafuser.data.tools.validate import validate

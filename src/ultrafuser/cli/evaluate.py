@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
+from ultrafuser.cli.ending import AGAIN, how_to_go_on
 from ultrafuser.cli.options import (
     DTYPES,
     Device,
@@ -78,6 +79,7 @@ Judge = Annotated[
 ]
 
 
+@how_to_go_on(f"{AGAIN}, which requests only the missing answers")
 def eval_command(
     models: Models,
     suite: Suites = None,
@@ -157,6 +159,7 @@ def _table(results: EvalResults) -> Table:
     return table
 
 
+@how_to_go_on(f"{AGAIN}, which skips finished systems and resumes the others")
 def compare_command(
     recipe: Annotated[Path, Argument(help="Comparison recipe (YAML). `docs/comparing.md` lists the fields.")],
     overrides: Annotated[list[str] | None, overrides_like("limit=20 or systems.btx.label=BTX")] = None,

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
+from ultrafuser.cli.ending import AGAIN, how_to_go_on
 from ultrafuser.cli.options import Device, Folder, Json, Overrides, Seed
 from ultrafuser.errors import RecipeError
 from ultrafuser.printing import PlainConsole, echo
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ultrafuser.info import CheckpointInfo
 
 
+@how_to_go_on(f"Nothing was changed. {AGAIN}", resumes=False)
 def fuse_command(
     recipe: Annotated[Path | None, Argument(help="Recipe (YAML) that lists the specialists.")] = None,
     overrides: Overrides = None,
@@ -47,6 +49,7 @@ def fuse_command(
 
     The checkpoint refers to the weights of the specialists. Train it with `ultrafuser train` and `fused: FOLDER`.
     """
+    from ultrafuser.data.files import check_folder, disk_errors
     from ultrafuser.info import describe
     from ultrafuser.recipe import load_recipe
     from ultrafuser.specialists import fuse
@@ -63,9 +66,11 @@ def fuse_command(
         raise RecipeError(f"{output} holds a checkpoint. Replace it with --force, or choose another --output")
     if typed.fused is not None:
         raise RecipeError(f"{recipe}: it starts from the fused folder {typed.fused}, but `fuse` needs specialists")
+    check_folder(output)
     quiet_libraries()
     model, tokenizer = fuse(typed)
-    write_fused_folder(model, tokenizer, typed, output, title=output.name, copy=copy)
+    with disk_errors(output):
+        write_fused_folder(model, tokenizer, typed, output, title=output.name, copy=copy)
     _print_info(describe(output), as_json)
 
 
@@ -90,6 +95,14 @@ def _specialists(options: list[str], templates: list[str]) -> list[dict[str, Any
     return list(specialists.values())
 
 
+def _how_to_resume(recipe: Path, overrides: list[str] | None, **options: Any) -> str:
+    from ultrafuser.recipe import load_recipe
+
+    started = (Path(load_recipe(recipe, overrides or []).output) / "recipe.yaml").is_file()
+    return "Continue with the same command and --resume" if started else AGAIN
+
+
+@how_to_go_on(_how_to_resume)
 def train_command(
     recipe: Annotated[Path, Argument(help="Recipe (YAML). `docs/recipes.md` lists the fields.")],
     overrides: Overrides = None,
@@ -117,6 +130,7 @@ def train_command(
     echo(f"fused checkpoint: {folder}\nnext: ultrafuser chat {folder}")
 
 
+@how_to_go_on(f"{AGAIN}, which starts the demo from its beginning")
 def demo_command(
     output: Annotated[Path, Option("--output", "-o", help="Folder of the results.")] = Path("runs/demo"),
     full: Annotated[bool, Option("--full", help="Use all rows of the zoo, and longer stages.")] = False,
@@ -153,6 +167,7 @@ def demo_command(
     )
 
 
+@how_to_go_on(AGAIN, resumes=False)
 def info_command(
     folder: Folder,
     verify: Annotated[bool, Option("--verify", help="Check every weight file against its checksum.")] = False,

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from rich.table import Table
 from typer import Option
 
+from ultrafuser.cli.ending import AGAIN, how_to_go_on
 from ultrafuser.cli.options import (
     DTYPES,
     Device,
@@ -34,6 +35,7 @@ from ultrafuser.progress import ConsoleProgress, quiet_libraries
 Response = Annotated[str | None, Option(help="Show the weights of this answer instead of generating one.")]
 
 
+@how_to_go_on(f"Answers are printed at the end. {AGAIN}", resumes=False)
 def generate_command(
     folder: Folder,
     prompt: Prompt = None,
@@ -77,6 +79,7 @@ def generate_command(
         echo_answer(f"> {chat[-1]['content']}\n{text}\n" if len(chats) > 1 else text)
 
 
+@how_to_go_on(f"The chat is not stored. {AGAIN} for a new one", resumes=False)
 def chat_command(
     folder: Folder,
     system: System = None,
@@ -130,6 +133,7 @@ def chat_command(
             messages.append({"role": "assistant", "content": renderer.tokenizer.decode(ids)})
 
 
+@how_to_go_on(f"Nothing was written. {AGAIN}", resumes=False)
 def inspect_command(
     folder: Folder,
     prompt: Prompt = None,
@@ -159,9 +163,12 @@ def inspect_command(
         raise DataError("inspect needs either --prompt or --file")
     if response is not None and (not prompt or len(prompt) > 1):
         raise DataError("--response needs exactly one --prompt")
+    from ultrafuser.data.files import check_target
     from ultrafuser.data.sources import load_rows
     from ultrafuser.inspect.trace import mean_weights_by_domain
 
+    for target in filter(None, (html, png)):
+        check_target(target, force=True)
     reader = row_reader(on_bad_row)
     rows = load_rows(str(file), domain=domain, limit=limit, reader=reader) if file else []
     report_reading(reader, ConsoleProgress())
@@ -248,21 +255,35 @@ def _conversations(
 
 
 def _write_traces(traces: list[Any], means: dict[str, Any], html: Path | None, png: Path | None) -> None:
-    for file in filter(None, (html, png)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    if html is not None:
-        from ultrafuser.inspect.html import trace_page
+    """Write the page and the figure, both or none."""
+    from ultrafuser.data.files import atomic_files, naming
 
-        html.write_text(trace_page("Which specialist leads", traces), encoding="utf-8")
-    if png is not None:
-        from ultrafuser.display.drawing import png_bytes
-        from ultrafuser.inspect.figure import trace_png
-        from ultrafuser.report.figures.gate import weights_by_domain
+    targets = {"html": html, "png": png}
+    files = {kind: file for kind, file in targets.items() if file is not None}
+    with atomic_files(list(files.values()), force=True) as drafts:
+        for (kind, file), draft in zip(files.items(), drafts, strict=True):
+            with naming(file, draft):
+                if kind == "html":
+                    _write_page(traces, draft)
+                else:
+                    _write_figure(traces, means, draft)
 
-        if means:
-            png.write_bytes(png_bytes(weights_by_domain(means)))
-        else:
-            trace_png(traces[0], png)
+
+def _write_page(traces: list[Any], file: Path) -> None:
+    from ultrafuser.inspect.html import trace_page
+
+    file.write_text(trace_page("Which specialist leads", traces), encoding="utf-8")
+
+
+def _write_figure(traces: list[Any], means: dict[str, Any], file: Path) -> None:
+    from ultrafuser.display.drawing import png_bytes
+    from ultrafuser.inspect.figure import trace_png
+    from ultrafuser.report.figures.gate import weights_by_domain
+
+    if means:
+        file.write_bytes(png_bytes(weights_by_domain(means)))
+    else:
+        trace_png(traces[0], file)
 
 
 def _print_means(means: dict[str, dict[str, float]]) -> None:

@@ -11,6 +11,7 @@ from typer import Option
 
 from ultrafuser import __version__
 from ultrafuser.cli.data import data_app
+from ultrafuser.cli.ending import report_disk
 from ultrafuser.cli.evaluate import compare_command, eval_command
 from ultrafuser.cli.fuse import demo_command, fuse_command, info_command, train_command
 from ultrafuser.cli.generate import chat_command, generate_command, inspect_command
@@ -31,7 +32,10 @@ app = typer.Typer(
 def main() -> None:
     """Run a command. An error that the user can fix is one line and exit code 2. Any other error is a traceback."""
     try:
-        app()
+        try:
+            app()
+        except OSError as error:
+            report_disk(error)
     except UltraFuserError as error:
         if os.environ.get("ULTRAFUSER_DEBUG"):
             raise

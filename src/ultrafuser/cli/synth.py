@@ -14,6 +14,7 @@ from rich.table import Table
 from typer import Argument, Option
 from typer.core import TyperGroup
 
+from ultrafuser.cli.ending import AGAIN, how_to_go_on
 from ultrafuser.cli.options import Json, overrides_like
 from ultrafuser.errors import DataError, RecipeError
 from ultrafuser.printing import PlainConsole, echo
@@ -67,6 +68,7 @@ Overrides = Annotated[list[str] | None, overrides_like("calls.responses.temperat
 
 
 @synth_app.command(name=RUN)
+@how_to_go_on(f"{AGAIN}: stored responses are kept, and no request is repeated")
 def run_command(
     recipe: SynthRecipeFile,
     overrides: Overrides = None,
@@ -129,6 +131,7 @@ def _dry_run(recipe: SynthRecipe, until: str | None, unused_options: list[str], 
 
 
 @synth_app.command(name="status")
+@how_to_go_on(AGAIN)
 def status_command(recipe: SynthRecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Show the progress of a synthesis: items and yield of every stage, calls, cost, remaining time."""
     from ultrafuser.synth.recipe import load_synth_recipe
@@ -153,6 +156,7 @@ def status_command(recipe: SynthRecipeFile, overrides: Overrides = None, as_json
 
 
 @synth_app.command(name="join")
+@how_to_go_on(f"{AGAIN}, which writes the whole data set")
 def join_command(
     recipe: SynthRecipeFile,
     arguments: Annotated[
@@ -181,6 +185,7 @@ def join_command(
 
 
 @synth_app.command(name="review")
+@how_to_go_on(f"Decisions are stored. {AGAIN} to go on")
 def review_command(
     recipe: SynthRecipeFile,
     overrides: Overrides = None,

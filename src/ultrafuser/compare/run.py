@@ -13,7 +13,7 @@ from ultrafuser.compare.recipe import CompareRecipe, dump_compare_recipe
 from ultrafuser.compare.results import ORACLE, Measurement, SystemResult, compare_systems
 from ultrafuser.compare.system import RECIPE, Built, eval_options, read_built, read_measured
 from ultrafuser.compare.systems import SystemRecipe
-from ultrafuser.data.files import write_json
+from ultrafuser.data.files import disk_errors, make_folder, write_json, write_text
 from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.endpoint.client import Endpoint
 from ultrafuser.endpoint.recipe import logins_for_children
@@ -44,19 +44,20 @@ def compare(recipe: CompareRecipe, progress: Progress | None = None) -> Comparis
 
     progress = progress or Progress()
     folder = Path(recipe.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     _check(recipe)
     with exclusive_lock(folder, "comparison"):
-        (folder / RECIPE).write_text(dump_compare_recipe(recipe), encoding="utf-8")
+        write_text(folder / RECIPE, dump_compare_recipe(recipe))
         with logins_for_children([recipe.judge] if recipe.judge is not None else []):
             errors = _run_systems(recipe, folder, progress)
         measured = {system.id: read_measured(recipe, system) for system in recipe.systems}
         comparison = collect(recipe, measured, errors)
         write_json(folder / "results.json", comparison.model_dump(mode="json"))
-    if not any(system.kind != ORACLE for system in comparison.done.values()):
-        raise DataError(f"no system could be measured. The first error: {next(iter(errors.values()), 'none')}")
-    main = measured[comparison.main] if comparison.main is not None else None
-    write_report(comparison, folder, traces=main.traces if main else [])
+        if not any(system.kind != ORACLE for system in comparison.done.values()):
+            raise DataError(f"no system could be measured. The first error: {next(iter(errors.values()), 'none')}")
+        main = measured[comparison.main] if comparison.main is not None else None
+        with disk_errors(folder / "report.html"):
+            write_report(comparison, folder, traces=main.traces if main else [])
     return comparison
 
 

@@ -29,9 +29,9 @@ from ultrafuser.compare.recipe import CompareRecipe, load_compare_recipe
 from ultrafuser.compare.results import Measurement
 from ultrafuser.compare.systems import SystemRecipe
 from ultrafuser.compare.workspace import BUILT, Workspace
-from ultrafuser.data.files import write_json
+from ultrafuser.data.files import disk_errors, disk_problem, write_json, write_text
 from ultrafuser.data.sources import RowReader
-from ultrafuser.errors import UltraFuserError
+from ultrafuser.errors import DiskError, UltraFuserError
 from ultrafuser.evaluate.lm.load import LoadedModel
 from ultrafuser.evaluate.lm.parameters import peak_rss_mb
 from ultrafuser.evaluate.losses import by_domain, by_stratum
@@ -81,14 +81,15 @@ def build(recipe: CompareRecipe, system: SystemRecipe, progress: Progress | None
     """
     workspace = Workspace(recipe, progress)
     folder, key = workspace.system_folder(system.id), step_key(recipe, system, "build")
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     started = folder / "build-key"
     if not started.is_file() or started.read_text(encoding="utf-8") != key:  # the files belong to another recipe
         for stale in ("run", "model"):
             shutil.rmtree(folder / stale, ignore_errors=True)
         for stale in (BUILT, MEASURED):
             (folder / stale).unlink(missing_ok=True)
-        started.write_text(key, encoding="utf-8")
+        write_text(started, key)
     start = time.monotonic()
     trained = system.build(workspace)
     built = Built(trained, round(time.monotonic() - start, 1))
@@ -164,11 +165,15 @@ def main(arguments: list[str]) -> int:
     try:
         recipe = load_compare_recipe(folder / RECIPE)
         {"build": build, "measure": measure}[step](recipe, recipe.system(name), ConsoleProgress())
+    except KeyboardInterrupt:  # which has reached the parent too
+        return 130
     except BaseException as error:  # the parent reports it, and a bug keeps its traceback
-        error_file.parent.mkdir(parents=True, exist_ok=True)
-        message = " ".join(str(error).split())[:2000]
-        error_file.write_text(json.dumps(f"{type(error).__name__}: {message}"), encoding="utf-8")
-        if isinstance(error, UltraFuserError):
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:2000]}"
+        try:
+            write_json(error_file, message)
+        except DiskError:  # the disk is full, and this error probably says so
+            sys.stderr.write(f"{name}: {message}\n")
+        if isinstance(error, UltraFuserError) or disk_problem(error):
             return 2
         raise
     return 0

@@ -30,18 +30,21 @@ _PROBLEMS = {
     errno.ELOOP: "too many symbolic links",
     errno.ESTALE: "the network file system lost it",
 }
+_NUMBER = re.compile(r"(?:\(os error |\[Errno )(\d+)[)\]]")
 _SPACE = [_PROBLEMS[number] for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 _DRAFT = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?:tmp|uneven)", re.DOTALL)
 _PROBE_BYTES = 4096  # a full disk often still takes an empty file
 
 
-def disk_problem(error: BaseException) -> str | None:
+def disk_problem(error: BaseException | None) -> str | None:
     """The reason, in words, why a file could not be written or read. None: the error has another cause."""
-    if isinstance(error, OSError):
-        return _PROBLEMS.get(error.errno or 0)
+    if isinstance(error, OSError) and error.errno is not None:
+        return _PROBLEMS.get(error.errno)
     text = str(error)
-    if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", text)):
-        return _PROBLEMS.get(int(number[1]), text)
+    if number := _NUMBER.search(
+        text
+    ):  # of safetensors, of tokenizers, which raises a bare Exception, and of shutil.Error
+        return _PROBLEMS.get(int(number[1]))
     if isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
         return "the disk is full, or not writable"  # torch.save does not say which
     return None
@@ -56,8 +59,9 @@ def disk_errors(target: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if (problem := disk_problem(error)) is None:
+    except Exception as error:
+        problem = disk_problem(error) or disk_problem(error.__cause__)
+        if problem is None or isinstance(error, DiskError):
             raise
         raise DiskError(target, problem, next_step(problem)) from error
 
@@ -137,7 +141,7 @@ def _probe(target: Path) -> None:
                 made.append(folder)
         draft.write_bytes(bytes(_PROBE_BYTES))
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise DataError(str(_unwritable(target, error))) from error  # nothing is there to resume
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from ultrafuser.data.files import atomic_file
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.intervals import Stratum, estimate
 from ultrafuser.evaluate.scoring import TaskScores
@@ -105,7 +106,7 @@ def task_cell(scores: TaskScores, seed: int) -> TaskCell:
 
 def write_documents(file: Path, scores: TaskScores) -> None:
     """One JSON line for each document: its scores and the answer."""
-    with file.open("w", encoding="utf-8") as lines:
+    with atomic_file(file, force=True) as draft, draft.open("w", encoding="utf-8") as lines:
         for document in dict.fromkeys([*scores.scores, *scores.answers]):
             record = {"id": document, scores.metric: scores.scores.get(document)}
             record |= {metric: values[document] for metric, values in scores.extra.items() if document in values}

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from ultrafuser.data.files import write_json
+from ultrafuser.data.files import check_folder, make_folder, write_json, write_text
 from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import RowReader, load_rows
@@ -59,7 +59,9 @@ def evaluate_models(
     check_benchmarks(options)
     for note in reader.notes():
         progress.log(note)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
+    for name in sources:
+        check_folder(output / name)
     with exclusive_lock(output, "evaluation"):
         reader.write_bad_rows(output / "bad_rows.jsonl")
         results = EvalResults(created=time.strftime("%Y-%m-%d"), models=read_models(output / "results.json"))
@@ -68,7 +70,7 @@ def evaluate_models(
             current = _measure_source(name, source, model_options[name], rows, output / name, progress)
             results["models"][name] = merge_results(results["models"].get(name, {}), current)
             write_json(output / "results.json", results)
-            (output / "table.md").write_text(markdown(results), encoding="utf-8")
+            write_text(output / "table.md", markdown(results))
     return results
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate import PartialState
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ultrafuser import typed_yaml
-from ultrafuser.data.files import disk_problem, make_folder, next_step, write_text
+from ultrafuser.data.files import disk_errors, disk_problem, make_folder, next_step, write_text
 from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.data.sources import RowReader
 from ultrafuser.errors import DiskError, RecipeError, TrainingError
@@ -70,11 +70,16 @@ def run_lock(output: Path) -> Iterator[None]:
     Raises:
         DataError: the folder cannot be written to, or another run is writing to it.
     """
-    with ExitStack() as stack:
-        if PartialState().is_main_process:
-            make_folder(output)
-            stack.enter_context(exclusive_lock(output, "training run", "train.lock"))
+    if not PartialState().is_main_process:
         yield
+        return
+    make_folder(output)
+    try:
+        with exclusive_lock(output, "training run", "train.lock"):
+            yield
+    finally:
+        with suppress(OSError):
+            output.rmdir()  # it is empty if the run failed before there was something to resume
 
 
 def _train(recipe: Recipe, features: Path | None, progress: Progress) -> Path:
@@ -165,7 +170,8 @@ def write_fused_folder(
     """
     with atomic_directory(folder) as draft:
         model.save_pretrained(draft, copy=copy, left_out=left_out)
-        tokenizer.save_pretrained(draft)
+        with disk_errors(folder):
+            tokenizer.save_pretrained(draft)
         (draft / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         if metrics and metrics.is_file():
             shutil.copy(metrics, draft)

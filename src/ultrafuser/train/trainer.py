@@ -125,7 +125,8 @@ class FusionTrainer(Trainer):
         tensors = {key: value.cpu().contiguous() for key, value in inputs.items() if torch.is_tensor(value)}
         for k, states in enumerate(inputs.get("specialist_hidden_states") or []):
             tensors[f"specialist_hidden_states.{k}"] = states.cpu().contiguous()
-        save_file(tensors, file, metadata={"row_ids": json.dumps(list(row_ids))})
+        with disk_errors(file):
+            save_file(tensors, file, metadata={"row_ids": json.dumps(list(row_ids))})
         return TrainingError(
             f"stage {self.stage!r}, step {self.state.global_step}: the loss is {loss} on the rows {', '.join(row_ids)}. "
             f"The batch is in {file}. Lower the learning rate, or look at those rows, then continue with --resume"

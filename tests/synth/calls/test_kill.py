@@ -127,7 +127,7 @@ def test_a_second_process_is_refused_and_the_first_one_finishes(tmp_path: Path, 
         wait_for(lambda: server.hits >= 16, first)
         second = start(server, 200)
         assert second.wait(60) == 1
-        assert f"{tmp_path}: another synthesis is running in this folder; wait until it ends" in second.stderr.read()
+        assert f"{tmp_path}: another synthesis is running in this folder. Wait until it ends" in second.stderr.read()
         assert first.poll() is None
         server.delay_s = 0.01
         finish(first)

@@ -139,7 +139,7 @@ def test_a_call_is_under_way_until_it_is_answered(store: CallStore):
 
 
 def test_a_second_run_on_the_same_store_is_refused(store: CallStore):
-    message = "another synthesis is running in this folder; wait until it ends, or choose another folder"
+    message = "another synthesis is running in this folder. Wait until it ends, or choose another folder"
     with pytest.raises(DataError, match=f"{re.escape(str(store.file.parent))}: {message}"):
         CallStore(store.file, "recipe 1")
     with CallStore(store.file, shared=True) as reader:  # status and review work beside a run
@@ -458,7 +458,7 @@ def test_files_that_cannot_be_joined(tmp_path: Path, store: CallStore):
         store.merge(tmp_path / "foreign")
     with CallStore(tmp_path / "used", "recipe 1"):
         with pytest.raises(
-            DataError, match=f"{re.escape(str(tmp_path))}: another synthesis is running in this folder; wait"
+            DataError, match=f"{re.escape(str(tmp_path))}: another synthesis is running in this folder. Wait"
         ):
             store.merge(tmp_path / "used")
     with pytest.raises(DataError, match="missing: no such file"):
