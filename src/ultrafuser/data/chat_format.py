@@ -48,6 +48,12 @@ Chat = Sequence[Mapping[str, Any]]
 # A private-use character that no data holds: an answer is found between two renderings by where they differ.
 _SENTINEL = "\ue0c5"
 _PROBE = "A"
+# Takes the place of transformers' clock. A function cannot be handed to a template, so the day's texts are.
+_PINNED_CLOCK = (
+    "{% macro strftime_now(layout) %}{% set ns = namespace(text=layout) %}{% for code, text in pinned_clock.items() %}"
+    "{% set ns.text = ns.text.replace(code, text) %}{% endfor %}{{ ns.text }}{% endmacro %}"
+)
+_CLOCK_CODES = [*(f"%-{code}" for code in "dmyHIMSj"), *(f"%{code}" for code in "aAwdbBmyYHIpMSfzZjUWcxXGuV")]
 
 
 def resolve_template(template: str | None, tokenizer: Any, specialist: str) -> str:
@@ -206,14 +212,16 @@ class ChatFormat:
         import jinja2
 
         options: dict[str, Any] = {**self.template_kwargs}
-        if self.date is not None:
+        template = self.template
+        if self.reads_clock and self.date is not None:
             day = datetime.datetime.fromisoformat(self.date)
-            options["strftime_now"] = day.strftime  # takes the place of transformers' clock
+            template = _PINNED_CLOCK + template
+            options["pinned_clock"] = {code: day.strftime(code) for code in _CLOCK_CODES}
         messages = self._messages(chat)
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
-                chat_template=self.template,
+                chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **options,
