@@ -68,7 +68,7 @@ def generate_command(
     answers: list[str] = []
     for start in range(0, len(chats), batch_size):
         batch = chats[start : start + batch_size]
-        answers += [renderer.tokenizer.decode(ids) for ids in answer(model, renderer, batch, **options)]
+        answers += [renderer.answer_text(ids) for ids in answer(model, renderer, batch, **options)]
         progress.advance(len(batch))
     progress.finish()
     if as_json:
@@ -130,7 +130,7 @@ def chat_command(
                 messages.pop()
                 continue
             last_answer = (list(messages), ids) if ids else None
-            messages.append({"role": "assistant", "content": renderer.tokenizer.decode(ids)})
+            messages.append({"role": "assistant", "content": renderer.answer_text(ids)})
 
 
 @how_to_go_on(f"Nothing was written. {AGAIN}", resumes=False)

@@ -315,6 +315,8 @@ class Renderer:
             return Aligned([], None, [])
         pairs = list(zip(readings, answers, strict=True))
         tokens = [reading.tokens(answer) for reading, answer in pairs]
+        if any(t.first == t.stop for t in tokens):  # an empty answer
+            return Aligned([], None, [])
         ended = all(t.end is not None for t in tokens)
         end = [self.end_token_id] if ended else []
         spans = [(answer.lead, answer.stop) for answer in answers]
