@@ -8,8 +8,9 @@ from email.utils import format_datetime
 
 import pytest
 
-from ultrafuser.endpoint.errors import Failure, read_failure, retry_after_s
+from ultrafuser.endpoint.errors import Failure, next_step, read_failure, retry_after_s
 from ultrafuser.endpoint.messages import Reply, read_reply
+from ultrafuser.endpoint.recipe import EndpointRecipe
 
 
 def body(**message) -> bytes:
@@ -29,6 +30,29 @@ def test_read_reply():
         assert read_reply(json.dumps(tree).encode()) == Reply("hi")
 
 
+def text_item(text, kind="text"):
+    return {"type": kind, "text": text}
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([text_item("hi")], "hi"),
+        ([text_item("4"), text_item("2.\n")], "42.\n"),
+        ([text_item("hi", "output_text"), text_item(" you", "output_text")], "hi you"),
+        ([{"type": "thinking", "thinking": [text_item("hm")]}, text_item("42")], "42"),
+        ([{"type": "reasoning", "text": "hm"}, text_item("42")], "42"),
+        ([{"type": "image_url", "image_url": {"url": "data:"}}, text_item("a cat")], "a cat"),
+        ([text_item(None), text_item("so \ud83d")], "so \ufffd"),
+        ([{"type": "thinking", "thinking": "cut off in its reas"}], ""),
+        ([], ""),
+        ("", ""),
+    ],
+)
+def test_content_in_several_items_is_joined(content, text):
+    assert read_reply(body(content=content)) == Reply(text, "stop")
+
+
 def test_lone_surrogates_are_replaced():
     assert read_reply(body(content="so \ud83d")) == Reply("so \ufffd", "stop")
     assert read_reply(body(content="so \U0001f600")) == Reply("so \U0001f600", "stop")
@@ -36,10 +60,45 @@ def test_lone_surrogates_are_replaced():
 
 @pytest.mark.parametrize("sent", [b"", b"{", b"[]", b"null", b"<html>", b"\xff\xfe", b"[" * 100_000, b'{"choices": []}', b'{"choices": [1]}',
                                   b'{"choices": {"0": 1}}', b'{"choices": [{"message": "hi"}]}', b'{"choices": [{"message": {}}]}',
-                                  b'{"error": {"message": "busy"}}', body(content={"a": 1}), body(content=["a"])])  # fmt: skip
+                                  b'{"error": {"message": "busy"}}', body(content={"a": 1}), body(content=["a"]), body(content=7),
+                                  body(content=[{"text": "hi"}, 3]), body(content=[{"type": ["text"], "text": "hi"}, {}])])  # fmt: skip
 def test_malformed_replies(sent):
     with pytest.raises(Failure, match="the reply is no chat completion"):
         read_reply(sent)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        ({"message": "busy"}, "transient", "busy"),
+        ("model is loading", "transient", "model is loading"),
+        ({"message": "slow down", "code": 429}, "busy", "slow down"),
+        ({"message": "no credits", "code": 402}, "unusable", "no credits"),
+        ({"message": "quota", "code": "insufficient_quota"}, "unusable", "quota"),
+        ({"message": "maximum context length is 9"}, "overflow", "maximum context length is 9"),
+        ({"message": "flagged", "code": "content_filter"}, "filtered", "flagged"),
+        ({"message": "upstream is down", "code": 502}, "transient", "upstream is down"),
+        ({"message": "bad field", "code": 400}, "refused", "bad field"),
+    ],
+)
+def test_an_error_of_status_200_is_told_in_the_words_of_the_endpoint(error, kind, words):
+    with pytest.raises(Failure) as caught:
+        read_reply(json.dumps({"error": error}).encode())
+    assert (caught.value.kind, str(caught.value)) == (
+        kind,
+        f"the reply is no chat completion (no message in it: {words})",
+    )
+    with pytest.raises(Failure, match=words):
+        read_reply(json.dumps({"error": error, "choices": []}).encode())
+
+
+def test_the_advice_for_a_malformed_reply_is_about_the_address():
+    with pytest.raises(Failure) as caught:
+        read_reply(b"<html>welcome")
+    recipe = EndpointRecipe(model="m", base_url="http://localhost/v1")
+    assert next_step(caught.value, recipe) == (
+        "Check that `base_url` is the address of a chat completions API, see the server's log, or raise `retries`"
+    )
 
 
 @pytest.mark.parametrize("sent, message, code", [
@@ -47,6 +106,7 @@ def test_malformed_replies(sent):
     ({"error": {"message": "no", "type": "BadRequest", "code": None}}, "no", "BadRequest"),
     ({"object": "error", "message": "too long", "code": 400}, "too long", "400"),
     ({"error": "not loaded"}, "not loaded", ""),
+    ({"error": None, "message": "not loaded"}, "not loaded", ""),
     ({"detail": [{"msg": "field required"}]}, "[{'msg': 'field required'}]", ""),
     ([1], "[1]", ""),
 ])  # fmt: skip

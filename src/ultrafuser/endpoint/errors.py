@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -15,6 +16,7 @@ _OVERFLOW = ("context length", "context window", "context size", "context_length
 _SCHEMA = ("response_format", "json_schema", "json schema", "structured", "guided", "schema")
 _FILTERED = ("content_filter", "content_policy_violation")
 _SPENT = ("insufficient_quota", "billing_hard_limit_reached")
+MALFORMED = "malformed"  # our code of a reply that is no chat completion
 
 Kind = Literal[
     "unusable",  # no key, no such model or address, nothing left to spend: every request would fail
@@ -70,6 +72,10 @@ def next_step(failure: Failure, recipe: EndpointRecipe) -> str:
         return "Check the address and that the server runs"
     if failure.kind in ("overflow", "too long"):
         return "Lower `max_tokens`, shorten the answers, or take a model with a longer context"
+    if failure.code == MALFORMED:
+        return (
+            "Check that `base_url` is the address of a chat completions API, see the server's log, or raise `retries`"
+        )
     if failure.status is None or failure.kind in ("transient", "busy"):
         return "See the server's log, lower `concurrency`, or raise `timeout_s` or `retries`"
     if failure.is_spent:
@@ -91,10 +97,7 @@ def read_failure(status: int, body: bytes, headers: Mapping[str, str] | None = N
         tree: Any = json.loads(text)
     except (ValueError, RecursionError):
         tree = None
-    error = tree.get("error", tree) if isinstance(tree, dict) else None
-    fields = error if isinstance(error, dict) else {"message": error if isinstance(error, str) else None}
-    message = one_line(str(fields.get("message") or fields.get("detail") or text or "no words"))
-    code = str(fields.get("code") or fields.get("type") or "")
+    message, code = _words(tree, text)
     return Failure(
         _kind(status, code, message),
         f"status {status}: {message}",
@@ -103,6 +106,26 @@ def read_failure(status: int, body: bytes, headers: Mapping[str, str] | None = N
         code=code,
         retry_after_s=retry_after_s(headers or {}),
     )
+
+
+def read_error(tree: dict[str, Any]) -> Failure:
+    """The failure that an error in a response of status 200 stands for. Its code may be a status."""
+    message, code = _words(tree, "")
+    status = int(code) if re.fullmatch("[45][0-9]{2}", code) else None
+    kind = _kind(status or 400, code, message)
+    if status is None and kind == "refused":
+        kind = "transient"
+    return Failure(
+        kind, f"the reply is no chat completion (no message in it: {message})", billed=True, status=status, code=code
+    )
+
+
+def _words(tree: Any, text: str) -> tuple[str, str]:
+    """The endpoint's own words in one of the usual shapes, and its code. Without any, the beginning of the text."""
+    error = (tree.get("error") or tree) if isinstance(tree, dict) else None
+    fields = error if isinstance(error, dict) else {"message": error if isinstance(error, str) else None}
+    message = one_line(str(fields.get("message") or fields.get("detail") or text or "no words"))
+    return message, str(fields.get("code") or fields.get("type") or "")
 
 
 def _kind(status: int, code: str, message: str) -> Kind:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ultrafuser.endpoint.errors import Failure, one_line
+from ultrafuser.endpoint.errors import MALFORMED, Failure, one_line, read_error
 from ultrafuser.endpoint.recipe import EndpointRecipe
 
+_TEXT_TYPES = ("text", "output_text")
 _MAX_TOKENS = 2**31  # a larger count is not a count
 
 
@@ -63,11 +64,11 @@ def read_reply(body: bytes) -> Reply:
     choices: Any = tree.get("choices")
     choice: Any = choices[0] if isinstance(choices, list) and choices else {}
     message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict) and tree.get("error"):
+        raise read_error(tree)
     if not isinstance(message, dict) or "content" not in message:
         raise _malformed(f"no message in it: {_excerpt(body)}")
-    text = message["content"] or ""
-    if not isinstance(text, str):
-        raise _malformed("its content is not text")
+    text = _joined_text(message["content"])
     usage: Any = tree.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Reply(
@@ -79,8 +80,20 @@ def read_reply(body: bytes) -> Reply:
     )
 
 
+def _joined_text(content: Any) -> str:
+    """The text of a message: a string, or the texts of its items. Items of other types, such as reasoning, are left out."""
+    if content is None:
+        return ""
+    if isinstance(content, list) and all(isinstance(item, dict) and "type" in item for item in content):
+        texts = [item.get("text") for item in content if item["type"] in _TEXT_TYPES]
+        return "".join(text for text in texts if isinstance(text, str))
+    if not isinstance(content, str):
+        raise _malformed("its content is not text")
+    return content
+
+
 def _malformed(problem: str) -> Failure:
-    return Failure("transient", f"the reply is no chat completion ({problem})", billed=True)
+    return Failure("transient", f"the reply is no chat completion ({problem})", billed=True, code=MALFORMED)
 
 
 def _excerpt(body: bytes) -> str:
