@@ -207,7 +207,7 @@ def test_a_hub_id_that_cannot_be_had_is_not_fused(monkeypatch):
 
 def test_a_configuration_that_is_not_json_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "ultra')
-    with pytest.raises(CheckpointError, match=r"config.json: not JSON \(.*\)\. Is the folder half written\?"):
+    with pytest.raises(CheckpointError, match=r"config.json: not JSON: .*\. Is the folder half written\?"):
         is_fused(str(tmp_path))
 
 

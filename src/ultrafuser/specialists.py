@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 from ultrafuser.data.chat_format import ChatFormat, resolve_template
 from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import CheckpointError, RecipeError
+from ultrafuser.model.adapters import adapter_tables
 from ultrafuser.model.checkpoint import (
     fused_folder,
     is_plain_lora,
@@ -26,9 +26,11 @@ from ultrafuser.model.checkpoint import (
     locate_model,
     pin,
     read_adapter_config,
+    read_model_type,
 )
-from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig, specialist_config
-from ultrafuser.model.fitness import check_head, check_weights
+from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig, table_rows
+from ultrafuser.model.errors import LOAD_ERRORS, reason
+from ultrafuser.model.fitness import check_architecture, check_head, check_weights
 from ultrafuser.model.hub import Access, needs_code
 from ultrafuser.model.manifest import FileRecords, SpecialistEntry, SpecialistSource, weight_sources
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -59,7 +61,7 @@ def fuse(recipe: Recipe, **options: Any) -> tuple[UltraFuserForCausalLM, PreTrai
     access = Access(**options, trust_remote_code=recipe.trust_remote_code or trusted)
     specs = [_describe(specialist, configs, access) for specialist in recipe.specialists]
     tokenizers = _tokenizers(specs, access)
-    rows = {spec["name"]: _table_rows(spec) for spec in specs}
+    rows = {spec["name"]: table_rows(spec) for spec in specs}
     vocabulary = common_vocabulary(tokenizers, rows)
     tokenizer = tokenizers[specs[0]["name"]]
     distinct = {name: other for name, other in tokenizers.items() if not is_same_tokenizer(other, tokenizer)}
@@ -172,13 +174,8 @@ def _chat_format(spec: SpecialistEntry, tokenizer: PreTrainedTokenizerBase, date
         template_kwargs=spec.get("template_kwargs"),
         system=spec.get("system", "keep"),
         date=date,
-        table_rows=_table_rows(spec),
+        table_rows=table_rows(spec),
     )
-
-
-def _table_rows(spec: SpecialistEntry) -> int:
-    """Rows of a specialist's embedding table."""
-    return specialist_config(spec["config"]).get_text_config().vocab_size
 
 
 @dataclass(frozen=True)
@@ -216,10 +213,7 @@ def is_fused(source: str) -> bool:
             file = Path(hf_hub_download(source, "config.json"))
         except (OSError, ValueError):  # the error comes when it is loaded
             return False
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("model_type") == UltraFuserConfig.model_type
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error}). Is the folder half written?") from error
+    return read_model_type(file) == UltraFuserConfig.model_type
 
 
 def pick_device(device: str) -> str:
@@ -284,8 +278,12 @@ def _describe(specialist: SpecialistRecipe, configs: dict[str, dict[str, Any]], 
     config = copy.deepcopy(configs[location])
     entry: SpecialistEntry = {"name": name, "domain": specialist.domain, "source": source, "config": config}
     entry |= cast(SpecialistEntry, specialist.model_dump(include=_LOADING_FIELDS, exclude_defaults=True))
-    if adapter is not None and not is_plain_lora(adapter[1]):
-        entry["separate"] = True
+    if adapter is not None:
+        only_lora, rows = adapter_tables(adapter[0], f"specialist {name!r}")
+        if not (only_lora and is_plain_lora(adapter[1])):
+            entry["separate"] = True
+        if rows is not None:
+            entry["table_rows"] = rows
     return entry
 
 
@@ -293,10 +291,12 @@ def _read_config(path: Path, options: Mapping[str, Any], name: str) -> dict[str,
     """A model's configuration as plain JSON."""
     try:
         config = AutoConfig.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         if "trust_remote_code" in str(error):
             raise needs_code(path, name) from error
-        raise CheckpointError(f"specialist {name!r}: no model in {path}: {error}") from error
+        file = path / options.get("gguf_file", "")
+        raise CheckpointError(f"specialist {name!r}: no model in {file}: {reason(error)}") from error
+    check_architecture(config, f"specialist {name!r}: {path}")
     fields = config.to_dict()
     if "gguf_file" in options:
         fields.pop("quantization_config", None)  # transformers decompresses it

@@ -23,8 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .adapters import OUTER_LAYERS, merge_with_peft, parse_adapter_config
 from .configuration_ultrafuser import UltraFuserConfig, specialist_config
-from .errors import CheckpointError
+from .errors import LOAD_ERRORS, CheckpointError, reason
 from .files import ADAPTER_FILE, refuse_links, refuse_pickles
 from .fitness import check_output_layer
 from .hub import Access, is_commit, needs_code
@@ -35,8 +36,6 @@ from .saving import GATE_FILE, TOKENIZERS, mark_unchanged
 from .shared_base import AdapterWeights, SpecialistGroup
 
 logger = logging.getLogger(__name__)
-# What transformers and the readers of quantised weights raise for a checkpoint that they cannot read.
-LOAD_ERRORS = (OSError, ImportError, SafetensorError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 # Plain LoRA is y = W x + scaling * B A x with one rank and scaling. These keys of PEFT's adapter_config.json keep it
 # plain at any value: they describe the file, the training, or which layers are adapted, as the weights also show.
 _PLAIN_LORA_KEYS = {
@@ -51,7 +50,6 @@ _PLAIN_LORA_VALUES: dict[str, tuple] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
-_OUTER_LAYERS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte")
 
 
 def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -80,7 +78,10 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
         ) from error
     model.gate.to(model.device)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except LOAD_ERRORS as error:
+            raise CheckpointError(f"{folder}/generation_config.json: {reason(error)}. Copy the folder again") from error
     tokenizers = {name: folder / TOKENIZERS / name for name in config.names}
     model.specialist_tokenizers = {
         name: load_tokenizer(path, access.options(name), name) for name, path in tokenizers.items() if path.is_dir()
@@ -125,10 +126,10 @@ def load_tokenizer(path: Path, options: Mapping[str, Any], specialist: str) -> P
     """
     try:
         return AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:  # transformers raises all three for missing files
+    except LOAD_ERRORS as error:
         if "trust_remote_code" in str(error):
             raise needs_code(f"the tokenizer in {path}", specialist) from error
-        raise CheckpointError(f"specialist {specialist!r}: no tokenizer in {path}: {error}") from error
+        raise CheckpointError(f"specialist {specialist!r}: no tokenizer in {path}: {reason(error)}") from error
 
 
 def read_manifest(folder: Path) -> UltraFuserConfig:
@@ -142,15 +143,34 @@ def read_manifest(folder: Path) -> UltraFuserConfig:
             f"{folder}: no config.json, so it is not a fused checkpoint or was only half written. Write it again with "
             "`ultrafuser fuse` or save_pretrained"
         )
-    try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{folder}/config.json: not JSON: {error}") from error
+    model_type = read_model_type(folder / "config.json")
     if model_type != UltraFuserConfig.model_type:
         raise CheckpointError(
             f"{folder}: model_type is {model_type!r}, expected 'ultrafuser'. Fuse it with `ultrafuser fuse`"
         )
-    return UltraFuserConfig.from_pretrained(folder)
+    try:
+        config = UltraFuserConfig.from_pretrained(folder)
+        config.groups()  # reads every entry
+        return config
+    except CheckpointError:
+        raise
+    except LOAD_ERRORS as error:
+        raise CheckpointError(f"{folder}/config.json: no manifest of a fused checkpoint: {reason(error)}") from error
+
+
+def read_model_type(file: Path) -> str | None:
+    """The kind of model that a config.json describes.
+
+    Raises:
+        CheckpointError: it is not JSON, or no mapping.
+    """
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not JSON: {error}. Is the folder half written? Copy it again") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file}: expected a mapping, got {type(fields).__name__}. Copy the folder again")
+    return fields.get("model_type")
 
 
 def load_groups(
@@ -255,14 +275,6 @@ def load_base(
     return model
 
 
-def reason(error: Exception) -> str:
-    """An error of another library as a part of a sentence. Its kind is named where the text does not explain itself."""
-    text = str(error).strip().rstrip(".")
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"the Python package {error.name.partition('.')[0]!r} is not installed ({text})"
-    return text if isinstance(error, (OSError, ImportError, ValueError)) and text else f"{type(error).__name__}: {text}"
-
-
 def locate_model(
     source: SpecialistSource, folder: Path | None, name: str, access: Access | None = None, weights: bool = False
 ) -> tuple[Path, dict[str, Any]]:
@@ -322,7 +334,7 @@ def read_adapter_config(
     if not (path / "adapter_config.json").is_file():
         raise CheckpointError(f"specialist {name!r}: {path} has no adapter_config.json. Expected a PEFT adapter")
     refuse_pickles(path, f"specialist {name!r}")
-    return path, json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    return path, parse_adapter_config(path / "adapter_config.json", f"specialist {name!r}")
 
 
 def is_plain_lora(adapter_config: Mapping[str, Any]) -> bool:
@@ -332,9 +344,9 @@ def is_plain_lora(adapter_config: Mapping[str, Any]) -> bool:
     """
     targets = adapter_config.get("target_modules") or []
     if isinstance(targets, str):  # PEFT reads it as a regular expression over whole names
-        outer = any(re.fullmatch(targets, name) for name in _OUTER_LAYERS)
+        outer = any(re.fullmatch(targets, name) for name in OUTER_LAYERS)
     else:
-        outer = any(name.rpartition(".")[2] in _OUTER_LAYERS for name in targets)
+        outer = any(name.rpartition(".")[2] in OUTER_LAYERS for name in targets)
     is_lora = adapter_config.get("peft_type") == "LORA"
     return is_lora and not outer and all(_keeps_lora_plain(key, value) for key, value in adapter_config.items())
 
@@ -365,6 +377,10 @@ def read_adapter(
         if half not in ("lora_A", "lora_B"):
             raise CheckpointError(f"specialist {spec['name']!r}: {path} holds {key!r}, which is no plain LoRA weight")
         halves.setdefault(name, {})[half] = tensor.to(dtype)
+    if single := [name for name, pair in halves.items() if len(pair) < 2]:
+        raise CheckpointError(
+            f"specialist {spec['name']!r}: {path} holds one half of the adapter of {single[0]!r}. Copy the adapter again"
+        )
     r, alpha = config["r"], config["lora_alpha"]
     scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
     return AdapterWeights({name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}, scaling)
@@ -374,17 +390,8 @@ def _merge_with_peft(
     model: PreTrainedModel, spec: SpecialistEntry, folder: Path | None, access: Access
 ) -> PreTrainedModel:
     """Merge an adapter that is no plain LoRA into its own copy of the base, by PEFT."""
-    from peft import PeftModel
-
     adapter = read_adapter_config(spec["source"], folder, spec["name"], access)
-    if adapter is None:
-        return model
-    try:
-        return PeftModel.from_pretrained(model, adapter[0]).merge_and_unload()
-    except (RuntimeError, ValueError) as error:  # PEFT raises either for an adapter that it cannot merge
-        raise CheckpointError(
-            f"specialist {spec['name']!r}: PEFT cannot merge its adapter {adapter[0]} into its base: {error}"
-        ) from error
+    return model if adapter is None else merge_with_peft(model, adapter[0], f"specialist {spec['name']!r}")
 
 
 def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:

@@ -23,6 +23,11 @@ def specialist_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **fields) if model_type in CONFIG_MAPPING else PreTrainedConfig(**fields)
 
 
+def table_rows(specialist: SpecialistEntry) -> int:
+    """Rows of a specialist's embedding table."""
+    return specialist.get("table_rows") or specialist_config(specialist["config"]).get_text_config().vocab_size
+
+
 class UltraFuserConfig(PreTrainedConfig):
     """The manifest of a fused model.
 
@@ -67,7 +72,7 @@ class UltraFuserConfig(PreTrainedConfig):
         self.masked_token_ids = list(masked_token_ids)
         self.date = date
         self.check()
-        tables = [config.get_text_config().vocab_size for config in self.specialist_configs()]
+        tables = [table_rows(specialist) for specialist in self.specialists]
         self.vocab_size = vocab_size if vocab_size is not None else min(tables, default=0)
         if any(rows < self.vocab_size for rows in tables):
             rows = min(tables)

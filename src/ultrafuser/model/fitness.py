@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from .errors import CheckpointError
+from .errors import LOAD_ERRORS, CheckpointError, reason
 from .quantized import is_plain
 from .shared_base import GroupedLora, SpecialistGroup
+
+
+def check_architecture(config: PreTrainedConfig, owner: str) -> None:
+    """Check the kind of a model before its weights are loaded.
+
+    Raises:
+        CheckpointError: it is no causal language model, or one that reads more than text.
+    """
+    kind = config.model_type
+    if kind == "ultrafuser":
+        raise CheckpointError(
+            f"{owner} is a fused model, which cannot be a specialist of another. Fuse its specialists"
+        )
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return  # the code of its repository, which transformers does not know
+    if config.is_encoder_decoder:
+        raise CheckpointError(f"{owner} is an encoder-decoder model ({kind}). Only causal language models can be fused")
+    if config.get_text_config() is not config:
+        raise CheckpointError(
+            f"{owner} is a {kind} model, which reads more than text, such as images. Only text models can be fused. Save its "
+            "language model by itself with transformers, and fuse that"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(f"{owner} is a {kind} model. Only causal language models can be fused")
 
 
 def check_output_layer(group: SpecialistGroup) -> None:
@@ -61,21 +86,33 @@ def check_head(group: SpecialistGroup, vocab_size: int) -> None:
     """Compare our logits (last hidden state, output layer) with the model's own on a few tokens.
 
     Raises:
-        CheckpointError: they differ, because the architecture changes the logits in another way, or they are not finite.
+        CheckpointError: they differ, because the architecture changes the logits in another way, or they are not finite, or the
+            model cannot run so or reads later tokens.
     """
+    kind = type(group.model).__name__
     ids = torch.arange(3, 11, device=group.device).remainder(vocab_size).expand(group.size, 1, -1)
-    logits = group.head(vocab_size).logits(group(ids))
-    expected = group.model(ids.flatten(0, 1)).logits[..., :vocab_size].reshape(logits.shape).to(logits)
+    try:
+        states, first_states = group(ids), group(ids[..., :4])
+        output = group.model(ids.flatten(0, 1), use_cache=False).logits
+    except LOAD_ERRORS as error:
+        raise CheckpointError(
+            f"specialist {group.names[0]!r}: {kind} cannot run as a specialist: {reason(error)}"
+        ) from error
+    logits = group.head(vocab_size).logits(states)
+    expected = output[..., :vocab_size].reshape(logits.shape).to(logits)
     for name, values in zip(group.names, logits, strict=True):
         if not values.isfinite().all():
+            dtype = str(group.model.dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"specialist {name!r}: {type(group.model).__name__} in {str(group.model.dtype).removeprefix('torch.')} gives "
-                "logits that are NaN or infinite. Load it with dtype: float32, or bfloat16 instead of float16. If that "
-                "does not help, its checkpoint is damaged"
+                f"specialist {name!r}: {kind} in {dtype} gives logits that are NaN or infinite. Load it with dtype: float32, "
+                "or bfloat16 instead of float16. If that does not help, its checkpoint is damaged"
             )
-    scale = expected.abs().max().clamp(min=1e-6)
-    if not (logits - expected).abs().max() <= 2e-2 * scale:
+    if not (logits - expected).abs().max() <= 2e-2 * expected.abs().max().clamp(min=1e-6):
         raise CheckpointError(
-            f"specialist {group.names[0]!r}: {type(group.model).__name__} changes its logits after the output layer in a "
-            "way that ultrafuser does not know, so they cannot be mixed. Please report the architecture"
+            f"specialist {group.names[0]!r}: {kind} changes its logits after the output layer in a way that ultrafuser does "
+            "not know, so they cannot be mixed. Please report the architecture"
+        )
+    if not (states[..., :4, :] - first_states).abs().max() <= 5e-2 * states.abs().max().clamp(min=1e-6):
+        raise CheckpointError(
+            f"specialist {group.names[0]!r}: {kind} reads the tokens that come later, so it is no causal language model"
         )

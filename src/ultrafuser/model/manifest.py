@@ -57,6 +57,7 @@ class SpecialistEntry(_SpecialistIdentity, total=False):
         end_token_id: the token by which it ends an answer.
         dtype, device_map, quantization: how to load it, if that differs from the others.
         separate: whether its adapter is no plain LoRA, so that PEFT merges it into a separate base.
+        table_rows: rows of its embedding table, if its adapter holds a table of another size than its base.
         temperature: its logits are divided by it before they are mixed. Default: 1.
     """
 
@@ -70,6 +71,7 @@ class SpecialistEntry(_SpecialistIdentity, total=False):
     device_map: Any
     quantization: dict[str, Any]
     separate: bool
+    table_rows: int
     temperature: float
 
 

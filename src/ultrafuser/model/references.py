@@ -38,7 +38,7 @@ def resolve(reference: str, folder: Path | None, specialist: str) -> Path | str:
             )
     if local.exists():
         return local if folder is not None else local.absolute()
-    if is_hub_id(reference) and not reference.startswith("specialists/"):
+    if is_hub_id(reference) and not reference.startswith(("specialists/", "bases/")):
         return reference
     raise CheckpointError(
         f"specialist {specialist!r}: its source {reference} is gone. Put it back, or fuse again (with --copy the "

@@ -38,7 +38,7 @@ from .shared_base import SpecialistGroup
 
 GATE_FILE = "model.safetensors"
 TOKENIZERS = "tokenizers"
-CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "saving", "references", "files", "hub",
+CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "adapters", "saving", "references", "files", "hub",
         "shared_base", "gate", "generation", "inputs", "cache", "loss", "manifest", "fingerprint", "fitness", "quantized",
         "errors")  # fmt: skip
 
@@ -214,6 +214,7 @@ def _write_group(
     spec["files"] = {"model": record_files(specialist_folder)}
     spec["config"] = group.model.config.to_dict()
     spec.pop("separate", None)
+    spec.pop("table_rows", None)
 
 
 def write_adapter(
