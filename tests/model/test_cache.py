@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tiny_models import fuse, left_pad, tiny, tokens
+from tiny_models import entry, fuse, fuse_entries, left_pad, save_adapter, tiny, tokens
 from ultrafuser.errors import UltraFuserError
 
 MODELS = {
@@ -27,10 +27,20 @@ WAYS = {
 GROWTH = [(5, 2, 9), (1, 4, 2), (6, 3, 3)]  # new tokens of each of the 3 specialists, turn by turn
 
 
-@pytest.fixture(params=[*MODELS, "shared base"])
+@pytest.fixture
+def around(save, tmp_path):
+    """Two adapters on one base, the first and the last specialist, and another model between them."""
+    base, plain = save("base"), tiny()
+    first, last = (entry(name, base, save_adapter(plain, tmp_path / name, seed)) for seed, name in enumerate("ac", 1))
+    return fuse_entries([first, entry("b", save("b", "gpt2", seed=3)), last])
+
+
+@pytest.fixture(params=[*MODELS, "shared base", "shared base around another model"])
 def model(request):
     if request.param == "shared base":
         return request.getfixturevalue("shared")
+    if request.param == "shared base around another model":
+        return request.getfixturevalue("around")
     return fuse(MODELS[request.param]())
 
 
@@ -205,6 +215,18 @@ def test_a_pass_that_failed_leaves_a_usable_cache(kind, monkeypatch):
 
 
 # ---------------------------------------------------------------- passes by hand
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32])
+def test_masks_of_any_type(dtype):
+    model = fuse(MODELS["three architectures"]())
+    inputs = padded([[tokens(1, n, seed=n)[0] for n in (3, 6, 4)]])
+    masks = {name: inputs[name].to(dtype) for name in ("attention_mask", "specialist_attention_mask")}
+    options = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None}
+    expected = model.generate(**inputs, **options).tolist()
+    cache = model.new_cache()
+    for _ in range(2):
+        assert model.generate(**inputs | masks, past_key_values=cache, **options).tolist() == expected
 
 
 @pytest.mark.parametrize("mask_of", ["all", "new", "none"])

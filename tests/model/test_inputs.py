@@ -123,11 +123,13 @@ def test_transformers_refuses_the_others(keyword):
 def test_training_inputs_need_labels():
     model, ids = two(), tokens(1, 3)
     states = model.specialist_states(ids)
-    with pytest.raises(UltraFuserError, match="forward got response_index"):
+    with pytest.raises(UltraFuserError, match="forward got response_index.*It goes with the labels"):
         model(ids, response_index=torch.zeros(1, 2, 1, dtype=torch.long))
-    with pytest.raises(UltraFuserError, match="forward got specialist_hidden_states"):
+    with pytest.raises(UltraFuserError, match="forward got specialist_hidden_states.*They go with the labels"):
         model(ids, specialist_hidden_states=states)
-    with pytest.raises(UltraFuserError, match="forward got specialist_log_probs"):
+    with pytest.raises(
+        UltraFuserError, match="forward got specialist_log_probs.*They go with specialist_hidden_states"
+    ):
         model(ids, labels=ids, specialist_log_probs=torch.zeros(1, 3, 2))
 
 

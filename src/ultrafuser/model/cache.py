@@ -97,7 +97,7 @@ class UltraFuserCache(Cache):
         if cached_mask is None:
             cached_mask = torch.ones_like(self.input_ids)
         rows, shared = _shared_prefixes(input_ids, attention_mask, self.input_ids, cached_mask)
-        rank = attention_mask.cumsum(-1)  # (B, K, T): a real token's place among the real tokens, from 1
+        rank = (attention_mask != 0).cumsum(-1)  # (B, K, T): a real token's place among the real tokens, from 1
         width = int((rank <= shared[..., None]).sum(-1).min().clamp(max=input_ids.shape[-1] - 1))
         rank, real = rank[..., :width], attention_mask[..., :width] != 0
         # the cached column of each token that is kept

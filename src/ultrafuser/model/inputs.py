@@ -16,6 +16,10 @@ _INSTEAD = {
     "output_router_logits": _SPECIALIST,
     "inputs_embeds": "Each specialist has its own embeddings. Pass input_ids",
     "token_type_ids": "Leave them out, e.g. with return_token_type_ids=False of the tokenizer",
+    "output_gate_weights": "Read the weights of an answer from ultrafuser.inspect.run.trace_tokens",
+    "response_index": "It goes with the labels of forward",
+    "specialist_hidden_states": "They go with the labels of forward",
+    "specialist_log_probs": "They go with specialist_hidden_states and the labels of forward",
     "cache_position": "Leave it out, because the cache knows its length",
 }
 

@@ -168,7 +168,7 @@ class SpecialistGroup(nn.Module):
             mask = attention_mask.flatten(0, 1).to(self.device)
             inputs["attention_mask"] = mask
             if self._takes_positions:
-                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -rows.shape[1] :]
+                inputs["position_ids"] = ((mask != 0).cumsum(-1) - 1).clamp(min=0)[:, -rows.shape[1] :]
         if position_ids is not None:
             inputs["position_ids"] = position_ids.flatten(0, 1).to(self.device)
         states = self.model.base_model(**inputs).last_hidden_state
