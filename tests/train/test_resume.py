@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +293,35 @@ def _model_and_rows(tiny_run: TinyRun, recipe: Any) -> tuple[Any, list]:
     renderer = Renderer(tokenizer, model.config.chat_templates, 128)
     assert model.config.names == list(NAMES)
     return model, read_sources(recipe.data.train, renderer, RecordingProgress(), "training")
+
+
+def test_templates_that_read_the_clock_see_the_day_of_the_start(tiny_run, tmp_path, monkeypatch):
+    """A run that goes on after midnight reads the same tokens."""
+    from ultrafuser import specialists, typed_yaml
+    from ultrafuser.train import run
+
+    class LeapDay(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2024, 2, 29)
+
+    def interrupt(*arguments, **options):
+        raise Interruption
+
+    dated = "Today is {{ strftime_now('%Y-%m-%d') }}. " + tiny_run.tokenizer.chat_template
+    models = [{"name": name, "model": str(tiny_run.folder / name), "chat_template": dated} for name in NAMES]
+    seen = []
+    read = run.read_sources
+    monkeypatch.setattr(run, "read_sources", lambda *a, **k: seen.append(read(*a, **k)) or seen[-1])
+    with monkeypatch.context() as context:
+        context.setattr(specialists.datetime, "date", LeapDay)
+        context.setattr(run, "save_fused_folder", interrupt)
+        with pytest.raises(Interruption):
+            tiny_run.train(tmp_path / "run", specialists=models)
+    recorded = typed_yaml.parse((tmp_path / "run" / "recipe.yaml").read_text(), "recipe")
+    assert recorded["date"] == "2024-02-29"
+    tiny_run.train(tmp_path / "run", specialists=models, resume=True)
+    first, resumed = seen[0], seen[-1]
+    assert [row.input_ids for row in first] == [row.input_ids for row in resumed]
+    assert "2024-02-29" in tiny_run.tokenizer.decode(list(first[0].input_ids[0]))
+    assert json.loads((tmp_path / "run" / "fused" / "config.json").read_text())["date"] == "2024-02-29"
