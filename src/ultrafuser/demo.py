@@ -84,11 +84,12 @@ class Clock:
 
 def demo_recipe(output: Path, *, full: bool = False, seed: int = 0, device: str = "auto") -> Recipe:
     """The demo's recipe. `full` uses all rows of the zoo and trains longer."""
-    overrides = [f"output={output}", f"seed={seed}", f"device={device}"]
+    overrides = [f"seed={seed}", f"device={device}"]
     if full:
         overrides += [f"data.{split}.{i}.limit=null" for split in ("train", "validation") for i in range(len(DOMAINS))]
         overrides += FULL
-    return load_recipe(package_path("package:ultrafuser/zoo/demo.yaml"), overrides)
+    recipe = load_recipe(package_path("package:ultrafuser/zoo/demo.yaml"), overrides)
+    return recipe.model_copy(update={"output": str(output)})
 
 
 def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[Comparison, list[TokenTrace]]:

@@ -51,7 +51,9 @@ def _beside(value: Any) -> Any:
 
 def _beside_glob(value: Any) -> Any:
     folder = getattr(value, "folder", None)
-    if folder is None or not any(glob.iglob(value, root_dir=folder, recursive=True)):
+    if folder is None or not value:
+        return value
+    if not os.path.exists(folder / value) and not any(glob.iglob(value, root_dir=folder, recursive=True)):
         return value
     return str(folder / value)
 

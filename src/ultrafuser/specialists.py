@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import datetime
 import logging
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,7 @@ from ultrafuser.model.fitness import check_architecture, check_head, check_weigh
 from ultrafuser.model.hub import Access, needs_code
 from ultrafuser.model.manifest import FileRecords, SpecialistEntry, SpecialistSource, weight_sources
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
-from ultrafuser.model.references import PACKAGE, record_files, resolve
+from ultrafuser.model.references import PACKAGE, is_hub_id, record_files, resolve
 from ultrafuser.model.saving import mark_unchanged
 from ultrafuser.recipe import Recipe, SpecialistRecipe
 from ultrafuser.vocabulary import common_vocabulary, is_same_tokenizer, shared_end
@@ -42,6 +44,7 @@ from ultrafuser.vocabulary import common_vocabulary, is_same_tokenizer, shared_e
 _SOURCE_FIELDS = {"model", "revision", "gguf_file", "adapter", "adapter_revision"}
 _LOADING_FIELDS = {"dtype", "device_map", "quantization", "template_kwargs", "system"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+_HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 logger = logging.getLogger(__name__)
 
 
@@ -192,11 +195,28 @@ class ModelReference:
 
 
 def parse_model_reference(text: str) -> ModelReference:
-    """Split `BASE+ADAPTER`. The name of a file or folder that exists is not split."""
-    if Path(text).exists():
+    """Split `BASE+ADAPTER` at the `+` with a model on both sides, since a `+` may also belong to a path."""
+    pairs = [(text[: sign.start()], text[sign.end() :]) for sign in re.finditer(r"\+", text)]
+    if not pairs or _exists(text):
         return ModelReference(text)
-    model, _, adapter = text.partition("+")
-    return ModelReference(model, adapter or None)
+    complete = [pair for pair in pairs if all(map(_may_be_model, pair))]
+    half = [(base, adapter) for base, adapter in pairs if _exists(base) or (adapter and _exists(adapter))]
+    if complete or half:
+        return ModelReference(*(complete or half)[0])
+    base, adapter = pairs[-1]
+    return ModelReference(text) if adapter else ModelReference(base)  # a `+` at the end is nothing
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))
+
+
+def _may_be_model(reference: str) -> bool:
+    return (
+        _exists(reference)
+        or reference.startswith(PACKAGE)
+        or (is_hub_id(reference) and bool(_HUB_ID.fullmatch(reference)))
+    )
 
 
 def is_fused(source: str) -> bool:

@@ -182,7 +182,6 @@ def apply_override(root: type[Node], tree: dict[str, Any], override: str) -> str
     keys = [key.strip() for key in target.split(".")]
     if not equals or not all(keys):
         raise RecipeError(f"{source}: expected KEY=VALUE, e.g. stages.0.lr=2e-5")
-    value = parse(text, source)
     node: Any = tree
     kind: Any = root
     path: list[str] = []
@@ -193,12 +192,22 @@ def apply_override(root: type[Node], tree: dict[str, Any], override: str) -> str
             raise RecipeError(f"{source}: {'.'.join([*path, key])}: {_unknown(key, kind, _narrow(kind, node))}")
         path.append(str(slot))
         if depth == len(keys):
-            node[slot] = value
+            node[slot] = _override_value(inner, text, source)
         else:
             child = node[slot] if isinstance(node, list) else node.get(slot)
             node[slot] = _container(child, inner, f"{source}: {'.'.join(path)}")
             node, kind = node[slot], inner
     return ".".join(path)
+
+
+def _override_value(kind: Any, text: str, source: str) -> Any:
+    """The value of an override. Where text is expected, ` #`, `: ` and the like belong to it, since paths may hold them."""
+    is_text = all(option in (str, type(None)) for option in _options(kind))
+    if not is_text or text.strip()[:1] in ("", "'", '"', "{", "[") or text.strip() in ("~", "null", "Null", "NULL"):
+        return parse(text, source)
+    value = Scalar(text.strip())
+    value.as_yaml_value, value.folder = str(value), None
+    return value
 
 
 def _container(value: Any, kind: Any, source: str) -> Any:

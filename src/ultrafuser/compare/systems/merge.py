@@ -138,13 +138,18 @@ def _recipe(
     config = json.loads((sources[0] / "config.json").read_text(encoding="utf-8"))
     recipe: dict[str, Any] = {
         "merge_method": method,
-        "models": [{"model": str(source.absolute()), "parameters": dict(parameters)} for source in sources],
+        "models": [{"model": _reference(source), "parameters": dict(parameters)} for source in sources],
         "dtype": "float32",  # sums of differences in half precision lose the small ones
         "out_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
     }
     if method != LINEAR and base is not None:
-        recipe["base_model"] = str(base.absolute())
+        recipe["base_model"] = _reference(base)
     return recipe
+
+
+def _reference(folder: Path) -> dict[str, Any]:
+    """A folder as mergekit names it. As plain text, a `+` or `@` in the path would be read as an adapter or revision."""
+    return {"model": {"path": str(folder.absolute())}}
 
 
 def _run_mergekit(program: str, recipe: dict[str, Any], folder: Path, seed: int) -> None:
@@ -155,7 +160,7 @@ def _run_mergekit(program: str, recipe: dict[str, Any], folder: Path, seed: int)
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0 or not (folder / "config.json").is_file():
         lines = [line for line in (result.stderr or result.stdout).splitlines() if line.strip()]
-        sources = ", ".join(Path(entry["model"]).name for entry in recipe["models"])
+        sources = ", ".join(Path(entry["model"]["model"]["path"]).name for entry in recipe["models"])
         raise UltraFuserError(
             f"mergekit could not make the {recipe['merge_method']} merge of {sources} (exit status "
             f"{result.returncode}):\n" + "\n".join(lines[-_ERROR_LINES:])

@@ -124,14 +124,16 @@ def name_of(text: str) -> str:
     """A short name that a folder can have: the end of a path, hub id, adapter or endpoint's model."""
     if text.startswith(ENDPOINT):
         text = endpoint_recipe(text).model
-    last = re.split(r"[/+]", text.rstrip("/").removeprefix(PACKAGE))[-1]
+    reference = parse_model_reference(text)
+    last = Path((reference.adapter or reference.model).removeprefix(PACKAGE)).name
     return re.sub(r"[^A-Za-z0-9_.-]", "-", last).strip(".-") or "model"
 
 
 def split_name(text: str) -> tuple[str | None, str]:
     """The name and the model of `NAME=MODEL`. MODEL alone has no name."""
     match = re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)=(.+)", text)
-    return (match[1], match[2]) if match and not Path(text).exists() else (None, text)
+    is_path = Path(text).exists() or Path(parse_model_reference(text).model).exists()  # a path may hold a `=`
+    return (match[1], match[2]) if match and not is_path else (None, text)
 
 
 def endpoint_recipe(text: str) -> EndpointRecipe:
