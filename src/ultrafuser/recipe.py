@@ -283,6 +283,11 @@ class Recipe(Node):
         default=None, description="Stop a stage after this many validations without a lower loss. null: never."
     )
 
+    @property
+    def trusted_code(self) -> bool | list[str]:
+        """Whose code may run: that of all specialists, or of those named."""
+        return self.trust_remote_code or [each.name for each in self.specialists if each.trust_remote_code]
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         if self.fused is not None and self.specialists:

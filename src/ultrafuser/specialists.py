@@ -60,8 +60,7 @@ def fuse(recipe: Recipe, **options: Any) -> tuple[UltraFuserForCausalLM, PreTrai
         DataError: a specialist without a chat template.
     """
     configs: dict[str, dict[str, Any]] = {}
-    trusted = [specialist.name for specialist in recipe.specialists if specialist.trust_remote_code]
-    access = Access(**options, trust_remote_code=recipe.trust_remote_code or trusted)
+    access = Access(**options, trust_remote_code=recipe.trusted_code)
     specs = [_describe(specialist, configs, access) for specialist in recipe.specialists]
     tokenizers = _tokenizers(specs, access)
     rows = {spec["name"]: table_rows(spec) for spec in specs}

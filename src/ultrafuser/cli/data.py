@@ -21,6 +21,7 @@ from ultrafuser.cli.options import (
     Json,
     OnBadRow,
     Seed,
+    TrustRemoteCode,
     check_choice,
     report_reading,
     row_reader,
@@ -80,6 +81,7 @@ def stats_command(
     ] = None,
     domain: Domain = None,
     on_bad_row: OnBadRow = "stop",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Count conversations, topics, tokens and turns by domain, and rows by source and licence."""
@@ -89,7 +91,7 @@ def stats_command(
     counter = None
     if tokenizer is not None:
         quiet_libraries()
-        counter = load_tokenizer(tokenizer)
+        counter = load_tokenizer(tokenizer, trust_remote_code)
     progress, reader = ConsoleProgress(), row_reader(on_bad_row)
     rows = stream_rows(sources, domain=domain, reader=reader, progress=progress, label="rows counted")
     statistics = data_statistics(rows, counter)
@@ -137,6 +139,7 @@ def map_command(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Draw a map of the rows: a page to zoom and search, where a point is near the rows that a model embeds similarly."""
@@ -158,7 +161,7 @@ def map_command(
     quiet_libraries()
     from ultrafuser.datamap.embed import embed, load_reader
 
-    embedder = load_reader(model, dtype=dtype, device=device)
+    embedder = load_reader(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     texts = [maps.text_of(row, part) for row in rows]
     vectors = embed(embedder, texts, max_tokens=max_tokens, batch_size=batch_size, progress=progress)
     vectors = maps.principal(vectors, seed)

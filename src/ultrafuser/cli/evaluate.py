@@ -14,11 +14,13 @@ from typer import Argument, Option
 from ultrafuser.cli.ending import AGAIN, how_to_go_on
 from ultrafuser.cli.options import (
     DTYPES,
+    TRUST,
     Device,
     Dtype,
     Json,
     OnBadRow,
     Seed,
+    TrustRemoteCode,
     check_choice,
     overrides_like,
     row_reader,
@@ -100,6 +102,7 @@ def eval_command(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure models: loss by domain, the paper's benchmarks, judged benchmarks, with 95% intervals.
@@ -133,7 +136,7 @@ def eval_command(
         seed=seed,
         judge=endpoint_recipe(judge) if judge else None,
         task_options=TaskOptions(data_dir, unsafe_code, samples, temperature, max_new_tokens, include_path),
-        load_options=LoadOptions(chat_template, dtype, device, batch_size),
+        load_options=LoadOptions(chat_template, dtype, device, batch_size, trust_remote_code),
     )
     results = evaluate_models(models, options, output, progress)
     if as_json:
@@ -164,6 +167,7 @@ def compare_command(
     recipe: Annotated[Path, Argument(help="Comparison recipe (YAML). `docs/comparing.md` lists the fields.")],
     overrides: Annotated[list[str] | None, overrides_like("limit=20 or systems.btx.label=BTX")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the systems and their state, and run nothing.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Fuse, merge, route or fine-tune: build and measure every system of a recipe, and write one report.
@@ -172,7 +176,7 @@ def compare_command(
     """
     from ultrafuser.compare.recipe import load_compare_recipe
 
-    typed = load_compare_recipe(recipe, overrides or [])
+    typed = load_compare_recipe(recipe, [*(overrides or []), *(TRUST if trust_remote_code else [])])
     quiet_libraries()
     from ultrafuser.evaluate.tasks import require_lm_eval
 

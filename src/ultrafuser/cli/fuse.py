@@ -12,7 +12,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from ultrafuser.cli.ending import AGAIN, how_to_go_on
-from ultrafuser.cli.options import Device, Folder, Json, Overrides, Seed
+from ultrafuser.cli.options import TRUST, Device, Folder, Json, Overrides, Seed, TrustRemoteCode
 from ultrafuser.errors import RecipeError
 from ultrafuser.printing import PlainConsole, echo
 from ultrafuser.progress import ConsoleProgress, Progress, quiet_libraries
@@ -43,6 +43,7 @@ def fuse_command(
     ] = None,
     copy: Annotated[bool, Option("--copy", help="Copy the weights of the specialists into the checkpoint.")] = False,
     force: Annotated[bool, Option("--force", help="Replace an existing checkpoint.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Put an untrained gate on top of specialists and write a checkpoint.
@@ -55,7 +56,7 @@ def fuse_command(
     from ultrafuser.specialists import fuse
     from ultrafuser.train.run import write_fused_folder
 
-    changes = [*(overrides or []), *([f"mixing={mixing}"] if mixing else [])]
+    changes = [*(overrides or []), *([f"mixing={mixing}"] if mixing else []), *(TRUST if trust_remote_code else [])]
     if recipe is not None and (specialist or template):
         if "=" not in str(recipe):
             raise RecipeError("give a recipe or --specialist and --template options, not both")
@@ -107,12 +108,13 @@ def train_command(
     recipe: Annotated[Path, Argument(help="Recipe (YAML). `docs/recipes.md` lists the fields.")],
     overrides: Overrides = None,
     resume: Annotated[bool, Option("--resume", help="Resume the interrupted run in `output`.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Train the stages of a recipe: the gate, then the gate and the specialists."""
     from ultrafuser.recipe import load_recipe
 
-    typed = load_recipe(recipe, overrides or [])
+    typed = load_recipe(recipe, [*(overrides or []), *(TRUST if trust_remote_code else [])])
     is_first = int(os.environ.get("RANK", "0")) == 0  # only the first of several processes prints
     quiet_libraries()
     from ultrafuser.train.metrics import read_metrics

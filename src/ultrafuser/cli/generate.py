@@ -24,6 +24,7 @@ from ultrafuser.cli.options import (
     System,
     Temperature,
     TopP,
+    TrustRemoteCode,
     check_choice,
     report_reading,
     row_reader,
@@ -55,12 +56,13 @@ def generate_command(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Answer prompts, in batches."""
     progress = ConsoleProgress()
     chats = _conversations(prompt, file, system, on_bad_row, progress)
-    model, renderer = _load(folder, dtype, device, seed)
+    model, renderer = _load(folder, dtype, device, seed, trust_remote_code)
     from ultrafuser.inspect.run import answer
 
     options = _sampling(max_new_tokens, temperature, top_p) | {"num_beams": num_beams}
@@ -89,12 +91,13 @@ def chat_command(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with a fused model. Answers are streamed.
 
     Commands in the chat: /reset starts a new chat, /weights colours the last answer by specialist, /exit ends the program.
     """
-    model, renderer = _load(folder, dtype, device, seed)
+    model, renderer = _load(folder, dtype, device, seed, trust_remote_code)
     from transformers import TextStreamer
 
     from ultrafuser.inspect.run import answer, trace_tokens
@@ -156,6 +159,7 @@ def inspect_command(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Show in colours which specialist leads at each token of an answer. For a file, show mean weights by domain."""
@@ -173,7 +177,7 @@ def inspect_command(
     rows = load_rows(str(file), domain=domain, limit=limit, reader=reader) if file else []
     report_reading(reader, ConsoleProgress())
     chats = [_chat(text, system) for text in prompt or []]
-    model, renderer = _load(folder, dtype, device, seed)
+    model, renderer = _load(folder, dtype, device, seed, trust_remote_code)
     from ultrafuser.inspect.run import answer, trace_rows, trace_tokens
 
     if response is not None:
@@ -202,7 +206,7 @@ def inspect_command(
 # ---------------------------------------------------------------- shared by the commands
 
 
-def _load(folder: str, dtype: str, device: str, seed: int) -> tuple[Any, Any]:
+def _load(folder: str, dtype: str, device: str, seed: int, trust_remote_code: bool) -> tuple[Any, Any]:
     quiet_libraries()
     from transformers import set_seed
 
@@ -210,7 +214,7 @@ def _load(folder: str, dtype: str, device: str, seed: int) -> tuple[Any, Any]:
 
     check_choice("--dtype", dtype, DTYPES)
     set_seed(seed)
-    return load(folder, dtype=dtype, device_map=pick_device(device))
+    return load(folder, dtype=dtype, device_map=pick_device(device), trust_remote_code=trust_remote_code)
 
 
 def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:

@@ -18,6 +18,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 Folder = Annotated[str, Argument(help="A fused checkpoint: a folder or a hub id.")]
 Json = Annotated[bool, Option("--json", help="Print JSON on stdout instead of text.")]
 Dtype = Annotated[str, Option(help="Precision of the specialists: auto, float32, bfloat16 or float16.")]
+TrustRemoteCode = Annotated[
+    bool, Option("--trust-remote-code", help="Run the Python code in the repositories of the models. Read it first.")
+]
+TRUST = ["trust_remote_code=true"]  # the same as an override of a recipe
 Device = Annotated[str, Option(help="Torch device: cpu, cuda or another one. auto: a GPU if there is one.")]
 
 

@@ -15,7 +15,7 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from ultrafuser.cli.ending import AGAIN, how_to_go_on
-from ultrafuser.cli.options import Json, overrides_like
+from ultrafuser.cli.options import Json, TrustRemoteCode, overrides_like
 from ultrafuser.errors import DataError, RecipeError
 from ultrafuser.printing import PlainConsole, echo
 from ultrafuser.progress import ConsoleProgress, quiet_libraries
@@ -80,6 +80,7 @@ def run_command(
     until: Until = None,
     shard: Shard = None,
     retry_failed: RetryFailed = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Synthesise a data set: request the missing responses, then filter, balance and write the rows.
@@ -89,6 +90,10 @@ def run_command(
     from ultrafuser.synth.recipe import load_synth_recipe
 
     typed = load_synth_recipe(recipe, overrides or [])
+    if trust_remote_code:
+        local = [model.name for model in typed.used_models() if model.endpoint == "local"]
+        trust = [f"models.{name}.trust_remote_code=true" for name in local]
+        typed = load_synth_recipe(recipe, [*(overrides or []), *trust])
     shard_numbers = _shard(shard)
     if dry_run:
         options = {

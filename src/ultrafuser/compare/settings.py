@@ -54,6 +54,9 @@ class CompareSettings(Node):
     device: str = Field(
         default="auto", description="`auto`, `cpu`, `cuda` or another torch device, in place of the training recipe's."
     )
+    trust_remote_code: bool = Field(
+        default=False, description="Run the code in the repositories of all models. The training recipe may trust some."
+    )
     output: str = Field(default="runs/compare", description="Folder of the comparison, relative to the working folder.")
 
     def training(self, overrides: Sequence[str] = ()) -> Recipe:
@@ -65,4 +68,5 @@ class CompareSettings(Node):
         from ultrafuser.model.references import PACKAGE, package_path
 
         path = str(package_path(self.recipe)) if self.recipe.startswith(PACKAGE) else self.recipe
-        return load_recipe(path, [f"seed={self.seed}", f"device={self.device}", *self.set, *overrides])
+        trust = ["trust_remote_code=true"] if self.trust_remote_code else []
+        return load_recipe(path, [f"seed={self.seed}", f"device={self.device}", *trust, *self.set, *overrides])

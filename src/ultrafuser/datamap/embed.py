@@ -29,7 +29,7 @@ class Reader:
     context: int
 
 
-def load_reader(source: str, *, dtype: str = "auto", device: str = "auto") -> Reader:
+def load_reader(source: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False) -> Reader:
     """Load a model that turns texts into states.
 
     Args:
@@ -42,12 +42,14 @@ def load_reader(source: str, *, dtype: str = "auto", device: str = "auto") -> Re
     """
     reference = parse_model_reference(source)
     if is_fused(source):
-        model, renderer = load(source, dtype=dtype, device_map=pick_device(device))
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        model, renderer = load(source, device_map=pick_device(device), **options)
         return _ours(model, renderer.tokenizer)
     if not reference.is_plain:
         spec = {"name": "model", **asdict(reference), "chat_template": "plain"}
-        return _ours(*fuse(load_recipe({"specialists": [spec], "dtype": dtype, "device": device})))
-    return _plain(source, dtype, pick_device(device))
+        recipe = {"specialists": [spec], "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        return _ours(*fuse(load_recipe(recipe)))
+    return _plain(source, dtype, pick_device(device), trust_remote_code)
 
 
 def _ours(model: Any, tokenizer: Any) -> Reader:
@@ -58,12 +60,15 @@ def _ours(model: Any, tokenizer: Any) -> Reader:
     return Reader(tokenizer, states, model.config.max_position_embeddings)
 
 
-def _plain(source: str, dtype: str, device: str) -> Reader:
+def _plain(source: str, dtype: str, device: str, trust_remote_code: bool) -> Reader:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModel.from_pretrained(source, dtype=dtype, use_safetensors=True).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModel.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        model = model.to(device).eval()
     except (OSError, ValueError, KeyError) as error:  # transformers raises all three for files that are not there
         raise CheckpointError(f"{source}: no model that can read text: {error}") from error
     reads = model.get_encoder() if model.config.is_encoder_decoder else model

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError
@@ -82,7 +82,7 @@ def plain_model(group: SpecialistGroup, coefficients: Mapping[int, float]) -> Pr
     config = copying.deepcopy(group.model.config)
     if is_quantized(group.model):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=group.model.dtype)
+    model = type(group.model)._from_config(config, dtype=group.model.dtype)
     model.load_state_dict(group.base_state(coefficients))
     model.generation_config = copying.deepcopy(group.model.generation_config)
     return model.to(group.device).eval()

@@ -54,6 +54,7 @@ class LocalModel(_Model):
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or another torch device.")
     batch_size: PositiveInt = Field(default=8, description="Number of requests per batch.")
     generation: FreeForm = Field(default={}, description="Further arguments of transformers' `generate`.")
+    trust_remote_code: bool = Field(default=False, description="Run the code in the repositories of the model.")
 
     @model_validator(mode="before")
     @classmethod

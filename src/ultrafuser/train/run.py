@@ -88,7 +88,7 @@ def _train(recipe: Recipe, features: Path | None, progress: Progress) -> Path:
         model, tokenizer = fuse(recipe)
         recipe = recipe.model_copy(update={"date": recipe.date or model.config.date})  # recorded for a resumed run
     else:
-        options = {"dtype": recipe.dtype, "trust_remote_code": recipe.trust_remote_code}
+        options = {"dtype": recipe.dtype, "trust_remote_code": recipe.trusted_code}
         model, renderer = load(recipe.fused, device_map=pick_device(recipe.device), **options)
         tokenizer = renderer.tokenizer
     renderer = make_renderer(model, tokenizer, recipe.data.max_length)

@@ -61,7 +61,7 @@ class Btx(TrainedSystem):
         from ultrafuser.specialists import pick_device
 
         folder = workspace.system_folder(self.id) / "model"
-        mixture, tokenizer = load_btx(folder), AutoTokenizer.from_pretrained(folder)
+        mixture, tokenizer = load_btx(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         mixture.to(pick_device(workspace.settings.device))
         template = tokenizer.chat_template
         model = as_fused(mixture, self.id, vocab_size=len(tokenizer), chat_template=template, folder=str(folder))

@@ -171,7 +171,7 @@ def load_btx(folder: Path) -> PreTrainedModel:
     facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
     fields = dict(facts["config"])
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, facts["dtype"]))
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, facts["dtype"]), trust_remote_code=False)
     for layer in _layers(model):
         mlps = [copy.deepcopy(layer.mlp) for _ in range(facts["num_specialists"])]
         layer.mlp = RoutedMlp(mlps, _width(model), facts["top_k"])

@@ -62,7 +62,9 @@ class TrainedSystem(SystemNode):
 
         folder, settings = workspace.system_folder(self.id), workspace.settings
         checkpoint = folder / "run" / "fused"
-        fused = load_checkpoint(str(checkpoint), LoadOptions(device=settings.device, dtype=settings.training().dtype))
+        training = settings.training()
+        options = LoadOptions(device=settings.device, dtype=training.dtype, trust_remote_code=training.trusted_code)
+        fused = load_checkpoint(str(checkpoint), options)
         assert fused.model is not None and fused.renderer is not None  # no endpoint
         loaded = workspace.load_model(fused.model, fused.renderer.tokenizer, self.id, checkpoint)
         is_frozen = self.has_frozen_specialists(settings)
@@ -83,7 +85,8 @@ class TrainedSystem(SystemNode):
         is_single = len(recipe.specialists) == 1  # one specialist reads the rows, so the shared features do not fit
         features = None if is_single else workspace.folder / "features"
         folder = train(recipe, resume=resume, features=features, progress=workspace.progress)
-        model = load_model(str(folder), LoadOptions(device=recipe.device, dtype=recipe.dtype)).model
+        options = LoadOptions(device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trusted_code)
+        model = load_model(str(folder), options).model
         assert model is not None  # no endpoint
         gate_size = sum(p.numel() for p in model.gate.parameters()) if len(model.config.names) > 1 else 0
         stage = recipe.stages[-1]

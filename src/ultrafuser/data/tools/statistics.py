@@ -137,7 +137,7 @@ def _with_lengths(rows: Iterable[Row], tokenizer: Any) -> Iterator[tuple[Row, li
             yield row, list(islice(lengths, len(row.messages)))
 
 
-def load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """Load a tokenizer by hub id or folder. A fused folder has one.
 
     Raises:
@@ -146,7 +146,7 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:  # transformers raises all three for missing files
         message = f"{source}: no tokenizer there: {error}. Give a hub id or a folder that has one"
         raise CheckpointError(message) from error

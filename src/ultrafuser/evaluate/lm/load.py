@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,12 +34,14 @@ class LoadOptions:
         chat_template: for a model whose tokenizer has none: a built-in name, a file, or Jinja text.
         dtype, device: as in a training recipe.
         batch_size: requests answered together.
+        trust_remote_code: run the code in the repositories of all specialists, or of those named.
     """
 
     chat_template: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     batch_size: int = 8
+    trust_remote_code: bool | Sequence[str] = False
 
 
 @dataclass
@@ -93,10 +96,16 @@ def load_model(
     if is_fused(source):
         if options.chat_template is not None:
             raise RecipeError(f"{source}: a fused model has a template for each specialist. Leave --chat-template out")
-        model, renderer = load(source, dtype=options.dtype, device_map=pick_device(options.device))
+        model, renderer = load(
+            source,
+            dtype=options.dtype,
+            device_map=pick_device(options.device),
+            trust_remote_code=options.trust_remote_code,
+        )
     else:
         spec = {"name": "model", **asdict(parse_model_reference(source)), "chat_template": options.chat_template}
         recipe = {"specialists": [spec], "dtype": options.dtype, "device": options.device, "seed": seed}
+        recipe["trust_remote_code"] = bool(options.trust_remote_code)
         model, tokenizer = fuse(load_recipe(recipe))
         renderer = make_renderer(model, tokenizer)
     return wrap_model(model, renderer, name=name, batch_size=options.batch_size, seed=seed, folder=Path(source))

@@ -114,4 +114,5 @@ class LocalClient:
         from ultrafuser.evaluate.lm.load import LoadOptions, load_model
 
         model = self.recipe
-        return load_model(model.model, LoadOptions(model.chat_template, model.dtype, model.device, model.batch_size))
+        options = LoadOptions(model.chat_template, model.dtype, model.device, model.batch_size, model.trust_remote_code)
+        return load_model(model.model, options)
