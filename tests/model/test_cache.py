@@ -276,6 +276,8 @@ def test_tokens_follow_what_happens_to_the_states(model):
 
 def test_caches_that_are_refused():
     model = fuse([tiny(seed=s) for s in range(2)])
+    with pytest.raises(UltraFuserError, match="an offloaded cache needs an accelerator, but the model is on the CPU"):
+        model.generate(tokens(1, 3), cache_implementation="offloaded", max_new_tokens=2)
     with pytest.raises(UltraFuserError, match=r"past_key_values is a DynamicCache. Pass model.new_cache\(\)"):
         model.generate(tokens(1, 3), past_key_values=DynamicCache(), max_new_tokens=2)
     with pytest.raises(UltraFuserError, match="past_key_values needs use_cache=True, got use_cache=False"):

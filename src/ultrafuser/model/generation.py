@@ -35,9 +35,14 @@ class FusedGeneration(GenerationMixin):
         what the cache does not hold yet.
 
         Args:
-            offloading: keep the states of layers that are not running on the CPU.
+            offloading: move the states of a layer to the CPU while the layer does not run.
             record: also keep the states that sliding windows have passed, so that a later turn need not read them again.
+
+        Raises:
+            UltraFuserError: offloading, but the model is on the CPU.
         """
+        if offloading and self.device.type == "cpu":
+            raise UltraFuserError("an offloaded cache needs an accelerator, but the model is on the CPU. Use 'dynamic'")
         configs = [group.model.config.get_text_config(decoder=True) for group in self.groups]
         members = [[self.config.names.index(name) for name in group.names] for group in self.groups]
         cache = UltraFuserCache(configs, members, offloading=offloading)
