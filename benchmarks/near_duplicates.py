@@ -50,7 +50,7 @@ def framed(rng: random.Random, text: str) -> str:
     """Add an opening and a closing phrase, and change case and punctuation."""
     opening = rng.choice(["Could you help me with this, please?", "I have a question for you.", "Hello there,"])
     closing = rng.choice(["Thank you very much in advance.", "Please take your time.", "Let me know."])
-    return f"{opening} {text.upper().replace('.', '!')} {closing}"
+    return f"{opening} {text.upper().replace('. ', '; ')} {closing}"
 
 
 def reordered(rng: random.Random, text: str) -> str:

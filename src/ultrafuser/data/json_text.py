@@ -21,8 +21,19 @@ def decode_json(text: str) -> Any:
     Raises:
         JsonProblem: not JSON, nested too deep, or with an integer that Python refuses to read.
     """
+    value = parse_json(text)
+    check_depth(value)
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """As `decode_json`, without a limit of the nesting besides Python's.
+
+    Raises:
+        JsonProblem: as `decode_json`.
+    """
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         line, message = f"line {error.lineno}, " if "\n" in text.strip() else "", error.msg.removesuffix(" at")
         raise JsonProblem(f"not JSON: {message} at {line}column {error.colno}") from error
@@ -30,23 +41,27 @@ def decode_json(text: str) -> Any:
         raise JsonProblem(_too_deep()) from error
     except ValueError as error:  # more digits than sys.get_int_max_str_digits
         raise JsonProblem("an integer has more than 4300 digits. Write it as text") from error
+
+
+def check_depth(value: Any) -> None:
+    """
+    Raises:
+        JsonProblem: lists and objects are nested too deep.
+    """
     if _is_deep(value):
         raise JsonProblem(_too_deep())
-    return value
 
 
 def first_bad_element(text: str) -> int | None:
-    """The index of the first element of a JSON list that cannot be decoded. None: the text is no list."""
+    """The index of the first element of a JSON list that cannot be parsed. None: the text is no list."""
     index, position = 0, _skip_blanks(text, 0)
     if text[position : position + 1] != "[":
         return None
     position = _skip_blanks(text, position + 1)
     while True:
         try:
-            value, position = _DECODER.raw_decode(text, position)
+            _, position = _DECODER.raw_decode(text, position)
         except (ValueError, RecursionError):
-            return index
-        if _is_deep(value):
             return index
         position = _skip_blanks(text, position)
         if text[position : position + 1] != ",":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 from collections import deque
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from ultrafuser.data.json_text import JsonProblem, decode_json, first_bad_element
+from ultrafuser.data.json_text import JsonProblem, check_depth, decode_json, first_bad_element, parse_json
 from ultrafuser.data.row_files import EXPECTED, file_type, find_files, is_saved_dataset, open_binary
 from ultrafuser.errors import DataError
 
@@ -114,7 +115,10 @@ def read_text(file: Path) -> str:
         DataError: not UTF-8.
     """
     with open_binary(file) as stream:
-        content = stream.read()
+        return _decoded(file, stream.read())
+
+
+def _decoded(file: Path, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -139,28 +143,34 @@ def _json_lines(file: Path, lines: Iterable[bytes]) -> Iterator[Record]:
 
 def _json(file: Path) -> Iterator[Record]:
     """A JSON list of records, one record, or JSON Lines under another name."""
-    text = read_text(file)
-    first_line, _, other_lines = text.strip().partition("\n")
-    if first_line.startswith("{") and other_lines and _is_json(first_line):
-        yield from _json_lines(file, (line.encode() for line in text.split("\n")))
+    with open_binary(file) as stream:
+        content = stream.read().removeprefix(codecs.BOM_UTF8)
+    first_line, _, other_lines = content.strip().partition(b"\n")
+    if first_line.startswith(b"{") and other_lines and _is_json(first_line):
+        yield from _json_lines(file, content.split(b"\n"))
         return
+    text = _decoded(file, content)
     try:
-        value = decode_json(text) if first_line else []
+        value = parse_json(text) if first_line else []
     except JsonProblem as error:
         index = first_bad_element(text)
         raise DataError(f"{file}{'' if index is None else f'[{index}]'}: {error}") from error
-    if isinstance(value, list):
-        yield from (Record(record, f"{file}[{index}]") for index, record in enumerate(value))
-    elif isinstance(value, dict):
-        yield Record(value, str(file))
-    else:
+    if not isinstance(value, list | dict):
         raise DataError(f"{file}: expected a JSON list of rows, got {type(value).__name__}")
+    records = [value] if isinstance(value, dict) else value
+    for index, record in enumerate(records):
+        location = str(file) if records is not value else f"{file}[{index}]"
+        try:
+            check_depth(record)
+            yield Record(record, location)
+        except JsonProblem as error:
+            yield Record(None, location, str(error))
 
 
-def _is_json(text: str) -> bool:
+def _is_json(line: bytes) -> bool:
     try:
-        decode_json(text)
-    except JsonProblem:
+        parse_json(line.decode())
+    except (UnicodeDecodeError, JsonProblem):
         return False
     return True
 
