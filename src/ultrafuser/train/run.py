@@ -57,7 +57,7 @@ def train(
         raise TrainingError(f"{output}: no run to resume there (no {RECIPE_FILE}). Start it without --resume")
     if resume and recipe.date is None:  # the templates must see the day of the run's start
         saved = typed_yaml.parse((output / RECIPE_FILE).read_text(encoding="utf-8"), str(output / RECIPE_FILE))
-        recipe = recipe.model_copy(update={"date": saved.get("date")})
+        recipe = recipe.model_copy(update={"date": saved.get("date") and str(saved["date"])})
     with run_lock(output):
         _check_output(output, recipe, resume)
         return _train(recipe, features, progress)
