@@ -102,6 +102,36 @@ def test_modules_to_save_load_as_peft_does(base, tmp_path, tokenizer, modules):
     torch.testing.assert_close(model(ids).logits, expected_model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+        ("LoHaConfig", {"target_modules": ["q_proj"], "r": 4}),
+        ("LoKrConfig", {"target_modules": ["q_proj"], "r": 4}),
+        ("OFTConfig", {"target_modules": ["q_proj"], "oft_block_size": 4}),
+        ("LNTuningConfig", {"target_modules": ["norm", "input_layernorm"]}),
+    ],
+)
+def test_other_kinds_of_adapters_equal_peft(kind, options, base, tmp_path, tokenizer):
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    ids = tokens(2, 6, high=len(tokenizer) - 1)
+    expected = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()(
+        ids
+    )
+    bare = AutoModelForCausalLM.from_pretrained(base)(ids).logits
+    assert (expected.logits - bare).abs().max() > 0.1, "the adapter changes something"
+    fused, _ = fuse(recipe(base, tmp_path / "adapter"))
+    torch.testing.assert_close(fused(ids).logits, expected.logits, atol=1e-3, rtol=1e-3)
+
+
 def test_trained_changes_of_a_resized_adapter_are_an_ordinary_checkpoint(base, tmp_path, tokenizer):
     train_adapter(base, tmp_path / "lora", tokenizer, added=3)
     model, read = fuse(recipe(base, tmp_path / "lora"))

@@ -170,6 +170,23 @@ def test_quantised_weights_are_not_trained_themselves(tmp_path):
     assert any(parameter.grad.abs().sum() > 0 for parameter in model.groups[0].adapter_parameters())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["torchao", "load_in_8bit", "load_in_4bit"])
+def test_the_quantization_field_quantises_a_plain_checkpoint(kind, tmp_path):
+    (tmp_path / "model").mkdir()
+    folder = save_quantized(kind, tmp_path / "model")
+    field = (
+        json.loads((folder / "config.json").read_text())["quantization_config"] if kind == "torchao" else {kind: True}
+    )
+    model = fuse_entries([entry("small", folder / "plain", quantization=field)], mixing="logits")
+    expected = fuse_entries([entry("small", folder)], mixing="logits")(IDS).logits
+    assert is_quantized(model.groups[0].model)
+    assert_close(model(IDS).logits, expected, kind)
+    model.save_pretrained(tmp_path / "fused")
+    reloaded = UltraFuserForCausalLM.from_pretrained(tmp_path / "fused")
+    assert is_quantized(reloaded.groups[0].model) and torch.equal(reloaded(IDS).logits, model(IDS).logits)
+
+
 # ---------------------------------------------------------------- packages that are missing
 
 PACKAGES = {
