@@ -117,4 +117,5 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
             "HF_HUB_DISABLE_IMPLICIT_TOKEN": True,
         }.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # which remembers its hub
         yield hub

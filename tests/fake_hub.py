@@ -102,7 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             fields = json.loads(body)
             name = "/".join(filter(None, (fields.get("organization"), fields["name"])))
-            self.hub.branches.setdefault((name, "main"), self.hub.commit(name, {}))
+            if (name, "main") not in self.hub.branches:
+                self.hub.commit(name, {})
             return self._json({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
         if path == "/api/validate-yaml":
             return self._json({"errors": [], "warnings": []})

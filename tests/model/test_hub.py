@@ -246,3 +246,51 @@ def test_a_hub_that_is_offline_serves_from_the_cache(hub, model_folder, tmp_path
     again, _ = fuse(specialist)
     assert again.config.specialists[0]["source"]["revision"] == commit
     assert torch.equal(logits(again), logits(model))
+
+
+# ---------------------------------------------------------------- pushing
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_push_to_hub_uploads_the_folders_of_specialists(hub, model_folder, tmp_path, tokenizer, caplog, copy):
+    specialists = [{"name": name, "model": str(model_folder(seed))} for seed, name in enumerate(("a", "b"))]
+    model, tokenizer = fuse(recipe(*specialists))
+    with torch.no_grad():
+        model.groups[0].model.model.norm.weight.mul_(1.5)
+    model.push_to_hub("acme/fused", copy=copy, max_shard_size="30KB", commit_message="first", tags=["test"])
+    tokenizer.push_to_hub("acme/fused")
+    names = hub.commits["acme/fused", hub.branches["acme/fused", "main"]]
+    assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= set(names)
+    assert "specialists/a/model.safetensors.index.json" in names, "max_shard_size is obeyed"
+    assert ("specialists/b/model.safetensors" in names) == copy
+    assert (f"only this machine has {model_folder(1)}. Push with copy=True" in caplog.text) == (not copy)
+    if copy:
+        shutil.rmtree(tmp_path / "model-0"), shutil.rmtree(tmp_path / "model-1")
+    loaded, _ = ultrafuser.load("acme/fused", device_map="cpu")
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.push_to_hub("acme/fused")  # again, now in one file
+    names = hub.commits["acme/fused", hub.branches["acme/fused", "main"]]
+    assert {name for name in names if name.startswith("specialists/a/") and "model" in name} == {
+        name for name in names if name.startswith("specialists/a/model-0")
+    } | {"specialists/a/model.safetensors.index.json"}, "unchanged specialists are uploaded as they are"
+
+
+def test_a_push_that_the_hub_refuses_is_one_line(hub, model_folder):
+    model, _ = fuse(recipe({"name": "a", "model": str(model_folder(0))}))
+    hub.branches["acme/private", "main"], hub.tokens["acme/private"] = hub.commit("acme/private", {}), "secret"
+    with pytest.raises(CheckpointError, match=r"acme/private: the hub did not take the model: "):
+        model.push_to_hub("acme/private")
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_max_shard_size_splits_the_weights_of_changed_specialists(model_folder, adapter_folder, tmp_path, adapter):
+    specialist = {"name": "a", "model": str(model_folder(0))} | ({"adapter": str(adapter_folder(1))} if adapter else {})
+    model, _ = fuse(recipe(specialist))
+    with torch.no_grad():
+        model.groups[0].model.model.norm.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "fused", max_shard_size="20KB")
+    shards = sorted((tmp_path / "fused" / "specialists" / "a").glob("*.safetensors"))
+    assert len(shards) > 2, "a tensor larger than that has a file of its own"
+    assert manifest(tmp_path / "fused")["specialists"][0]["files"]["model"].keys() == {file.name for file in shards}
+    loaded = UltraFuserForCausalLM.from_pretrained(tmp_path / "fused")
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=1e-4)

@@ -1,18 +1,24 @@
-"""Fetch models from the hub: each repository once, at one commit, with the caller's token and cache."""
+"""Fetch models from the hub, each repository once, at one commit, with the caller's token and cache. And push them."""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
+import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
+from transformers.utils.hub import create_and_tag_model_card
 
 from .errors import CheckpointError
 from .files import ADAPTER_FILE, CODE, INDEX_FILE, METADATA, WEIGHTS_FILE, read_index
+from .manifest import weight_sources
 
+logger = logging.getLogger(__name__)
 _OPTIONS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
 
 
@@ -103,6 +109,47 @@ class Access:
                 raise CheckpointError(f"{problem}: no such folder, and the hub did not give it: {reason}") from error
             self._folders[key] = Path(folder)
         return self._folders[key]
+
+
+def push_fused(
+    model: Any,
+    repo_id: str,
+    *,
+    copy: bool = False,
+    max_shard_size: int | str = "50GB",
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: list[str] | None = None,
+) -> Any:
+    """See `UltraFuserForCausalLM.push_to_hub`. Returns the commit."""
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, copy=copy, max_shard_size=max_shard_size)
+        facts = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        sources = [source for spec in facts["specialists"] for _, source in weight_sources(spec["source"])]
+        if local := sorted({source for source in sources if Path(source).is_absolute()}):
+            logger.warning(
+                "%s: only this machine has %s. Push with copy=True to upload them", repo_id, ", ".join(local)
+            )
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            create_and_tag_model_card(repo_id, tags, token=token).save(Path(folder) / "README.md")
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload UltraFuserForCausalLM",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                delete_patterns=["specialists/*", "bases/*", "tokenizers/*"],  # of an earlier push
+            )
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{repo_id}: the hub did not take the model: {reason}") from error
 
 
 def is_commit(revision: str | None) -> bool:

@@ -22,7 +22,7 @@ from .configuration_ultrafuser import UltraFuserConfig
 from .errors import CheckpointError, UltraFuserError
 from .gate import Gate, StaticGate
 from .generation import FusedGeneration
-from .hub import Access
+from .hub import Access, push_fused
 from .inputs import check_mask_length, refuse_keywords, select_inputs
 from .loss import label_log_prob, mixed_log_prob, select_responses
 from .saving import Origin, plain_model, save_fused
@@ -384,11 +384,24 @@ class UltraFuserForCausalLM(
             copy: also copy the specialists that did not change.
             left_out: a list. Specialists that cannot be written are added to it instead of ending the save, and the
                 checkpoint refers to their sources as they were.
+            max_shard_size: split the weights of specialists that training changed into files of this size at most.
 
         Raises:
             CheckpointError: the disk is full, or weights that several specialists share were changed.
         """
         save_fused(self, save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Save to a temporary folder and upload it, with the folders of its specialists.
+
+        Args:
+            copy, max_shard_size: see `save_pretrained`. Without `copy`, specialists at local paths stay on this machine.
+            commit_message, commit_description, private, token, revision, create_pr, tags: as in transformers.
+
+        Raises:
+            CheckpointError: the hub refuses.
+        """
+        return push_fused(self, repo_id, **kwargs)
 
 
 def _per_specialist(tensor: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:

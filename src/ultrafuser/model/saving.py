@@ -38,6 +38,7 @@ from .shared_base import SpecialistGroup
 
 GATE_FILE = "model.safetensors"
 TOKENIZERS = "tokenizers"
+MAX_SHARD_SIZE = "50GB"  # as in transformers
 CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "adapters", "saving", "references", "files", "hub",
         "shared_base", "gate", "generation", "inputs", "cache", "loss", "manifest", "fingerprint", "fitness", "quantized",
         "errors")  # fmt: skip
@@ -100,13 +101,14 @@ def save_fused(
     is_main_process: bool = True,
     push_to_hub: bool = False,
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     **kwargs: Any,
 ) -> None:
     """See `UltraFuserForCausalLM.save_pretrained`."""
     if not is_main_process:
         return
     if push_to_hub:
-        raise CheckpointError("save first, then call model.push_to_hub(repo_id), which uploads the folder")
+        raise CheckpointError("save first, then call model.push_to_hub(repo_id), which uploads the model")
     config: UltraFuserConfig = copying.deepcopy(model.config)
     state = None if state_dict is None else dict(state_dict)
     copied: dict[Path, str] = {}
@@ -117,9 +119,9 @@ def save_fused(
             group_state = state and {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             arguments = (group, specs, folder, group_state, model.origin, copied)
             if left_out is not None:
-                left_out += _write_some(*arguments, copy=copy)
+                left_out += _write_some(*arguments, copy=copy, max_shard_size=max_shard_size)
             elif is_changed(group):
-                _write_group(*arguments)
+                _write_group(*arguments, max_shard_size=max_shard_size)
             else:
                 _keep_group(specs, folder, model.origin, copy, copied)
         gate = model.gate.state_dict(prefix="gate.")
@@ -149,12 +151,13 @@ def _write_some(
     copied: dict[Path, str],
     *,
     copy: bool,
+    max_shard_size: int | str,
 ) -> list[str]:
     """Write as much of a group as can be written, and refer to the rest as it was. Returns the parts left out."""
     names, initial, initially_copied = ", ".join(group.names), copying.deepcopy(specs), dict(copied)
     for keep_base in (False, True) if is_changed(group) else ():
         try:
-            _write_group(group, specs, folder, state, old, copied, keep_base=keep_base)
+            _write_group(group, specs, folder, state, old, copied, keep_base=keep_base, max_shard_size=max_shard_size)
             return [f"the changed base of {names}"] if keep_base else []
         except WRITE_ERRORS:
             for spec, unchanged in zip(specs, initial, strict=True):
@@ -184,6 +187,7 @@ def _write_group(
     old: Origin,
     copied: dict[Path, str],
     keep_base: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """Write the specialists of a group that training changed. `old`, `copied`: see `_keep`.
 
@@ -207,9 +211,10 @@ def _write_group(
         )
     spec, specialist_folder = specs[0], folder / "specialists" / specs[0]["name"]
     if group.loras:
-        plain_model(group, {0: 1.0}).save_pretrained(specialist_folder)
+        plain_model(group, {0: 1.0}).save_pretrained(specialist_folder, max_shard_size=max_shard_size)
     else:
-        group.model.save_pretrained(specialist_folder, state_dict=None if state is None else dict(state))
+        weights = None if state is None else dict(state)
+        group.model.save_pretrained(specialist_folder, state_dict=weights, max_shard_size=max_shard_size)
     spec["source"] = {"model": f"specialists/{spec['name']}"}
     spec["files"] = {"model": record_files(specialist_folder)}
     spec["config"] = group.model.config.to_dict()
