@@ -346,7 +346,8 @@ def load_node(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(typed_yaml.MAX_CHARS + 1)  # of a device, the end would never come
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file, expected a YAML recipe") from None
     except UnicodeDecodeError as error:

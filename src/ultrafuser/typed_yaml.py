@@ -92,8 +92,24 @@ def _expanded(node: type[Node], value: Any) -> Any:
 # --- YAML text <-> dict, list, None and Scalar.
 
 
+MAX_CHARS = 250_000  # of a file. PyYAML may read only 40,000 per second
+MAX_VALUES = 100_000  # with all aliases. Nine levels of ten aliases each would make a billion
+MAX_DEPTH = 50
+_TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
+
+
 class _Loader(yaml.SafeLoader):
     """Reads plain scalars as YAML 1.2 does: only true and false are booleans, and 2e-5 is a number."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=self.get_mark())
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -120,11 +136,13 @@ def parse(text: str, source: str, folder: Path | None = None) -> Any:
     """The YAML text as dict, list, None and `Scalar`.
 
     Raises:
-        RecipeError: the text is not YAML, or has tags, repeated keys or keys that are not text.
+        RecipeError: the text is not YAML, has tags, repeated keys or keys that are not text, or is too large or too deep.
     """
+    if len(text) > MAX_CHARS:
+        raise RecipeError(f"{source}: more than {MAX_CHARS:,} characters, which no recipe has. Give another file")
     try:
         node = yaml.compose(text, _Loader)
-        return None if node is None else _build(node, folder, ())
+        return None if node is None else _Builder(folder).build(node, ())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -133,30 +151,46 @@ def parse(text: str, source: str, folder: Path | None = None) -> Any:
         raise RecipeError(f"{source}: {position}not valid YAML: {problem}") from None
 
 
-def _build(node: yaml.Node, folder: Path | None, above: tuple[yaml.Node, ...]) -> Any:
-    if node in above:
-        raise _refusal(node, "an alias inside its own anchor")
-    if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
-        return [_build(item, folder, (*above, node)) for item in node.value]
-    if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+class _Builder:
+    """Makes values of nodes, and counts them."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.count = 0
+
+    def build(self, node: yaml.Node, above: tuple[yaml.Node, ...]) -> Any:
+        """The value of a node inside of others."""
+        self.count += 1
+        if node in above:
+            raise _refusal(node, "an alias inside its own anchor")
+        if len(above) >= MAX_DEPTH:
+            raise _refusal(node, _TOO_DEEP)
+        if self.count > MAX_VALUES:
+            raise _refusal(node, f"more than {MAX_VALUES:,} values, each alias counted as what it stands for")
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            return [self.build(item, (*above, node)) for item in node.value]
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+            return self._mapping(node, (*above, node))
+        if node.tag == _TAG + "null":
+            return None
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS:
+            raise _refusal(node, f"the tag {_got(node.tag)} is not supported")
+        scalar = Scalar(node.value)
+        try:
+            scalar.as_yaml_value, scalar.folder = _SCALARS[node.tag](node.value), self.folder
+        except ValueError:
+            raise _refusal(node, f"{_got(node.value)} is not a number") from None
+        return scalar
+
+    def _mapping(self, node: yaml.MappingNode, above: tuple[yaml.Node, ...]) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise _refusal(key, "a key must be text. Put quotes around text that holds braces or brackets")
             if key.value in mapping:
-                raise _refusal(key, f"the key {key.value!r} is given twice")
-            mapping[key.value] = _build(value, folder, (*above, node))
+                raise _refusal(key, f"the key {_got(key.value)} is given twice")
+            mapping[key.value] = self.build(value, above)
         return mapping
-    if node.tag == _TAG + "null":
-        return None
-    if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS:
-        raise _refusal(node, f"the tag {node.tag!r} is not supported")
-    scalar = Scalar(node.value)
-    try:
-        scalar.as_yaml_value, scalar.folder = _SCALARS[node.tag](node.value), folder
-    except ValueError:
-        raise _refusal(node, f"{_got(node.value)} is not a number") from None
-    return scalar
 
 
 def _refusal(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
