@@ -10,7 +10,7 @@ from ultrafuser.display.page import Html, page, render, text_file
 from ultrafuser.display.palette import colour, rgb
 from ultrafuser.inspect.trace import TokenTrace, mean_weights, on_one_line, printable
 
-_CODE_LIKE = re.compile(r"```|^(?:    |\t)\s*\S", re.MULTILINE)  # a fence, or an indented line
+_CODE_LIKE = re.compile(r"```|^(?:    |\t)[^\S\n]*\S", re.MULTILINE)  # a fence, or an indented line
 
 
 def trace_html(trace: TokenTrace, *, style: bool = True) -> str:

@@ -49,6 +49,8 @@ def stated_letter(answer: str, num_options: int) -> str | None:
     if correct := re.findall(rf"(?i:option|choice) \(?([A{rest}])\)? is (?:the )?(?i:correct|right|best)", text):
         return correct[-1]
     # 4.
-    single = re.findall(rf"^[\W_]*([A{rest}])(?:[\W_]*$|[).:]\W*\s)|\(([A{rest}])\)", text, re.MULTILINE)
+    single = re.findall(
+        rf"^[\W_]{{0,20}}([A{rest}])(?:[\W_]{{0,20}}$|[).:]\W{{0,20}}\s)|\(([A{rest}])\)", text, re.MULTILINE
+    )
     letters = {on_line or in_parentheses for on_line, in_parentheses in single}
     return letters.pop() if len(letters) == 1 else None

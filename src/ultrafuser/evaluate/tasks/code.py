@@ -19,6 +19,7 @@ from ultrafuser.data.answer_text import PYTHON_NAMES, after_thinking, code_block
 from ultrafuser.errors import SandboxError
 
 SAMPLING_TEMPERATURE = 0.8
+MAX_PARSED_CHARS = 1_000_000  # in all attempts to find the end of code
 _OPENING = re.compile(r"^(?:import |from \w[\w.]* import |def |async def |class |@\w)", re.M)
 
 
@@ -139,9 +140,17 @@ def _bare_code(text: str) -> str | None:
     if not (start := _OPENING.search(text)):
         return None
     lines = text[start.start() :].rstrip().split("\n")
-    for end in range(len(lines), 0, -1):
-        if (code := "\n".join(lines[:end])) and _parse(code):
+    end, chars = len(lines), 0
+    while end > 0 and chars < MAX_PARSED_CHARS:
+        code = "\n".join(lines[:end])
+        chars += len(code)
+        try:
+            ast.parse(code)
             return code.rstrip()
+        except SyntaxError as error:  # no text with that line parses
+            end = min(end, error.lineno or end) - 1
+        except (ValueError, RecursionError, MemoryError):
+            end -= 1
     return "\n".join(lines)
 
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 
 from ultrafuser.data.answer_text import after_thinking
 from ultrafuser.evaluate.tasks.number_spellings import join_digits, join_indian_digits, latex_powers, without_currency
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-z])\s*")
-_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$(.+?)(?<!\\)\$", re.DOTALL)
+# Each opening mark of a formula, with its closing mark. "$$" without another one is "$" before a formula with a dollar.
+_OPENING = re.compile(r"\$\$|\\\[|\\\(|(?<!\\)\$")
+_CLOSING = {
+    opening: re.compile(closing)
+    for opening, closing in {"$$": r"\$\$", "\\[": r"\\\]", "\\(": r"\\\)", "$": r"(?<!\\)\$"}.items()
+}
+_BRACE = re.compile(r"(?<!\\)[{}]")
+_MARKS = re.compile(r"[\s:*_]*")
+MAX_CUES = 100  # the last ones
+MAX_CUE_CHARS = 2000
 # In all of these, a minus after a digit, a letter or a bracket is an operator, and digits after "^" are an exponent.
 _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"  # 1,319 or 18.5
 _EXPONENT = r"\^\{-?\d+\}"
@@ -66,9 +76,13 @@ def expression(answer: str) -> str | None:
 
 def boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...} that is closed and not empty."""
+    closing = _closing_braces(text)
     for start in [match.end() for match in _BOX.finditer(text)][::-1]:
-        content = _braced(text, start) if text[start : start + 1] == "{" else text[start : start + 1]
-        if content and content.strip():
+        is_braced = text[start : start + 1] == "{"
+        if is_braced and start not in closing:
+            continue
+        content = text[start + 1 : closing[start]] if is_braced else text[start : start + 1]
+        if content.strip():
             return content.strip()
     return None
 
@@ -76,30 +90,47 @@ def boxed(text: str) -> str | None:
 def after_cues(text: str, words: str) -> list[str]:
     """The text after each "answer is", "answer:" or "answer =", from the last to the first.
 
-    It is the rest of the line, or the next line that has text.
+    It is the rest of the line, or the next line that has text. Each is read up to `MAX_CUE_CHARS` characters.
 
     Args:
         words: a regular expression for "answer" and its synonyms.
     """
+    cues = re.finditer(rf"(?i:{words})\b[^.\n]{{0,60}}?(?:\b(?:is|are)\b|[:=])", text)
     texts = []
-    for cue in re.finditer(rf"(?i:{words})\b[^.\n]{{0,60}}?(?:\b(?:is|are)\b|[:=])", text):
-        lines = (re.sub(r"^[\s:*_]+", "", line).strip() for line in text[cue.end() :].split("\n"))
-        texts.append(next((line for line in lines if line), ""))
+    for cue in deque(cues, MAX_CUES):
+        start = _MARKS.match(text, cue.end()).end()  # type: ignore[union-attr]  # it matches everywhere
+        texts.append(text[start : start + MAX_CUE_CHARS].split("\n", 1)[0].strip())
     return [text for text in reversed(texts) if text]
 
 
 def formulas(text: str) -> list[str]:
     """The text between dollars, \\( \\) or \\[ \\]."""
-    return [next(group for group in match.groups() if group).strip() for match in _MATH.finditer(text)]
+    results, position = [], 0
+    unclosed: set[str] = set()  # marks that no later mark closes, so that each is looked for once
+    while opening := _OPENING.search(text, position):
+        begin = opening.start()
+        position = begin + 1
+        is_escaped = text[max(begin - 1, 0) : begin] == "\\"
+        for mark in ("$$", "$") if opening[0] == "$$" and not is_escaped else (opening[0],):
+            start = begin + len(mark)
+            closing = None if mark in unclosed else _CLOSING[mark].search(text, start + 1)
+            if closing is not None:
+                results.append(text[start : closing.start()].strip())
+                position = closing.end()
+                break
+            unclosed.add(mark)
+    return results
 
 
-def _braced(text: str, start: int) -> str | None:
-    depth = 0
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0) if text[end - 1] != "\\" else 0
-        if depth == 0:
-            return text[start + 1 : end]
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """The position of the closing brace for each opening one that is closed."""
+    closing, opened = {}, []
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            closing[opened.pop()] = brace.start()
+    return closing
 
 
 def _plain(text: str) -> str:

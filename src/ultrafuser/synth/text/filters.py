@@ -36,7 +36,7 @@ _PIPELINE = re.compile(
     # control tokens of chat templates
     r"|<\|(?:im_start|im_end|system|endoftext|begin_of_text|start_header_id|eot_id)\|>|\[/?INST\]|<</?SYS>>"
     # a line that opens a system message
-    r"|^\s*(?:system|### ?system|### ?instruction)\s*:"
+    r"|^[^\S\n]*(?:system|### ?system|### ?instruction)\s*:"
     # the lines around quoted text in our prompts
     r"|^=== (?:end of )?.{0,60}\b[0-9a-f]{8}\s*$"
     # words of our prompts
@@ -69,7 +69,9 @@ _NEEDS_ATTACHMENT = re.compile(
 # Answers that quote our prompt for answers.
 _QUOTES_PROMPT = re.compile(r"\blines that carry a mark\b|\bfirst-class assistant\b", re.M)
 # Formulas, inline code and addresses, which have no language.
-_FORMULA = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|(?<!\\)\$[^$\n]+\$|`[^`\n]+`|https?://\S+", re.S)
+_FORMULA = re.compile(
+    r"\$\$.{1,1000}?\$\$|\\\[.{1,1000}?\\\]|\\\(.{1,1000}?\\\)|(?<!\\)\$[^$\n]+\$|`[^`\n]+`|https?://\S+", re.S
+)
 
 
 def check_name(text: str) -> str | None:
@@ -138,7 +140,7 @@ def is_other_language(text: str, filters: FiltersRecipe) -> bool:
     """Whether the prose of a text, without code and formulas, is in another language than the recipe's."""
     if filters.language is None:
         return False
-    prose = _FORMULA.sub(" ", without_code(text))[:4000]
+    prose = _FORMULA.sub(" ", without_code(text)[:20_000])[:4000]
     letters = sum(character.isalpha() for character in prose)
     if letters < MIN_LETTERS and prose.isascii():  # too short. Other scripts are recognised sooner.
         return False

@@ -75,10 +75,21 @@ def _any_json(text: str) -> list[Any]:
 
 
 def _json_items(text: str) -> list[Any]:
+    """A list in JSON, or the objects that stand one after another."""
+    items: list[Any] = []
+    while True:
+        further, text = _next_items(text)
+        items += further
+        if not text.startswith("{"):
+            return items
+
+
+def _next_items(text: str) -> tuple[list[Any], str]:
+    """The items of the first JSON value, and the text after it if further objects may follow."""
     # 1. Start at the first bracket.
     start = re.search(r"[\[{]", text)
     if start is None:
-        return []
+        return [], ""
     text = text[start.start() :]
     # 2. Decode the text, or the text without trailing commas. If neither is valid, take its complete items.
     for candidate in (text, repaired := _TRAILING_COMMA.sub(r"\1", text)):
@@ -89,15 +100,14 @@ def _json_items(text: str) -> list[Any]:
         text = candidate
         break
     else:
-        return _complete_items(repaired)
+        return _complete_items(repaired), ""
     # 3. An object either contains the list, or is the first item of one object per line.
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
         if len(lists) == 1 and not any(key in value for key in _NAME_KEYS):
-            return lists[0]
-        rest = text[end:].lstrip(", \t\r\n")
-        return [value, *(_json_items(rest) if rest.startswith("{") else [])]
-    return value if isinstance(value, list) else []
+            return lists[0], ""
+        return [value], text[end:].lstrip(", \t\r\n")
+    return value if isinstance(value, list) else [], ""
 
 
 def _complete_items(text: str) -> list[Any]:
