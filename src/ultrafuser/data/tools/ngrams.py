@@ -24,7 +24,7 @@ def _patterns(letter: str, mark: str, symbol: str, unspaced: str = "") -> tuple[
     sign = (
         rf"[{symbol}]|[*/%#&′()\[\]]|(?<!-)-(?!-)"  # operators, currencies, emoji, brackets; a double hyphen is a dash
         rf"|!(?==)|(?<={number}|{letter_alone}|[)\]])!"  # !=, 5!, n!, (n + 1)!
-        rf"|(?<={letter_alone}'*)'(?='*\()"  # f'(x)
+        rf"|(?<={letter_alone}'{{0,3}})'(?='{{0,3}}\()"  # f'(x)
     )
     return regex.compile(word, regex.V1), regex.compile(f"{word}|{sign}", regex.V1)
 

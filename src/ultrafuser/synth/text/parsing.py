@@ -17,8 +17,9 @@ MAX_NAME_WORDS = 14
 
 _ITEM_LINE = re.compile(r"\s{0,8}(?:\(?\d{1,3}[.):]|\(?[a-z]\)|[-*•–·])\s+(\S.*)")
 _NUMBERED_LINE = re.compile(r"\s{0,8}\(?\d{1,3}[.):]\s")
-_SURROUNDING_MARKS = re.compile(r"^[\"'“”‘’«»`*_]+|[\"'“”‘’«»`*_]+$")
-_NAME_END = re.compile(r"\s*(?::|\s[-–—]\s|\|)\s*")
+_SURROUNDING_MARKS = "\"'“”‘’«»`*_"
+_NAME_END = re.compile(r"(?::|\s[-–—]\s|\|)\s*")
+_BETWEEN_OBJECTS = re.compile(r"[, \t\r\n]*")
 _TRAILING_COMMA = re.compile(r",(\s*[\]}])")
 _LABEL = re.compile(
     r"^\W*(?:rewritten|new|more complex|improved)?\s*(?:instruction|version|prompt|task)\W{0,3}:[*_\s]*", re.I
@@ -75,39 +76,33 @@ def _any_json(text: str) -> list[Any]:
 
 
 def _json_items(text: str) -> list[Any]:
-    """A list in JSON, or the objects that stand one after another."""
-    items: list[Any] = []
-    while True:
-        further, text = _next_items(text)
-        items += further
-        if not text.startswith("{"):
-            return items
-
-
-def _next_items(text: str) -> tuple[list[Any], str]:
-    """The items of the first JSON value, and the text after it if further objects may follow."""
     # 1. Start at the first bracket.
     start = re.search(r"[\[{]", text)
     if start is None:
-        return [], ""
-    text = text[start.start() :]
-    # 2. Decode the text, or the text without trailing commas. If neither is valid, take its complete items.
-    for candidate in (text, repaired := _TRAILING_COMMA.sub(r"\1", text)):
+        return []
+    text, position, is_repaired = text[start.start() :], 0, False
+    decoder = json.JSONDecoder(strict=False)
+    items: list[Any] = []
+    while True:
+        # 2. Decode the text, or the text without trailing commas. If neither is valid, take its complete items.
         try:
-            value, end = json.JSONDecoder(strict=False).raw_decode(candidate)
+            value, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
+            text, position = text[position:], 0
+            if is_repaired:
+                return items + _complete_items(text)
+            text, is_repaired = _TRAILING_COMMA.sub(r"\1", text), True
             continue
-        text = candidate
-        break
-    else:
-        return _complete_items(repaired), ""
-    # 3. An object either contains the list, or is the first item of one object per line.
-    if isinstance(value, dict):
+        if not isinstance(value, dict):
+            return items + value
+        # 3. An object either contains the list, or is one of several, one after another.
         lists = [item for item in value.values() if isinstance(item, list)]
         if len(lists) == 1 and not any(key in value for key in _NAME_KEYS):
-            return lists[0], ""
-        return [value], text[end:].lstrip(", \t\r\n")
-    return value if isinstance(value, list) else [], ""
+            return items + lists[0]
+        items.append(value)
+        position = _BETWEEN_OBJECTS.match(text, end).end()  # type: ignore[union-attr]  # it matches everywhere
+        if not text.startswith("{", position):
+            return items
 
 
 def _complete_items(text: str) -> list[Any]:
@@ -282,7 +277,7 @@ def _not_empty_or_giant(text: str) -> str:
 
 
 def _bare(text: str) -> str:
-    return _SURROUNDING_MARKS.sub("", _printable(text).strip()).strip()
+    return _printable(text).strip().strip(_SURROUNDING_MARKS).strip()
 
 
 def _printable(text: str) -> str:
