@@ -47,7 +47,7 @@ def write_plain_checkpoints(
         identity = _identity(model, name, template)
         if _read_identity(checkpoint) != identity:
             plain = plain_model(model.groups[0], {}) if name is None else model.specialist(name)
-            plain_tokenizer = copy.deepcopy(tokenizer)
+            plain_tokenizer = copy.deepcopy(model.specialist_tokenizers.get(name or "", tokenizer))
             if template is not None:
                 plain_tokenizer.chat_template = template
             with atomic_directory(checkpoint) as draft:
