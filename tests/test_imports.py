@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "report": {"errors", "display", "inspect"},
     "datamap": _CORE | {"display", "inspect"},
     "evaluate": _CORE | {"endpoint", "sandbox", "train"},
-    "compare": _CORE | {"endpoint", "evaluate", "inspect", "report", "train"},
+    "compare": _CORE | {"endpoint", "evaluate", "inspect", "printing", "report", "train"},
     "synth": _CORE | {"endpoint", "evaluate", "sandbox"},
     "demo": _CORE | {"compare", "evaluate", "inspect", "report", "train"},
     "zoo": set(),

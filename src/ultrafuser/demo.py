@@ -110,15 +110,15 @@ def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[Comparis
 
 
 def _run_demo(recipe: Recipe, output: Path, clock: Clock, progress: Progress) -> tuple[Comparison, list[TokenTrace]]:
-    with clock.phase("load"):
+    with clock.phase("load"), progress.waiting("loading the specialists"):
         model, tokenizer = fuse(recipe)
         renderer = make_renderer(model, tokenizer, recipe.data.max_length)
     test_rows = read_sources(recipe.data.validation, renderer, progress, "test")
     losses, weights = _train_and_measure(model, renderer, test_rows, recipe, clock, progress)
-    with clock.phase("save"):
+    with clock.phase("save"), progress.waiting("writing the fused folder"):
         save_fused_folder(model, tokenizer, recipe, output)
     with clock.phase("three answers"):
-        traces = _answers(model, renderer)
+        traces = _answers(model, renderer, progress)
     shutil.rmtree(output / "features")
     names = model.config.names
     systems = _systems(losses, test_rows, names)
@@ -135,7 +135,7 @@ def _run_demo(recipe: Recipe, output: Path, clock: Clock, progress: Progress) ->
         config=_config(recipe, clock),
     )
     write_json(output / "results.json", comparison.model_dump(mode="json"))
-    with disk_errors(output / "report.html"):
+    with disk_errors(output / "report.html"), progress.waiting("writing the report"):
         write_report(comparison, output, traces=traces)
     return comparison, traces
 
@@ -195,9 +195,9 @@ def _alternatives(model: UltraFuserForCausalLM, rows: list[Rendered], progress: 
     return {"base": base, "weight_average": average}
 
 
-def _answers(model: UltraFuserForCausalLM, renderer: Renderer) -> list[TokenTrace]:
+def _answers(model: UltraFuserForCausalLM, renderer: Renderer, progress: Progress) -> list[TokenTrace]:
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS.values()]
-    answers = answer(model, renderer, chats, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    answers = answer(model, renderer, chats, progress=progress, max_new_tokens=ANSWER_TOKENS, do_sample=False)
     return [
         trace_tokens(model, renderer, chat, ids, domain=domain, title=domain)
         for domain, chat, ids in zip(PROMPTS, chats, answers, strict=True)

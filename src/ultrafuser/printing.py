@@ -37,6 +37,11 @@ def echo_answer(text: str, end: str = "\n") -> None:
         sys.stdout.flush()
 
 
+def echo_error(text: str) -> None:
+    """Print one line on stderr, without passwords."""
+    sys.stderr.write(printable(hide_logins(text)) + "\n")
+
+
 class PlainConsole(Console):
     """rich's console for text of any origin: brackets are no markup, and control characters are escaped."""
 

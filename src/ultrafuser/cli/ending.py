@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import typer
 
 from ultrafuser.errors import DiskError, UltraFuserError
+from ultrafuser.printing import echo_error
 
 Command = TypeVar("Command", bound=Callable[..., None])
 AGAIN = "Run the same command again"
@@ -33,7 +33,7 @@ def how_to_go_on(next_step: str | Callable[..., str], *, resumes: bool = True) -
             try:
                 command(**arguments)
             except KeyboardInterrupt:
-                sys.stderr.write(f"\nultrafuser: interrupted. {line()}\n")
+                echo_error(f"\nultrafuser: interrupted. {line()}")
                 raise typer.Exit(130) from None
             except DiskError as error:
                 if not resumes or "--resume" in error.next_step:

@@ -69,8 +69,10 @@ def fuse_command(
         raise RecipeError(f"{recipe}: it starts from the fused folder {typed.fused}, but `fuse` needs specialists")
     check_folder(output)
     quiet_libraries()
-    model, tokenizer = fuse(typed)
-    with disk_errors(output):
+    progress = ConsoleProgress()
+    with progress.waiting("loading the specialists"):
+        model, tokenizer = fuse(typed)
+    with progress.waiting(f"writing {output}"), disk_errors(output):
         write_fused_folder(model, tokenizer, typed, output, title=output.name, copy=copy)
     _print_info(describe(output), as_json)
 
@@ -179,7 +181,9 @@ def info_command(
     from ultrafuser.info import describe
 
     quiet_libraries()
-    _print_info(describe(folder, verify=verify), as_json)
+    with ConsoleProgress().waiting("checking the files" if verify else "reading the folder"):
+        facts = describe(folder, verify=verify)
+    _print_info(facts, as_json)
 
 
 def _print_info(facts: CheckpointInfo, as_json: bool) -> None:

@@ -175,7 +175,8 @@ def inspect_command(
         check_target(target, force=True)
     reader = row_reader(on_bad_row)
     rows = load_rows(str(file), domain=domain, limit=limit, reader=reader) if file else []
-    report_reading(reader, ConsoleProgress())
+    progress = ConsoleProgress()
+    report_reading(reader, progress)
     chats = [_chat(text, system) for text in prompt or []]
     model, renderer = _load(folder, dtype, device, seed, trust_remote_code)
     from ultrafuser.inspect.run import answer, trace_rows, trace_tokens
@@ -183,9 +184,11 @@ def inspect_command(
     if response is not None:
         answers = [renderer.tokenizer.encode(response, add_special_tokens=False)]
     else:
-        answers = answer(model, renderer, chats, **_sampling(max_new_tokens, temperature, top_p)) if chats else []
-    traces = [trace_tokens(model, renderer, c, ids) for c, ids in zip(chats, answers, strict=True) if ids]
-    traces += trace_rows(model, renderer, rows) if file else []
+        options = _sampling(max_new_tokens, temperature, top_p)
+        answers = answer(model, renderer, chats, progress=progress, **options) if chats else []
+    with progress.waiting("reading the answers"):
+        traces = [trace_tokens(model, renderer, c, ids) for c, ids in zip(chats, answers, strict=True) if ids]
+        traces += trace_rows(model, renderer, rows) if file else []
     if not traces:
         raise DataError(
             "there is no answer to inspect: the model generated none, or no row of the file fits its context"
@@ -214,7 +217,8 @@ def _load(folder: str, dtype: str, device: str, seed: int, trust_remote_code: bo
 
     check_choice("--dtype", dtype, DTYPES)
     set_seed(seed)
-    return load(folder, dtype=dtype, device_map=pick_device(device), trust_remote_code=trust_remote_code)
+    with ConsoleProgress().waiting(f"loading {folder}"):
+        return load(folder, dtype=dtype, device_map=pick_device(device), trust_remote_code=trust_remote_code)
 
 
 def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:

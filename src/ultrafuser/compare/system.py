@@ -38,6 +38,7 @@ from ultrafuser.evaluate.losses import by_domain, by_stratum
 from ultrafuser.evaluate.options import EvalOptions
 from ultrafuser.evaluate.run import score_benchmarks
 from ultrafuser.evaluate.tasks import TASKS, TaskOptions
+from ultrafuser.printing import echo_error
 from ultrafuser.progress import ConsoleProgress, Progress, quiet_libraries
 from ultrafuser.report.data import Speed
 from ultrafuser.train.metrics import read_metrics
@@ -172,7 +173,7 @@ def main(arguments: list[str]) -> int:
         try:
             write_json(error_file, message)
         except DiskError:  # the disk is full, and this error probably says so
-            sys.stderr.write(f"{name}: {message}\n")
+            echo_error(f"{name}: {message}")
         if isinstance(error, UltraFuserError) or disk_problem(error):
             return 2
         raise

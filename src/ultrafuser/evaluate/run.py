@@ -132,7 +132,8 @@ def _measure_source(
 ) -> ModelResults:
     """Load a model and measure it. It is released on return, before the next one is loaded."""
     start = time.monotonic()
-    loaded = load_model(source, options.load_options, name=name, seed=options.seed)
+    with progress.waiting(f"loading {name}"):
+        loaded = load_model(source, options.load_options, name=name, seed=options.seed)
     results = measure(loaded, options, rows, folder, progress)
     seconds = round(time.monotonic() - start, 1)
     return {**results, "source": hide_logins(source), "seed": options.seed, "limit": options.limit, "seconds": seconds}

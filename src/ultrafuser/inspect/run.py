@@ -7,30 +7,51 @@ from itertools import takewhile
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ultrafuser.data.collate import collate_rows, prompt_inputs
 from ultrafuser.data.schema import Row
 from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.progress import Progress
 
 
 def answer(
     model: UltraFuserForCausalLM,
     renderer: Renderer,
     conversations: Sequence[Sequence[Mapping[str, str]]],
+    *,
+    progress: Progress | None = None,
     **options: Any,
 ) -> list[list[int]]:
     """Generate the next answer of each conversation, as token ids without padding and end-of-sequence.
 
     Args:
+        progress: counts the new tokens of the batch.
         options: of `generate`, e.g. `max_new_tokens`, `do_sample`, `temperature`, `streamer`.
     """
     inputs = prompt_inputs(renderer, conversations, model.device)
+    if progress is not None:
+        progress.start(f"tokens of {len(conversations)} answers", options["max_new_tokens"])
+        options["stopping_criteria"] = StoppingCriteriaList([_StepCounter(progress)])
     out = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    if progress is not None:
+        progress.finish()
     end_ids = model.generation_config.eos_token_id
     ends = end_ids if isinstance(end_ids, (list, tuple)) else [end_ids]
     return [list(takewhile(lambda token: token not in ends, ids)) for ids in out.tolist()]
+
+
+class _StepCounter(StoppingCriteria):
+    """Reports each step of `generate`, and stops nothing."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.progress.advance()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @torch.no_grad()

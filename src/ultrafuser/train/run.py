@@ -85,11 +85,13 @@ def run_lock(output: Path) -> Iterator[None]:
 def _train(recipe: Recipe, features: Path | None, progress: Progress) -> Path:
     output = Path(recipe.output)
     if recipe.fused is None:
-        model, tokenizer = fuse(recipe)
+        with progress.waiting("loading the specialists"):
+            model, tokenizer = fuse(recipe)
         recipe = recipe.model_copy(update={"date": recipe.date or model.config.date})  # recorded for a resumed run
     else:
         options = {"dtype": recipe.dtype, "trust_remote_code": recipe.trusted_code}
-        model, renderer = load(recipe.fused, device_map=pick_device(recipe.device), **options)
+        with progress.waiting(f"loading {recipe.fused}"):
+            model, renderer = load(recipe.fused, device_map=pick_device(recipe.device), **options)
         tokenizer = renderer.tokenizer
     renderer = make_renderer(model, tokenizer, recipe.data.max_length)
     reader = RowReader(recipe.data.on_bad_row)
@@ -103,7 +105,8 @@ def _train(recipe: Recipe, features: Path | None, progress: Progress) -> Path:
     for index, stage in enumerate(recipe.stages, 1):
         stage_folder = output / f"{index}-{stage.name}"
         run_stage(StageRun(model, stage, recipe, rows, validation, stage_folder, features, progress))
-    folder = save_fused_folder(model, tokenizer, recipe, output)
+    with progress.waiting("writing the fused folder"):
+        folder = save_fused_folder(model, tokenizer, recipe, output)
     if PartialState().is_main_process:
         shutil.rmtree(output / "features", ignore_errors=True)  # large, and quickly recomputed
     return folder
