@@ -237,6 +237,22 @@ def test_new_adapters_are_peft_folders(save, tmp_path, kind):
     torch.testing.assert_close(logits(alone), logits(model.specialist("a")), rtol=1e-4, atol=1e-4)
 
 
+def test_new_adapters_on_a_specialist_inside_the_checkpoint(full, tmp_path):
+    """Stage 2 on all weights, then with LoRA: the adapter must not lie beside its base, or it is added twice."""
+    train(full, full.groups[0].parameters())
+    full.save_pretrained(tmp_path / "first")
+    model = load(tmp_path / "first")
+    model.groups[0].new_adapters(r=2, alpha=4, dropout=0.0, target_modules="all-linear")
+    train(model, model.groups[0].adapter_parameters())
+    for target in (tmp_path / "second", tmp_path / "third"):
+        model.save_pretrained(target)
+        source = manifest(target)["specialists"][0]["source"]
+        assert source["model"] == "bases/text" and source["adapter"] == "specialists/text"
+        same(load(target), model)
+        model = load(target)
+        train(model, model.groups[0].adapter_parameters())
+
+
 def test_adapter_and_base_both_changed(save, tmp_path):
     """An adapter alone on its base, all of it trained: the specialist becomes a merged checkpoint."""
     model = fuse_entries([entry("a", save("base"), save_adapter(tiny(), tmp_path / "lora"))])

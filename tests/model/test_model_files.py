@@ -20,6 +20,8 @@ from ultrafuser.info import describe
 from ultrafuser.model.files import INDEX_FILE
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.saving import atomic_directory
+from ultrafuser.recipe import load_recipe
+from ultrafuser.specialists import fuse
 
 IDS = tokens(2, 7)
 
@@ -322,11 +324,30 @@ def test_a_link_in_the_target_is_replaced_and_not_followed(full, tmp_path):
     assert torch.equal(logits(load(target)), logits(full))
 
 
+@pytest.mark.parametrize("name", ["../../../hooks", "/tmp/x", "a/b", ".."])
+def test_a_chat_template_cannot_name_a_file_elsewhere(tmp_path, tokenizer, name):
+    """Saving a tokenizer writes each of its named templates to a file."""
+    folder = tmp_path / "a"
+    tiny(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    templates = [{"name": "default", "template": "x"}, {"name": name, "template": "x"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": templates}))
+    recipe = load_recipe({"specialists": [{"name": "a", "model": str(folder)}], "device": "cpu"})
+    with pytest.raises(
+        CheckpointError, match=f"specialist 'a': the tokenizer in .* names a chat template '{name}'. Expected"
+    ):
+        fuse(recipe)
+
+
 # ---------------------------------------------------------------- drafts of killed processes
 
 KILLED = """
 import os, sys
 from ultrafuser.model.saving import atomic_directory
+from ultrafuser.recipe import load_recipe
+from ultrafuser.specialists import fuse
 from pathlib import Path
 with atomic_directory(Path(sys.argv[1])) as draft, atomic_directory(draft) as inner:
     (inner / "weights").write_text("x")

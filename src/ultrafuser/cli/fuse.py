@@ -216,7 +216,8 @@ def _print_info(facts: CheckpointInfo, as_json: bool) -> None:
     gate, folder = _size(facts["gate_size_bytes"] or 0), _size(facts["size_bytes"])
     echo(f"gate {gate}, folder {folder}, referenced weights {_size(facts['referenced_size_bytes'])}")
     if facts["verified"]:
-        echo("all checksums match")
+        on_hub = any(s[key]["status"] == "on the hub" for s in facts["specialists"] for key in WEIGHTS if key in s)
+        echo("all checksums match" + (", hub models are pinned to commits" if on_hub else ""))
 
 
 def _size(size_bytes: int) -> str:

@@ -125,11 +125,18 @@ def load_tokenizer(path: Path, options: Mapping[str, Any], specialist: str) -> P
         CheckpointError: there is none, or it needs code that may not run.
     """
     try:
-        return AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except LOAD_ERRORS as error:
         if "trust_remote_code" in str(error):
             raise needs_code(f"the tokenizer in {path}", specialist) from error
         raise CheckpointError(f"specialist {specialist!r}: no tokenizer in {path}: {reason(error)}") from error
+    names = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if invalid := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*", name)]:  # saving makes files of them
+        raise CheckpointError(
+            f"specialist {specialist!r}: the tokenizer in {path} names a chat template {invalid[0]!r}. Expected letters, digits, "
+            "'_', '-' or '.', because it names a file"
+        )
+    return tokenizer
 
 
 def read_manifest(folder: Path) -> UltraFuserConfig:

@@ -199,9 +199,9 @@ def _write_group(
     if group.loras and (keep_base or not base_changed):
         for i, spec in enumerate(specs):
             specialist_folder = folder / "specialists" / spec["name"]
+            spec["source"] |= {"adapter": f"specialists/{spec['name']}", "adapter_revision": None}
             _keep(spec, "model", folder, old, False, copied)
             write_adapter(group, i, spec["source"]["model"], specialist_folder, state)
-            spec["source"] |= {"adapter": f"specialists/{spec['name']}", "adapter_revision": None}
             spec["files"] = (spec.get("files") or {}) | {"adapter": record_files(specialist_folder)}
         return
     if group.size > 1:
@@ -275,7 +275,9 @@ def _keep(
         path = access.model(path, revision, name, gguf_file) if is_model else access.adapter(path, revision, name)
     if path not in copied:
         shelf = "bases" if key == "model" and source.get("adapter") else "specialists"
-        copied[path] = inside or f"{shelf}/{name}" + (f"/{path.name}" if path.is_file() else "")
+        copied[path] = f"{shelf}/{name}" + (f"/{path.name}" if path.is_file() else "")
+        if inside is not None and not (shelf == "bases" and inside == f"specialists/{name}"):
+            copied[path] = inside  # but not beside an adapter, which transformers would add to the model
         target = folder / copied[path]
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
