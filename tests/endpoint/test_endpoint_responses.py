@@ -151,3 +151,16 @@ def test_retry_after():
     later = datetime.now(timezone.utc) + timedelta(seconds=30)
     assert 28 < retry_after_s({"retry-after": format_datetime(later, usegmt=True)}) <= 30
     assert retry_after_s({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
+
+
+@pytest.mark.parametrize(
+    "error", [["first words", "w"], {"error": {"message": "inner words"}}, {"reason": "other words"}, {"errors": [{"msg": "list words"}]}]
+)  # fmt: skip
+@pytest.mark.parametrize("status", [200, 400, 422, 500])
+def test_words_in_an_unusual_shape_are_shown_too(error, status):
+
+    from ultrafuser.endpoint.errors import read_error, read_failure
+
+    tree = {"error": error}
+    failure = read_error(tree) if status == 200 else read_failure(status, json.dumps(tree).encode())
+    assert "words" in str(failure) and "no words" not in str(failure)

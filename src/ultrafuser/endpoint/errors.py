@@ -110,7 +110,7 @@ def read_failure(status: int, body: bytes, headers: Mapping[str, str] | None = N
 
 def read_error(tree: dict[str, Any]) -> Failure:
     """The failure that an error in a response of status 200 stands for. Its code may be a status."""
-    message, code = _words(tree, "")
+    message, code = _words(tree, json.dumps(tree.get("error") or tree, ensure_ascii=False))
     status = int(code) if re.fullmatch("[45][0-9]{2}", code) else None
     kind = _kind(status or 400, code, message)
     if status is None and kind == "refused":
