@@ -55,4 +55,4 @@ class PlainConsole(Console):
 
 def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A hook for errors that nobody expected: the usual traceback, without passwords and control characters."""
-    sys.stderr.write(printable(hide_logins("".join(traceback.format_exception(kind, error, trace)))))
+    echo_error("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"))

@@ -17,7 +17,7 @@ from ultrafuser.cli.fuse import demo_command, fuse_command, info_command, train_
 from ultrafuser.cli.generate import chat_command, generate_command, inspect_command
 from ultrafuser.cli.synth import synth_app
 from ultrafuser.errors import UltraFuserError
-from ultrafuser.printing import echo, printable, show_traceback
+from ultrafuser.printing import echo, echo_error, show_traceback
 
 app = typer.Typer(
     name="ultrafuser",
@@ -40,7 +40,7 @@ def main() -> None:
         if os.environ.get("ULTRAFUSER_DEBUG"):
             raise
         message = " ".join(str(error).split())  # messages of other libraries may have several lines
-        sys.stderr.write(f"ultrafuser: error: {printable(message)}\n")
+        echo_error(f"ultrafuser: error: {message}")
         sys.exit(2)
     except Exception:
         sys.excepthook = show_traceback

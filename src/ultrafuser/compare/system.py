@@ -38,7 +38,7 @@ from ultrafuser.evaluate.losses import by_domain, by_stratum
 from ultrafuser.evaluate.options import EvalOptions
 from ultrafuser.evaluate.run import score_benchmarks
 from ultrafuser.evaluate.tasks import TASKS, TaskOptions
-from ultrafuser.printing import echo_error
+from ultrafuser.printing import echo_error, show_traceback
 from ultrafuser.progress import ConsoleProgress, Progress, quiet_libraries
 from ultrafuser.report.data import Speed
 from ultrafuser.train.metrics import read_metrics
@@ -218,4 +218,5 @@ def start(folder: Path, name: str, step: Step, module: str = __name__) -> str | 
 
 
 if __name__ == "__main__":
+    sys.excepthook = show_traceback
     sys.exit(main(sys.argv[1:]))
