@@ -38,7 +38,7 @@ def echo_answer(text: str, end: str = "\n") -> None:
 
 
 def echo_error(text: str) -> None:
-    """Print one line on stderr, without passwords."""
+    """Print text on stderr, without passwords."""
     sys.stderr.write(printable(hide_logins(text)) + "\n")
 
 
