@@ -22,7 +22,7 @@ from rich.console import Console
 
 from ultrafuser.data.sources import load_rows
 from ultrafuser.data.tools.decontaminate import ContaminationIndex, decontaminate
-from ultrafuser.data.tools.ngrams import words
+from ultrafuser.data.tools.ngrams import signed_words, words
 from ultrafuser.data.tools.texts import read_texts
 
 ZOO = "package:ultrafuser/zoo/data/{}.train.jsonl"
@@ -57,7 +57,7 @@ def make(folder: Path, rows: int, against: str | None, seed: int) -> tuple[Path,
         file.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
         tests = str(file)
     # Clean rows may hold shorter runs by chance, so plant runs of 20 words.
-    long = [text_words for text in read_texts(tests) if len(text_words := words(text.text)) >= 20]
+    long = [text_words for text in read_texts(tests) if len(text_words := signed_words(text.text)) >= 20]
     path, planted = folder / "rows.jsonl", set()
     with path.open("w", encoding="utf-8") as stream:
         for index in range(rows):
@@ -65,7 +65,8 @@ def make(folder: Path, rows: int, against: str | None, seed: int) -> tuple[Path,
             if index % 1000 == 7:
                 run = rng.choice(long)
                 start = rng.randrange(len(run) - 19)
-                answer = f"{answer} {' -- '.join(run[start : start + 20]).upper()}"
+                leak = " -- ".join(f"{signs} {word}" for signs, word in run[start : start + 20])
+                answer = f"{answer}\n\n{leak.upper()}"
                 planted.add(str(index))
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             row = {"id": str(index), "domain": ("text", "code", "math")[index % 3], "messages": turns}

@@ -164,10 +164,12 @@ class ContaminationIndex:
                     tokens = tuple(word_and_sign_tokens(content))
                     row_shared |= {index: tokens for index in self._messages.get(tokens, ())}
             batch_words.append(("", ""))  # not a word, so no run goes on into the next row
-        ids, bare_ids = (
-            np.fromiter(map(self._ids.get, texts, repeat(0)), np.int64, len(batch_words))
-            for texts in ([signs + word for signs, word in batch_words], [word for _, word in batch_words])
-        )
+        texts = [signs + word for signs, word in batch_words]
+        ids = np.fromiter(map(self._ids.get, texts, repeat(0)), np.int64, len(texts))
+        bare_ids = ids.copy()
+        for position, (signs, word) in enumerate(batch_words):
+            if signs:
+                bare_ids[position] = self._ids.get(word, 0)
         for table in self._tables:
             windows, positions = self._hits(table, ids, bare_ids)
             # the row of each hit, and the test text of each hit
