@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,6 +123,17 @@ def test_blanks_that_only_one_template_writes_belong_to_its_prompt(tokenizer):
             assert list(sequence[: len(ids)]) == ids, "the history is read as in training"
 
 
+def test_indented_answers_are_supervised_whole(tokenizer):
+    """Line break, blanks and indentation may be one token in some templates."""
+    indented = row([USER, {**ANSWER, "content": "    return a + b"}])
+    for names in itertools.product(BUILTIN, repeat=2):
+        renderer = Renderer(tokenizer, [BUILTIN[name] for name in names])
+        rendered = renderer.render(indented)
+        assert labels(tokenizer, rendered).strip("\n ") == "return a + b<|im_end|>", names
+        for ids in rendered.input_ids:
+            assert "    return a + b" in tokenizer.decode(list(ids))
+
+
 # ---------------------------------------------------------------- thoughts and history
 
 
@@ -179,6 +191,24 @@ def test_an_answer_of_weight_0_is_read_but_not_supervised(tagged, monkeypatch):
 
 
 # ---------------------------------------------------------------- variables, system turns, the clock
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_built_in_templates_write_tool_turns_as_no_answer(tokenizer, name):
+    chat = [USER, {**ANSWER, "content": "add(1, 2)"}, {"role": "tool", "content": "3"}, ANSWER]
+    rendered = Renderer(tokenizer, [BUILTIN[name]]).render(row(chat))
+    assert labels(tokenizer, rendered).replace(" ", "") == "add(1,2)<|im_end|>thelazydog.<|im_end|>"
+    assert "3" in tokenizer.decode(list(rendered.input_ids[0]))
+
+
+def test_refused_rows_can_be_skipped(tagged):
+    renderer = Renderer(tagged, [ChatFormat(tagged, NO_SYSTEM, name="math")])
+    bad_rows: list[dict[str, str]] = []
+    rendered, stats = renderer.render_all([row(), row([SYSTEM, *MANY])], bad_rows)
+    assert len(rendered) == stats.rows == 1
+    assert bad_rows[0]["where"] == "row 'r7'" and "refuses the conversation: no system turn" in bad_rows[0]["problem"]
+    with pytest.raises(DataError, match="none of 1 rows can be read. The first: row 'r7': specialist 'math'"):
+        renderer.render_all([row([SYSTEM, *MANY])], [])
 
 
 def test_variables_reach_the_template(tagged):

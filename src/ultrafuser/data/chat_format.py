@@ -24,21 +24,21 @@ BUILTIN = {
     ),
     "plain": (
         "{{ bos_token or '' }}{% for m in messages %}"
-        "{% if m.role == 'system' %}{{ m.content }}\n{% elif m.role == 'user' %}User: {{ m.content }}\n"
-        "{% else %}Assistant: {{ m.content }}{{ eos_token or '' }}\n{% endif %}{% endfor %}"
+        "{% if m.role == 'system' %}{{ m.content }}\n{% elif m.role == 'assistant' %}"
+        "Assistant: {{ m.content }}{{ eos_token or '' }}\n{% else %}{{ m.role|capitalize }}: {{ m.content }}\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}Assistant:{% endif %}"
     ),
     "inst": (
         "{% set ns = namespace(system='') %}{% for m in messages %}"
         "{% if m.role == 'system' %}{% set ns.system = '<<SYS>>\n' + m.content + '\n<</SYS>>\n\n' %}"
-        "{% elif m.role == 'user' %}{{ bos_token or '' }}[INST] {{ ns.system + m.content }} [/INST]"
-        "{% set ns.system = '' %}{% else %}{{ ' ' + m.content }}{{ eos_token or '' }}{% endif %}{% endfor %}"
+        "{% elif m.role == 'assistant' %}{{ ' ' + m.content }}{{ eos_token or '' }}{% else %}{{ bos_token or '' }}[INST] "
+        "{{ ns.system + m.content }} [/INST]{% set ns.system = '' %}{% endif %}{% endfor %}"
     ),
     "alpaca": (
         "{{ bos_token or '' }}{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}"
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "{% endif %}{{ '\n\n' }}{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n"
-        "{% elif m.role == 'assistant' %}### Response:\n{{ m.content }}{{ eos_token or '' }}\n\n{% endif %}{% endfor %}"
+        "{% elif m.role == 'tool' %}### Input:\n{{ m.content }}\n\n{% elif m.role == 'assistant' %}### Response:\n{{ m.content }}{{ eos_token or '' }}\n\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}### Response:\n{% endif %}"
     ),
 }

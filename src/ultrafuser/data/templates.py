@@ -238,8 +238,13 @@ class Renderer:
             truncated=len(labels) - num_labels,
         )
 
-    def render_all(self, rows: Sequence[Row]) -> tuple[list[Rendered], RenderStats]:
+    def render_all(
+        self, rows: Sequence[Row], bad_rows: list[dict[str, str]] | None = None
+    ) -> tuple[list[Rendered], RenderStats]:
         """Every row that fits, and counts of the rest. The first rows of each domain are checked (`check`).
+
+        Args:
+            bad_rows: collects the rows that a template refuses. None: such a row is an error.
 
         Raises:
             DataError: no row fits, or a row differs from what its template writes.
@@ -247,7 +252,13 @@ class Renderer:
         stats, results = RenderStats(), []
         seen: Counter[str] = Counter()
         for row in rows:
-            rendered = self.render(row, stats)
+            try:
+                rendered = self.render(row, stats)
+            except DataError as error:
+                if bad_rows is None:
+                    raise
+                bad_rows.append({"where": f"row {row.id!r}", "problem": str(error)})
+                continue
             if rendered is None:
                 continue
             if seen[row.domain] < _CHECKED_ROWS:
@@ -258,6 +269,8 @@ class Renderer:
             stats.truncated_tokens += rendered.truncated
             results.append(rendered)
         if rows and not results:
+            if bad_rows:
+                raise DataError(f"none of {len(rows)} rows can be read. The first: {bad_rows[-1]['problem']}")
             if stats.unsupervised_rows == len(rows):
                 raise DataError(f"none of {len(rows)} rows has a supervised answer: {stats}")
             raise DataError(f"none of {len(rows)} rows fits into max_length={self.max_length} tokens. Raise it")
@@ -335,6 +348,10 @@ class Renderer:
         for reading, span in zip(readings, spans, strict=True):
             body = _tokens_within(reading, span)
             if size and body and all(map(self._is_common, body)):
+                return Aligned(body + end, body, spans)
+        for reading in readings if size else ():  # in every reading a token reaches over an edge
+            body, _ = reading.format.encode(texts[0][-size:])
+            if body and all(map(self._is_common, body)):
                 return Aligned(body + end, body, spans)
         return Aligned([], None, [])
 

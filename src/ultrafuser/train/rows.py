@@ -44,8 +44,8 @@ def read_sources(
     reader = reader or RowReader()
     read = RowReader(reader.on_bad_row)  # the notes are about these sources
     rows = [row for source in sources for row in load_source(source, read)]
+    rendered, stats = renderer.render_all(rows, read.bad_rows if read.on_bad_row == "skip" else None)
     reader.bad_rows += read.bad_rows
-    rendered, stats = renderer.render_all(rows)
     counts = {domain: sum(row.domain == domain for row in rendered) for domain in sorted({r.domain for r in rows})}
     for domain, count in counts.items():
         if count == 0:
