@@ -119,7 +119,7 @@ def files(tiny_run: TinyRun, folder: Path, tmp_path_factory: pytest.TempPathFact
     """Good and bad files, by the names that the cases below use."""
     directory = tmp_path_factory.mktemp("bad")
     recipe = directory / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(tiny_run.fields(directory / "run", [GATE])))
+    recipe.write_text(yaml.safe_dump(tiny_run.fields(directory / "new" / "run", [GATE])))
     from_fused = directory / "from-fused.yaml"
     from_fused.write_text(f"fused: {folder}\n")
     unknown_key = directory / "unknown-key.yaml"
@@ -199,7 +199,14 @@ def test_bad_input_gives_exit_code_2_and_one_clear_line(run, files, case):
     assert result.out == ""
     assert result.err.startswith("ultrafuser: error: ") and result.err.count("\n") == 1, result.err
     assert message.format(**files) in result.err
-    assert not (files["directory"] / "run").exists() and not Path("fused").exists()
+    assert not (files["directory"] / "new").exists() and not Path("fused").exists()
+
+
+def test_an_evaluation_that_is_refused_leaves_no_folder(run, files, tmp_path):
+    for model, device in (files["folder"], "warp"), (files["nowhere"], "cpu"):
+        words = ["eval", model, "--data", files["good_rows"], "--device", device, "--output", tmp_path / "new" / "eval"]
+        assert run(*words).code == 2
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from ultrafuser.data.files import (
     disk_errors,
     disk_problem,
     make_folder,
+    run_folder,
     write_json,
 )
 from ultrafuser.data.schema import Row
@@ -90,6 +91,20 @@ def test_several_files_appear_together_or_not_at_all(tmp_path):
             draft.write_text("new")
         assert not any(target.exists() for target in targets)
     assert sorted(tmp_path.iterdir()) == targets
+
+
+def test_a_run_that_wrote_nothing_leaves_no_folders(tmp_path):
+    old = tmp_path / "old"
+    old.mkdir()
+    for folder in old, old / "new" / "run", tmp_path / "new" / "run":
+        with pytest.raises(ValueError, match="refused"), run_folder(folder):
+            assert folder.is_dir()
+            raise ValueError("refused")
+    assert [*tmp_path.rglob("*")] == [old]
+    with pytest.raises(ValueError, match="refused"), run_folder(old / "new" / "run"):
+        (old / "new" / "file").touch()
+        raise ValueError("refused")
+    assert [*old.rglob("*")] == [old / "new", old / "new" / "file"]
 
 
 def test_drafts_of_dead_processes_are_removed_and_those_of_living_ones_stay(dead_pid, tmp_path):

@@ -13,7 +13,7 @@ from ultrafuser.compare.recipe import CompareRecipe, dump_compare_recipe
 from ultrafuser.compare.results import ORACLE, Measurement, SystemResult, compare_systems
 from ultrafuser.compare.system import RECIPE, Built, eval_options, read_built, read_measured
 from ultrafuser.compare.systems import SystemRecipe
-from ultrafuser.data.files import disk_errors, make_folder, write_json, write_text
+from ultrafuser.data.files import disk_errors, run_folder, write_json, write_text
 from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.endpoint.client import Endpoint
 from ultrafuser.endpoint.recipe import logins_for_children
@@ -44,9 +44,8 @@ def compare(recipe: CompareRecipe, progress: Progress | None = None) -> Comparis
 
     progress = progress or Progress()
     folder = Path(recipe.output)
-    make_folder(folder)
-    _check(recipe)
-    with exclusive_lock(folder, "comparison"):
+    with run_folder(folder), exclusive_lock(folder, "comparison"):
+        _check(recipe)
         write_text(folder / RECIPE, dump_compare_recipe(recipe))
         with logins_for_children([recipe.judge] if recipe.judge is not None else []):
             errors = _run_systems(recipe, folder, progress)

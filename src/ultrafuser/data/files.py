@@ -111,6 +111,23 @@ def make_folder(folder: Path) -> None:
     remove_stale_drafts(folder)
 
 
+@contextmanager
+def run_folder(folder: Path) -> Iterator[None]:
+    """As `make_folder`. A run that wrote nothing into it leaves neither it nor the folders that were made above it.
+
+    Raises:
+        DataError: as `make_folder`.
+    """
+    new_folders = [path for path in (folder, *folder.parents) if not _exists(path)]
+    make_folder(folder)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for path in new_folders:
+                path.rmdir()  # fails if it holds a file
+
+
 def _check_kind(target: Path, force: bool) -> None:
     if _exists(target) and target.is_dir():
         raise DataError(f"{target}: is a folder, expected a file name")

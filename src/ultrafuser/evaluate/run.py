@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from ultrafuser.data.files import check_folder, make_folder, write_json, write_text
+from ultrafuser.data.files import check_folder, run_folder, write_json, write_text
 from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import RowReader, load_rows
@@ -59,10 +59,9 @@ def evaluate_models(
     check_benchmarks(options)
     for note in reader.notes():
         progress.log(note)
-    make_folder(output)
-    for name in sources:
-        check_folder(output / name)
-    with exclusive_lock(output, "evaluation"):
+    with run_folder(output), exclusive_lock(output, "evaluation"):
+        for name in sources:
+            check_folder(output / name)
         reader.write_bad_rows(output / "bad_rows.jsonl")
         results = EvalResults(created=time.strftime("%Y-%m-%d"), models=read_models(output / "results.json"))
         for name, source in sources.items():

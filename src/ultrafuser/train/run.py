@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ultrafuser import typed_yaml
-from ultrafuser.data.files import disk_errors, disk_problem, make_folder, next_step, write_text
+from ultrafuser.data.files import disk_errors, disk_problem, next_step, run_folder, write_text
 from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.data.sources import RowReader
 from ultrafuser.errors import DiskError, RecipeError, TrainingError
@@ -73,13 +73,8 @@ def run_lock(output: Path) -> Iterator[None]:
     if not PartialState().is_main_process:
         yield
         return
-    make_folder(output)
-    try:
-        with exclusive_lock(output, "training run", "train.lock"):
-            yield
-    finally:
-        with suppress(OSError):
-            output.rmdir()  # it is empty if the run failed before there was something to resume
+    with run_folder(output), exclusive_lock(output, "training run", "train.lock"):
+        yield
 
 
 def _train(recipe: Recipe, features: Path | None, progress: Progress) -> Path:
