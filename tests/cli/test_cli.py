@@ -176,6 +176,11 @@ BAD = {
     "unknown dtype": ("generate {folder} -p hi --dtype int3", "--dtype 'int3': expected one of auto, float32"),
     "unknown device": ("generate {folder} -p hi --device warp", "device 'warp' cannot be used here"),
     "prompt too long": ("generate {folder} -p " + "fox" * 400, "do not fit into its context of 192"),
+    "prompt that is not UTF-8": ("generate {folder} -p a\udcff", "prompt 'a\\udcff': not UTF-8, or half of a character"),
+    "system that is not UTF-8": ("generate {folder} -p a --system b\udcff", "--system 'b\\udcff': not UTF-8"),
+    "half a character to inspect": ("inspect {folder} -p a\ud83d", "prompt 'a\\ud83d': not UTF-8, or half of"),
+    "response that is not UTF-8": ("inspect {folder} -p a --response b\udcff", "--response 'b\\udcff': not UTF-8"),
+    "chat that is not UTF-8": ("chat {folder} --system b\udcff", "--system 'b\\udcff': not UTF-8"),
     "chat with nothing": ("chat {nowhere}", "no such folder"),
     "inspect nothing": ("inspect {folder}", "inspect needs either --prompt or --file"),
     "inspect both": ("inspect {folder} -p hi --file {good_rows}", "inspect needs either --prompt or --file"),
@@ -372,6 +377,19 @@ def test_a_chat_reads_only_what_is_new(run, folder, monkeypatch):
 
 def test_a_chat_ends_with_its_input(run, folder):
     assert run("chat", folder, "--max-new-tokens", "2", stdin="hi\n").code == 0
+
+
+def test_a_chat_survives_a_message_that_is_not_utf8(run, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi \xff\nhi\n/weights\n"), "utf-8"))
+    result = run("chat", folder, "--max-new-tokens", "2")
+    assert result.code == 0 and "a message holds a lone surrogate, half of a character. Remove it" in result.out
+    assert "no answer yet" not in result.out
+
+
+def test_standard_input_that_is_not_utf8_is_refused(run, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\xff\n"), "utf-8"))
+    result = run("generate", folder)
+    assert result.code == 2 and "prompt 'hi\\udcff': not UTF-8" in result.err and result.err.count("\n") == 1
 
 
 def test_a_chat_survives_a_message_that_does_not_fit(run, folder):

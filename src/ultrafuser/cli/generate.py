@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,6 +98,7 @@ def chat_command(
 
     Commands in the chat: /reset starts a new chat, /weights colours the last answer by specialist, /exit ends the program.
     """
+    _check_characters({"--system": system})
     model, renderer = _load(folder, dtype, device, seed, trust_remote_code)
     from transformers import TextStreamer
 
@@ -167,6 +169,7 @@ def inspect_command(
         raise DataError("inspect needs either --prompt or --file")
     if response is not None and (not prompt or len(prompt) > 1):
         raise DataError("--response needs exactly one --prompt")
+    _check_characters({"--response": response})
     from ultrafuser.data.files import check_target
     from ultrafuser.data.sources import load_rows
     from ultrafuser.inspect.trace import mean_weights_by_domain
@@ -226,7 +229,17 @@ def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str
     return options | ({"temperature": temperature, "top_p": top_p} if temperature > 0 else {})
 
 
+def _check_characters(texts: Mapping[str, str | None]) -> None:
+    """Check texts of the user before a model is loaded."""
+    from ultrafuser.data.json_text import has_lone_surrogate
+
+    for name, text in texts.items():
+        if text and has_lone_surrogate(text):
+            raise DataError(f"{name} {text!a:.80}: not UTF-8, or half of a character. Remove it")
+
+
 def _chat(text: str, system: str | None) -> list[dict[str, str]]:
+    _check_characters({"prompt": text, "--system": system})
     opening = [{"role": "system", "content": system}] if system else []
     return [*opening, {"role": "user", "content": text}]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -31,6 +32,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run a command. An error that the user can fix is one line and exit code 2. Any other error is a traceback."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the commands name text that is not UTF-8
     try:
         try:
             app()

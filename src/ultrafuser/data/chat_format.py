@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ultrafuser.data.json_text import LONE_SURROGATE, has_lone_surrogate
 from ultrafuser.errors import DataError
 
 # Our own Jinja of the layouts in the paper's table 12, and of ChatML without a default system message.
@@ -252,7 +253,13 @@ class ChatFormat:
         return messages
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokens of a text and the characters of each. Special tokens are those that the text writes."""
+        """Tokens of a text and the characters of each. Special tokens are those that the text writes.
+
+        Raises:
+            DataError: the text has a lone surrogate.
+        """
+        if has_lone_surrogate(text):
+            raise DataError(f"a message {LONE_SURROGATE}. Remove it")
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoding["input_ids"], encoding["offset_mapping"]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from ultrafuser.errors import DataError
 
 _MAX_DEPTH = 100  # of lists and objects. Rows of real data sets have less than ten levels
 _DECODER = json.JSONDecoder()
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+LONE_SURROGATE = "holds a lone surrogate, half of a character"
 
 
 class JsonProblem(DataError):
@@ -50,6 +53,15 @@ def check_depth(value: Any) -> None:
     """
     if _is_deep(value):
         raise JsonProblem(_too_deep())
+
+
+def has_lone_surrogate(value: Any) -> bool:
+    """Whether a text in a JSON value has half of a character, which no file of ours and no tokenizer can hold.
+
+    Python also makes lone surrogates of bytes on the command line that are not UTF-8.
+    """
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return not text.isascii() and _LONE_SURROGATE.search(text) is not None
 
 
 def first_bad_element(text: str) -> int | None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ultrafuser.data.json_text import LONE_SURROGATE, has_lone_surrogate
 from ultrafuser.data.layouts import Conversation, as_text, is_missing, read_conversation
 from ultrafuser.errors import DataError
 
 _TEXT_COLUMNS = ("source", "licence", "topic", "subtopic")
 _CODE_COLUMNS = ("tests", "check")
-_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -151,15 +149,8 @@ def _code(raw: Mapping[str, Any], column: str, problems: list[str]) -> str:
 
 def _check_characters(talk: Conversation, columns: Mapping[str, str], problems: list[str]) -> None:
     """Find lone surrogates, which no file of ours and no tokenizer can hold."""
-    texts = dict(columns)
+    texts: dict[str, Any] = dict(columns)
     for index, turn in enumerate(talk.turns):
         texts[f"message {index}"] = turn.content
-        texts |= {
-            f"message {index}, {key}": json.dumps(value, ensure_ascii=False, default=str)
-            for key, value in turn.extras.items()
-        }
-    problems += [
-        f"{name}: holds a lone surrogate, half of a character"
-        for name, text in texts.items()
-        if not text.isascii() and _LONE_SURROGATE.search(text)
-    ]
+        texts |= {f"message {index}, {key}": value for key, value in turn.extras.items()}
+    problems += [f"{name}: {LONE_SURROGATE}" for name, text in texts.items() if has_lone_surrogate(text)]

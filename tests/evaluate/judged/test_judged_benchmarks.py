@@ -312,6 +312,8 @@ def write(folder: Path, questions: str, references: str = "") -> Path:
     ('{"question_id": 1, "category": "math", "turns": ["one"]}', "", ":1: 'turns' is .*'one'.*expected 2 texts"),
     ('{"question_id": 1, "turns": ["one", "two"]}', "", ":1: 'category' is NoneType, expected text"),
     ('{"category": "math", "turns": ["one", "two"]}', "", ":1: got .*expected an object with 'question_id'"),
+    (r'{"question_id": 1, "category": "x", "turns": ["\ud83d", "b"]}', "", ":1: holds a lone surrogate, half of a char"),
+    ("", "", "mt_bench_questions.jsonl: no rows"),
     ("3", "", ":1: got 3, expected an object"), ("{", "", ":1: not JSON"),
     ("", '{"question_id": 1, "choices": []}', ":1: no .*expected question_id and choices"),
 ])  # fmt: skip
@@ -321,8 +323,9 @@ def test_malformed_mt_bench_files(tmp_path, questions, references, message):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("[", "not JSON"), ("{}", "expected a JSON list of rows, got dict"), ("", "not JSON"),
+    ("[", "not JSON"), ("3", "expected a JSON list of rows, got int"), ("", "no rows"), ("{}", "'instruction' is NoneType"),
     ('[{"instruction": "i"}]', r"\[0\]: 'output' is NoneType, expected text"),
+    (r'[{"instruction": "\ud83d", "output": "b"}]', r"\[0\]: holds a lone surrogate, half of a character"),
     ("[3]", r"\[0\]: 'instruction' is NoneType"),
 ])  # fmt: skip
 def test_malformed_alpaca_files(tmp_path, text, message):

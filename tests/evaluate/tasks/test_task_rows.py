@@ -169,6 +169,9 @@ def test_a_line_that_is_not_json_is_named_with_its_number(folder, task):
         ("gsm8k", {"answer": "eighteen"}, "column 'answer': expected a solution that ends with '#### NUMBER'"),
         ("gsm8k", {"question": 5}, "column 'question': expected text, got int"),
         ("gsm8k", {"question": "  "}, "column 'question': expected text, got nothing"),
+        ("gsm8k", {"question": "what \ud83d ?"}, "holds a lone surrogate, half of a character"),
+        ("truthfulqa", {"mc2_targets": {"Y\udc00": 1}}, "holds a lone surrogate"),
+        ("mbpp", {"test_list": ["assert f('\ud83d')"]}, "holds a lone surrogate"),
         ("math", {"problem": ...}, "no column 'problem'. It has 'solution', 'answer', 'subject', 'level'"),
         ("aqua", {"options": []}, "column 'options': expected a list of texts, at least one"),
         (

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ultrafuser.errors import DataError
 from ultrafuser.evaluate.judged.judge import Judge, Judgement, pair_question
 from ultrafuser.evaluate.judged.result import JudgedResult, Sample, judged_result, mean
 from ultrafuser.evaluate.judged.rows import hub_records, local_records, text_of
@@ -50,13 +51,15 @@ def load_rows(data_dir: str | Path | None = None) -> list[AlpacaRow]:
     """The 805 rows, from `alpaca_eval.json` in a folder, or else from the hub.
 
     Raises:
-        DataError: a missing file, or a row without its texts.
+        DataError: a missing file, no rows, or a row without its texts.
     """
     records = hub_records("json", "train", data_files=HUB_FILE) if data_dir is None else local_records(data_dir, FILE)
     rows = []
     for i, (record, location) in enumerate(records):
         instruction, reference = (text_of(record, key, location) for key in ("instruction", "output"))
         rows.append(AlpacaRow(str(i), str(record.get("dataset") or ""), instruction, reference))
+    if not rows:
+        raise DataError(f"{FILE if data_dir is None else Path(data_dir) / FILE}: no rows")
     return rows
 
 

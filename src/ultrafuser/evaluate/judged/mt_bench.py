@@ -49,7 +49,7 @@ def load_rows(data_dir: str | Path | None = None) -> list[MTBenchRow]:
     """The 80 rows, from the two files of FastChat's layout in a folder, or else from the hub.
 
     Raises:
-        DataError: a missing file, or a malformed row.
+        DataError: a missing file, no rows, or a malformed row.
     """
     if data_dir is None:
         return [_row(record, "prompt_id", "prompt", location) for record, location in hub_records(HUB, "train")]
@@ -60,7 +60,10 @@ def load_rows(data_dir: str | Path | None = None) -> list[MTBenchRow]:
         except (KeyError, IndexError, TypeError) as error:
             raise DataError(f"{location}: no {error}, expected question_id and choices[0].turns") from error
     records = local_records(data_dir, QUESTIONS)
-    return [_row(record, "question_id", "turns", location, references) for record, location in records]
+    rows = [_row(record, "question_id", "turns", location, references) for record, location in records]
+    if not rows:
+        raise DataError(f"{Path(data_dir) / QUESTIONS}: no rows")
+    return rows
 
 
 def _row(

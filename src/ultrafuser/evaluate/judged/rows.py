@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ultrafuser.data.json_text import LONE_SURROGATE, has_lone_surrogate
 from ultrafuser.data.records import read_file
 from ultrafuser.errors import DataError
 
@@ -18,7 +19,10 @@ def local_records(data_dir: str | Path, name: str) -> Iterator[tuple[Any, str]]:
     """
     path = Path(data_dir) / name
     try:
-        yield from read_file(path)
+        for record, location in read_file(path):
+            if has_lone_surrogate(record):
+                raise DataError(f"{location}: {LONE_SURROGATE}. Fix the row")
+            yield record, location
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); expected {name} in the folder given by --data-dir, {data_dir}. "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ultrafuser.data.json_text import LONE_SURROGATE, has_lone_surrogate
 from ultrafuser.data.records import read_records
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.tasks import TASKS, TaskInfo
@@ -67,6 +68,8 @@ class _Record:
         self._location = f"{location}: task {task!r}"
         if not isinstance(raw, Mapping):
             raise DataError(f"{self._location}: expected a JSON object, got {type(raw).__name__}")
+        if has_lone_surrogate(raw):
+            raise self.fail(f"{LONE_SURROGATE}. Fix the row")
         self.raw = raw
 
     def fail(self, problem: str) -> DataError:
