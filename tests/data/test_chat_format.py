@@ -134,6 +134,21 @@ def test_indented_answers_are_supervised_whole(tokenizer):
             assert "    return a + b" in tokenizer.decode(list(ids))
 
 
+@pytest.mark.parametrize("blanks", ["\n", "  ", " \n\n"], ids=repr)
+def test_blanks_that_only_one_template_strips_are_not_supervised(tokenizer, blanks):
+    """Code often ends in a line break. Gemma's and Llama-2's templates strip it."""
+    strips = BUILTIN["chatml"].replace("m.content", "m.content|trim")
+    chat = [USER, {**ANSWER, "content": "  return a" + blanks}, *MANY[2:]]
+    for templates in ((BUILTIN["chatml"], strips), (strips, BUILTIN["chatml"]), (BUILTIN["inst"], strips)):
+        stats = RenderStats()
+        rendered = Renderer(tokenizer, list(templates)).render(row(chat), stats)
+        assert labels(tokenizer, rendered) == "return a<|im_end|>12345<|im_end|>"
+        assert stats.unsupervised_answers == 0
+    for other in ("chatml", "plain"):  # which keep them
+        both = Renderer(tokenizer, [BUILTIN["chatml"], BUILTIN[other]]).render(row(chat))
+        assert labels(tokenizer, both).endswith(f"return a{blanks}<|im_end|>12345<|im_end|>")
+
+
 # ---------------------------------------------------------------- thoughts and history
 
 

@@ -168,6 +168,7 @@ def test_weights_that_are_not_on_a_device(device_map, words, base, tokenizer):
         ({"peft_type": "ZZZ"}, "PEFT cannot merge its adapter .*ZZZ"),
         ({"rank_pattern": {"q_proj": 2}}, "PEFT cannot merge its adapter"),
         ({"rank_pattern": [1]}, "PEFT cannot merge its adapter"),
+        *(({"r": r}, f"has rank 4 at 'model.layers.0.self_attn.q_proj', but its adapter_config.json has r: {r}") for r in (2, 8)),
     ],
 )  # fmt: skip
 def test_a_broken_or_foreign_adapter(fields, words, base, adapter):
@@ -282,3 +283,10 @@ def test_broken_generation_settings(text, fused):
         return
     with pytest.raises(CheckpointError, match=r"generation_config.json: .*Copy the folder again"):
         ultrafuser.load(fused, device_map="cpu")
+
+
+@pytest.mark.parametrize("text", CUT[:4])
+def test_broken_generation_settings_of_a_specialist(text, base):
+    """transformers goes on without them, so that an answer would not stop at the end tokens that they name."""
+    (base / "generation_config.json").write_text(text)
+    refused("generation_config.json: .*Copy the folder again", model=base)

@@ -343,8 +343,11 @@ class Renderer:
         if all(body == bodies[0] for body in bodies) and len(set(edges)) == 1 and all(map(self._is_common, bodies[0])):
             return Aligned(bodies[0] + end, None, spans)
         texts = [reading.text[answer.lead : answer.stop] for reading, answer in pairs]
+        if len({text[len(text.rstrip()) :] for text in texts}) > 1:  # some templates strip its end
+            texts = [text.rstrip() for text in texts]
         size = len(os.path.commonprefix([text[::-1] for text in texts]))  # a template may drop its beginning
-        spans = [(answer.stop - size, answer.stop) for answer in answers]
+        stops = [answer.lead + len(text) for answer, text in zip(answers, texts, strict=True)]
+        spans = [(stop - size, stop) for stop in stops]
         for reading, span in zip(readings, spans, strict=True):
             body = _tokens_within(reading, span)
             if size and body and all(map(self._is_common, body)):

@@ -77,11 +77,8 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
             "fusion?"
         ) from error
     model.gate.to(model.device)
-    if (folder / "generation_config.json").is_file():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        except LOAD_ERRORS as error:
-            raise CheckpointError(f"{folder}/generation_config.json: {reason(error)}. Copy the folder again") from error
+    if settings := _generation_settings(folder, str(folder)):
+        model.generation_config = settings
     tokenizers = {name: folder / TOKENIZERS / name for name in config.names}
     model.specialist_tokenizers = {
         name: load_tokenizer(path, access.options(name), name) for name, path in tokenizers.items() if path.is_dir()
@@ -116,6 +113,20 @@ def fused_folder(
     folder /= subfolder or ""
     refuse_links(folder)
     return folder
+
+
+def _generation_settings(folder: Path, owner: str) -> GenerationConfig | None:
+    """The settings in `generation_config.json`, if there is one. transformers ignores a broken file.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except LOAD_ERRORS as error:
+        raise CheckpointError(f"{owner}: generation_config.json: {reason(error)}. Copy the folder again") from error
 
 
 def load_tokenizer(path: Path, options: Mapping[str, Any], specialist: str) -> PreTrainedTokenizerBase:
@@ -255,6 +266,7 @@ def load_base(
             options["dtype"] = torch.float32  # a GGUF file is decompressed and has no data type
     else:
         refuse_pickles(path, f"specialist {name!r}", spec["config"].get("transformers_weights"))
+        _generation_settings(path, f"specialist {name!r}: {path}")  # otherwise its answers would not end as they should
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -371,7 +383,7 @@ def read_adapter(
     """A specialist's LoRA weights, by the names of the base's layers.
 
     Raises:
-        CheckpointError: weights whose names are not LoRA's.
+        CheckpointError: weights whose names are not LoRA's, or whose rank is not that of the configuration.
     """
     adapter = read_adapter_config(spec["source"], folder, spec["name"], access)
     if adapter is None:
@@ -389,6 +401,12 @@ def read_adapter(
             f"specialist {spec['name']!r}: {path} holds one half of the adapter of {single[0]!r}. Copy the adapter again"
         )
     r, alpha = config["r"], config["lora_alpha"]
+    for name, pair in halves.items():
+        if (rank := pair["lora_A"].shape[0]) != r:  # it would be scaled wrongly
+            raise CheckpointError(
+                f"specialist {spec['name']!r}: the adapter in {path} has rank {rank} at {name!r}, but its adapter_config.json "
+                f"has r: {r}. Copy the adapter again"
+            )
     scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
     return AdapterWeights({name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}, scaling)
 
