@@ -243,6 +243,13 @@ def test_a_refused_system_turn_names_row_specialist_and_remedy(tagged):
         Renderer(tagged, [chat_format]).render(row([SYSTEM, *MANY]))
 
 
+@pytest.mark.parametrize("code", ["1 // 0", "messages + 1", "messages[0].content.x.y", "'%d' % 'a'", "[][3].a"])
+def test_code_that_fails_names_the_specialist(tagged, code):
+    chat_format = ChatFormat(tagged, "{{ " + code + " }}" + OWN_END, name="math")
+    with pytest.raises(DataError, match="row 'r7': specialist 'math': its chat template refuses the conversation: "):
+        Renderer(tagged, [chat_format]).render(row())
+
+
 @pytest.mark.parametrize(
     ("policy", "first"), [("merge", "<start>user\nBe brief.\n\nhow many?"), ("drop", "<start>user\nhow many?")]
 )

@@ -49,6 +49,8 @@ Chat = Sequence[Mapping[str, Any]]
 # A private-use character that no data holds: an answer is found between two renderings by where they differ.
 _SENTINEL = "\ue0c5"
 _PROBE = "A"
+# What the expressions of a template can raise.
+_CODE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 # Takes the place of transformers' clock. A function cannot be handed to a template, so the day's texts are.
 _PINNED_CLOCK = (
     "{% macro strftime_now(layout) %}{% set ns = namespace(text=layout) %}{% for code, text in pinned_clock.items() %}"
@@ -231,7 +233,7 @@ class ChatFormat:
             raise TemplateSyntaxError(
                 f"specialist {self.name!r}: its chat template {self.template[:60]!r} is no Jinja: {error}"
             ) from error
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:  # what Jinja code can raise
+        except (jinja2.TemplateError, *_CODE_ERRORS) as error:
             advice = ""
             if any(message["role"] == "system" for message in messages):
                 advice = ". If it takes no system turn, set `system: merge` or `system: drop` for this specialist"
