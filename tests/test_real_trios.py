@@ -190,6 +190,17 @@ def test_more_tokens_than_table_rows_is_no_error(tmp_path, tokenizer):
     assert len(ids) <= 3
 
 
+def test_an_end_token_without_a_row_is_refused(tmp_path, tokenizer):
+    folder = tmp_path / "short"
+    specialist = write(folder, tokenizer, 0)
+    extended(tokenizer, "<start>", "<stop>", chat_template=STOP).save_pretrained(folder)
+    with pytest.raises(
+        TokenizerMismatchError,
+        match=r"specialist 'short': its answers end with '<stop>' \(id 321\), but its embedding table has 320 rows. Resize",
+    ):
+        fuse(recipe(specialist))
+
+
 def test_vocabularies_without_a_common_end_are_refused(tmp_path, tokenizer):
     fields = {"eos_token": "<stop-a>", "chat_template": BUILTIN["alpaca"]}
     first = extended(tokenizer, "<stop-a>", **fields)

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
 from ultrafuser.data.chat_format import ChatFormat, resolve_template
 from ultrafuser.data.templates import Renderer
-from ultrafuser.errors import CheckpointError, RecipeError
+from ultrafuser.errors import CheckpointError, RecipeError, TokenizerMismatchError
 from ultrafuser.model.adapters import adapter_tables
 from ultrafuser.model.checkpoint import (
     fused_folder,
@@ -59,27 +59,13 @@ def fuse(recipe: Recipe, **options: Any) -> tuple[UltraFuserForCausalLM, PreTrai
         TokenizerMismatchError: tokenizers that differ, with the tokens that differ.
         DataError: a specialist without a chat template.
     """
-    configs: dict[str, dict[str, Any]] = {}
     access = Access(**options, trust_remote_code=recipe.trusted_code)
-    specs = [_describe(specialist, configs, access) for specialist in recipe.specialists]
-    tokenizers = _tokenizers(specs, access)
-    rows = {spec["name"]: table_rows(spec) for spec in specs}
-    vocabulary = common_vocabulary(tokenizers, rows)
-    tokenizer = tokenizers[specs[0]["name"]]
-    distinct = {name: other for name, other in tokenizers.items() if not is_same_tokenizer(other, tokenizer)}
     date = recipe.date or datetime.date.today().isoformat()
-    formats = []
-    for spec, specialist in zip(specs, recipe.specialists, strict=True):
-        name = spec["name"]
-        spec["chat_template"] = resolve_template(specialist.chat_template, tokenizers[name], name)
-        chat_format = _chat_format(spec, distinct.get(name, tokenizer), date)
-        if not chat_format.writes_end:
-            logger.warning(
-                "specialist %r: its chat template writes no end token that its tokenizer has. Its answers end with %r",
-                name, chat_format.tokenizer.convert_ids_to_tokens(chat_format.end_token_id),
-            )  # fmt: skip
-        spec["end_token_id"] = chat_format.end_token_id
-        formats.append(chat_format)
+    specs, formats = _describe_all(recipe, access, date)
+    tokenizers = {chat_format.name: chat_format.tokenizer for chat_format in formats}
+    vocabulary = common_vocabulary(tokenizers, {spec["name"]: table_rows(spec) for spec in specs})
+    tokenizer = formats[0].tokenizer
+    distinct = {name: other for name, other in tokenizers.items() if not is_same_tokenizer(other, tokenizer)}
     end = shared_end(formats, vocabulary)
     tokenizer.chat_template = specs[0]["chat_template"]
     if tokenizer.pad_token is None:
@@ -109,6 +95,39 @@ def fuse(recipe: Recipe, **options: Any) -> tuple[UltraFuserForCausalLM, PreTrai
     model.generation_config.eos_token_id = _ends(model)
     model.generation_config.pad_token_id = make_renderer(model, tokenizer).pad_id
     return model.eval(), tokenizer
+
+
+def answers_apart(recipe: Recipe) -> bool:
+    """Whether the specialists' templates write different blanks around an answer. They then count as prompt for all."""
+    _, formats = _describe_all(recipe, Access(trust_remote_code=recipe.trusted_code), recipe.date)
+    return len({(chat_format.lead, chat_format.tail) for chat_format in formats}) > 1
+
+
+def _describe_all(recipe: Recipe, access: Access, date: str | None) -> tuple[list[SpecialistEntry], list[ChatFormat]]:
+    """The manifest entry and the chat format of each specialist."""
+    configs: dict[str, dict[str, Any]] = {}
+    specs = [_describe(specialist, configs, access) for specialist in recipe.specialists]
+    tokenizers = _tokenizers(specs, access)
+    formats = []
+    for spec, specialist in zip(specs, recipe.specialists, strict=True):
+        name, tokenizer = spec["name"], tokenizers[spec["name"]]
+        spec["chat_template"] = resolve_template(specialist.chat_template, tokenizer, name)
+        chat_format = _chat_format(spec, tokenizer, date)
+        end, rows = chat_format.end_token_id, table_rows(spec)
+        token = tokenizer.convert_ids_to_tokens(end)
+        if end >= rows:
+            raise TokenizerMismatchError(
+                f"specialist {name!r}: its answers end with {token!r} (id {end}), but its embedding table has {rows} rows. Resize "
+                "its embeddings, or give it another chat_template"
+            )
+        if not chat_format.writes_end:
+            logger.warning(
+                "specialist %r: its chat template writes no end token that its tokenizer has. Its answers end with %r",
+                name, token,
+            )  # fmt: skip
+        spec["end_token_id"] = end
+        formats.append(chat_format)
+    return specs, formats
 
 
 def _ends(model: UltraFuserForCausalLM) -> int | list[int]:
@@ -145,13 +164,18 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[UltraFuserForCausalLM, Rend
 
 
 def make_renderer(
-    model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    model: UltraFuserForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    *,
+    apart: bool | None = None,
 ) -> Renderer:
     """The renderer of a fused model's prompts and rows.
 
     Args:
         tokenizer: of the fused model. Specialists whose own tokenizers differ read theirs.
         max_length: maximum tokens of a sequence. Default: the smallest context of the specialists.
+        apart: see `Renderer`.
     """
     config = model.config
     formats = [
@@ -165,6 +189,7 @@ def make_renderer(
         end_token_id=config.end_token_id,
         vocab_size=config.vocab_size,
         masked_token_ids=frozenset(config.masked_token_ids),
+        apart=apart,
     )
 
 

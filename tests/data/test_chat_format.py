@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 
 from ultrafuser.data.chat_format import BUILTIN, ChatFormat
 from ultrafuser.data.schema import Row
@@ -328,3 +329,137 @@ def test_rows_without_a_supervised_answer_are_counted(tagged):
     renderer = Renderer(tagged, [OWN_END], masked_token_ids=common)
     with pytest.raises(DataError, match="none of 2 rows has a supervised answer: 2 rows dropped because they have no"):
         renderer.render_all([row(), row()])
+
+
+# ---------------------------------------------------------------- odd conversations
+
+CALLS = (  # writes content and calls of tools
+    "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "<call>{{ call.function.name }}</call>{% endfor %}<stop>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", ["Let me look.", ""])
+def test_calls_of_tools_are_part_of_an_answer(tagged, monkeypatch, content):
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    chat = [
+        USER,
+        {"role": "assistant", "content": content, "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+        ANSWER,
+    ]
+    for turns in (chat[:2], chat):
+        monkeypatch.setattr(Row, "chat", lambda self, turns=turns: turns)
+        text = labels(tagged, Renderer(tagged, [CALLS]).render(row()))
+        assert text == f"{content}<call>add</call><stop>" + ("the lazy dog.<stop>" if turns is chat else "")
+
+
+def test_a_template_that_needs_a_system_turn_tells_its_end(tagged):
+    needs = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}" + OWN_END
+    chat_format = ChatFormat(tagged, needs)
+    assert chat_format.end_token_id == tagged.convert_tokens_to_ids("<stop>") and chat_format.writes_end
+    assert labels(tagged, Renderer(tagged, [chat_format]).render(row([SYSTEM, *MANY]))).endswith("12345<stop>")
+
+
+def test_an_answer_that_a_template_leaves_out_is_not_invented(tagged):
+    """The whole answer is a thought, which the template drops."""
+    stats = RenderStats()
+    empty = row([USER, {**ANSWER, "content": "<think>\nhmm\n</think>"}])
+    assert Renderer(tagged, [OPENS_THOUGHT]).render(empty, stats) is None
+    assert stats.unsupervised_rows == 1 and stats.unsupervised_answers == 1
+    rendered, stats = Renderer(tagged, [OPENS_THOUGHT]).render_all([empty, row()])
+    assert len(rendered) == 1 and "1 rows dropped because they have no supervised answer" in str(stats)
+
+
+def test_thoughts_begin_with_their_tag_and_are_counted(tagged):
+    thought = "<think>\n1 + 1\n</think>\n\nthe lazy dog."
+    thoughtful = row([USER, {**ANSWER, "content": thought}])
+    for switch, counted in ((None, True), (False, True), (True, False)):
+        chat_format = ChatFormat(
+            tagged, THINKING, template_kwargs={} if switch is None else {"enable_thinking": switch}
+        )
+        renderer, stats = Renderer(tagged, [chat_format]), RenderStats()
+        rendered = renderer.render(thoughtful, stats)
+        assert labels(tagged, rendered) == thought + "<stop>", switch
+        assert ("begin with a thought" in str(stats)) == counted
+        assert (
+            renderer.prompt([USER])[0] == list(rendered.input_ids[0][: rendered.response_index[0][0] + 1])
+        ) != counted
+    plain = Renderer(tagged, [chat_format]).render(row([USER, ANSWER]))
+    assert labels(tagged, plain) == "<think>\n\n</think>\n\nthe lazy dog.<stop>", (
+        "asked for a thought, it writes an empty one"
+    )
+
+
+def test_a_special_token_that_takes_blanks_stays_in_the_prompt(tokenizer):
+    """As in Phi-3: the line break and the indentation behind a turn token belong to that token."""
+    phi = copy.deepcopy(tokenizer)
+    phi.add_tokens(
+        [AddedToken(token, special=True, rstrip=True, normalized=False) for token in ("<|user|>", "<|bot|>", "<|end|>")]
+    )
+    template = (
+        "{% for m in messages %}{{ '<|bot|>' if m.role == 'assistant' else '<|user|>' }}\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|bot|>\n{% endif %}"
+    )
+    renderer = Renderer(phi, [template])
+    rendered = renderer.render(row([USER, {**ANSWER, "content": "    return a"}]))
+    assert labels(phi, rendered).strip() == "return a<|end|>"
+    assert list(rendered.input_ids[0][: rendered.response_index[0][0] + 1]) == renderer.prompt([USER])[0]
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_a_row_may_be_truncated_within_a_character(tokenizer, cut):
+    emoji = row([USER, {**ANSWER, "content": "Hello \U0001f600 \u0928\u092e\u0938\u094d\u0924\u0947"}])
+    templates = [BUILTIN["chatml"], BUILTIN["plain"]]
+    whole = Renderer(tokenizer, templates).render(emoji)
+    short = Renderer(tokenizer, templates, max_length=whole.num_tokens - cut)
+    assert len(short.render_all([emoji])[0]) == 1
+
+
+def test_a_conversation_that_cannot_be_a_prompt_is_refused(tokenizer):
+    renderer = Renderer(tokenizer, [ChatFormat(tokenizer, "{{ messages[1].content }}", name="math")])
+    with pytest.raises(DataError, match="the conversation has no messages"):
+        renderer.prompt([])
+    with pytest.raises(DataError, match="the content of a user is a list, expected text"):
+        renderer.prompt([{"role": "user", "content": [{"type": "text", "text": "hi"}]}])
+    with pytest.raises(DataError, match="specialist 'math': its chat template gives an empty prompt"):
+        renderer.prompt([USER])
+
+
+@pytest.mark.parametrize("key", ["add_generation_prompt", "messages", "tokenize"])
+def test_variables_that_the_renderer_sets_are_refused(tokenizer, key):
+    with pytest.raises(DataError, match=f"specialist 'math': template_kwargs cannot set '{key}'"):
+        ChatFormat(tokenizer, OWN_END, name="math", template_kwargs={key: True})
+
+
+def test_bad_rows_of_a_file_are_not_those_of_a_template(tokenizer):
+    earlier = [{"where": "a.jsonl:1", "problem": "broken JSON"}]
+    with pytest.raises(DataError, match="none of 1 rows fits into max_length=3 tokens"):
+        Renderer(tokenizer, [OWN_END], max_length=3).render_all([row()], earlier)
+
+
+# ---------------------------------------------------------------- continuations
+
+
+def test_the_continuation_of_a_chat_is_labelled_as_in_training(tokenizer):
+    for names in itertools.product(BUILTIN, repeat=2):
+        renderer = Renderer(tokenizer, [BUILTIN[name] for name in names])
+        trained = renderer.render(row([USER, ANSWER]))
+        scored = renderer.continuation([USER], ANSWER["content"])
+        blanks = len(scored.labels) - len(trained.labels) + 1  # line breaks that all templates write, as in lm-eval
+        assert blanks in (0, 1) and scored.labels[blanks:] == trained.labels[:-1], names
+        for k in range(2):
+            assert scored.input_ids[k] == trained.input_ids[k][: len(scored.input_ids[k])], names
+        begun = renderer.continuation([USER, {"role": "assistant", "content": "the lazy"}], " dog.")
+        assert tokenizer.decode(list(begun.labels)) == " dog."
+    with pytest.raises(DataError, match="the continuation '' has no tokens"):
+        renderer.continuation([USER, ANSWER], "")
+
+
+def test_a_specialist_alone_has_the_labels_of_the_fused_model_if_it_is_told(tokenizer):
+    templates = [BUILTIN["inst"], BUILTIN["alpaca"]]
+    fused = Renderer(tokenizer, templates)
+    assert fused.rule.apart
+    for template in templates:
+        assert Renderer(tokenizer, [template], apart=True).render(row()).labels == fused.render(row()).labels

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import SpecialistRecipe
-from ultrafuser.specialists import fuse, make_renderer
+from ultrafuser.specialists import answers_apart, fuse, make_renderer
 from ultrafuser.train.features import FeatureStore
 from ultrafuser.train.rows import read_sources
 
@@ -87,7 +88,11 @@ class Workspace:
 
     def renderer(self, model: Any, tokenizer: Any, max_length: int | None = None) -> Renderer:
         """A renderer that truncates test rows at the context alone, so that all systems see the same tokens."""
-        return make_renderer(model, tokenizer, max_length)
+        return make_renderer(model, tokenizer, max_length, apart=self._answers_apart)
+
+    @cached_property
+    def _answers_apart(self) -> bool:
+        return answers_apart(self.settings.training())
 
     def base(self) -> SpecialistRecipe:
         """The model that the specialists were trained from.

@@ -6,15 +6,14 @@ by rendering it again with a sentinel in place of each answer.
 
 from __future__ import annotations
 
-import bisect
 import datetime
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from ultrafuser.data.json_text import LONE_SURROGATE, has_lone_surrogate
+from ultrafuser.data.reading import Answer, Reading
 from ultrafuser.errors import DataError
 
 # Our own Jinja of the layouts in the paper's table 12, and of ChatML without a default system message.
@@ -49,6 +48,7 @@ Chat = Sequence[Mapping[str, Any]]
 # A private-use character that no data holds: an answer is found between two renderings by where they differ.
 _SENTINEL = "\ue0c5"
 _PROBE = "A"
+_RESERVED = {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages", "tokenize"}
 # What the expressions of a template can raise.
 _CODE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 # Takes the place of transformers' clock. A function cannot be handed to a template, so the day's texts are.
@@ -88,59 +88,6 @@ def resolve_template(template: str | None, tokenizer: Any, specialist: str) -> s
         f"specialist {specialist!r}: chat template {template!r} is neither built in ({', '.join(BUILTIN)}), "
         "nor a file, nor Jinja text"
     )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer's characters in a rendered conversation.
-
-    Attributes:
-        lead: where the blanks begin that the template writes before the answer.
-        start, stop: the answer itself.
-        rewritten: whether the template changed it, for example dropped its thoughts.
-    """
-
-    lead: int
-    start: int
-    stop: int
-    rewritten: bool = False
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A whole conversation as one specialist reads it.
-
-    Attributes:
-        text: the rendered conversation.
-        ids, offsets: its tokens, and the characters of each.
-        answers: one for each assistant turn. None where the template leaves the turn out.
-    """
-
-    text: str
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-    answers: list[Answer | None]
-    format: ChatFormat
-
-    def tokens(self, answer: Answer) -> AnswerTokens:
-        """The tokens of an answer, and the end token behind it if only blanks are between them."""
-        first = bisect.bisect_right(self.offsets, answer.lead, key=lambda offset: offset[1])
-        stop = bisect.bisect_left(self.offsets, answer.stop, lo=first, key=lambda offset: offset[0])
-        for t in range(max(stop - 1, first), len(self.ids)):
-            start, end = self.offsets[t]
-            if t >= stop and self.ids[t] == self.format.end_token_id:
-                return AnswerTokens(first, stop, t)
-            if self.text[max(start, answer.stop) : end].strip():
-                break
-        return AnswerTokens(first, stop, None)
-
-
-class AnswerTokens(NamedTuple):
-    """Indices of an answer's first token, of the one after its last, and of its end token (None: there is none)."""
-
-    first: int
-    stop: int
-    end: int | None
 
 
 class TemplateSyntaxError(DataError):
@@ -193,8 +140,11 @@ class ChatFormat:
                 f"specialist {name!r}: its tokenizer {type(tokenizer).__name__} tells no character offsets, by which "
                 "answers are found. Convert it to a fast tokenizer (tokenizer.json)"
             )
+        if reserved := sorted(_RESERVED & self.template_kwargs.keys()):
+            raise DataError(f"specialist {name!r}: template_kwargs cannot set {reserved[0]!r}, which the renderer sets")
         self.lead = self.tail = ""
         self.writes_prompts_only = False
+        self.special_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         end = self._probe()
         self.writes_end = end is not None
         self.end_token_id: int = tokenizer.eos_token_id if end is None else end
@@ -203,6 +153,11 @@ class ChatFormat:
                 f"specialist {name!r}: its template writes no end token after an answer and its tokenizer has no "
                 "eos_token, so answers would never end. Set one"
             )
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the specialist is asked for thoughts before its answers."""
+        return any(self.template_kwargs.get(key) is True for key in ("enable_thinking", "thinking"))
 
     # ---------------------------------------------------------------- render
 
@@ -277,12 +232,14 @@ class ChatFormat:
         """
         text = self.render(chat)
         answers = self._locate(chat, text)
-        if answers[-1] is None:  # the template writes prompts only
+        if answers[-1] is None and self.writes_prompts_only:
             text, answers[-1] = self._after_prompt(chat)
         ids, offsets = self.encode(text)
         last = answers[-1]
         reading = Reading(text, ids, offsets, answers, self)
-        if reading.tokens(last).end is not None:
+        if last is None or reading.tokens(last).end is not None:
+            return reading
+        if self.writes_end and text[last.stop :].strip():  # the template goes on behind the answer
             return reading
         text = text[: last.stop]
         ids, offsets = self.encode(text)
@@ -304,7 +261,7 @@ class ChatFormat:
     def prompt_text(self, chat: Chat) -> tuple[str, list[Any]]:
         """The text before the next answer, and the answers so far with an empty one at the end."""
         full = [*chat, {"role": "assistant", "content": _PROBE}]
-        if self._thinks():  # the generation prompt opens the answer, which begins with thoughts
+        if self.thinks:  # the generation prompt opens the answer, which begins with thoughts
             text = self.render(chat, add_generation_prompt=True)
             earlier = self._locate(full, self.render(full))[:-1]
             return text, [*earlier, Answer(len(text), len(text), len(text))]
@@ -318,7 +275,29 @@ class ChatFormat:
     # ---------------------------------------------------------------- find answers
 
     def _locate(self, chat: Chat, text: str) -> list[Any]:
-        """The characters of each answer in the rendered text."""
+        """The characters of each answer in the rendered text.
+
+        Thoughts that the specialist is asked for, and calls of tools, are part of an answer.
+        """
+        turns = [i for i, turn in enumerate(chat) if turn["role"] == "assistant"]
+        answers = self._locate_contents(chat, text)
+        for k, i in enumerate(turns):
+            calls = bool(chat[i].get("tool_calls"))
+            if not calls and not self.thinks:
+                continue
+            prompt = self.render(chat[:i], add_generation_prompt=True)
+            answer = answers[k]
+            if not text.startswith(prompt) or (answer is not None and len(prompt) > answer.start):
+                continue
+            stop = len(prompt) if answer is None else answer.stop
+            if calls:
+                ending = text.find(self.tokenizer.convert_ids_to_tokens(self.end_token_id), stop)
+                stop = max(stop, ending)
+            if stop > len(prompt):
+                answers[k] = Answer(len(prompt), len(prompt), stop, answer is not None and answer.rewritten)
+        return answers
+
+    def _locate_contents(self, chat: Chat, text: str) -> list[Any]:
         turns = [i for i, turn in enumerate(chat) if turn["role"] == "assistant"]
         pieces = self.render(_replace(chat, turns)).split(_SENTINEL)
         answers: list[Any] = []
@@ -346,8 +325,11 @@ class ChatFormat:
         lead = _before_blanks(text, start)
         if _has_thoughts(chat[turn]):
             prompt = self.render(chat[:turn], add_generation_prompt=True)
+            opening = text.rfind("<think>", 0, start + len("<think>"))
             if text.startswith(prompt) and len(prompt) <= start:
                 lead = start = len(prompt)
+            elif opening >= 0 and not text[opening:start].replace("<think>", "").strip():
+                lead = start = opening
         if start >= stop:
             return None
         return Answer(lead, start, stop, rewritten=text[start:stop].strip() != content)
@@ -358,39 +340,40 @@ class ChatFormat:
         end = len(text) + len(str(chat[-1]["content"]))
         return text + str(chat[-1]["content"]), Answer(_before_blanks(text, len(text)), len(text), end)
 
-    def _thinks(self) -> bool:
-        """Whether the specialist is asked for thoughts before its answers."""
-        return any(self.template_kwargs.get(key) is True for key in ("enable_thinking", "thinking"))
-
     def _probe(self) -> int | None:
         """Find the end token that the template writes after an answer, and the blanks before and after one.
 
         Without an end token the next turn's first token ends an answer, as in GLM-4.
         """
-        chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        for turns in (chat, [*chat, *chat]):
-            if turns is not chat:
-                special -= {self.tokenizer.bos_token_id}
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
+        for chat in (turns, [{"role": "system", "content": "Hi"}, *turns]):  # some templates need a system turn
             try:
-                text = self.render(turns)
-                answer = self._locate(turns, text)[0]
+                end = self._end_after(chat, chat, self.special_ids)
+                if end is None:
+                    end = self._end_after(chat, [*chat, *turns], self.special_ids - {self.tokenizer.bos_token_id})
+                return end
             except TemplateSyntaxError:
                 raise
             except DataError:  # a template that wants other turns. Its rows say so
-                return None
-            if answer is None:
-                self.writes_prompts_only = True
-                text, answer = self._after_prompt(chat)
-            self.lead = text[answer.lead : answer.start]
-            for token, (start, end) in zip(*self.encode(text), strict=True):
-                if end <= answer.stop:
-                    continue
-                if token in special:
-                    self.tail = text[answer.stop : start]
-                    return token
-                if text[max(start, answer.stop) : end].strip():
-                    break
+                continue
+        return None
+
+    def _end_after(self, chat: Chat, turns: Chat, special_ids: Set[int]) -> int | None:
+        """The first special token behind the first answer, if only blanks are between them."""
+        text = self.render(turns)
+        answer = self._locate_contents(turns, text)[0]
+        if answer is None:
+            self.writes_prompts_only = True
+            text, answer = self._after_prompt(chat)
+        self.lead = text[answer.lead : answer.start]
+        for token, (start, end) in zip(*self.encode(text), strict=True):
+            if end <= answer.stop:
+                continue
+            if token in special_ids:
+                self.tail = text[answer.stop : start]
+                return token
+            if text[max(start, answer.stop) : end].strip():
+                break
         return None
 
 

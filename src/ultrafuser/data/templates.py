@@ -8,18 +8,21 @@ everything around it counts as the prompt.
 
 from __future__ import annotations
 
-import bisect
 import os
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from ultrafuser.data.chat_format import Chat, ChatFormat, Reading
+from ultrafuser.data.alignment import Aligned, AnswerRule, align, assemble
+from ultrafuser.data.chat_format import Chat, ChatFormat
+from ultrafuser.data.reading import Reading
 from ultrafuser.data.schema import Row
 from ultrafuser.errors import DataError
 
 _CHECKED_ROWS = 4  # of each domain
+_QUESTION = [{"role": "user", "content": "Hi"}]
+_CONTEXT = "A"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class RenderStats:
     unsupervised_rows: int = 0
     unsupervised_answers: int = 0
     rewritten: Counter[str] = field(default_factory=Counter)
+    thoughts: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         parts = []
@@ -69,25 +73,17 @@ class RenderStats:
         if self.unsupervised_rows:
             parts.append(f"{self.unsupervised_rows} rows dropped because they have no supervised answer")
         if self.unsupervised_answers:
-            parts.append(f"{self.unsupervised_answers} answers not supervised, because a template leaves them out")
+            parts.append(
+                f"{self.unsupervised_answers} answers not supervised, because the templates have no tokens of them in common"
+            )
         for name, count in self.rewritten.items():
             parts.append(f"the template of {name!r} rewrote {count} answers, of which the common end is supervised")
+        for name, count in self.thoughts.items():
+            parts.append(
+                f"{count} answers of {name!r} begin with a thought, for which its prompts do not ask. To ask for thoughts, set "
+                "template_kwargs: {enable_thinking: true}"
+            )
         return ". ".join(parts) or "none truncated"
-
-
-class Aligned(NamedTuple):
-    """One answer in all readings.
-
-    Attributes:
-        labels: its response tokens. Empty if the specialists have none in common.
-        tokens: the tokens to put in place of each reading's own. None if these are the same.
-        spans: the characters of the answer in each reading.
-        supervised: whether a template leaves it out.
-    """
-
-    labels: list[int]
-    tokens: list[int] | None
-    spans: list[tuple[int, int]]
 
 
 class Renderer:
@@ -102,6 +98,7 @@ class Renderer:
         end_token_id: int | None = None,
         vocab_size: int | None = None,
         masked_token_ids: Set[int] = frozenset(),
+        apart: bool | None = None,
     ) -> None:
         """
         Args:
@@ -110,6 +107,7 @@ class Renderer:
             max_length: maximum tokens of a sequence. None: no limit.
             end_token_id: the label at the end of an answer. Default: the end token of the first specialist.
             vocab_size, masked_token_ids: the tokens that all specialists have: those below the size that are not masked.
+            apart: whether blanks around an answer belong to the template. Default: if the formats write different ones.
 
         Raises:
             DataError: a format without an end token or without character offsets.
@@ -119,9 +117,10 @@ class Renderer:
             ChatFormat(tokenizer, template) if isinstance(template, str) else template for template in chat_templates
         ]
         self.max_length = max_length
-        self.end_token_id = self.formats[0].end_token_id if end_token_id is None else end_token_id
-        self.vocab_size, self.masked_token_ids = vocab_size, masked_token_ids
-        self.lead = self.formats[0].lead if len({chat_format.lead for chat_format in self.formats}) == 1 else ""
+        end = self.formats[0].end_token_id if end_token_id is None else end_token_id
+        blanks = {(chat_format.lead, chat_format.tail) for chat_format in self.formats}
+        apart = len(blanks) > 1 if apart is None else apart
+        self.rule = AnswerRule(end, vocab_size, masked_token_ids, apart)
 
     def with_max_length(self, max_length: int | None) -> Renderer:
         """The same renderer with another limit."""
@@ -135,16 +134,31 @@ class Renderer:
         return tuple(chat_format.template for chat_format in self.formats)
 
     @property
+    def end_token_id(self) -> int:
+        """The label at the end of an answer."""
+        return self.rule.end_token_id
+
+    @property
     def pad_id(self) -> int:
         """The token that pads the shorter prompts of a batch."""
         pad_id = self.tokenizer.pad_token_id
-        return self.end_token_id if pad_id is None or not self._is_common(pad_id) else pad_id
+        return self.end_token_id if pad_id is None or not self.rule.is_common(pad_id) else pad_id
 
     def answer_text(self, ids: Sequence[int]) -> str:
         """Generated tokens as the text of an answer, without the blanks that the templates write around it."""
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True).removeprefix(self.lead)
-        tails = {chat_format.tail for chat_format in self.formats}
-        return text.removesuffix(tails.pop()) if len(tails) == 1 else text
+        text = self._text_behind(ids)
+        reading = self._read(lambda chat_format: chat_format.read_prompt(_QUESTION))[0]
+        answer = reading.answers[-1]
+        assert answer is not None
+        probe = self._text_behind(reading.ids[reading.tokens(answer).first :])
+        text = text.removeprefix(probe[: len(probe) - len(probe.lstrip(" "))])
+        return text if self.rule.apart else text.removesuffix(self.formats[0].tail)
+
+    def _text_behind(self, ids: Sequence[int]) -> str:
+        """The text of tokens behind other text. Alone, some tokenizers take a blank from the first one."""
+        context = self.tokenizer.encode(_CONTEXT, add_special_tokens=False)
+        text = self.tokenizer.decode([*context, *ids], skip_special_tokens=True)
+        return text[len(self.tokenizer.decode(context, skip_special_tokens=True)) :]
 
     # ---------------------------------------------------------------- prompts
 
@@ -157,14 +171,59 @@ class Renderer:
             DataError: a template refuses the messages.
         """
         history, beginning = _split_beginning(messages)
-        readings = self._read(lambda chat_format: chat_format.read_prompt(history, beginning))
-        aligned = self._align_all(readings)
-        prompts = []
-        for k, reading in enumerate(readings):
-            ids, starts = self._assemble(reading, k, aligned)
-            self._check_ids(ids, k)
-            prompts.append(ids if beginning else ids[: starts[-1]])
+        sequences, starts, _ = self._with_answer(history, beginning)
+        prompts = sequences if beginning else [ids[:start] for ids, start in zip(sequences, starts, strict=True)]
+        if empty := [chat_format.name for chat_format, ids in zip(self.formats, prompts, strict=True) if not ids]:
+            raise DataError(
+                f"specialist {empty[0]!r}: its chat template gives an empty prompt, so nothing can follow it"
+            )
         return prompts
+
+    def continuation(self, messages: Chat, text: str) -> Rendered:
+        """The next answer, or more of the one that the last message begins, as labels without an end.
+
+        Blanks and line breaks that end all prompts alike belong to the answer, as in lm-eval.
+
+        Raises:
+            DataError: a template refuses the messages, or the text has no tokens.
+        """
+        history, beginning = _split_beginning(messages)
+        sequences, starts, labels = self._with_answer(history, beginning + text, with_blanks=not beginning)
+        skipped = 0
+        if beginning:
+            _, _, begun = self._with_answer(history, beginning)
+            skipped = len(os.path.commonprefix([begun, labels]))
+        labels = labels[skipped:]
+        if not labels:
+            raise DataError(f"the continuation {text!r} has no tokens, so it has no log-likelihood")
+        index = [tuple(range(start + skipped - 1, start + skipped - 1 + len(labels))) for start in starts]
+        return Rendered(
+            row_id="",
+            domain="",
+            input_ids=tuple(tuple(ids[: i[-1] + 1]) for ids, i in zip(sequences, index, strict=True)),
+            response_index=tuple(index),
+            labels=tuple(labels),
+        )
+
+    def _with_answer(
+        self, history: Chat, text: str, with_blanks: bool = False
+    ) -> tuple[list[list[int]], list[int], list[int]]:
+        """K sequences with an answer that is not ended, where it begins in each, and its labels.
+
+        Args:
+            with_blanks: count blanks and line breaks that stand before it in all sequences as its own.
+        """
+        readings = self._read(lambda chat_format: chat_format.read_prompt(history, text))
+        if with_blanks:
+            readings = _with_blanks(readings)
+        aligned = self._align_all(readings)
+        sequences, starts = [], []
+        for k, reading in enumerate(readings):
+            ids, begins = assemble(reading, k, aligned)
+            self._check_ids(ids, k)
+            sequences.append(ids)
+            starts.append(begins[-1])
+        return sequences, starts, aligned[-1].labels
 
     def prompt_texts(self, messages: Chat) -> list[str]:
         """The K prompts as text. If the last message is an assistant's, it is the beginning of the answer.
@@ -198,13 +257,15 @@ class Renderer:
         for chat_format, reading in zip(self.formats, readings, strict=True):
             if rewritten := sum(answer is not None and answer.rewritten for answer in reading.answers):
                 stats.rewritten[chat_format.name] += rewritten
+            if not chat_format.thinks and "</think>" in _supervised_text(reading):
+                stats.thoughts[chat_format.name] += 1
         stats.unsupervised_answers += sum(not a.labels for a, weight in zip(aligned, weights, strict=True) if weight)
         if not any(labels):
             stats.unsupervised_rows += 1
             return None
         sequences, positions = [], []
         for k, reading in enumerate(readings):
-            ids, starts = self._assemble(reading, k, aligned)
+            ids, starts = assemble(reading, k, aligned)
             self._check_ids(ids, k, f"row {row.id!r}: ")
             sequences.append(ids)
             pairs = zip(starts, labels, strict=True)
@@ -251,9 +312,12 @@ class Renderer:
         """
         stats, results = RenderStats(), []
         seen: Counter[str] = Counter()
+        num_before = len(bad_rows or [])
         for row in rows:
             try:
                 rendered = self.render(row, stats)
+                if rendered is not None and seen[row.domain] < _CHECKED_ROWS:
+                    self.check(row, rendered)
             except DataError as error:
                 if bad_rows is None:
                     raise
@@ -261,16 +325,15 @@ class Renderer:
                 continue
             if rendered is None:
                 continue
-            if seen[row.domain] < _CHECKED_ROWS:
-                self.check(row, rendered)
             seen[row.domain] += 1
             stats.rows += 1
             stats.truncated_rows += rendered.truncated > 0
             stats.truncated_tokens += rendered.truncated
             results.append(rendered)
         if rows and not results:
-            if bad_rows:
-                raise DataError(f"none of {len(rows)} rows can be read. The first: {bad_rows[-1]['problem']}")
+            refused = (bad_rows or [])[num_before:]
+            if len(refused) == len(rows):
+                raise DataError(f"none of {len(rows)} rows can be read. The first: {refused[0]['problem']}")
             if stats.unsupervised_rows == len(rows):
                 raise DataError(f"none of {len(rows)} rows has a supervised answer: {stats}")
             raise DataError(f"none of {len(rows)} rows fits into max_length={self.max_length} tokens. Raise it")
@@ -291,9 +354,8 @@ class Renderer:
             if list(ids) == expected[: len(ids)]:
                 continue
             decode = chat_format.tokenizer.decode
-            ours, theirs = decode(list(ids)), decode(expected)
-            same = len(os.path.commonprefix([ours.replace(" ", ""), theirs.replace(" ", "")]))
-            if same < len(ours.replace(" ", "")):
+            ours, theirs = ("".join(decode(tokens).rstrip("\ufffd").split()) for tokens in (list(ids), expected))
+            if not theirs.startswith(ours):
                 i = next(i for i in range(len(ids)) if i >= len(expected) or ids[i] != expected[i])
                 window = slice(max(0, i - 5), i + 5)
                 raise DataError(
@@ -311,7 +373,7 @@ class Renderer:
         for chat_format in self.formats:
             if chat_format.key not in shared:
                 reading = read(chat_format)
-                if not self.lead:  # blanks that only some templates write belong to the prompt
+                if self.rule.apart:
                     answers = [a and replace(a, lead=a.start) for a in reading.answers]
                     reading = replace(reading, answers=answers)
                 shared[chat_format.key] = reading
@@ -319,71 +381,7 @@ class Renderer:
         return readings
 
     def _align_all(self, readings: Sequence[Reading]) -> list[Aligned]:
-        return [self._align(readings, i) for i in range(len(readings[0].answers))]
-
-    def _align(self, readings: Sequence[Reading], i: int) -> Aligned:
-        """The response tokens of the i-th answer."""
-        answers = [answer for reading in readings if (answer := reading.answers[i]) is not None]
-        if len(answers) < len(readings):
-            return Aligned([], None, [])
-        pairs = list(zip(readings, answers, strict=True))
-        tokens = [reading.tokens(answer) for reading, answer in pairs]
-        if any(t.first == t.stop for t in tokens):  # an empty answer
-            return Aligned([], None, [])
-        ended = all(t.end is not None for t in tokens)
-        end = [self.end_token_id] if ended else []
-        spans = [(answer.lead, answer.stop) for answer in answers]
-        bodies = [
-            reading.ids[t.first : t.end if ended else t.stop] for reading, t in zip(readings, tokens, strict=True)
-        ]
-        edges = [
-            (reading.offsets[t.first][0] - answer.lead, reading.offsets[t.stop - 1][1] - answer.stop)
-            for (reading, answer), t in zip(pairs, tokens, strict=True)
-        ]
-        if all(body == bodies[0] for body in bodies) and len(set(edges)) == 1 and all(map(self._is_common, bodies[0])):
-            return Aligned(bodies[0] + end, None, spans)
-        texts = [reading.text[answer.lead : answer.stop] for reading, answer in pairs]
-        if len({text[len(text.rstrip()) :] for text in texts}) > 1:  # some templates strip its end
-            texts = [text.rstrip() for text in texts]
-        size = len(os.path.commonprefix([text[::-1] for text in texts]))  # a template may drop its beginning
-        stops = [answer.lead + len(text) for answer, text in zip(answers, texts, strict=True)]
-        spans = [(stop - size, stop) for stop in stops]
-        for reading, span in zip(readings, spans, strict=True):
-            body = _tokens_within(reading, span)
-            if size and body and all(map(self._is_common, body)):
-                return Aligned(body + end, body, spans)
-        for reading in readings if size else ():  # in every reading a token reaches over an edge
-            body, _ = reading.format.encode(texts[0][-size:])
-            if body and all(map(self._is_common, body)):
-                return Aligned(body + end, body, spans)
-        return Aligned([], None, [])
-
-    def _assemble(self, reading: Reading, k: int, aligned: Sequence[Aligned]) -> tuple[list[int], list[int]]:
-        """A reading's tokens with the common ones in place of its own answers, and where each answer begins."""
-        ids: list[int] = []
-        starts: list[int] = []
-        position = 0  # of the first token of the reading that is not in `ids` yet
-        for answer, alignment in zip(reading.answers, aligned, strict=True):
-            if alignment.tokens is None:
-                first = reading.tokens(answer).first if answer is not None else position
-                starts.append(len(ids) + first - position)
-                continue
-            begin, stop = alignment.spans[k]
-            first = bisect.bisect_right(reading.offsets, begin, key=lambda offset: offset[1])
-            ids += reading.ids[position:first]
-            if first < len(reading.ids) and reading.offsets[first][0] < begin:  # a token over the answer's start
-                ids += _tokens_before(reading, first, begin)
-            starts.append(len(ids))
-            ids += alignment.tokens
-            position = bisect.bisect_left(reading.offsets, stop, lo=first, key=lambda offset: offset[0])
-            behind = reading.offsets[position - 1][1] if position else 0
-            if behind > stop:  # a token over the answer's end
-                ids += reading.format.encode(reading.text[stop:behind])[0]
-        return ids + reading.ids[position:], starts
-
-    def _is_common(self, token: int) -> bool:
-        """Whether every specialist has the token."""
-        return token not in self.masked_token_ids and (self.vocab_size is None or token < self.vocab_size)
+        return [align(readings, i, self.rule) for i in range(len(readings[0].answers))]
 
     def _check_ids(self, ids: Sequence[int], k: int, location: str = "") -> None:
         """Raises DataError: a token that the specialist's embedding table does not reach."""
@@ -398,28 +396,28 @@ class Renderer:
 
 def _split_beginning(messages: Chat) -> tuple[Chat, str]:
     """The turns before the next answer, and the beginning of that answer if the last message is an assistant's."""
+    if not messages:
+        raise DataError("the conversation has no messages. Expected at least a user's")
+    if odd := next((turn for turn in messages if not isinstance(turn.get("content"), str | None)), None):
+        raise DataError(f"the content of a {odd['role']} is a {type(odd['content']).__name__}, expected text")
     if messages[-1]["role"] == "assistant":
         return messages[:-1], str(messages[-1]["content"])
     return messages, ""
 
 
-def _tokens_within(reading: Reading, span: tuple[int, int]) -> list[int]:
-    """The tokens of some characters, if no token reaches over an edge. Otherwise those of the text up to their end."""
-    begin, stop = span
-    ids, offsets = reading.ids, reading.offsets
-    for _ in range(2):
-        first = bisect.bisect_right(offsets, begin, key=lambda offset: offset[1])
-        last = bisect.bisect_left(offsets, stop, lo=first, key=lambda offset: offset[0])
-        if first == last or offsets[first][0] < begin:
-            return []
-        if offsets[last - 1][1] <= stop:
-            return ids[first:last]
-        ids, offsets = reading.format.encode(reading.text[:stop])
-    return []
+def _with_blanks(readings: Sequence[Reading]) -> list[Reading]:
+    """Let the last answers begin with the blanks before them, if these are the same in all readings."""
+    answers = [answer for reading in readings if (answer := reading.answers[-1]) is not None]
+    prompts = [reading.text[: answer.start] for reading, answer in zip(readings, answers, strict=True)]
+    blanks = {prompt[len(prompt.rstrip()) :] for prompt in prompts}
+    if len(blanks) > 1:
+        return list(readings)
+    size = len(blanks.pop())
+    return [
+        replace(reading, answers=[*reading.answers[:-1], replace(answer, lead=answer.start - size)])
+        for reading, answer in zip(readings, answers, strict=True)
+    ]
 
 
-def _tokens_before(reading: Reading, first: int, begin: int) -> list[int]:
-    """The tokens of the characters between the start of a token that reaches over `begin` and `begin`."""
-    ids, offsets = reading.format.encode(reading.text[:begin])
-    start = reading.offsets[first][0]
-    return [token for token, offset in zip(ids, offsets, strict=True) if offset[0] >= start]
+def _supervised_text(reading: Reading) -> str:
+    return "".join(reading.text[answer.lead : answer.stop] for answer in reading.answers if answer is not None)

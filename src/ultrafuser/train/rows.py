@@ -49,10 +49,8 @@ def read_sources(
     counts = {domain: sum(row.domain == domain for row in rendered) for domain in sorted({r.domain for r in rows})}
     for domain, count in counts.items():
         if count == 0:
-            raise DataError(
-                f"domain {domain!r} has no {purpose} row left: the prompts alone fill max_length={renderer.max_length} "
-                "tokens. Raise data.max_length"
-            )
+            advice = ". Raise data.max_length" if stats.dropped_rows else ""
+            raise DataError(f"domain {domain!r} has no {purpose} row left: {stats}{advice}")
     progress.log(
         f"{purpose} rows: " + ", ".join(f"{count} {domain}" for domain, count in counts.items()) + f" ({stats})"
     )

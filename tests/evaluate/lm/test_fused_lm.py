@@ -109,7 +109,9 @@ def test_a_one_hot_gate_is_that_specialist_with_its_own_template(tokenizer, k):
 
 
 def test_an_answer_that_was_begun_goes_on(fused):
-    begun = fused._texts(encode_chat([{"role": "user", "content": "why?"}, {"role": "assistant", "content": "Since"}]))
+    begun = fused.renderer.prompt_texts(
+        [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "Since"}]
+    )
     assert all(text.endswith("Since") for text in begun)
 
 

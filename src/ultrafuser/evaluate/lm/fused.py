@@ -106,19 +106,19 @@ class FusionLM(LM):
     def _row(self, context: str, continuation: str) -> Rendered:
         """Context and continuation as K token sequences with the continuation's tokens in common.
 
-        Blanks that end all contexts alike belong to the continuation, as in lm-eval.
+        All specialists read a text that is no chat unchanged. Blanks at its end belong to the continuation, as in lm-eval.
         """
-        texts, special = self._texts(context), decode_chat(context) is None
-        tails = {text[len(text.rstrip()) :] for text in texts}
-        if len(tails) == 1 and (tail := tails.pop()):
-            texts, continuation = [text[: -len(tail)] for text in texts], tail + continuation
-        if any(texts):
-            prompts = self._encode_all(texts, special)
-            (response, *_) = self._encode_all([text + continuation for text in texts], special)
-            response = response[len(prompts[0]) :]
+        if (chat := decode_chat(context)) is not None:
+            return self.renderer.continuation(chat, continuation)
+        num_specialists = len(self.renderer.formats)
+        text = context.rstrip()
+        continuation = context[len(text) :] + continuation
+        if text:
+            prompts = self._encode_all(text)
+            response = self._encode_all(text + continuation)[0][len(prompts[0]) :]
         else:  # something must predict the first token
             first = self.tokenizer.bos_token_id
-            prompts = [[self.renderer.end_token_id if first is None else first]] * len(texts)
+            prompts = [[self.renderer.end_token_id if first is None else first]] * num_specialists
             response = self.tokenizer.encode(continuation, add_special_tokens=False)
         if not response:
             raise DataError(f"the continuation {continuation!r} has no tokens, so it has no log-likelihood")
@@ -176,25 +176,15 @@ class FusionLM(LM):
 
     # ---------------------------------------------------------------- prompts
 
-    def _texts(self, context: str) -> list[str]:
-        """The context as each of the K specialists reads it."""
-        chat = decode_chat(context)
-        return [context] * len(self.renderer.chat_templates) if chat is None else self.renderer.prompt_texts(chat)
-
     def _prompts(self, context: str) -> list[list[int]]:
         chat = decode_chat(context)
         if chat is not None:
             return self.renderer.prompt(chat)
-        return [ids or [self.renderer.pad_id] for ids in self._encode_all([context] * len(self.renderer.formats), True)]
+        return [ids or [self.renderer.pad_id] for ids in self._encode_all(context)]
 
-    def _encode_all(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """The tokens of a text for each of the K specialists.
-
-        Args:
-            special: add the special tokens that the tokenizer adds. A chat template writes them itself.
-        """
-        pairs = zip(texts, self.renderer.formats, strict=True)
-        return [chat_format.tokenizer.encode(text, add_special_tokens=special) for text, chat_format in pairs]
+    def _encode_all(self, text: str) -> list[list[int]]:
+        """The tokens of a text for each of the K specialists, with the special tokens that its tokenizer adds."""
+        return [chat_format.tokenizer.encode(text) for chat_format in self.renderer.formats]
 
     def _check_fits(self, prompt: int, new: int, request: Instance) -> None:
         context = self.model.config.max_position_embeddings
