@@ -1,12 +1,14 @@
-"""Every keyword of `forward` and `generate` works, or is refused by name."""
+"""Every keyword of `forward` and `generate`, and many of `from_pretrained`, work or are refused by name."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tiny_models import fuse, tiny, tokens
 from ultrafuser.errors import UltraFuserError
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 
 POSITIONS = {
     "shifted": torch.tensor([[3, 4, 5, 6, 7, 8]]),
@@ -118,6 +120,32 @@ def test_transformers_refuses_the_others(keyword):
     value = torch.zeros(1, 3, 32) if keyword == "inputs_embeds" else torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match=keyword):
         two().generate(tokens(1, 3), max_new_tokens=2, **{keyword: value})
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, UltraFuserForCausalLM.from_pretrained])
+@pytest.mark.parametrize("keyword", ["output_hidden_states", "output_attentions", "ignore_mismatched_sizes"])
+def test_from_pretrained_refuses_keywords(full, tmp_path, keyword, load):
+    full.save_pretrained(tmp_path / "fused")
+    with pytest.raises(UltraFuserError, match=f"from_pretrained got {keyword}, which a fused model does not take"):
+        load(tmp_path / "fused", **{keyword: True})
+    load(tmp_path / "fused", **{keyword: False})
+
+
+def test_from_pretrained_reads_safetensors_alone(full, tmp_path):
+    full.save_pretrained(tmp_path / "fused")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "fused", use_safetensors=True)
+    with pytest.raises(UltraFuserError, match="use_safetensors=False. Pickled weights can run code"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "fused", use_safetensors=False)
+
+
+@pytest.mark.parametrize("key", ["output_hidden_states", "output_attentions"])
+def test_outputs_that_the_configuration_asks_for_are_refused(key):
+    model, ids = two(), tokens(1, 3)
+    model.set_attn_implementation("eager")  # the only one that transformers lets return attentions
+    setattr(model.config, key, True)
+    with pytest.raises(UltraFuserError, match=f"forward got {key}"):
+        model.generate(ids, max_new_tokens=2)
+    assert model(ids, **{key: False}).logits.isfinite().all()
 
 
 def test_training_inputs_need_labels():

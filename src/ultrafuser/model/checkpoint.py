@@ -29,6 +29,7 @@ from .errors import LOAD_ERRORS, CheckpointError, reason
 from .files import ADAPTER_FILE, refuse_links, refuse_pickles
 from .fitness import check_output_layer
 from .hub import Access, is_commit, needs_code
+from .inputs import OUTPUTS, refuse_keywords
 from .manifest import REVISIONS, SpecialistEntry, SpecialistSource, weight_sources
 from .quantized import check_packages, finish_loading
 from .references import check_files, is_hub_id, resolve
@@ -63,6 +64,11 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
     if "mixing" in kwargs:
         config.mixing = kwargs.pop("mixing")
         config.check()
+    # the Auto class has put some of them into the configuration
+    refuse_keywords({key: kwargs.pop(key, None) or getattr(config, key, None) for key in OUTPUTS}, "from_pretrained")
+    refuse_keywords({"ignore_mismatched_sizes": kwargs.pop("ignore_mismatched_sizes", None)}, "from_pretrained")
+    if kwargs.pop("use_safetensors", None) is False:
+        raise CheckpointError("from_pretrained got use_safetensors=False. Pickled weights can run code. Leave it out")
     kwargs.pop("adapter_kwargs", None)  # the Auto class means this folder; the specialists have their own adapters
     info = kwargs.pop("output_loading_info", False)
     groups = load_groups(config, folder, access=access, **kwargs)

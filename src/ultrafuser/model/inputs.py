@@ -21,7 +21,9 @@ _INSTEAD = {
     "specialist_hidden_states": "They go with the labels of forward",
     "specialist_log_probs": "They go with specialist_hidden_states and the labels of forward",
     "cache_position": "Leave it out, because the cache knows its length",
+    "ignore_mismatched_sizes": "Weights of another shape would be left random. Leave it out",
 }
+OUTPUTS = ("output_hidden_states", "output_attentions")  # also settings of a configuration
 
 
 def refuse_keywords(keywords: Mapping[str, Any], function: str = "forward") -> None:

@@ -23,7 +23,7 @@ from .errors import CheckpointError, UltraFuserError
 from .gate import Gate, StaticGate
 from .generation import FusedGeneration
 from .hub import Access, push_fused
-from .inputs import check_mask_length, refuse_keywords, select_inputs
+from .inputs import OUTPUTS, check_mask_length, refuse_keywords, select_inputs
 from .loss import label_log_prob, mixed_log_prob, select_responses
 from .saving import Origin, plain_model, save_fused
 from .shared_base import SpecialistGroup
@@ -240,7 +240,7 @@ class UltraFuserForCausalLM(
         Raises:
             UltraFuserError: no input ids, an input that would have no effect, or a sequence longer than the smallest context.
         """
-        refuse_keywords(kwargs)
+        refuse_keywords({key: getattr(self.config, key, None) for key in OUTPUTS} | kwargs)
         if labels is None:
             refuse_keywords({"response_index": response_index, "specialist_hidden_states": specialist_hidden_states})
         return_dict = return_dict if return_dict is not None else self.config.return_dict
