@@ -269,7 +269,7 @@ def repaired(file: File) -> File:
     return file
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(written=st.lists(files().map(repaired), min_size=1, max_size=4))
 def test_every_row_is_read_or_named(written, tmp_path_factory):
     root = tmp_path_factory.mktemp("rows")
