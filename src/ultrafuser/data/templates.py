@@ -122,12 +122,6 @@ class Renderer:
         apart = len(blanks) > 1 if apart is None else apart
         self.rule = AnswerRule(end, vocab_size, masked_token_ids, apart)
 
-    def with_max_length(self, max_length: int | None) -> Renderer:
-        """The same renderer with another limit."""
-        other = object.__new__(type(self))
-        other.__dict__ |= self.__dict__ | {"max_length": max_length}
-        return other
-
     @property
     def chat_templates(self) -> tuple[str, ...]:
         """The K Jinja texts."""
