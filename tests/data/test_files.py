@@ -86,6 +86,9 @@ def test_several_files_appear_together_or_not_at_all(tmp_path):
         drafts[0].write_text("new")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt), atomic_files([tmp_path / "new" / "a", tmp_path / "new" / "b" / "c"]):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
     with atomic_files(targets) as drafts:
         for draft in drafts:
             draft.write_text("new")

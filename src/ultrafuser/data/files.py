@@ -123,9 +123,13 @@ def run_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        _remove_empty(new_folders)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
         with suppress(OSError):
-            for path in new_folders:
-                path.rmdir()  # fails if it holds a file
+            folder.rmdir()  # fails if it holds a file
 
 
 def _check_kind(target: Path, force: bool) -> None:
@@ -196,6 +200,7 @@ def atomic_files(targets: Sequence[Path], *, force: bool = False) -> Iterator[li
     pairs = [(draft, target) for draft, target in zip(drafts, targets, strict=True) if draft != target]
     for target in targets:
         _check_kind(target, force)
+    new_folders = [folder for _, target in pairs for folder in target.parents if not _exists(folder)]
     try:
         for draft, target in pairs:
             with naming(target, draft):
@@ -210,6 +215,7 @@ def atomic_files(targets: Sequence[Path], *, force: bool = False) -> Iterator[li
         for draft, _ in pairs:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
+        _remove_empty(new_folders)
 
 
 @contextmanager
