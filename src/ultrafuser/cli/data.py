@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -178,13 +178,17 @@ def map_command(
             with naming(png, drafts[1]):
                 drafts[1].write_bytes(png_bytes(map_figure(points)))
     counts = {name: sum(row.domain == name for row in rows) for name in agreement}
+    facts = {"html": str(output), "png": str(png) if png else None, "method": method, "model": model, "part": part}
     if as_json:
-        facts = {"html": str(output), "png": str(png) if png else None, "method": method, "model": model, "part": part}
         echo(json.dumps(facts | {"rows": counts, "neighbour_agreement": agreement}, ensure_ascii=False))
         return
+    _print_map(counts, agreement)
+    echo(f"map: {output}" + (f", {png}" if png else ""))
+
+
+def _print_map(counts: Mapping[str, int], agreement: Mapping[str, float]) -> None:
     lines = [[name, f"{count:,}", f"{agreement[name]:.3f}"] for name, count in counts.items()]
     _print_table("rows on the map", ["domain", "rows", "neighbours of the same domain"], lines)
-    echo(f"map: {output}" + (f", {png}" if png else ""))
 
 
 @data_app.command(name="decontaminate")

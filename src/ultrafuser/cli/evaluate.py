@@ -110,17 +110,14 @@ def eval_command(
     Every answer is saved in --output at once. Rerun the same command after an interruption: it requests only the missing
     answers.
     """
-
     check_choice("--dtype", dtype, DTYPES)
     quiet_libraries()
-    from ultrafuser.evaluate.tasks import require_lm_eval
-
-    require_lm_eval()
     from ultrafuser.evaluate.lm.load import LoadOptions, endpoint_recipe
     from ultrafuser.evaluate.options import EvalOptions, select_benchmarks
     from ultrafuser.evaluate.run import evaluate_models
-    from ultrafuser.evaluate.tasks import TaskOptions
+    from ultrafuser.evaluate.tasks import TaskOptions, require_lm_eval
 
+    require_lm_eval()
     task_names = [task.strip() for task in (tasks or "").split(",") if task.strip()]
     suites = suite or ([] if task_names else ["quick"])
     names, skipped = select_benchmarks(suites, task_names, has_judge=judge is not None)

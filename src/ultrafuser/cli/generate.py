@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -165,11 +165,7 @@ def inspect_command(
     as_json: Json = False,
 ) -> None:
     """Show in colours which specialist leads at each token of an answer. For a file, show mean weights by domain."""
-    if (file is None) == (not prompt):
-        raise DataError("inspect needs either --prompt or --file")
-    if response is not None and (not prompt or len(prompt) > 1):
-        raise DataError("--response needs exactly one --prompt")
-    _check_characters({"--response": response})
+    _check_inspected(prompt, file, response)
     from ultrafuser.data.files import check_target
     from ultrafuser.data.sources import load_rows
     from ultrafuser.inspect.trace import mean_weights_by_domain
@@ -203,10 +199,22 @@ def inspect_command(
     elif file:
         _print_means(means)
     else:
-        from ultrafuser.inspect.terminal import render_terminal
+        _print_traces(traces, weights)
 
-        for trace in traces:
-            PlainConsole().print(render_terminal(trace, weights=weights))
+
+def _print_traces(traces: Sequence[Any], weights: bool) -> None:
+    from ultrafuser.inspect.terminal import render_terminal
+
+    for trace in traces:
+        PlainConsole().print(render_terminal(trace, weights=weights))
+
+
+def _check_inspected(prompt: list[str] | None, file: Path | None, response: str | None) -> None:
+    if (file is None) == (not prompt):
+        raise DataError("inspect needs either --prompt or --file")
+    if response is not None and (not prompt or len(prompt) > 1):
+        raise DataError("--response needs exactly one --prompt")
+    _check_characters({"--response": response})
 
 
 # ---------------------------------------------------------------- shared by the commands

@@ -233,7 +233,7 @@ class UltraFuserForCausalLM(
             labels: (B, T) as usual (shifted here), or (B, R) with `response_index`. -100 is ignored.
             response_index: (B, K, R), where each specialist's state predicts the r-th label.
             logits_to_keep: compute the logits of the last tokens only (0: of all).
-            num_items_in_batch: divide the summed loss by this instead of by the number of labels here.
+            num_items_in_batch: divide the summed loss by this, not by the number of labels.
             specialist_hidden_states, specialist_log_probs: as for `loss_from_features`, instead of tokens.
             kwargs: refused, unless None or False.
 
