@@ -194,6 +194,8 @@ def make_renderer(
 
 
 def _chat_format(spec: SpecialistEntry, tokenizer: PreTrainedTokenizerBase, date: str | None) -> ChatFormat:
+    if not spec.get("chat_template"):
+        raise CheckpointError(f"specialist {spec['name']!r}: the manifest has no chat_template for it. Fuse again")
     return ChatFormat(
         tokenizer,
         spec["chat_template"],

@@ -101,8 +101,33 @@ def test_special_tokens_are_for_models_that_know_a_class_token():
 
 
 def test_no_model_there(tmp_path):
-    with pytest.raises(CheckpointError, match="no model that can read text"):
+    with pytest.raises(CheckpointError, match="has no weights"):
         load_reader(str(tmp_path), device="cpu")
+    with pytest.raises(CheckpointError, match="no model that can read text"):
+        load_reader(str(tmp_path / "absent"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("model.safetensors", "cut", "no model that can read text: SafetensorError"),
+        ("config.json", '{"model_type": "lla', "config.json"),
+        ("tokenizer.json", "{", "no model that can read text"),
+        ("model.safetensors.index.json", "null", "no index of weights"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "a.bin"}}', "names pickled weights"),
+    ],
+)
+def test_a_broken_or_hostile_model(reader_folder, file, text, words):
+    (reader_folder / file).write_text(text)
+    with pytest.raises(CheckpointError, match=words):
+        load_reader(str(reader_folder), device="cpu")
+
+
+def test_states_that_are_not_finite(reader_folder):
+    reader = load_reader(str(reader_folder), device="cpu")
+    broken = Reader(reader.tokenizer, lambda ids, mask: reader.states(ids, mask) * float("nan"), 10)
+    with pytest.raises(CheckpointError, match="not finite for the text 'fox'"):
+        embed(broken, ["fox"])
 
 
 # ---------------------------------------------------------------- positions

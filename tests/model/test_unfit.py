@@ -275,6 +275,45 @@ def test_a_manifest_with_other_entries(change, fused):
             read(fused)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"end_token_id": 99_999}, "end_token_id has 99999, expected tokens from 0 to"),
+        ({"masked_token_ids": [-1]}, "masked_token_ids has -1, expected tokens from 0 to"),
+        ({"masked_token_ids": ["a"]}, "masked_token_ids has 'a'"),
+        ({"date": "yesterday"}, "date is 'yesterday', expected YYYY-MM-DD"),
+        ({"date": 5}, "date is 5, expected YYYY-MM-DD"),
+    ],
+)
+def test_a_manifest_with_other_tokens_or_dates(fields, words, fused):
+    write_config(fused, json.loads((fused / "config.json").read_text()) | fields)
+    for read in (ultrafuser.load, describe):
+        with pytest.raises(CheckpointError, match=words):
+            read(fused)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"end_token_id": 99_999}, "specialist a: end_token_id has 99999, expected tokens from 0 to"),
+        ({"end_token_id": "1"}, "specialist a: end_token_id is '1', expected int"),
+        ({"chat_template": 5}, "specialist a: chat_template is 5, expected str"),
+        ({"chat_template": None}, "specialist 'a': the manifest has no chat_template"),
+        ({"template_kwargs": [1]}, "specialist a: template_kwargs is .1., expected dict"),
+        ({"domain": 5}, "specialist a: domain is 5, expected str"),
+        ({"files": [1]}, "specialist a: files is .1., expected dict"),
+        ({"table_rows": "many"}, "specialist a: table_rows is 'many', expected int"),
+        ({"system": "zz"}, "specialist a: system is 'zz', expected keep, merge or drop"),
+    ],
+)
+def test_an_entry_with_a_field_of_another_type(fields, words, fused):
+    config = json.loads((fused / "config.json").read_text())
+    config["specialists"][0] |= fields
+    write_config(fused, config)
+    with pytest.raises(CheckpointError, match=words):
+        ultrafuser.load(fused, device_map="cpu")
+
+
 @pytest.mark.parametrize("text", CUT[:5])
 def test_broken_generation_settings(text, fused):
     (fused / "generation_config.json").write_text(text)

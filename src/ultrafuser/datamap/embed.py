@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ultrafuser.errors import CheckpointError
+from ultrafuser.model.errors import LOAD_ERRORS, reason
+from ultrafuser.model.files import refuse_pickles
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import load_recipe
 from ultrafuser.specialists import fuse, is_fused, load, parse_model_reference, pick_device
@@ -63,14 +66,16 @@ def _ours(model: Any, tokenizer: Any) -> Reader:
 def _plain(source: str, dtype: str, device: str, trust_remote_code: bool) -> Reader:
     from transformers import AutoModel, AutoTokenizer
 
+    if Path(source).is_dir():
+        refuse_pickles(Path(source), "the model that reads the texts")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         )
         model = model.to(device).eval()
-    except (OSError, ValueError, KeyError) as error:  # transformers raises all three for files that are not there
-        raise CheckpointError(f"{source}: no model that can read text: {error}") from error
+    except LOAD_ERRORS as error:
+        raise CheckpointError(f"{source}: no model that can read text: {reason(error)}") from error
     reads = model.get_encoder() if model.config.is_encoder_decoder else model
 
     def states(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -109,6 +114,11 @@ def embed(
         mask = torch.tensor([[1] * len(encoded[i]) + [0] * (longest - len(encoded[i])) for i in batch])
         weights = mask[..., None].float()  # (B, T, 1)
         means = (reader.states(ids, mask) * weights).sum(1) / weights.sum(1)  # (B, D)
+        if not means.isfinite().all():
+            raise CheckpointError(
+                f"the model gives states that are not finite for the text {texts[batch[0]][:60]!r} or one near it. It is damaged, or "
+                "needs another dtype, e.g. float32"
+            )
         for index, vector in zip(batch, means.numpy(), strict=True):
             vectors[index] = vector
         progress.advance(len(batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .errors import CheckpointError
-from .manifest import SpecialistEntry
+from .manifest import SpecialistEntry, check_entry
 
 MIXINGS = ("logits", "probabilities")
 GATES = ("mlp", "static")
@@ -41,7 +42,7 @@ class UltraFuserConfig(PreTrainedConfig):
 
     Raises:
         CheckpointError: a repeated or unfit name, an unknown mixing or gate, a temperature that is not a positive number, or a
-            vocab_size that an embedding table does not reach.
+            vocab_size or a token that an embedding table does not reach. A field of another type.
 
     Source: section 3.1 and appendix B of arXiv 2403.08281.
     """
@@ -77,11 +78,12 @@ class UltraFuserConfig(PreTrainedConfig):
         if any(rows < self.vocab_size for rows in tables):
             rows = min(tables)
             raise CheckpointError(f"vocab_size is {self.vocab_size}, but an embedding table has {rows} rows only")
+        self._check_tokens(tables)
         kwargs.setdefault("tie_word_embeddings", False)  # the specialists tie their own
         super().__init__(**kwargs)
 
     def check(self) -> None:
-        """Raises CheckpointError: an unknown mixing or gate, a bad temperature, names repeated or unfit for folders."""
+        """Raises CheckpointError: an unknown mixing or gate, names repeated or unfit for folders, a field of another type."""
         if self.mixing not in MIXINGS:
             raise CheckpointError(f"mixing is {self.mixing!r}, expected one of {', '.join(MIXINGS)}")
         if self.gate_type not in GATES:
@@ -95,6 +97,23 @@ class UltraFuserConfig(PreTrainedConfig):
         for name, temperature in zip(self.names, self.temperatures, strict=True):
             if not (type(temperature) in (int, float) and 0 < temperature < float("inf")):
                 raise CheckpointError(f"specialist {name}: temperature is {temperature!r}, expected a number above 0")
+
+        for specialist in self.specialists:
+            check_entry(specialist)
+        try:
+            _ = self.date and datetime.date.fromisoformat(self.date)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"date is {self.date!r}, expected YYYY-MM-DD") from error
+
+    def _check_tokens(self, tables: Sequence[int]) -> None:
+        """Raises CheckpointError: a token that is no row of the tables."""
+        tokens = [("end_token_id", self.end_token_id, self.vocab_size)]
+        tokens += [("masked_token_ids", token, self.vocab_size) for token in self.masked_token_ids]
+        for specialist, rows in zip(self.specialists, tables, strict=True):
+            tokens.append((f"specialist {specialist['name']}: end_token_id", specialist.get("end_token_id"), rows))
+        for key, token, rows in tokens:
+            if token is not None and not (type(token) is int and 0 <= token < rows):
+                raise CheckpointError(f"{key} has {token!r}, expected tokens from 0 to {rows - 1}")
 
     @property
     def names(self) -> list[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
+
+from .errors import CheckpointError
 
 SourceKey = Literal["model", "adapter"]
 RevisionKey = Literal["revision", "adapter_revision"]
@@ -73,6 +76,25 @@ class SpecialistEntry(_SpecialistIdentity, total=False):
     separate: bool
     table_rows: int
     temperature: float
+
+
+_TYPES = {
+    "domain": str,
+    "files": dict,
+    "chat_template": str,
+    "template_kwargs": dict,
+    "end_token_id": int,
+    "table_rows": int,
+}
+
+
+def check_entry(entry: Mapping[str, Any]) -> None:
+    """Raises CheckpointError: a field of an entry has another type, or `system` another value."""
+    for key, kind in _TYPES.items():
+        if entry.get(key) is not None and type(entry[key]) is not kind:
+            raise CheckpointError(f"specialist {entry['name']}: {key} is {entry[key]!r}, expected {kind.__name__}")
+    if (system := entry.get("system", "keep")) not in ("keep", "merge", "drop"):
+        raise CheckpointError(f"specialist {entry['name']}: system is {system!r}, expected keep, merge or drop")
 
 
 def weight_sources(source: SpecialistSource) -> list[tuple[SourceKey, str]]:

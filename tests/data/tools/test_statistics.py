@@ -62,3 +62,13 @@ def test_mistakes(tmp_path):
 def test_a_tokenizer_is_read_from_a_folder(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("text", ["{", "null", "[]"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "config.json"])
+def test_a_broken_tokenizer(tokenizer, tmp_path, file, text):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / file).write_text(text)
+    with pytest.raises(CheckpointError, match="no tokenizer there"):
+        load_tokenizer(str(tmp_path))

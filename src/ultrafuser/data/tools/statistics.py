@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ultrafuser.data.schema import Row
 from ultrafuser.errors import CheckpointError, DataError
+from ultrafuser.model.errors import LOAD_ERRORS, reason
 
 if TYPE_CHECKING:
     from typing_extensions import NotRequired
@@ -147,6 +148,6 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:  # transformers raises all three for missing files
-        message = f"{source}: no tokenizer there: {error}. Give a hub id or a folder that has one"
+    except LOAD_ERRORS as error:
+        message = f"{source}: no tokenizer there: {reason(error)}. Give a hub id or a folder that has one"
         raise CheckpointError(message) from error
