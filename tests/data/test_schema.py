@@ -123,7 +123,17 @@ USER, ANSWER = TURNS
         ),
         ({"conversations": [{"from": "system", "value": "S"}, {"from": "Human", "value": "Q?"},
                             {"from": "tool", "value": "x"}]}, None, "got system, user, tool"),
+        (
+            {"conversations": [
+                {"from": "human", "value": "Q?"}, {"from": "tool_call", "value": '{"name": "f"}'},
+                {"from": "tool_response", "value": "42"}, {"from": "chatgpt", "value": "A."},
+            ]},
+            "uata", ["Q?", '{"name": "f"}', "42", "A."],
+        ),
+        ({"messages": [turn("Q?", "prompter"), turn("A.", "bot")]}, "ua", ["Q?", "A."]),
         ({"messages": [{"role": "developer", "content": "S"}, *TURNS]}, "sua", ["S", "Q?", "A."]),
+        ({"messages": [turn("", "system"), *TURNS]}, "ua", ["Q?", "A."]),
+        ({"messages": [turn(None, "system"), *TURNS], "system": "S"}, "sua", ["S", "Q?", "A."]),
         ({"messages": TURNS, "system": "S"}, "sua", ["S", "Q?", "A."]),
         ({"messages": [turn("S", "system"), *TURNS], "system": "S"}, "sua", ["S", "Q?", "A."]),
         ({"messages": [turn("T", "system"), *TURNS], "system": "S"}, None, "column 'system' and the system message differ"),

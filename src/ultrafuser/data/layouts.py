@@ -14,9 +14,13 @@ from ultrafuser.data.json_text import JsonProblem, decode_json
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_ALIASES = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
     "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "developer": "system",
     "observation": "tool",
     "function": "tool",
@@ -149,6 +153,8 @@ def _add_chat(talk: Conversation, value: Any, key: str, role_key: str, content_k
             talk.problems.append(f"{location}: role {raw_role!r}, expected one of {', '.join(ROLES)}")
         extras = _extras(talk, turn, location)
         content = _content(talk, turn.get(content_key, turn.get("content")), location)
+        if content == "" and role == "system":  # no system message
+            continue
         if content == "" and not extras.get("tool_calls"):
             talk.problems.append(f"{location}: empty content of the {role}")
         talk.turns.append(Turn(role, content or "", extras))
