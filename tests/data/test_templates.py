@@ -239,10 +239,11 @@ def test_several_named_templates():
         resolve_template(None, Named({"tool_use": "{{ b }}"}), "s")
 
 
-def test_no_chat_template():
+@pytest.mark.parametrize("template", [None, "", " \n", {}, {"default": ""}, {"tool_use": "x"}])
+def test_no_chat_template(template):
     with pytest.raises(DataError, match=r"specialist 'math': its tokenizer has no chat template. Give one: a built-in "
                                         r"\(chatml, plain, inst, alpaca\), a Jinja file, or Jinja text"):  # fmt: skip
-        resolve_template(None, Named(None), "math")
+        resolve_template(None, Named(template), "math")
 
 
 @pytest.mark.parametrize("template", ["vicuna", "no/such/file.jinja", "x" * 5000])

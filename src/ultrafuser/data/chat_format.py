@@ -72,7 +72,7 @@ def resolve_template(template: str | None, tokenizer: Any, specialist: str) -> s
         default = tokenizer.chat_template
         if isinstance(default, Mapping):  # several named templates
             default = default.get("default")
-        if not default:
+        if not (default or "").strip():
             raise DataError(
                 f"specialist {specialist!r}: its tokenizer has no chat template. Give one: a built-in "
                 f"({', '.join(BUILTIN)}), a Jinja file, or Jinja text"
