@@ -290,9 +290,10 @@ def test_rows_with_the_same_id_are_all_counted(training, in_process, tmp_path):
     ],
 )
 def test_tasks_are_checked_before_any_system(training, in_process, fields, problem):
+    recipe = load(training, ["base"], output=str(training["output"]) + "/new/run", **fields)
     with pytest.raises(DataError, match=problem):
-        compare(load(training, ["base"], **fields))
-    assert in_process == []
+        compare(recipe)
+    assert in_process == [] and not Path(recipe.output).parent.exists()
 
 
 def test_packages_are_checked_before_any_system(training, in_process, monkeypatch):

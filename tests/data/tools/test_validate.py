@@ -111,6 +111,7 @@ def test_other_file_types(tmp_path):
     (tmp_path / "c.csv").write_text("prompt,response,domain\nQ,A,text\nQ,,\n")
     (tmp_path / "d.parquet").write_bytes(b"PAR1 but no more")
     (tmp_path / "e.jsonl").write_text("")
+    (tmp_path / "f.json").write_text(f'[{{}}, {{"n": {"9" * 5000}}}]')
     findings = validate([str(tmp_path)])
     problems = [
         (problem["where"].removeprefix(f"{tmp_path}/"), re.split(r", expected|\. ", problem["problem"])[0])
@@ -125,7 +126,7 @@ def test_other_file_types(tmp_path):
         ("c.csv:3", "no domain"),
     ]
     assert problems[6][0] == "d.parquet" and problems[6][1].startswith("not a readable Parquet file")
-    assert len(problems) == 7
+    assert problems[7:] == [("f.json[1]", "an integer has more than 4300 digits")]
 
 
 def test_clean_rows_have_no_problem():

@@ -112,6 +112,7 @@ def _records(source: str) -> Iterator[Record]:
         try:
             yield from scan_file(file)
         except DataError as error:
-            yield Record(None, str(file), str(error).removeprefix(f"{file}: "))
+            index, _, problem = str(error).removeprefix(str(file)).partition(": ")
+            yield Record(None, f"{file}{index}", problem)
         except OSError as error:
             yield Record(None, str(file), f"cannot be read: {error.strerror or error}")
