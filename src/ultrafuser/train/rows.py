@@ -49,7 +49,7 @@ def read_sources(
     counts = {domain: sum(row.domain == domain for row in rendered) for domain in sorted({r.domain for r in rows})}
     for domain, count in counts.items():
         if count == 0:
-            advice = ". Raise data.max_length" if stats.dropped_rows else ""
+            advice = f". Raise data.max_length, now max_length={renderer.max_length}" if stats.dropped_rows else ""
             raise DataError(f"domain {domain!r} has no {purpose} row left: {stats}{advice}")
     progress.log(
         f"{purpose} rows: " + ", ".join(f"{count} {domain}" for domain, count in counts.items()) + f" ({stats})"
