@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
@@ -26,37 +25,6 @@ from ultrafuser.specialists import fuse, load
 
 COMMANDS = get_command(cli.app).commands  # type: ignore[attr-defined]
 NEEDS_MATPLOTLIB = not os.environ.get("CI") and "matplotlib is not installed (extra: report)"
-
-
-class Result(NamedTuple):
-    """The exit code and the output of a command."""
-
-    code: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys) -> Callable[..., Result]:
-    """run("info", folder): the command line in this process, through its entry point."""
-
-    def run(*words: Any, stdin: str | None = None) -> Result:
-        monkeypatch.setattr(sys, "argv", ["ultrafuser", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "200")
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        return Result(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
+from command_results import Result
 from disks import UNWRITABLE, file_limit, small_disk, unwritable
 from fake_writer import tiny as tiny_synthesis
 from tiny_models import shake_gate
@@ -25,28 +26,6 @@ from ultrafuser.specialists import fuse
 from ultrafuser.synth.recipe import dump_synth_recipe
 
 OUTPUTS = {"--output", "--html", "--png", "--report"}
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch, capsys) -> Callable[..., Result]:
-    def run(*words: Any) -> Result:
-        monkeypatch.setattr(sys, "argv", ["ultrafuser", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        return Result(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 
 from tiny_models import save_adapter, tiny
-from ultrafuser.cli import main as cli
 from ultrafuser.data.schema import parse_row
 from ultrafuser.data.sources import write_rows
 
 VOCAB = {"vocab_size": 320, "max_position_embeddings": 512}
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch, capsys) -> Callable[..., Result]:
-    def run(*words: Any) -> Result:
-        monkeypatch.setattr(sys, "argv", ["ultrafuser", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        return Result(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

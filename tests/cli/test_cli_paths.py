@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 
 from tiny_models import save_adapter, tiny
 from training_fixtures import GATE, TinyRun
-from ultrafuser.cli import main as cli
 from ultrafuser.evaluate.lm.load import name_of, split_name
 from ultrafuser.recipe import load_recipe
 from ultrafuser.specialists import ModelReference, parse_model_reference
@@ -36,26 +33,9 @@ NAMES = [
 ]
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(monkeypatch, capsys) -> Callable[..., Result]:
-    def run(*words: Any) -> Result:
-        monkeypatch.setattr(sys, "argv", ["ultrafuser", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "400")
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        return Result(code, *capsys.readouterr())
-
-    return run
+def columns() -> str:
+    return "400"
 
 
 # ---------------------------------------------------------------- BASE+ADAPTER and NAME=MODEL
