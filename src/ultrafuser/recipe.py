@@ -27,7 +27,7 @@ from ultrafuser import typed_yaml
 from ultrafuser.errors import RecipeError
 from ultrafuser.typed_yaml import DiscriminatedBy, FreeForm, Node
 
-CHAT_TEMPLATES = ("chatml", "plain", "inst", "alpaca")  # the built-in names, whose text is in data/templates.py
+CHAT_TEMPLATES = ("chatml", "plain", "inst", "alpaca")  # the built-in names, whose text is in data/chat_format.py
 
 
 def _specialist_name(data: dict[str, Any]) -> str:

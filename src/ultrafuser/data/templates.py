@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ultrafuser.data.alignment import Aligned, AnswerRule, align, assemble
@@ -140,13 +141,17 @@ class Renderer:
 
     def answer_text(self, ids: Sequence[int]) -> str:
         """Generated tokens as the text of an answer, without the blanks that the templates write around it."""
-        text = self._text_behind(ids)
+        text = self._text_behind(ids).removeprefix(self._blanks_before)
+        return text if self.rule.apart else text.removesuffix(self.formats[0].tail)
+
+    @cached_property
+    def _blanks_before(self) -> str:
+        """The blanks that the first token of a decoded answer brings with it."""
         reading = self._read(lambda chat_format: chat_format.read_prompt(_QUESTION))[0]
         answer = reading.answers[-1]
         assert answer is not None
         probe = self._text_behind(reading.ids[reading.tokens(answer).first :])
-        text = text.removeprefix(probe[: len(probe) - len(probe.lstrip(" "))])
-        return text if self.rule.apart else text.removesuffix(self.formats[0].tail)
+        return probe[: len(probe) - len(probe.lstrip(" "))]
 
     def _text_behind(self, ids: Sequence[int]) -> str:
         """The text of tokens behind other text. Alone, some tokenizers take a blank from the first one."""
