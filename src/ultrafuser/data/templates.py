@@ -141,10 +141,14 @@ class Renderer:
 
     def answer_text(self, ids: Sequence[int]) -> str:
         """Generated tokens as the text of an answer, without the blanks that the templates write around it."""
-        text = self._text_behind(ids).removeprefix(self._blanks_before)
-        return text if self.rule.apart else text.removesuffix(self.formats[0].tail)
+        before, behind = self.answer_blanks
+        return self._text_behind(ids).removeprefix(before).removesuffix(behind)
 
     @cached_property
+    def answer_blanks(self) -> tuple[str, str]:
+        """The blanks that the templates write before and behind an answer, as far as its decoded tokens bring them."""
+        return self._blanks_before(), "" if self.rule.apart else self.formats[0].tail
+
     def _blanks_before(self) -> str:
         """The blanks that the first token of a decoded answer brings with it."""
         reading = self._read(lambda chat_format: chat_format.read_prompt(_QUESTION))[0]
@@ -153,9 +157,14 @@ class Renderer:
         probe = self._text_behind(reading.ids[reading.tokens(answer).first :])
         return probe[: len(probe) - len(probe.lstrip(" "))]
 
+    @cached_property
+    def answer_context(self) -> list[int]:
+        """The tokens of some text, for an answer to be decoded behind."""
+        return self.tokenizer.encode(_CONTEXT, add_special_tokens=False)
+
     def _text_behind(self, ids: Sequence[int]) -> str:
         """The text of tokens behind other text. Alone, some tokenizers take a blank from the first one."""
-        context = self.tokenizer.encode(_CONTEXT, add_special_tokens=False)
+        context = self.answer_context
         text = self.tokenizer.decode([*context, *ids], skip_special_tokens=True)
         return text[len(self.tokenizer.decode(context, skip_special_tokens=True)) :]
 

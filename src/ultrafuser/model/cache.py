@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from .growing import GrowingLayer
+
+_ATTENTION = (DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer)  # whose columns can be moved
 
 
 class UltraFuserCache(Cache):
@@ -25,14 +31,22 @@ class UltraFuserCache(Cache):
     """
 
     def __init__(
-        self, configs: Sequence[PreTrainedConfig], members: Sequence[Sequence[int]], offloading: bool = False
+        self,
+        configs: Sequence[PreTrainedConfig],
+        members: Sequence[Sequence[int]],
+        offloading: bool = False,
+        growing: bool = False,
     ) -> None:
         """
         Args:
             configs: the model configuration of each group.
             members: the specialists that each group runs, by their index.
+            growing: write into buffers (see `GrowingLayer`).
         """
         self.groups = [DynamicCache(config=config, offloading=offloading) for config in configs]
+        if growing:
+            for group in self.groups:
+                group.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in group.layers]
         self.members = [list(indices) for indices in members]
         self.input_ids: torch.Tensor | None = None
         self.attention_mask: torch.Tensor | None = None
@@ -93,9 +107,7 @@ class UltraFuserCache(Cache):
         if self.input_ids is None or not self._is_complete(self.input_ids.shape[-1]):
             return self.reset()
         input_ids, attention_mask = input_ids.to(self.input_ids.device), attention_mask.to(self.input_ids.device)
-        cached_mask = self.attention_mask
-        if cached_mask is None:
-            cached_mask = torch.ones_like(self.input_ids)
+        cached_mask = self._mask()
         rows, shared = _shared_prefixes(input_ids, attention_mask, self.input_ids, cached_mask)
         rank = (attention_mask != 0).cumsum(-1)  # (B, K, T): a real token's place among the real tokens, from 1
         width = int((rank <= shared[..., None]).sum(-1).min().clamp(max=input_ids.shape[-1] - 1))
@@ -137,6 +149,66 @@ class UltraFuserCache(Cache):
                 if not _select_states(layer, group_rows, group_columns, group_real, length):
                     return False
         return True
+
+    # ---------------------------------------------------------------- rows that join and leave
+
+    @property
+    def can_join(self) -> bool:
+        """Whether rows of other caches can join. False with recurrent layers, whose states have no columns to align."""
+        return all(type(layer) in (*_ATTENTION, DummyLayer) for layer in self.layers)
+
+    def join(self, other: UltraFuserCache) -> None:
+        """Put the rows of another cache of the same model behind these. The other cache stays as it is.
+
+        The last columns meet: the rows with fewer columns get padding on the left. Positions do not change, because they
+        count real tokens.
+
+        Args:
+            other: with at least one cached column.
+        """
+        assert other.input_ids is not None
+        pair = [other] if self.input_ids is None else [self, other]
+        width = max(cache.get_seq_length() for cache in pair)
+        for group, other_group, members in zip(self.groups, other.groups, self.members, strict=True):
+            for layer, other_layer in zip(group.layers, other_group.layers, strict=True):
+                if isinstance(other_layer, CacheLayerMixin) and other_layer.is_initialized:
+                    _join_states(layer, other_layer, len(members), width)
+        masks = torch.cat([_left_padded(cache._mask(), width) for cache in pair])
+        ids = [cache.input_ids for cache in pair if cache.input_ids is not None]
+        self.input_ids = torch.cat([_left_padded(tensor, width) for tensor in ids])
+        self.attention_mask = _unless_all_real(masks)
+
+    def trim(self) -> None:
+        """Drop the first columns that are padding in every row."""
+        if self.attention_mask is None or self.input_ids is None:
+            return
+        used = (self.attention_mask != 0).flatten(0, 1).any(0)
+        count = int(used.to(torch.int8).argmax())
+        if not count:
+            return
+        width = len(used) - count
+        for layer in _filled(self.layers):
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = width
+            # a copy, because a view would hold the memory of the dropped columns
+            layer.keys, layer.values = (t[:, :, -width:].clone() for t in (layer.keys, layer.values))
+        self.input_ids = self.input_ids[..., count:].clone()
+        self.attention_mask = _unless_all_real(self.attention_mask[..., count:].clone())
+
+    def copied(self) -> UltraFuserCache:
+        """A cache with the same states. What happens to one of them does not change the other."""
+        out = copy.copy(self)
+        out.groups = [copy.copy(group) for group in self.groups]
+        for group in out.groups:
+            group.layers = [copy.copy(layer) for layer in group.layers]
+            for layer in _filled(group.layers):  # growing layers then share no free columns
+                layer.keys, layer.values = layer.keys, layer.values
+        return out
+
+    def _mask(self) -> torch.Tensor:
+        """(B, K, C), also where nothing is padded."""
+        assert self.input_ids is not None
+        return torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
 
     # ---------------------------------------------------------------- what generate does to a cache
 
@@ -186,6 +258,41 @@ def _rows(indices: torch.Tensor, size: int, batch: int) -> torch.Tensor:
     return (offsets[:, None] + indices).flatten()
 
 
+def _left_padded(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, K, C) -> (B, K, width), with zeros."""
+    return nn.functional.pad(tensor, (width - tensor.shape[-1], 0))
+
+
+def _unless_all_real(mask: torch.Tensor) -> torch.Tensor | None:
+    """None for a mask without padding, so that attention may take its faster way."""
+    return None if bool((mask != 0).all()) else mask
+
+
+def _join_states(layer: Any, other: Any, size: int, width: int) -> None:
+    """Put the rows of one layer behind those of another, specialist by specialist.
+
+    Args:
+        layer: may be empty.
+        size: the specialists of the group, k.
+        width: the columns that the joined layer has seen.
+    """
+    held = width
+    if isinstance(layer, DynamicSlidingWindowLayer) and not layer.record_past:
+        held = min(width, layer.sliding_window - 1)
+
+    def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        padded = [nn.functional.pad(t, (0, 0, held - t.shape[2], 0)).unflatten(0, (size, -1)) for t in tensors]
+        return torch.cat(padded, dim=1).flatten(0, 1)  # (k, B, heads, C, D) -> (k * B, heads, C, D)
+
+    if not layer.is_initialized:
+        layer.lazy_initialization(other.keys, other.values)
+    sources = [source for source in (layer, other) if source.get_seq_length()]
+    keys, values = joined([source.keys for source in sources]), joined([source.values for source in sources])
+    layer.keys, layer.values = keys, values
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = width
+
+
 def _real_tokens_first(mask: torch.Tensor) -> torch.Tensor:
     """The columns of the real tokens in order, then those of the padding: (..., T) -> (..., T)."""
     return (mask == 0).to(torch.int8).argsort(dim=-1, stable=True)
@@ -221,7 +328,7 @@ def _select_states(layer: Any, rows: torch.Tensor, columns: torch.Tensor, real: 
         columns, real: (n, width), the column of each state that is kept, and False at padding.
         length: the number of columns that the layer has seen.
     """
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length() != length:
+    if type(layer) not in _ATTENTION or layer.get_seq_length() != length:
         return False
     width = columns.shape[1]
     gone = length - layer.keys.shape[-2]  # the first columns, which a sliding window has dropped

@@ -28,7 +28,7 @@ class FusedGeneration(GenerationMixin):
     config: UltraFuserConfig
     groups: Any  # nn.ModuleList of SpecialistGroup, which type checkers cannot express
 
-    def new_cache(self, offloading: bool = False, record: bool = False) -> UltraFuserCache:
+    def new_cache(self, offloading: bool = False, record: bool = False, growing: bool = False) -> UltraFuserCache:
         """An empty cache for every specialist.
 
         Pass the same one to `generate` at every turn of a conversation (`past_key_values`): each turn then reads only
@@ -37,6 +37,7 @@ class FusedGeneration(GenerationMixin):
         Args:
             offloading: move the states of a layer to the CPU while the layer does not run.
             record: also keep the states that sliding windows have passed, so that a later turn need not read them again.
+            growing: write into buffers, for caches of many rows (see `GrowingLayer`).
 
         Raises:
             UltraFuserError: offloading, but the model is on the CPU.
@@ -45,7 +46,7 @@ class FusedGeneration(GenerationMixin):
             raise UltraFuserError("an offloaded cache needs an accelerator, but the model is on the CPU. Use 'dynamic'")
         configs = [group.model.config.get_text_config(decoder=True) for group in self.groups]
         members = [[self.config.names.index(name) for name in group.names] for group in self.groups]
-        cache = UltraFuserCache(configs, members, offloading=offloading)
+        cache = UltraFuserCache(configs, members, offloading=offloading, growing=growing)
         if record:
             cache.activate_past_recording()
         return cache
