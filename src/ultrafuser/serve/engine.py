@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from ultrafuser.errors import UltraFuserError
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -48,10 +50,12 @@ class Request:
 
     Attributes:
         prompts: the prompt of each specialist in its own template, K sequences of token ids.
+        keep_blanks: leave the blanks around the answer that chat templates write. For prompts of plain text.
     """
 
     prompts: Sequence[Sequence[int]]
     sampling: Sampling
+    keep_blanks: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Token:
     """One token of an answer.
 
     Attributes:
-        token_id: an end token is given as the shared end of the fused model, with an empty text.
+        token_id: an end token is given as the shared end of the fused model. Its text is what was held back before it.
         text: the text that becomes certain with this token. Empty inside a character of several tokens, or while the
             text may be the beginning of a stop text. The texts of an answer, joined, are the answer.
         weights: (K) the gate's weights that this token was drawn with. They sum to 1.
@@ -86,6 +90,18 @@ class Token:
     finish_reason: FinishReason | None = None
 
 
+class EngineBusyError(UltraFuserError):
+    """As many requests wait as the engine accepts. The same request may succeed later."""
+
+
+class EngineClosedError(UltraFuserError):
+    """The engine takes no more requests, or was closed before the answer was complete."""
+
+
+class GenerationError(UltraFuserError):
+    """A forward pass failed, e.g. for lack of memory. The request may be right."""
+
+
 class Engine(Protocol):
     """Generates the answers of many requests at once."""
 
@@ -102,6 +118,8 @@ class Engine(Protocol):
 
         Raises:
             UltraFuserError: the request cannot be run (a prompt that does not fit, no specialist left).
+            EngineBusyError, EngineClosedError: at the call.
+            GenerationError, EngineClosedError: while the tokens are read.
         """
 
     async def close(self, grace_s: float = 0.0) -> None:
