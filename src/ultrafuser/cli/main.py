@@ -16,6 +16,7 @@ from ultrafuser.cli.ending import report_disk
 from ultrafuser.cli.evaluate import compare_command, eval_command
 from ultrafuser.cli.fuse import demo_command, fuse_command, info_command, train_command
 from ultrafuser.cli.generate import chat_command, generate_command, inspect_command
+from ultrafuser.cli.serve import serve_command
 from ultrafuser.cli.synth import synth_app
 from ultrafuser.errors import UltraFuserError
 from ultrafuser.printing import echo, echo_error, show_traceback
@@ -69,6 +70,7 @@ app.command(name="demo")(demo_command)
 app.command(name="generate")(generate_command)
 app.command(name="chat")(chat_command)
 app.command(name="inspect")(inspect_command)
+app.command(name="serve")(serve_command)
 app.command(name="info")(info_command)
 app.command(name="eval")(eval_command)
 app.command(name="compare")(compare_command)

@@ -102,6 +102,15 @@ class GenerationError(UltraFuserError):
     """A forward pass failed, e.g. for lack of memory. The request may be right."""
 
 
+class TokenStream(Protocol):
+    """The tokens of one answer, to iterate over once."""
+
+    def __aiter__(self) -> AsyncIterator[Token]: ...
+
+    async def aclose(self) -> None:
+        """Cancel the request, unless its answer is complete."""
+
+
 class Engine(Protocol):
     """Generates the answers of many requests at once."""
 
@@ -113,7 +122,15 @@ class Engine(Protocol):
     def context_length(self) -> int:
         """The largest number of tokens of a prompt and its answer together."""
 
-    def stream(self, request: Request) -> AsyncIterator[Token]:
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+
+    def stream(self, request: Request) -> TokenStream:
         """The tokens of one answer. Closing the iterator cancels the request and frees its states at the next step.
 
         Raises:
