@@ -46,6 +46,37 @@ def failing(status: int, message: str = "no", code: str | None = None, **headers
     return Step(json.dumps({"error": error}), status, {key.replace("_", "-"): value for key, value in headers.items()})
 
 
+def event(value: Any) -> str:
+    """One server-sent event."""
+    return f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n"
+
+
+def chunk(text: str | None, finish_reason: str | None = None, **fields: Any) -> dict[str, Any]:
+    """One event of a streamed chat completion, with fields of its choice such as `gate_weights`."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish_reason, **fields}
+    return {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "judge", "choices": [choice]}
+
+
+def streamed(*chunks: Any, done: bool = True, **options: Any) -> Step:
+    """A streamed chat completion."""
+    first = {**chunk(None), "choices": [{"index": 0, "delta": {"role": "assistant"}, "finish_reason": None}]}
+    body = "".join(map(event, [first, *chunks])) + (event("[DONE]") if done else "")
+    return Step(body, headers={"content-type": "text/event-stream; charset=utf-8"}, **options)
+
+
+def listed(*models: Mapping[str, Any]) -> Step:
+    """The response of `/v1/models`."""
+    entries = [{"object": "model", "created": 0, "owned_by": "x", **model} for model in models]
+    return Step(json.dumps({"object": "list", "data": entries}))
+
+
+def weighted(tokens: Sequence[str], weights: Sequence[Sequence[float]], finish_reason: str | None = None) -> dict:
+    """A chunk of tokens with their gate weights, as ultrafuser's server sends it."""
+    names = [f"s{k}" for k in range(len(weights[0]))]
+    fields = {"specialists": names, "tokens": list(tokens), "weights": [list(row) for row in weights]}
+    return chunk("".join(tokens), finish_reason, gate_weights=fields)
+
+
 HANG = Step(hangs=True)
 CUT = Step(fine("[[A]]").body, cut=True)
 NOT_JSON = Step('{"choices": [')
@@ -71,6 +102,7 @@ class FakeEndpoint:
     Attributes:
         script: responses to the first requests, in order. Then `reply` answers.
         reply: question (the last message) -> answer.
+        models: the response to `GET /v1/models`.
         requests: bodies of all requests so far.
         headers: their headers.
     """
@@ -78,6 +110,7 @@ class FakeEndpoint:
     def __init__(self) -> None:
         self.script: list[Step] = []
         self.reply: Callable[[str], Step] = lambda _: fine("ok")
+        self.models = failing(404, "no /v1/models")
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.url = ""
@@ -129,6 +162,12 @@ def fake_endpoint(script: Sequence[Step] = ()) -> Iterator[FakeEndpoint]:
                 step = failing(404, f"no {self.path}")
             else:
                 step = endpoint.next_step(body, self.headers)
+            self.respond(step)
+
+        def do_GET(self) -> None:
+            self.respond(endpoint.models if self.path == "/v1/models" else failing(404, f"no {self.path}"))
+
+        def respond(self, step: Step) -> None:
             if step.hangs:
                 endpoint.closing.wait(30)
                 return

@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "demo": _CORE | {"compare", "evaluate", "inspect", "report", "train"},
     "vllm_plugin": {"errors", "model"},
     "serve": _CORE | {"endpoint", "inspect", "printing", "vllm_plugin"},
+    "chat": _CORE | {"display", "endpoint", "inspect", "printing", "serve"},
     "playground": _CORE | {"display", "endpoint", "inspect", "printing", "serve"},
     "zoo": set(),
 }  # fmt: skip

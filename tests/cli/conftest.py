@@ -5,12 +5,27 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from command_results import Result
+from tiny_models import shake_gate
+from training_fixtures import TinyRun
 from ultrafuser.cli import main as cli
+from ultrafuser.specialists import fuse
+
+
+@pytest.fixture(scope="session")
+def folder(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fused folder with a random gate."""
+    model, tokenizer = fuse(tiny_run.recipe("unused"))
+    shake_gate(model, scale=3.0)
+    directory = tmp_path_factory.mktemp("cli") / "fused"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture

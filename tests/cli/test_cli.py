@@ -16,26 +16,12 @@ import yaml
 from typer.main import get_command
 
 import ultrafuser
-from tiny_models import save_adapter, shake_gate
+from tiny_models import save_adapter
 from training_fixtures import GATE, NAMES, TinyRun
 from ultrafuser.cli import main as cli
-from ultrafuser.inspect.run import answer
-from ultrafuser.model.shared_base import SpecialistGroup
-from ultrafuser.specialists import fuse, load
 
 COMMANDS = get_command(cli.app).commands  # type: ignore[attr-defined]
 NEEDS_MATPLOTLIB = not os.environ.get("CI") and "matplotlib is not installed (extra: report)"
-
-
-@pytest.fixture(scope="session")
-def folder(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fused folder with a random gate."""
-    model, tokenizer = fuse(tiny_run.recipe("unused"))
-    shake_gate(model, scale=3.0)
-    directory = tmp_path_factory.mktemp("cli") / "fused"
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def specialist_options(tiny_run: TinyRun, names: Sequence[str] = NAMES) -> list[str]:
@@ -309,61 +295,10 @@ def test_a_lower_precision_on_request(run, folder):
     assert run("generate", folder, "-p", "hi", "--max-new-tokens", "2", "--dtype", "bfloat16").code == 0
 
 
-# ---------------------------------------------------------------- chat
-
-
-def test_a_chat(run, folder):
-    lines = "/weights\nhow many foxes?\n/weights\n\nand dogs?\n/reset\n/weights\n/exit\nnever read\n"
-    result = run("chat", folder, "--max-new-tokens", "5", "--temperature", "0", stdin=lines)
-    assert result.code == 0, result.err
-    assert result.out.count("no answer yet") == 2
-    assert all(name in result.out for name in NAMES), "/weights shows who led"
-    first = run("generate", folder, "-p", "how many foxes?", "--max-new-tokens", "5").out.strip()
-    assert first in result.out
-
-
-def test_a_chat_reads_only_what_is_new(run, folder, monkeypatch):
-    """Every answer is that of a pass over the whole chat, but no turn reads the chat again."""
-    turns, messages, answers, whole = ["how many foxes?", "and dogs?", "the quick brown fox"], [], [], []
-    model, renderer = load(folder)
-    for turn in turns:
-        messages.append({"role": "user", "content": turn})
-        whole.append(max(map(len, renderer.prompt(messages))))
-        [ids] = answer(model, renderer, [messages], max_new_tokens=5, do_sample=False)
-        answers.append(renderer.tokenizer.decode(ids))
-        messages.append({"role": "assistant", "content": answers[-1]})
-    lengths, forward = [], SpecialistGroup.forward
-    monkeypatch.setattr(
-        SpecialistGroup, "forward", lambda self, ids, *rest: lengths.append(ids.shape[-1]) or forward(self, ids, *rest)
-    )
-    result = run("chat", folder, "--max-new-tokens", "5", "--temperature", "0", stdin="\n".join([*turns, "/exit"]))
-    assert all(text in result.out for text in answers)
-    read = [length for length in lengths[:: len(model.groups)] if length > 1]
-    assert read[0] == whole[0] and len(read) == len(turns)
-    assert sum(read[1:]) < whole[-1] - whole[0], "the second and third turn read the chat again"
-
-
-def test_a_chat_ends_with_its_input(run, folder):
-    assert run("chat", folder, "--max-new-tokens", "2", stdin="hi\n").code == 0
-
-
-def test_a_chat_survives_a_message_that_is_not_utf8(run, folder, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi \xff\nhi\n/weights\n"), "utf-8"))
-    result = run("chat", folder, "--max-new-tokens", "2")
-    assert result.code == 0 and "a message holds a lone surrogate, half of a character. Remove it" in result.out
-    assert "no answer yet" not in result.out
-
-
 def test_standard_input_that_is_not_utf8_is_refused(run, folder, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\xff\n"), "utf-8"))
     result = run("generate", folder)
     assert result.code == 2 and "prompt 'hi\\udcff': not UTF-8" in result.err and result.err.count("\n") == 1
-
-
-def test_a_chat_survives_a_message_that_does_not_fit(run, folder):
-    result = run("chat", folder, "--max-new-tokens", "2", stdin=f"{'fox ' * 300}\nhi\n/weights\n")
-    assert result.code == 0 and "do not fit into its context of 192" in result.out.replace("\n", " ")
-    assert "no answer yet" not in result.out
 
 
 # ---------------------------------------------------------------- inspect

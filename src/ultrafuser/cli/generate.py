@@ -1,10 +1,10 @@
-"""`ultrafuser generate`, `chat` and `inspect`: use a fused model."""
+"""`ultrafuser generate` and `inspect`: answer prompts, and show who led at each token."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,6 @@ from typer import Option
 
 from ultrafuser.cli.ending import AGAIN, how_to_go_on
 from ultrafuser.cli.options import (
-    DTYPES,
     Device,
     Dtype,
     Folder,
@@ -26,13 +25,14 @@ from ultrafuser.cli.options import (
     Temperature,
     TopP,
     TrustRemoteCode,
-    check_choice,
+    check_characters,
+    load_folder,
     report_reading,
     row_reader,
 )
-from ultrafuser.errors import DataError, UltraFuserError
+from ultrafuser.errors import DataError
 from ultrafuser.printing import PlainConsole, echo, echo_answer
-from ultrafuser.progress import ConsoleProgress, quiet_libraries
+from ultrafuser.progress import ConsoleProgress
 
 Response = Annotated[str | None, Option(help="Show the weights of this answer instead of generating one.")]
 
@@ -63,7 +63,7 @@ def generate_command(
     """Answer prompts, in batches."""
     progress = ConsoleProgress()
     chats = _conversations(prompt, file, system, on_bad_row, progress)
-    model, renderer = _load(folder, dtype, device, seed, trust_remote_code)
+    model, renderer = load_folder(folder, dtype, device, seed, trust_remote_code)
     from ultrafuser.inspect.run import answer
 
     options = _sampling(max_new_tokens, temperature, top_p) | {"num_beams": num_beams}
@@ -80,62 +80,6 @@ def generate_command(
         return
     for chat, text in zip(chats, answers, strict=True):
         echo_answer(f"> {chat[-1]['content']}\n{text}\n" if len(chats) > 1 else text)
-
-
-@how_to_go_on(f"The chat is not stored. {AGAIN} for a new one", resumes=False)
-def chat_command(
-    folder: Folder,
-    system: System = None,
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.9,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Chat with a fused model. Answers are streamed.
-
-    Commands in the chat: /reset starts a new chat, /weights colours the last answer by specialist, /exit ends the program.
-    """
-    _check_characters({"--system": system})
-    model, renderer = _load(folder, dtype, device, seed, trust_remote_code)
-    from transformers import TextStreamer
-
-    from ultrafuser.inspect.run import answer, trace_tokens
-    from ultrafuser.inspect.terminal import render_terminal
-
-    console = PlainConsole()
-    opening = [{"role": "system", "content": system}] if system else []
-    messages, last_answer = list(opening), None
-    console.print("/reset, /weights, /exit", style="dim")
-    cache = model.new_cache(record=True)  # each turn reads only what it adds to the chat
-    while True:
-        try:
-            line = console.input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if line == "/exit":
-            return
-        if line == "/reset":
-            messages, last_answer = list(opening), None
-        elif line == "/weights":
-            console.print(
-                render_terminal(trace_tokens(model, renderer, *last_answer)) if last_answer else "no answer yet"
-            )
-        elif line:
-            messages.append({"role": "user", "content": line})
-            streamer = TextStreamer(renderer.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            streamer.on_finalized_text = lambda text, stream_end=False: echo_answer(text, "\n" if stream_end else "")
-            options = _sampling(max_new_tokens, temperature, top_p) | {"streamer": streamer, "past_key_values": cache}
-            try:
-                [ids] = answer(model, renderer, [messages], **options)
-            except UltraFuserError as error:  # usually: the chat is longer than the context
-                console.print(str(error), style="red")
-                messages.pop()
-                continue
-            last_answer = (list(messages), ids) if ids else None
-            messages.append({"role": "assistant", "content": renderer.answer_text(ids)})
 
 
 @how_to_go_on(f"Nothing was written. {AGAIN}", resumes=False)
@@ -177,7 +121,7 @@ def inspect_command(
     progress = ConsoleProgress()
     report_reading(reader, progress)
     chats = [_chat(text, system) for text in prompt or []]
-    model, renderer = _load(folder, dtype, device, seed, trust_remote_code)
+    model, renderer = load_folder(folder, dtype, device, seed, trust_remote_code)
     from ultrafuser.inspect.run import answer, trace_rows, trace_tokens
 
     if response is not None:
@@ -214,22 +158,10 @@ def _check_inspected(prompt: list[str] | None, file: Path | None, response: str 
         raise DataError("inspect needs either --prompt or --file")
     if response is not None and (not prompt or len(prompt) > 1):
         raise DataError("--response needs exactly one --prompt")
-    _check_characters({"--response": response})
+    check_characters({"--response": response})
 
 
 # ---------------------------------------------------------------- shared by the commands
-
-
-def _load(folder: str, dtype: str, device: str, seed: int, trust_remote_code: bool) -> tuple[Any, Any]:
-    quiet_libraries()
-    from transformers import set_seed
-
-    from ultrafuser.specialists import load, pick_device
-
-    check_choice("--dtype", dtype, DTYPES)
-    set_seed(seed)
-    with ConsoleProgress().waiting(f"loading {folder}"):
-        return load(folder, dtype=dtype, device_map=pick_device(device), trust_remote_code=trust_remote_code)
 
 
 def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
@@ -237,17 +169,8 @@ def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str
     return options | ({"temperature": temperature, "top_p": top_p} if temperature > 0 else {})
 
 
-def _check_characters(texts: Mapping[str, str | None]) -> None:
-    """Check texts of the user before a model is loaded."""
-    from ultrafuser.data.json_text import has_lone_surrogate
-
-    for name, text in texts.items():
-        if text and has_lone_surrogate(text):
-            raise DataError(f"{name} {text!a:.80}: not UTF-8, or half of a character. Remove it")
-
-
 def _chat(text: str, system: str | None) -> list[dict[str, str]]:
-    _check_characters({"prompt": text, "--system": system})
+    check_characters({"prompt": text, "--system": system})
     opening = [{"role": "system", "content": system}] if system else []
     return [*opening, {"role": "user", "content": text}]
 

@@ -11,11 +11,12 @@ import typer
 from typer import Option
 
 from ultrafuser import __version__
+from ultrafuser.cli.chat import chat_command
 from ultrafuser.cli.data import data_app
 from ultrafuser.cli.ending import report_disk
 from ultrafuser.cli.evaluate import compare_command, eval_command
 from ultrafuser.cli.fuse import demo_command, fuse_command, info_command, train_command
-from ultrafuser.cli.generate import chat_command, generate_command, inspect_command
+from ultrafuser.cli.generate import generate_command, inspect_command
 from ultrafuser.cli.serve import serve_command
 from ultrafuser.cli.synth import synth_app
 from ultrafuser.errors import UltraFuserError

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from ultrafuser.errors import RecipeError
-from ultrafuser.progress import Progress
+from ultrafuser.errors import DataError, RecipeError
+from ultrafuser.progress import ConsoleProgress, Progress, quiet_libraries
 
 if TYPE_CHECKING:
     from ultrafuser.data.sources import RowReader
@@ -54,6 +54,41 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     """
     if value not in choices:
         raise RecipeError(f"{option} {value!r}: expected one of {', '.join(choices)}")
+
+
+def check_characters(texts: Mapping[str, str | None]) -> None:
+    """Check texts of the user before a model is loaded.
+
+    Raises:
+        DataError: a text is not UTF-8.
+    """
+    from ultrafuser.data.json_text import has_lone_surrogate
+
+    for name, text in texts.items():
+        if text and has_lone_surrogate(text):
+            raise DataError(f"{name} {text!a:.80}: not UTF-8, or half of a character. Remove it")
+
+
+def load_folder(folder: str, dtype: str, device: str, seed: int | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The fused model and the renderer of its prompts.
+
+    Args:
+        seed: of torch and its neighbours. None: they stay as they are.
+
+    Raises:
+        RecipeError: no such precision.
+        CheckpointError: no such folder, or one that cannot be loaded.
+    """
+    quiet_libraries()
+    from transformers import set_seed
+
+    from ultrafuser.specialists import load, pick_device
+
+    check_choice("--dtype", dtype, DTYPES)
+    if seed is not None:
+        set_seed(seed)
+    with ConsoleProgress().waiting(f"loading {folder}"):
+        return load(folder, dtype=dtype, device_map=pick_device(device), trust_remote_code=trust_remote_code)
 
 
 def row_reader(on_bad_row: str) -> RowReader:

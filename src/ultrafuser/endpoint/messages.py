@@ -72,7 +72,7 @@ def read_reply(body: bytes) -> Reply:
     usage: Any = tree.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Reply(
-        _without_surrogates(text),
+        without_surrogates(text),
         _text(choice.get("finish_reason")),
         _text(message.get("refusal")),
         _count(usage.get("prompt_tokens")),
@@ -100,7 +100,7 @@ def _excerpt(body: bytes) -> str:
     return repr(one_line(body.decode("utf-8", "replace")))
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """The text with lone surrogates replaced: a limit of tokens may cut an emoji in two."""
     try:
         text.encode()
@@ -110,7 +110,7 @@ def _without_surrogates(text: str) -> str:
 
 
 def _text(value: Any) -> str | None:
-    return _without_surrogates(value) if isinstance(value, str) and value else None
+    return without_surrogates(value) if isinstance(value, str) and value else None
 
 
 def _count(value: Any) -> int | None:

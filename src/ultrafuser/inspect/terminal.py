@@ -23,7 +23,7 @@ def render_terminal(trace: TokenTrace, *, weights: bool = False) -> Group:
     if trace.prompt:
         lines.append(Text(printable(trace.prompt), style="dim italic"))
     gap = "" if trace.text.endswith("\n") else "\n"
-    lines += [_response(trace), Text(gap, end="") + _legend(trace)]
+    lines += [_response(trace), Text(gap, end="") + legend(trace)]
     if weights and trace.tokens:
         lines += ["", _weights_table(trace)]
     return Group(*lines)
@@ -42,7 +42,8 @@ def _response(trace: TokenTrace) -> Text:
     return text if trace.tokens else Text("(the response has no tokens)", style="dim")
 
 
-def _legend(trace: TokenTrace) -> Text:
+def legend(trace: TokenTrace) -> Text:
+    """The specialists on their colours, with their mean weights."""
     means = mean_weights([trace]) if trace.tokens else {}
     text = Text()
     for index, name in enumerate(trace.specialists):

@@ -1,0 +1,1 @@
+"""Chat in the terminal: with a model in this process or behind an endpoint, with the weights of every token."""
