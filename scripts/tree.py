@@ -26,6 +26,8 @@ DATA_FILES = {
     "evaluate/judged/prompts/": "Prompts of the judges",
     "evaluate/tasks/*.yaml": "One lm-eval task per file",
     "inspect/templates/": "HTML and CSS of a token trace",
+    "playground/export.css": "CSS of an exported conversation",
+    "playground/page/": "HTML, CSS and JavaScript of the playground",
     "py.typed": "Marks the package as typed",
     "report/templates/": "CSS of the report",
     "synth/output/card.md.jinja": "Text of the data card",

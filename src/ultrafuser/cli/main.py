@@ -17,6 +17,7 @@ from ultrafuser.cli.ending import report_disk
 from ultrafuser.cli.evaluate import compare_command, eval_command
 from ultrafuser.cli.fuse import demo_command, fuse_command, info_command, train_command
 from ultrafuser.cli.generate import generate_command, inspect_command
+from ultrafuser.cli.playground import playground_command
 from ultrafuser.cli.serve import serve_command
 from ultrafuser.cli.synth import synth_app
 from ultrafuser.errors import UltraFuserError
@@ -72,6 +73,7 @@ app.command(name="generate")(generate_command)
 app.command(name="chat")(chat_command)
 app.command(name="inspect")(inspect_command)
 app.command(name="serve")(serve_command)
+app.command(name="playground")(playground_command)
 app.command(name="info")(info_command)
 app.command(name="eval")(eval_command)
 app.command(name="compare")(compare_command)
