@@ -26,7 +26,7 @@ def playground_command(
     ] = None,
     host: Annotated[str, Option(help="Listen on this address. 0.0.0.0: on all.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Listen on this port. 0: a free one.")] = 7860,
-    browser: Annotated[bool, Option("--browser/--no-browser", help="Open the page in the browser.")] = True,
+    no_browser: Annotated[bool, Option("--no-browser", help="Print the address and open no browser.")] = False,
     api_key: Annotated[
         str | None,
         Option(
@@ -57,7 +57,7 @@ def playground_command(
 
     others = compared_servers(compare or [], compare_api_key)
     app = local_app(Upstream(read_url(target), api_key), others, host=host)
-    launch(app, host=host, port=port, announce=lambda url: echo(f"playground: {url}"), opens_browser=browser)
+    launch(app, host=host, port=port, announce=lambda url: echo(f"playground: {url}"), opens_browser=not no_browser)
 
 
 def compared_servers(pairs: list[str], api_key: str | None) -> dict[str, Upstream]:
