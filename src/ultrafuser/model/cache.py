@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, PreTrainedConfig, cache_utils
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from .growing import GrowingLayer
 
+# Layers that hold nothing. transformers 5.19 has none.
+_EMPTY = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
 _ATTENTION = (DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer)  # whose columns can be moved
 
 
@@ -143,7 +145,7 @@ class UltraFuserCache(Cache):
             group_rows = _rows(rows, len(members), batch)  # (k * B,)
             group_columns = columns[:, members].transpose(0, 1).flatten(0, 1)  # (k * B, width)
             group_real = real[:, members].transpose(0, 1).flatten(0, 1)
-            if not all(isinstance(layer, (CacheLayerMixin, DummyLayer)) for layer in group.layers):
+            if not all(isinstance(layer, (CacheLayerMixin, *_EMPTY)) for layer in group.layers):
                 return False  # recurrent states cannot go back to a prefix
             for layer in _filled(group.layers):
                 if not _select_states(layer, group_rows, group_columns, group_real, length):
@@ -155,7 +157,7 @@ class UltraFuserCache(Cache):
     @property
     def can_join(self) -> bool:
         """Whether rows of other caches can join. False with recurrent layers, whose states have no columns to align."""
-        return all(type(layer) in (*_ATTENTION, DummyLayer) for layer in self.layers)
+        return all(type(layer) in (*_ATTENTION, *_EMPTY) for layer in self.layers)
 
     def join(self, other: UltraFuserCache) -> None:
         """Put the rows of another cache of the same model behind these. The other cache stays as it is.

@@ -229,17 +229,10 @@ def load_groups(
     for indices in config.groups():
         specs = [config.specialists[k] for k in indices]
         for spec in specs if verify else ():
-            for key, reference in weight_sources(spec["source"]):
-                recorded = (spec.get("files") or {}).get(key)
-                if not recorded:
-                    continue
-                path = Path(resolve(reference, folder, spec["name"]))
-                if path not in checked:  # a base that several share is hashed once
-                    check_files(path, recorded, f"specialist {spec['name']!r}")
-                    checked.add(path)
+            check_recorded_files(spec, folder, checked)
         model = load_base(specs[0], folder, access, **kwargs)
         if specs[0].get("separate"):
-            model = _merge_with_peft(model, specs[0], folder, access)
+            model = merge_adapter(model, specs[0], folder, access)
             adapters: list[AdapterWeights | None] = []
         else:
             adapters = [read_adapter(spec, folder, model.dtype, access) for spec in specs]
@@ -247,6 +240,25 @@ def load_groups(
         check_output_layer(group)
         groups.append(group)
     return groups
+
+
+def check_recorded_files(spec: SpecialistEntry, folder: Path | None, checked: set[Path]) -> None:
+    """Compare a specialist's local weight files with the recorded sizes and checksums.
+
+    Args:
+        checked: the paths that need no check any more, because several specialists may share a base. Grows.
+
+    Raises:
+        CheckpointError: a file is missing or changed.
+    """
+    for key, reference in weight_sources(spec["source"]):
+        recorded = (spec.get("files") or {}).get(key)
+        if not recorded:
+            continue
+        path = Path(resolve(reference, folder, spec["name"]))
+        if path not in checked:
+            check_files(path, recorded, f"specialist {spec['name']!r}")
+            checked.add(path)
 
 
 def pin(source: SpecialistSource, folder: Path | None, name: str, access: Access) -> list[tuple[str, str]]:
@@ -417,7 +429,7 @@ def read_adapter(
     return AdapterWeights({name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}, scaling)
 
 
-def _merge_with_peft(
+def merge_adapter(
     model: PreTrainedModel, spec: SpecialistEntry, folder: Path | None, access: Access
 ) -> PreTrainedModel:
     """Merge an adapter that is no plain LoRA into its own copy of the base, by PEFT."""

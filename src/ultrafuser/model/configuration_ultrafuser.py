@@ -24,9 +24,13 @@ def specialist_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **fields) if model_type in CONFIG_MAPPING else PreTrainedConfig(**fields)
 
 
+def _text_config(specialist: SpecialistEntry) -> PreTrainedConfig:
+    return specialist_config(specialist["config"]).get_text_config()
+
+
 def table_rows(specialist: SpecialistEntry) -> int:
     """Rows of a specialist's embedding table."""
-    return specialist.get("table_rows") or specialist_config(specialist["config"]).get_text_config().vocab_size
+    return specialist.get("table_rows") or _text_config(specialist).vocab_size
 
 
 class UltraFuserConfig(PreTrainedConfig):
@@ -159,6 +163,36 @@ class UltraFuserConfig(PreTrainedConfig):
     def max_position_embeddings(self) -> int:
         """The smallest context of the specialists, in tokens."""
         return min(self.contexts.values(), default=2**31 - 1)
+
+    # vLLM plans its memory and its parallelism by these. The layers of each specialist check their own again.
+    @property
+    def hidden_size(self) -> int:
+        """Widths of the K last hidden states together, as vLLM passes them from the specialists to the gate."""
+        return sum(_text_config(spec).hidden_size for spec in self.specialists)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the deepest specialist."""
+        return max((_text_config(spec).num_hidden_layers for spec in self.specialists), default=0)
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Attention heads of the first specialist."""
+        return next((_text_config(spec).num_attention_heads for spec in self.specialists), 0)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key-value heads of the first specialist."""
+        first = next((_text_config(spec) for spec in self.specialists), None)
+        return getattr(first, "num_key_value_heads", None) or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Size of an attention head of the first specialist."""
+        first = next((_text_config(spec) for spec in self.specialists), None)
+        if first is None:
+            return 0
+        return getattr(first, "head_dim", None) or first.hidden_size // first.num_attention_heads
 
     def specialist_configs(self) -> list[PreTrainedConfig]:
         """K configuration objects, rebuilt from their dictionaries."""

@@ -55,10 +55,7 @@ class Head(NamedTuple):
 
     def _to_common(self, z: torch.Tensor) -> torch.Tensor:
         """Logits of the rows -> logits of the common vocabulary, (n, rows) -> (n, V). Overwrites z."""
-        if self.end is not None:
-            swap_columns(z, *self.end)
-        z = z[..., : self.size]
-        return z.index_fill_(-1, torch.tensor(self.masked, device=z.device), _MASKED_LOGIT) if self.masked else z
+        return to_common(z, self.size, self.end, self.masked)
 
     def _to_rows(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient for the logits of the common vocabulary -> that of the rows, (n, V) -> (n, rows)."""
@@ -93,6 +90,18 @@ class Head(NamedTuple):
         if self.softcap is not None:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
         return self._to_common(z if self.temperature == 1.0 else z.div_(self.temperature))
+
+
+def to_common(z: torch.Tensor, vocab_size: int, end: tuple[int, int] | None, masked: Sequence[int]) -> torch.Tensor:
+    """Logits of a specialist's rows -> logits of the common vocabulary, (..., rows) -> (..., V). Overwrites z.
+
+    Args:
+        vocab_size, end, masked: see `Head`.
+    """
+    if end is not None:
+        swap_columns(z, *end)
+    z = z[..., :vocab_size]
+    return z.index_fill_(-1, torch.tensor(masked, device=z.device), _MASKED_LOGIT) if masked else z
 
 
 def swap_columns(z: torch.Tensor, a: int, b: int) -> torch.Tensor:

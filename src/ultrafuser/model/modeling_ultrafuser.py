@@ -25,6 +25,7 @@ from .generation import FusedGeneration
 from .hub import Access, push_fused
 from .inputs import OUTPUTS, check_mask_length, refuse_keywords, select_inputs
 from .loss import label_log_prob, mixed_log_prob, select_responses
+from .mixing import mix_logits
 from .saving import Origin, plain_model, save_fused
 from .shared_base import SpecialistGroup
 
@@ -171,40 +172,9 @@ class UltraFuserForCausalLM(
         return [states[location] for location in self._order]
 
     def mix(self, states: Sequence[torch.Tensor], log_weights: torch.Tensor) -> torch.Tensor:
-        """Mixed logits: Eq. 1, or with probability mixing log(sum_k w_k softmax(z_k)) + sum_k w_k logsumexp(z_k).
-
-        The second term is the same for all tokens of the vocabulary, so the distribution is the mixture's. It puts the
-        logits on the scale of the specialists' logits, where processors that scale logits expect them. A specialist of
-        weight 1 gives its own logits.
-
-        Args:
-            states: K tensors (..., D_k).
-            log_weights: (..., K).
-
-        Returns:
-            (..., V), in float32 at least.
-        """
-        mixed: Any = None
-        normaliser: Any = 0.0  # sum_k w_k logsumexp(z_k), (..., 1)
-        for k, (state, head) in enumerate(zip(states, self.heads(), strict=True)):
-            log_w = log_weights[..., k, None]
-            logits = head.logits(state).to(log_w.device)  # (..., V)
-            if self.config.mixing == "logits":
-                weighted = log_w.exp() * logits
-                if mixed is None:
-                    mixed = weighted
-                else:
-                    mixed = mixed + weighted if weighted.requires_grad else mixed.add_(weighted)
-            else:
-                log_total = logits.logsumexp(-1, keepdim=True)  # (..., 1)
-                normaliser = normaliser + log_w.exp() * log_total
-                weighted = log_w - log_total + logits
-                mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted)
-        if self.config.mixing == "probabilities":
-            mixed = mixed + normaliser
-        if self.config.masked_token_ids:
-            mixed[..., self.config.masked_token_ids] = -torch.inf
-        return mixed
+        """Mixed logits of K states (..., D_k) by log weights (..., K): (..., V). See `mix_logits`."""
+        logits = (head.logits(state) for state, head in zip(states, self.heads(), strict=True))  # K x (..., V)
+        return mix_logits(logits, log_weights, self.config.mixing, self.config.masked_token_ids)
 
     def forward(
         self,
