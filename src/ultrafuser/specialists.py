@@ -24,10 +24,12 @@ from ultrafuser.model.checkpoint import (
     fused_folder,
     is_plain_lora,
     load_groups,
+    load_specialist_tokenizers,
     load_tokenizer,
     locate_model,
     pin,
     read_adapter_config,
+    read_manifest,
     read_model_type,
 )
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig, table_rows
@@ -177,9 +179,31 @@ def make_renderer(
         max_length: maximum tokens of a sequence. Default: the smallest context of the specialists.
         apart: see `Renderer`.
     """
-    config = model.config
+    return _renderer(model.config, model.specialist_tokenizers, tokenizer, max_length, apart)
+
+
+def load_renderer(folder: str | Path) -> Renderer:
+    """The renderer of a fused checkpoint, without its weights.
+
+    Raises:
+        CheckpointError: no fused checkpoint, or one without a tokenizer.
+    """
+    access = Access()
+    local = fused_folder(folder, access)
+    config = read_manifest(local)
+    tokenizer = load_tokenizer(local, access.options(config.names[0]), config.names[0])
+    return _renderer(config, load_specialist_tokenizers(config, local, access), tokenizer, None, None)
+
+
+def _renderer(
+    config: UltraFuserConfig,
+    specialist_tokenizers: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    apart: bool | None,
+) -> Renderer:
     formats = [
-        _chat_format(spec, model.specialist_tokenizers.get(spec["name"], tokenizer), config.date)
+        _chat_format(spec, specialist_tokenizers.get(spec["name"], tokenizer), config.date)
         for spec in config.specialists
     ]
     return Renderer(

@@ -161,6 +161,14 @@ class ChatFormat:
 
     # ---------------------------------------------------------------- render
 
+    def pinned_template(self) -> tuple[str, dict[str, Any]]:
+        """The Jinja text, which reads `date` in place of the clock, and its further variables."""
+        variables = {**self.template_kwargs}
+        if not self.reads_clock or self.date is None:
+            return self.template, variables
+        day = datetime.datetime.fromisoformat(self.date)
+        return _PINNED_CLOCK + self.template, {**variables, "pinned_clock": {c: day.strftime(c) for c in _CLOCK_CODES}}
+
     def render(self, chat: Chat, add_generation_prompt: bool = False) -> str:
         """The text of a conversation.
 
@@ -169,12 +177,7 @@ class ChatFormat:
         """
         import jinja2
 
-        options: dict[str, Any] = {**self.template_kwargs}
-        template = self.template
-        if self.reads_clock and self.date is not None:
-            day = datetime.datetime.fromisoformat(self.date)
-            template = _PINNED_CLOCK + template
-            options["pinned_clock"] = {code: day.strftime(code) for code in _CLOCK_CODES}
+        template, options = self.pinned_template()
         messages = self._messages(chat)
         try:
             return self.tokenizer.apply_chat_template(

@@ -85,10 +85,7 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
     model.gate.to(model.device)
     if settings := _generation_settings(folder, str(folder)):
         model.generation_config = settings
-    tokenizers = {name: folder / TOKENIZERS / name for name in config.names}
-    model.specialist_tokenizers = {
-        name: load_tokenizer(path, access.options(name), name) for name, path in tokenizers.items() if path.is_dir()
-    }
+    model.specialist_tokenizers = load_specialist_tokenizers(config, folder, access)
     mark_unchanged(model, folder, access)
     model.eval()
     report: dict[str, Any] = {
@@ -154,6 +151,18 @@ def load_tokenizer(path: Path, options: Mapping[str, Any], specialist: str) -> P
             "'_', '-' or '.', because it names a file"
         )
     return tokenizer
+
+
+def load_specialist_tokenizers(
+    config: UltraFuserConfig, folder: Path, access: Access
+) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizers of those specialists that read another one than the first.
+
+    Raises:
+        CheckpointError: one cannot be loaded.
+    """
+    paths = {name: folder / TOKENIZERS / name for name in config.names}
+    return {name: load_tokenizer(path, access.options(name), name) for name, path in paths.items() if path.is_dir()}
 
 
 def read_manifest(folder: Path) -> UltraFuserConfig:
