@@ -45,7 +45,13 @@ class ScriptedEngine:
         await asyncio.sleep(0)  # as between two steps
         if self.failure is not None:
             raise self.failure
-        return [list(NAMES)] if method == "connect_gate" else [self.records.take(*args), {}]
+        if method == "connect_gate":
+            return [list(NAMES)]
+        ranges, released = args
+        fetched = self.records.take(ranges)
+        for key in released:
+            self.records.release(key)
+        return [fetched, {}]
 
     def generate(self, kind: str, fields: dict[str, Any], prompt: int, sample: int) -> list[np.ndarray]:
         """Record the weights of one answer, as the workers do. Tokens behind its end are recorded too."""
@@ -56,8 +62,9 @@ class ScriptedEngine:
         rows = [weights_of(prompt, sample, i) for i in range(len(self.ids))]
         for i, row in enumerate([*rows, rows[-1]]):
             if record is not None and record.key is not None:
+                self.records.write(np.array([record.slot]), np.array([i]), row[None])
                 top = np.tile(np.arange(record.num_top), (len(NAMES), 1))
-                record.write(i, {"weights": row, "top_ids": top + 3, "top_logprobs": -top.astype(np.float32)})
+                record.tops[i] = top + 3, -top
         return rows
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ultrafuser.vllm_plugin.gate_records import KEY, MASK, MAX_FINISHED, GateRecords, choice_of
+from ultrafuser.vllm_plugin.gate_records import KEY, MASK, MAX_FINISHED, AnswerRecord, GateRecords, choice_of
 
 
-def row(*weights: float) -> dict[str, np.ndarray]:
-    return {"weights": np.array(weights, dtype=np.float32)}
+def write(records: GateRecords, record: AnswerRecord, position: int, *weights: float) -> None:
+    records.write(np.array([record.slot]), np.array([position]), np.array([weights]))
 
 
 def fetched(records: GateRecords, key: str, choice: str, first: int, end: int) -> list[list[float]]:
-    data = records.take({key: {choice: (first, end)}}, [])[key][choice]["weights"]
+    data = records.take({key: {choice: (first, end)}})[key][choice]["weights"]
     return np.frombuffer(data, dtype=np.float32).reshape(-1, 2).tolist()
 
 
@@ -34,11 +34,11 @@ def test_the_name_of_a_request_tells_its_choice(request_id, choice):
 def test_positions_are_overwritten_and_grow():
     records = GateRecords(2)
     record = records.find("chatcmpl-a-00000000", lambda _: {KEY: "k"})
-    for position in range(200):
-        record.write(position, row(position, 0))
-    record.write(7, row(-1, 1))
+    for position in range(1000):
+        write(records, record, position, position, 0)
+    write(records, record, 7, -1, 1)
     assert fetched(records, "k", "0:0", 6, 9) == [[6, 0], [-1, 1], [8, 0]]
-    assert fetched(records, "k", "0:0", 199, 200) == [[199, 0]]
+    assert fetched(records, "k", "0:0", 999, 1000) == [[999, 0]]
 
 
 def test_requests_that_ask_for_nothing_have_no_record():
@@ -52,17 +52,19 @@ def test_requests_that_ask_for_nothing_have_no_record():
 def test_a_released_key_collects_nothing_more():
     records = GateRecords(2)
     record = records.find("chatcmpl-a-00000000", lambda _: {KEY: "k"})
-    assert records.take({}, ["k"]) == {} and len(records) == 0
-    assert record.key is None, "its request may run for another step"
+    write(records, record, 0, 1, 2)
+    records.release("k")
+    assert len(records) == 0 and (record.key, record.slot) == (None, -1), "its request may run for another step"
     assert records.find("chatcmpl-a-00000000", lambda _: {KEY: "k"}) is record and len(records) == 0
 
 
 def test_a_preempted_answer_keeps_its_weights():
     records = GateRecords(2)
     record = records.find("chatcmpl-a-00000000", lambda _: {KEY: "k"})
-    record.write(0, row(1, 0))
+    write(records, record, 0, 1, 0)
     records.forget_ended({"chatcmpl-a-00000000"})
     assert records.find("chatcmpl-a-00000000", lambda _: {KEY: "k"}) is record
+    assert fetched(records, "k", "0:0", 0, 1) == [[1, 0]]
 
 
 def test_answers_that_nobody_fetches_are_bounded():
@@ -72,4 +74,5 @@ def test_answers_that_nobody_fetches_are_bounded():
     records.find("chatcmpl-x-00000000", lambda _: {KEY: "runs"})
     records.forget_ended({"chatcmpl-x-00000000"})
     assert len(records) == MAX_FINISHED + 1
-    assert fetched(records, "runs", "0:0", 0, 1) == [[0, 0]] and records.take({"3": {"0:0": (0, 1)}}, []) == {"3": {}}
+    assert fetched(records, "runs", "0:0", 0, 1) == [[0, 0]]
+    assert records.take({"3": {"0:0": (0, 1)}}) == {"3": {}}

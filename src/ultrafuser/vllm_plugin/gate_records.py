@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ MASK = "ultrafuser_mask"  # K numbers: 1 for each specialist that takes part, 0 
 TOP = "ultrafuser_top"  # how many of each specialist's most likely tokens are collected
 
 MAX_FINISHED = 1024  # answers that ended and that nobody has fetched. The server fetches or releases each of its own
-_FIRST_CAPACITY = 64  # tokens
+_FIRST_SLOTS, _FIRST_TOKENS = 8, 256
 
 # Samples of one prompt are requests of their own in vLLM: `0_cmpl-...`, `1_cmpl-...`. A completion request has several
 # prompts, whose number stands before the random suffix.
@@ -23,7 +23,8 @@ _SAMPLE = re.compile(r"(\d+)_(?=chatcmpl-|cmpl-)")
 _PROMPT = re.compile(r"cmpl-.*-(\d+)-[0-9a-f]{8}")
 
 Ranges = Mapping[str, Mapping[str, Sequence[int]]]  # key -> choice -> first position, and the one behind the last
-Fetched = dict[str, dict[str, dict[str, bytes]]]  # key -> choice -> name of an array -> its rows
+# key -> choice -> `weights`, and with `TOP` also `top_ids` and `top_logprobs` -> float32 or int32 numbers
+Fetched = dict[str, dict[str, dict[str, bytes]]]
 
 
 def choice_of(request_id: str) -> str:
@@ -35,38 +36,22 @@ def choice_of(request_id: str) -> str:
 
 @dataclass
 class AnswerRecord:
-    """What one request of vLLM asks of the gate, and what the gate gave for its tokens so far.
+    """What one request of vLLM asks of the gate.
 
     Attributes:
         key: of the HTTP request. None: nothing is collected.
         mask: (K) the specialists that take part. None: all.
         num_top: how many of each specialist's most likely tokens are collected.
-        arrays: `weights` (capacity, K), and with `num_top` also `top_ids` and `top_logprobs` (capacity, K, num_top). Row p
-            belongs to the p-th token of the answer. A position that is computed again, such as that of a rejected draft
-            token, is overwritten.
+        slot: of its weights. -1: none.
+        tops: ids and log-probabilities (K, num_top), by position.
     """
 
     key: str | None
     choice: str
-    mask: tuple[bool, ...] | None
-    num_top: int
-    num_specialists: int
-    arrays: dict[str, np.ndarray] = field(init=False)
-
-    def __post_init__(self) -> None:
-        size, top = self.num_specialists, self.num_top
-        self.arrays = {"weights": np.zeros((_FIRST_CAPACITY, size), dtype=np.float32)}
-        if top:
-            self.arrays["top_ids"] = np.zeros((_FIRST_CAPACITY, size, top), dtype=np.int32)
-            self.arrays["top_logprobs"] = np.zeros((_FIRST_CAPACITY, size, top), dtype=np.float32)
-
-    def write(self, position: int, rows: Mapping[str, np.ndarray]) -> None:
-        for name, array in self.arrays.items():
-            if position >= len(array):
-                grown = np.zeros((max(position + 1, 2 * len(array)), *array.shape[1:]), dtype=array.dtype)
-                grown[: len(array)] = array
-                array = self.arrays[name] = grown
-            array[position] = rows[name]
+    mask: tuple[bool, ...] | None = None
+    num_top: int = 0
+    slot: int = -1
+    tops: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
 
 class GateRecords:
@@ -80,9 +65,14 @@ class GateRecords:
         self.num_specialists = num_specialists
         self._running: dict[str, AnswerRecord | None] = {}  # by the id of vLLM's request
         self._by_key: dict[str, dict[str, AnswerRecord]] = {}
+        # (slots, tokens, K). A position that is computed again, such as that of a rejected draft token, is overwritten.
+        self._weights = np.zeros((_FIRST_SLOTS, _FIRST_TOKENS, num_specialists), dtype=np.float32)
+        self._free_slots = list(range(_FIRST_SLOTS))
 
     def __len__(self) -> int:
         return sum(map(len, self._by_key.values()))
+
+    # ---------------------------------------------------------------- answers
 
     def find(self, request_id: str, arguments: Callable[[str], Mapping[str, Any] | None]) -> AnswerRecord | None:
         """The record of a request. None if it asks for nothing.
@@ -101,8 +91,11 @@ class GateRecords:
             mask = None  # the server never sends such a mask
         if key is None and mask is None:
             return None
-        record = AnswerRecord(key, choice_of(request_id), mask, arguments.get(TOP, 0), self.num_specialists)
+        record = AnswerRecord(key, choice_of(request_id), mask, arguments.get(TOP, 0))
         if key is not None:
+            if not self._free_slots:
+                self._grow(slots=2 * len(self._weights))
+            record.slot = self._free_slots.pop()
             self._by_key.setdefault(key, {})[record.choice] = record
         return record
 
@@ -112,22 +105,43 @@ class GateRecords:
         running = {record.key for record in self._running.values() if record is not None}
         ended = [key for key in self._by_key if key not in running]
         for key in ended[: max(0, len(ended) - MAX_FINISHED)]:
-            del self._by_key[key]
+            self.release(key)
 
-    def take(self, ranges: Ranges, released: Iterable[str]) -> Fetched:
-        """Rows of the arrays as bytes. Then the released keys are forgotten.
+    def release(self, key: str) -> None:
+        """Collect nothing more under a key, and forget what it has. Its requests may run for another step."""
+        for record in self._by_key.pop(key, {}).values():
+            self._free_slots.append(record.slot)
+            record.key, record.slot, record.num_top, record.tops = None, -1, 0, {}
 
-        A choice that another engine runs is left out.
-        """
+    # ---------------------------------------------------------------- weights
+
+    def write(self, slots: np.ndarray, positions: np.ndarray, weights: np.ndarray) -> None:
+        """Slots (rows), positions (rows), weights (rows, K)."""
+        if len(positions) and positions.max() >= self._weights.shape[1]:
+            self._grow(tokens=max(int(positions.max()) + 1, 2 * self._weights.shape[1]))
+        self._weights[slots, positions] = weights
+
+    def _grow(self, slots: int = 0, tokens: int = 0) -> None:
+        old = self._weights
+        self._weights = np.zeros((max(slots, len(old)), max(tokens, old.shape[1]), old.shape[2]), dtype=old.dtype)
+        self._weights[: len(old), : old.shape[1]] = old
+        self._free_slots += range(len(old), len(self._weights))
+
+    def take(self, ranges: Ranges) -> Fetched:
+        """What was collected, as bytes. A choice that another engine runs is left out."""
         fetched: Fetched = {}
         for key, choices in ranges.items():
             records = self._by_key.get(key, {})
             fetched[key] = {
-                choice: {name: array[first:end].tobytes() for name, array in records[choice].arrays.items()}
+                choice: self._read(records[choice], first, end)
                 for choice, (first, end) in choices.items()
                 if choice in records
             }
-        for key in released:
-            for record in self._by_key.pop(key, {}).values():
-                record.key = None  # its request may run for another step
         return fetched
+
+    def _read(self, record: AnswerRecord, first: int, end: int) -> dict[str, bytes]:
+        rows = {"weights": self._weights[record.slot, first:end].tobytes()}
+        if record.num_top and (tops := [record.tops[i] for i in range(first, end) if i in record.tops]):
+            rows["top_ids"] = np.stack([ids for ids, _ in tops]).astype(np.int32).tobytes()
+            rows["top_logprobs"] = np.stack([logprobs for _, logprobs in tops]).astype(np.float32).tobytes()
+        return rows

@@ -9,37 +9,58 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from ultrafuser.vllm_plugin.gate_records import AnswerRecord, Fetched, GateRecords, Ranges
 
 
-class BatchRow(NamedTuple):
-    """One row of logits.
+@dataclass(frozen=True)
+class Batch:
+    """The requests of vLLM's batch, in its order. It stays the same for many steps.
 
     Attributes:
-        record: None if its request asks for nothing.
-        position: of the token that it predicts, in the answer.
+        states: vLLM's, which hold the tokens of the answers so far.
+        records: None for requests that ask for nothing.
+        slots: (requests) see `GateRecords`. -1 where nothing is collected.
+        mask: (requests, K) the specialists that take part. None: all, in all requests.
     """
 
-    record: AnswerRecord | None
-    position: int
+    states: Sequence[Any]
+    records: Sequence[AnswerRecord | None]
+    slots: np.ndarray
+    mask: np.ndarray | None
 
 
-class Arrival(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
+    """The rows of logits of one step.
+
+    Attributes:
+        requests: (rows) the index of the request in the batch.
+        positions: (rows) of the token that each row predicts, in its answer.
+    """
+
+    requests: np.ndarray
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class Arrival:
     """Tensors on their way from the device.
 
     Attributes:
         event: when they are here. None: now.
-        tensors: by name, on the host.
-        rows: of the batch. Those without a record are not written.
+        tensors: on the host: `weights` (rows, K), and perhaps `top_ids` and `top_logprobs` (rows, K, N).
     """
 
     event: Any
-    tensors: dict[str, torch.Tensor]
-    rows: list[BatchRow]
+    tensors: Mapping[str, torch.Tensor]
+    batch: Batch
+    rows: Rows
 
 
 class GateObserver:
@@ -59,7 +80,7 @@ class GateObserver:
         """
         self.runner, self.model, self.records_weights = runner, model, records_weights
         self.records = GateRecords(num_specialists)
-        self._batch: list[AnswerRecord | None] | None = None  # of each request. None: the batch has changed
+        self._batch: Batch | None = None  # None: it has changed
         self._is_first_call = False
         self._arrivals: deque[Arrival] = deque()
         self._compute_logits: Callable[[torch.Tensor], torch.Tensor | None] = model.compute_logits
@@ -83,91 +104,99 @@ class GateObserver:
         if not self._is_first_call:
             return self._compute_logits(hidden_states)
         self._is_first_call = False
-        rows = self._rows(len(hidden_states))
-        if not rows:
+        batch = self._batch = self._batch or self._read_batch()
+        if not any(batch.records):
             return self._compute_logits(hidden_states)
-        self.model.gate_mask = self._mask(rows, hidden_states.device)
-        self.model.record_specialists = any(record is not None and record.num_top for record, _ in rows)
+        rows = self._rows(batch, len(hidden_states))
+        if batch.mask is not None:
+            self.model.gate_mask = torch.from_numpy(batch.mask[rows.requests]).to(hidden_states.device)
+        num_top = max(record.num_top for record in batch.records if record is not None)
+        self.model.record_specialists = num_top > 0
         logits = self._compute_logits(hidden_states)
-        if self.records_weights:
-            self._record(rows)
+        if self.records_weights and (batch.slots >= 0).any():
+            self._record(batch, rows, num_top)
         return logits
 
     # ---------------------------------------------------------------- called by the server
 
     def take(self, ranges: Ranges, released: Sequence[str]) -> Fetched:
-        """See `GateRecords.take`."""
+        """What was collected, see `GateRecords.take`. Then the released keys are forgotten."""
         while self._arrivals:
             self._write(self._arrivals.popleft())
-        return self.records.take(ranges, released)
+        fetched = self.records.take(ranges)
+        for key in released:
+            self.records.release(key)
+        if released:
+            self._batch = None
+        return fetched
 
     # ---------------------------------------------------------------- rows
 
-    def _rows(self, num_rows: int) -> list[BatchRow]:
-        """The rows of this step. Empty if no request asks for anything.
-
-        Raises:
-            RuntimeError: they are not the rows that vLLM computes.
-        """
+    def _read_batch(self) -> Batch:
         runner = self.runner
-        request_ids = runner.input_batch.req_ids
-        if self._batch is None:
-            self.records.forget_ended(runner.requests.keys())
-            self._batch = [self.records.find(request_id, self._arguments) for request_id in request_ids]
-        if not any(self._batch):
-            return []
-        drafts = [0] * len(request_ids)
-        if runner.speculative_config is not None:  # -1 in the prefill
-            drafts = [max(0, int(count)) for count in runner.num_decode_draft_tokens.np[: len(request_ids)]]
-        rows = []
-        for request_id, record, num_drafts in zip(request_ids, self._batch, drafts, strict=True):
-            position = len(runner.requests[request_id].output_token_ids) if record is not None else 0
-            rows += [BatchRow(record, position + i) for i in range(num_drafts + 1)]
-        if len(rows) != num_rows:
-            raise RuntimeError(
-                f"vLLM computes logits for {num_rows} rows, but its batch of {len(request_ids)} requests has {len(rows)}. This "
-                "version of vLLM is not supported with per-request specialists and gate weights"
-            )
-        return rows
+        self.records.forget_ended(runner.requests.keys())
+        states = [runner.requests[request_id] for request_id in runner.input_batch.req_ids]
+        records = [self.records.find(request_id, self._arguments) for request_id in runner.input_batch.req_ids]
+        masks = [None if record is None else record.mask for record in records]
+        everyone = (True,) * self.records.num_specialists
+        return Batch(
+            states,
+            records,
+            slots=np.array([-1 if record is None else record.slot for record in records], dtype=np.int64),
+            mask=np.array([mask or everyone for mask in masks]) if any(masks) else None,
+        )
 
     def _arguments(self, request_id: str) -> Mapping[str, Any] | None:
         parameters = self.runner.requests[request_id].sampling_params
         return None if parameters is None else parameters.extra_args
 
-    def _mask(self, rows: Sequence[BatchRow], device: torch.device) -> torch.Tensor | None:
-        """(rows, K) True for the specialists that take part. None if all do, in all rows."""
-        masks = [None if record is None else record.mask for record, _ in rows]
-        if not any(masks):
-            return None
-        everyone = (True,) * self.records.num_specialists
-        return torch.tensor([mask or everyone for mask in masks], device=device)
+    def _rows(self, batch: Batch, num_rows: int) -> Rows:
+        """
+        Raises:
+            RuntimeError: they are not the rows that vLLM computes.
+        """
+        size = len(batch.states)
+        requests = np.arange(size)
+        positions = np.array([len(state.output_token_ids) for state in batch.states])
+        if self.runner.speculative_config is not None:
+            counts = np.maximum(self.runner.num_decode_draft_tokens.np[:size], 0) + 1  # -1 drafts in the prefill
+            firsts = np.cumsum(counts) - counts
+            requests = np.repeat(requests, counts)
+            positions = positions[requests] + np.arange(len(requests)) - firsts[requests]
+        if len(requests) != num_rows:
+            raise RuntimeError(
+                f"vLLM computes logits for {num_rows} rows, but its batch of {size} requests has {len(requests)}. This version "
+                "of vLLM is not supported with per-request specialists and gate weights"
+            )
+        return Rows(requests, positions)
 
     # ---------------------------------------------------------------- records
 
-    def _record(self, rows: list[BatchRow]) -> None:
-        rows = [row if row.record is not None and row.record.key is not None else BatchRow(None, 0) for row in rows]
-        num_top = max((record.num_top for record, _ in rows if record is not None), default=-1)
-        if num_top < 0:
-            return  # they only have masks
+    def _record(self, batch: Batch, rows: Rows, num_top: int) -> None:
         tensors = {"weights": self.model.last_gate_weights}  # (rows, K)
         if num_top:
             tops = [z.log_softmax(-1).topk(num_top) for z in self.model.last_specialist_logits]  # K x (rows, num_top)
-            tensors["top_logprobs"] = torch.stack([top.values for top in tops], dim=1)  # (rows, K, num_top)
-            tensors["top_ids"] = torch.stack([top.indices for top in tops], dim=1).int()
-        self._arrivals.append(Arrival(*_to_host(tensors), rows))
+            tensors["top_ids"] = torch.stack([top.indices for top in tops], dim=1)  # (rows, K, num_top)
+            tensors["top_logprobs"] = torch.stack([top.values for top in tops], dim=1)
+        self._arrivals.append(Arrival(*_to_host(tensors), batch, rows))
         while self._arrivals and (self._arrivals[0].event is None or self._arrivals[0].event.query()):
             self._write(self._arrivals.popleft())
 
     def _write(self, arrival: Arrival) -> None:
         if arrival.event is not None:
             arrival.event.synchronize()
-        arrays = {name: tensor.numpy() for name, tensor in arrival.tensors.items()}
-        for i, (record, position) in enumerate(arrival.rows):
-            if record is not None:
-                values = {name: array[i] for name, array in arrays.items()}
-                if record.num_top:
-                    values |= {name: values[name][:, : record.num_top] for name in ("top_ids", "top_logprobs")}
-                record.write(position, values)
+        requests, positions = arrival.rows.requests, arrival.rows.positions
+        slots = arrival.batch.slots[requests]
+        collected = slots >= 0
+        weights = arrival.tensors["weights"].numpy()
+        self.records.write(slots[collected], positions[collected], weights[collected])
+        if "top_ids" not in arrival.tensors:
+            return
+        ids, logprobs = (arrival.tensors[name].numpy() for name in ("top_ids", "top_logprobs"))
+        for row, (request, position) in enumerate(zip(requests, positions, strict=True)):
+            record = arrival.batch.records[request]
+            if record is not None and record.num_top:
+                record.tops[int(position)] = ids[row, :, : record.num_top], logprobs[row, :, : record.num_top]
 
 
 def _to_host(tensors: Mapping[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
