@@ -19,14 +19,16 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from ultrafuser.serve.api_errors import APIError
+from ultrafuser.serve.limits import read_json
 from ultrafuser.serve.vllm_answers import AnswerExtension, as_json
-from ultrafuser.serve.vllm_request import EXTENSION_FIELDS, AnswerPlan, BadRequest, check_fields, prepare
+from ultrafuser.serve.vllm_request import EXTENSION_FIELDS, AnswerPlan, check_fields, prepare
 from ultrafuser.serve.vllm_weights import GateWeightsClient, WeightsUnavailable
 
 logger = logging.getLogger(__name__)
 
 CHAT, COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
-PUBLIC_PATHS = ("/health", "/ping", "/version", "/metrics", "/load")  # without a key
+PUBLIC_PATHS = ("/health", "/ping", "/version", "/load")  # without a key
 LIMITS_VARIABLE = "ULTRAFUSER_SERVER_LIMITS"
 RETRY_AFTER_S = 1
 _EVENT_END = b"\n\n"
@@ -46,12 +48,14 @@ class Limits:
         max_new_tokens: the largest `max_tokens` of a request. None: what the context leaves.
         timeout_s: after which an answer is cut off. None: never.
         shutdown_s: how long running answers may take after SIGTERM.
+        open_metrics: whether /metrics needs no key.
     """
 
     max_body_bytes: int = 8 * 1024**2
     max_new_tokens: int | None = None
     timeout_s: float | None = None
     shutdown_s: float = 30.0
+    open_metrics: bool = False
 
     @classmethod
     def from_environment(cls) -> Limits:
@@ -86,14 +90,14 @@ class FusedAPI:
             return
         try:
             await self._respond(scope, receive, send)
-        except BadRequest as error:
-            await send_error(send, error.status, str(error), error.param, code=error.code)
+        except APIError as error:
+            await error.response()(scope, receive, send)
         except WeightsUnavailable as error:
-            await send_error(send, 503, f"The engine does not answer: {error}", error_type="server_error")
+            await APIError(503, f"the engine does not answer: {error}").response()(scope, receive, send)
 
     async def _respond(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path not in PUBLIC_PATHS:
+        if path not in PUBLIC_PATHS and not (path == "/metrics" and self.limits.open_metrics):
             self._check_key(scope)
         if scope["method"] == "GET" and path == MODELS:
             await self._list_models(scope, receive, send)
@@ -101,14 +105,12 @@ class FusedAPI:
             body = await self._read_body(scope, receive)
             if body is None:
                 return  # the client is gone
-            fields = _read_fields(body)
-            if fields is None:  # vLLM tells what is wrong
-                await self.app(scope, _replay(body, receive), send)
-            elif path in (CHAT, COMPLETIONS):
+            if path in (CHAT, COMPLETIONS) and isinstance(fields := read_json(body), dict):
                 await self._answer(scope, fields, receive, send, path)
             else:
+                fields = _read_fields(body)
                 if used := next((field for field in EXTENSION_FIELDS if fields.get(field) is not None), None):
-                    raise BadRequest(f"{used!r} works on {CHAT} and {COMPLETIONS}, not on {path}", used)
+                    raise APIError(400, f"{used} works on {CHAT} and {COMPLETIONS}, not on {path}", param=used)
                 await self.app(scope, _replay(body, receive), send)
         else:
             await self.app(scope, receive, send)
@@ -124,10 +126,12 @@ class FusedAPI:
         client = self._connect(state.engine_client)
         names = await client.connect()
         fields, plan = prepare(fields, names, getattr(state.args, "enable_force_include_usage", False))
-        body = _encode(fields)
+        body = as_json(fields)
         scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
         extension = AnswerExtension(plan, client, names, state.engine_client.get_tokenizer())
-        exchange = Exchange(plan, extension, send, self.limits.timeout_s, lambda: bool(state.engine_client.errored))
+        exchange = Exchange(
+            scope, plan, extension, send, self.limits.timeout_s, lambda: bool(state.engine_client.errored)
+        )
         try:
             await self.app(scope, exchange.receiver(body, receive), exchange.send)
             await exchange.finish()
@@ -144,7 +148,8 @@ class FusedAPI:
         limit = self.limits.max_new_tokens
         for name in ("max_tokens", "max_completion_tokens"):
             if limit is not None and type(fields.get(name)) is int and fields[name] > limit:
-                raise BadRequest(f"{name} is {fields[name]}, but this server generates at most {limit} tokens", name)
+                message = f"{name} is {fields[name]}, and this server answers with at most {limit} tokens. Lower it"
+                raise APIError(400, message, param=name)
 
     @cached_property
     def _fields(self) -> dict[str, Collection[str]]:
@@ -196,11 +201,8 @@ class FusedAPI:
         hashed = hashlib.sha256(key).digest()
         matches = [secrets.compare_digest(hashed, known) for known in self._key_hashes]
         if scheme.lower() != b"bearer" or not any(matches):
-            raise BadRequest(
-                "Wrong or missing API key. Send the header `Authorization: Bearer KEY`",
-                status=401,
-                code="invalid_api_key",
-            )
+            message = "the API key is missing or wrong. Send the header Authorization: Bearer KEY"
+            raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def _read_body(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes | None:
         """The whole body. None if the client hung up."""
@@ -210,7 +212,7 @@ class FusedAPI:
         while True:
             too_large = size > limit or (length.isdigit() and int(length) > limit)
             if too_large:
-                raise BadRequest(f"The body is larger than {limit} bytes, the limit of this server", status=413)
+                raise APIError(413, f"the body has more than {limit} bytes. Shorten the prompt")
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
@@ -239,6 +241,7 @@ class Exchange:
 
     def __init__(
         self,
+        scope: MutableMapping[str, Any],
         plan: AnswerPlan,
         extension: AnswerExtension,
         send: Send,
@@ -249,6 +252,7 @@ class Exchange:
         Args:
             is_broken: whether the engine failed. vLLM gives status 503 then, and also if its queue is full.
         """
+        self._scope = scope
         self._plan, self._extension, self._send, self._is_broken = plan, extension, send, is_broken
         self._timeout_s = timeout_s
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -292,12 +296,13 @@ class Exchange:
         """End an answer that ran out of time."""
         if not self._timed_out:
             return
-        text = f"The answer took more than {self._timeout_s:g} s, the limit of this server"
-        if not self._started:
-            await send_error(self._send, 504, text, error_type="timeout")
-            return
-        event = b"data: " + as_json(error_body(text, None, "timeout")) + _EVENT_END
-        await self._send({"type": "http.response.body", "body": event})
+        limit = f"{self._timeout_s:g} s, the limit of this server. Lower max_tokens"
+        error = APIError(504, f"the answer was not complete after {limit}", code="timeout")
+        if self._started:
+            event = b"data: " + error.body().encode() + _EVENT_END
+            await self._send({"type": "http.response.body", "body": event})
+        else:
+            await error.response()(self._scope, _nothing, self._send)
 
     async def _send_start(self, message: Message) -> None:
         self._started = True
@@ -312,8 +317,9 @@ class Exchange:
                 body = as_json(answer)
         elif start["status"] == 503 and not self._is_broken():
             self._started = True
-            text = "The queue of this server is full. Try again later"
-            await send_error(self._send, 429, text, error_type="rate_limit_error", retry_after_s=RETRY_AFTER_S)
+            retry = {"Retry-After": str(RETRY_AFTER_S)}
+            error = APIError(429, "the queue is full. Try again later", code="queue_full", headers=retry)
+            await error.response()(self._scope, _nothing, self._send)
             return
         await self._send_start({**start, "headers": _with_length(start["headers"], len(body))})
         await self._send({"type": "http.response.body", "body": body})
@@ -343,44 +349,17 @@ class Exchange:
 # ---------------------------------------------------------------- messages
 
 
-def error_body(
-    message: str, param: str | None, error_type: str = "invalid_request_error", code: str | None = None
-) -> dict[str, Any]:
-    """The error object of the OpenAI API."""
-    return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}
 
 
-async def send_error(
-    send: Send,
-    status: int,
-    message: str,
-    param: str | None = None,
-    error_type: str = "invalid_request_error",
-    code: str | None = None,
-    retry_after_s: int | None = None,
-) -> None:
-    body = as_json(error_body(message, param, error_type, code))
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    if retry_after_s is not None:
-        headers.append((b"retry-after", b"%d" % retry_after_s))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _read_fields(body: bytes) -> dict[str, Any] | None:
-    """The fields of a JSON object. None if it is none."""
+def _read_fields(body: bytes) -> dict[str, Any]:
+    """The fields of a JSON object. vLLM tells what is wrong with other bodies."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):
-        return None
-    return fields if isinstance(fields, dict) else None
-
-
-def _encode(fields: dict[str, Any]) -> bytes:
-    try:
-        return as_json(fields)
-    except UnicodeEncodeError as error:
-        raise BadRequest("The text has half of a surrogate pair (\\ud800 to \\udfff), which is no character") from error
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -7,26 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ultrafuser.errors import UltraFuserError
+from ultrafuser.serve.api_errors import APIError
+from ultrafuser.serve.protocol import HARMLESS_FIELDS, MAX_SPECIALIST_LOGPROBS
 from ultrafuser.vllm_plugin.gate_records import KEY, MASK, TOP
 
-# Accepted and without effect: fields that clients send for their own records or for OpenAI's billing and caching.
-HARMLESS_FIELDS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-MAX_TOP = 5  # the largest `specialist_logprobs`
 EXTENSION_FIELDS = ("gate_weights", "specialists", "specialist_logprobs")
-
-
-class BadRequest(UltraFuserError):
-    """A request that the server refuses.
-
-    Attributes:
-        param: the field at fault.
-        status, code: of the response.
-    """
-
-    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
-        self.param, self.status, self.code = param, status, code
-        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -60,11 +45,12 @@ class AnswerPlan:
 
 
 def check_fields(body: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raises BadRequest: a field that neither vLLM nor this extension knows. vLLM would ignore it."""
+    """Raises APIError: a field that neither vLLM nor this extension knows. vLLM would ignore it."""
     accepted = {*known, *EXTENSION_FIELDS, *HARMLESS_FIELDS}
     for field, value in body.items():
         if value is not None and field not in accepted:
-            raise BadRequest(f"Unknown field {field!r}. This server does not ignore fields. Leave it out", field)
+            message = f"{field} is unknown here, and this server ignores no fields. Leave it out"
+            raise APIError(400, message, param=field, code="unknown_parameter")
 
 
 def prepare(
@@ -76,7 +62,7 @@ def prepare(
         always_usage: whether vLLM streams the usage to clients that do not ask for it.
 
     Raises:
-        BadRequest: an extension field with a wrong value, or next to an option that it does not work with.
+        APIError: an extension field with a wrong value, or next to an option that it does not work with.
     """
     extended = {field: body[field] for field in EXTENSION_FIELDS if body.get(field) is not None}
     plain = {field: value for field, value in body.items() if field not in EXTENSION_FIELDS}
@@ -84,11 +70,15 @@ def prepare(
     mask = _mask(extended.get("specialists"), names)
     stream, echo, beams = (bool(_typed(body, field, bool)) for field in ("stream", "echo", "use_beam_search"))
     if (extended.get("gate_weights") or mask) and beams:
-        raise BadRequest("use_beam_search cannot be combined with gate_weights or specialists", "use_beam_search")
+        raise APIError(
+            400, "use_beam_search cannot be combined with gate_weights or specialists", param="use_beam_search"
+        )
     if gate_weights and echo:
-        raise BadRequest("echo cannot be combined with gate_weights: prompts have no gate weights here", "echo")
+        raise APIError(
+            400, "echo cannot be combined with gate_weights: prompts have no gate weights here", param="echo"
+        )
     if mask and (body.get("prompt_logprobs") is not None or (echo and body.get("logprobs") is not None)):
-        raise BadRequest("the log-probabilities of prompts cannot be combined with specialists", "specialists")
+        raise APIError(400, "the log-probabilities of prompts cannot be combined with specialists", param="specialists")
     samples = max(1, _typed(body, "n", int) or 1)  # vLLM refuses numbers below 1
     prompts = _num_prompts(body.get("prompt"))
     # Without token ids, the usage tells how many tokens a lone choice has. vLLM leaves out an echo next to token ids.
@@ -115,9 +105,8 @@ def _typed(body: Mapping[str, Any], field: str, kind: type) -> Any:
     """A field that decides how the answer is read. vLLM would also take `"true"` or `"2"`."""
     value = body.get(field)
     if value is not None and type(value) is not kind:
-        raise BadRequest(
-            f"{field} is {value!r}, expected {'true or false' if kind is bool else 'a whole number'}", field
-        )
+        expected = "true or false" if kind is bool else "a whole number"
+        raise APIError(400, f"{field} is {value!r}, expected {expected}", param=field)
     return value
 
 
@@ -125,12 +114,16 @@ def _gate_weights(extended: Mapping[str, Any]) -> tuple[bool, int]:
     """Whether weights are wanted, and how many of each specialist's most likely tokens."""
     wanted = _typed(extended, "gate_weights", bool) or False
     num_top = extended.get("specialist_logprobs", 0)
-    if type(num_top) is not int or not 0 <= num_top <= MAX_TOP:
-        raise BadRequest(
-            f"specialist_logprobs is {num_top!r}, expected a number from 0 to {MAX_TOP}", "specialist_logprobs"
+    if type(num_top) is not int or not 0 <= num_top <= MAX_SPECIALIST_LOGPROBS:
+        raise APIError(
+            400,
+            f"specialist_logprobs is {num_top!r}, expected a number from 0 to {MAX_SPECIALIST_LOGPROBS}",
+            param="specialist_logprobs",
         )
     if num_top and not wanted:
-        raise BadRequest('specialist_logprobs comes with gate weights. Add "gate_weights": true', "specialist_logprobs")
+        raise APIError(
+            400, 'specialist_logprobs comes with gate weights. Add "gate_weights": true', param="specialist_logprobs"
+        )
     return wanted, num_top
 
 
@@ -138,13 +131,19 @@ def _mask(specialists: Any, names: Sequence[str]) -> list[int] | None:
     if specialists is None:
         return None
     if not isinstance(specialists, list) or not all(isinstance(name, str) for name in specialists):
-        raise BadRequest(f"specialists is {specialists!r}, expected a list of names", "specialists")
+        raise APIError(400, f"specialists is {specialists!r}, expected a list of names", param="specialists")
     if not specialists:
-        raise BadRequest(
-            f"specialists is empty, so no specialist is left. Expected some of {list(names)}", "specialists"
+        raise APIError(
+            400,
+            f"specialists is empty, so no specialist is left. Expected some of: {', '.join(names)}",
+            param="specialists",
         )
     if unknown := [name for name in specialists if name not in names]:
-        raise BadRequest(f"unknown specialist {unknown[0]!r}. Expected some of {list(names)}", "specialists")
+        raise APIError(
+            400,
+            f"there is no specialist {unknown[0][:60]!r}. Expected some of: {', '.join(names)}",
+            param="specialists",
+        )
     return None if set(specialists) == set(names) else [int(name in specialists) for name in names]
 
 
@@ -172,7 +171,7 @@ def _with_arguments(plain: dict[str, Any], plan: AnswerPlan, mask: list[int] | N
     if not isinstance(arguments, dict):
         return plain  # vLLM tells what is wrong
     if reserved := sorted({KEY, MASK, TOP} & arguments.keys()):
-        raise BadRequest(f"vllm_xargs cannot set {reserved[0]!r}, which belongs to the server", "vllm_xargs")
+        raise APIError(400, f"vllm_xargs cannot set {reserved[0]!r}, which belongs to the server", param="vllm_xargs")
     added = {KEY: plan.key, MASK: mask, TOP: plan.num_top or None}
     arguments = {**arguments, **{name: value for name, value in added.items() if value is not None}}
     return {**plain, "vllm_xargs": arguments} if arguments else plain
