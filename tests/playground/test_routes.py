@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from ultrafuser.display.palette import NEUTRAL, colours
 from ultrafuser.errors import DataError, EndpointError
 from ultrafuser.playground.export import read_export
-from ultrafuser.playground.local_app import local_app
+from ultrafuser.playground.local_app import SameOrigin, local_app
 from ultrafuser.playground.proxy import Upstream, read_url
 from ultrafuser.playground.routes import PAGE, add_playground
 
@@ -154,13 +154,16 @@ def test_the_proxy_follows_no_redirect_and_passes_nothing_else_on(run):
 
 
 def test_pages_of_other_sites_cannot_use_the_key(run):
-    proxy = run(local_app(Upstream(run(Script().app()).url, "sk-1")))
+    app = local_app(Upstream(run(Script().app()).url, "sk-1"))
+    proxy = run(SameOrigin(app, is_local=True))
     url = f"{proxy.url}/v1/models"
     assert httpx.get(url).status_code == 200
     assert httpx.get(url, headers={"origin": proxy.url}).status_code == 200
     assert httpx.get(url, headers={"origin": "http://evil.example"}).status_code == 403
     refusal = httpx.get(url, headers={"host": f"evil.example:{proxy.port}"})
     assert refusal.status_code == 403 and "is not this machine" in refusal.json()["error"]["message"]
+    public = run(SameOrigin(app, is_local=False))
+    assert httpx.get(f"{public.url}/v1/models", headers={"host": "model.example"}).status_code == 200
 
 
 @pytest.mark.parametrize("text", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from typing import TYPE_CHECKING, Annotated
+import webbrowser
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from ultrafuser.cli.options import Device, Dtype, TrustRemoteCode
+from ultrafuser.cli.options import DTYPES, Device, Dtype, TrustRemoteCode, check_choice, load_folder
 from ultrafuser.errors import MissingExtraError, RecipeError
-from ultrafuser.printing import echo
+from ultrafuser.printing import echo, echo_error
 
 if TYPE_CHECKING:
     from ultrafuser.playground.proxy import Upstream
+
+GRACE_S = 5.0  # for running answers after an interrupt
+PACKAGES = {
+    "aiohttp": "aiohttp",
+    "fastapi": "fastapi",
+    "prometheus_client": "prometheus-client",
+    "uvicorn": "uvicorn",
+}
 
 
 def playground_command(
@@ -31,7 +44,7 @@ def playground_command(
         str | None,
         Option(
             envvar="ULTRAFUSER_API_KEY",
-            help="Key of the server at the URL. Everybody who can open the page can then use that server.",
+            help="With a URL: key of that server, which everybody who opens the page then uses. With a folder: key that requests must send.",
         ),
     ] = None,
     compare_api_key: Annotated[
@@ -43,21 +56,75 @@ def playground_command(
 ) -> None:
     """Chat in the browser: tokens coloured by specialist, weights, play-back, answers side by side.
 
-    A folder is loaded and served by this process. A URL may be any OpenAI-compatible server. Without specialists there,
-    answers have no colours.
+    A folder is loaded and served by this process, with the API of `ultrafuser serve`. A URL may be any OpenAI-compatible
+    server. Without specialists there, answers have no colours.
     """
-    try:
-        import aiohttp  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(error.name or "uvicorn", "serve", "the playground") from None
-    from ultrafuser.playground.launch import launch
-    from ultrafuser.playground.local_app import local_app
+    check_choice("--dtype", dtype, DTYPES)
+    _check_extra()
     from ultrafuser.playground.proxy import Upstream, read_url
+    from ultrafuser.serve.server import bind, is_local, run, url
 
     others = compared_servers(compare or [], compare_api_key)
-    app = local_app(Upstream(read_url(target), api_key), others, host=host)
-    launch(app, host=host, port=port, announce=lambda url: echo(f"playground: {url}"), opens_browser=not no_browser)
+    upstream = Upstream(read_url(target), api_key) if "://" in target else None
+    listener = bind(host, port)
+    is_open = api_key is None if upstream is None else api_key is not None  # to everybody who reaches the address
+
+    def announce() -> None:
+        address = url(listener).replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+        echo(f"playground: {address}")
+        if is_open and not is_local(listener):
+            echo_error("ultrafuser: everybody who reaches this address can use the model")
+        if not no_browser:
+            webbrowser.open(address)
+
+    if upstream is not None:
+        server = _remote_server(upstream, others, is_local(listener), announce)
+    else:
+        model, renderer = load_folder(target, dtype, device, None, trust_remote_code)
+        name = Path(target).resolve().name
+        server = _embedded_server(model, renderer, name, api_key, others, is_local(listener), announce)
+    with suppress(KeyboardInterrupt):  # the usual end
+        run(server, listener)
+
+
+def _remote_server(
+    upstream: Upstream, others: Mapping[str, Upstream], is_local: bool, announce: Callable[[], None]
+) -> Any:
+    """The page in front of a server elsewhere."""
+    from ultrafuser.playground.local_app import SameOrigin, local_app
+    from ultrafuser.playground.page_server import PageServer
+
+    return PageServer(SameOrigin(local_app(upstream, others), is_local), announce)
+
+
+def _embedded_server(
+    model: Any,
+    renderer: Any,
+    name: str,
+    api_key: str | None,
+    others: Mapping[str, Upstream],
+    is_local: bool,
+    announce: Callable[[], None],
+) -> Any:
+    """The page and the API of a model in this process."""
+    from ultrafuser.playground.local_app import SameOrigin
+    from ultrafuser.playground.routes import add_playground
+    from ultrafuser.serve.app import Settings, build_app
+    from ultrafuser.serve.embedded import EmbeddedEngine
+    from ultrafuser.serve.server import Server
+
+    engine = EmbeddedEngine(model, renderer)
+    app = build_app(engine, renderer, Settings(name, api_key=api_key))
+    add_playground(app, others)
+    app.add_middleware(SameOrigin, is_local=is_local)
+    return Server(app, engine, GRACE_S, announce)
+
+
+def _check_extra() -> None:
+    """Raises MissingExtraError: a package of the extra `serve`."""
+    for module, package in PACKAGES.items():
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError(package, "serve", "ultrafuser playground")
 
 
 def compared_servers(pairs: list[str], api_key: str | None) -> dict[str, Upstream]:

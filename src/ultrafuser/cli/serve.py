@@ -57,6 +57,9 @@ def serve_command(
     cors_origin: Annotated[
         list[str] | None, Option(help="Let web pages of this origin use the server. *: all. Repeatable.")
     ] = None,
+    playground: Annotated[
+        bool, Option("--playground", help="Also serve the page of `ultrafuser playground`. Embedded engine.")
+    ] = False,
     open_metrics: Annotated[bool, Option("--open-metrics", help="Serve /metrics without the key.")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -71,6 +74,10 @@ def serve_command(
     _check_key(api_key)
     name = served_model_name or Path(folder).resolve().name
     if engine == "vllm" or (engine == "auto" and importlib.util.find_spec("vllm") is not None):
+        if playground:
+            raise RecipeError(
+                f"--playground needs the embedded engine. Leave it out, then run: ultrafuser playground http://{host}:{port}"
+            )
         from ultrafuser.serve.vllm_middleware import Limits as VLLMLimits
         from ultrafuser.serve.vllm_server import run as run_vllm
 
@@ -112,10 +119,12 @@ def serve_command(
     from ultrafuser.serve.embedded import EmbeddedEngine
 
     embedded = EmbeddedEngine(model, renderer, max_batch_size=max_batch_size, max_waiting=max_waiting)
-    _serve(embedded, renderer, settings, listener, grace)
+    _serve(embedded, renderer, settings, listener, grace, playground)
 
 
-def _serve(engine: Any, renderer: Any, settings: Settings, listener: socket.socket, grace_s: float) -> None:
+def _serve(
+    engine: Any, renderer: Any, settings: Settings, listener: socket.socket, grace_s: float, has_page: bool
+) -> None:
     from ultrafuser.serve.app import build_app
     from ultrafuser.serve.server import Server, is_local, run, url
 
@@ -125,11 +134,17 @@ def _serve(engine: Any, renderer: Any, settings: Settings, listener: socket.sock
             f"ultrafuser: serving {settings.model_name} ({', '.join(engine.names)}) at {address}/v1 with the embedded engine, "
             "for one user or a few. Load belongs to vLLM: pip install 'ultrafuser[vllm]'"
         )
+        if has_page:
+            echo_error(f"ultrafuser: the playground is at {address}")
         if settings.api_key is None and not is_local(listener):
             echo_error("ultrafuser: everybody who reaches this address can use the model. Set ULTRAFUSER_API_KEY")
 
     _log_requests()
     app = build_app(engine, renderer, settings)
+    if has_page:
+        from ultrafuser.playground.routes import add_playground
+
+        add_playground(app)
     run(Server(app, engine, grace_s, announce), listener)
 
 

@@ -17,15 +17,8 @@ from ultrafuser.playground.routes import add_playground
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def local_app(
-    upstream: Upstream, others: Mapping[str, Upstream] | None = None, *, host: str = "127.0.0.1"
-) -> Starlette:
-    """The playground of a server elsewhere. `/v1` and `/health` are passed on to it.
-
-    Args:
-        host: the address that the application listens on. On a loopback address only the names of this machine are
-            answered, so that no page of another site can use the key.
-    """
+def local_app(upstream: Upstream, others: Mapping[str, Upstream] | None = None) -> Starlette:
+    """The playground of a server elsewhere. `/v1` and `/health` are passed on to it."""
 
     async def api(request: Request) -> Response:
         return await forward(request, upstream, f"v1/{request.path_params['path']}")
@@ -35,15 +28,18 @@ def local_app(
 
     app = Starlette(routes=[Route("/v1/{path:path}", api, methods=["GET", "POST"]), Route("/health", health)])
     add_playground(app, others)
-    app.add_middleware(SameOrigin, hosts=LOOPBACK if host in LOOPBACK else None)
     return app
 
 
 class SameOrigin:
     """Refuses what pages of other sites send through the user's browser: they could use a key that they do not have."""
 
-    def __init__(self, app: ASGIApp, hosts: tuple[str, ...] | None) -> None:
-        self.app, self.hosts = app, hosts
+    def __init__(self, app: ASGIApp, is_local: bool) -> None:
+        """
+        Args:
+            is_local: only this machine reaches the application, so it is only called by this machine's names.
+        """
+        self.app, self.is_local = app, is_local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (problem := self._problem(Request(scope))):
@@ -53,7 +49,7 @@ class SameOrigin:
 
     def _problem(self, request: Request) -> str | None:
         host = request.headers.get("host", "")
-        if self.hosts is not None and urlsplit(f"//{host}").hostname not in self.hosts:
+        if self.is_local and urlsplit(f"//{host}").hostname not in LOOPBACK:
             return f"the host {host!r} is not this machine. Open the playground at the address that it printed"
         origin = request.headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:

@@ -75,7 +75,7 @@ function showModel() {
   byId("model-name").textContent = model?.id ?? "no model";
   byId("plain").hidden = model === null || model.specialists.length > 0;
   document.title = model ? `${model.id}: ultrafuser playground` : "ultrafuser playground";
-  if (model?.contextLength) settings.form.elements.max_tokens.max = model.contextLength;
+  if (model?.contextLength) settings.limitTokens(model.contextLength);
   server.switchedOff = new Set(model?.specialists.filter((name) => server.switchedOff.has(name)));
   showLegend();
   showCompare();

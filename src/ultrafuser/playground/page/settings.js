@@ -61,6 +61,13 @@ export class Settings {
     }
   }
 
+  /** A model with a short context: leave half of it for the question. */
+  limitTokens(contextLength) {
+    const field = this.form.elements.max_tokens;
+    field.max = contextLength;
+    if (Number(field.value) >= contextLength) field.value = Math.floor(contextLength / 2);
+  }
+
   /** Fields of a request. */
   get sampling() {
     const { temperature, top_p, max_tokens, seed } = this.values;
