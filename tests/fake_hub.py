@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 Files = dict[str, bytes]
 
@@ -24,6 +27,8 @@ class FakeHub:
         commits: files by (repository, commit).
         branches: commits by (repository, branch).
         tokens: the token that a private repository needs.
+        created: the fields of each request for a new repository.
+        messages: of commits that clients made, and whether they are pull requests, by commit.
         requests: (method, path) of all requests.
     """
 
@@ -31,6 +36,8 @@ class FakeHub:
     commits: dict[tuple[str, str], Files] = field(default_factory=dict)
     branches: dict[tuple[str, str], str] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
+    created: list[dict] = field(default_factory=list)
+    messages: dict[str, tuple[str, bool]] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
 
     def push(self, repository: str, folder: Path, branch: str = "main") -> str:
@@ -101,6 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path))
         if path == "/api/repos/create":
             fields = json.loads(body)
+            self.hub.created.append(fields)
             name = "/".join(filter(None, (fields.get("organization"), fields["name"])))
             if (name, "main") not in self.hub.branches:
                 self.hub.commit(name, {})
@@ -115,6 +123,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(401, "RepoNotFound")
         if (repository, "main") not in self.hub.branches:
             return self._error(404, "RepoNotFound")
+        if is_api and rest[:1] == ["branch"]:
+            self.hub.branches.setdefault((repository, "/".join(rest[1:])), self.hub.branches[repository, "main"])
+            return self._json({})
         sha = self.hub.sha(repository, rest[1] if len(rest) > 1 else "main")
         if sha is None:
             return self._error(404, "RevisionNotFound")
@@ -137,17 +148,26 @@ class _Handler(BaseHTTPRequestHandler):
             names = [file["path"] for file in json.loads(body)["files"]]
             return self._json({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
         if rest[:1] == ["commit"]:
-            new = dict(files)
+            new, message = dict(files), ""
+            create_pr = "create_pr=1" in self.path
             for line in map(json.loads, body.splitlines()):
                 key, value = line["key"], line["value"]
-                if key == "file":
+                if key == "header":
+                    message = value["summary"]
+                elif key == "file":
                     new[value["path"]] = base64.b64decode(value["content"])
                 elif key == "deletedFile":
                     del new[value["path"]]
-            sha = self.hub.commit(repository, new, rest[1])
-            return self._json({"commitUrl": f"{self.hub.url}/{repository}/commit/{sha}", "commitOid": sha})
+            sha = self.hub.commit(repository, new, "refs/pr/1" if create_pr else rest[1])
+            self.hub.messages[sha] = (message, create_pr)
+            answer = {"commitUrl": f"{self.hub.url}/{repository}/commit/{sha}", "commitOid": sha}
+            if create_pr:
+                answer["pullRequestUrl"] = f"{self.hub.url}/{repository}/discussions/1"
+            return self._json(answer)
         siblings = [{"rfilename": name} for name in files]
-        return self._json({"id": repository, "modelId": repository, "sha": sha, "siblings": siblings, "tags": []})
+        facts = {"id": repository, "modelId": repository, "sha": sha, "siblings": siblings, "tags": []}
+        front_matter = re.match(rb"---\n(.*?)\n---", files.get("README.md", b""), re.S)
+        return self._json(facts | ({"cardData": yaml.safe_load(front_matter[1])} if front_matter else {}))
 
     def _file(self, repository: str, sha: str, name: str) -> None:
         data = self.hub.commits[repository, sha].get(name)

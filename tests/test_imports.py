@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "display": {"errors"},
     "inspect": _CORE | {"display"},
     "report": {"errors", "display", "inspect"},
+    "publish": _CORE | {"display", "report", "train"},
     "datamap": _CORE | {"display", "inspect"},
     "evaluate": _CORE | {"endpoint", "sandbox", "train"},
     "compare": _CORE | {"endpoint", "evaluate", "inspect", "printing", "report", "train"},

@@ -140,6 +140,7 @@ INTERRUPTED = {
     "chat": "The chat is not stored. Run the same command again for a new one",
     "inspect": "Nothing was written. Run the same command again",
     "info": "Run the same command again",
+    "push": "Nothing was committed. Run the same command again",
     "eval": "Run the same command again, which requests only the missing answers",
     "compare": "Run the same command again, which skips finished systems and resumes the others",
     "data stats": "Run the same command again",
@@ -189,6 +190,7 @@ def interrupted_words(command: str, tiny_run: TinyRun, fused: Path, tmp_path: Pa
         "chat": ["chat", fused],
         "inspect": ["inspect", fused, "-p", "hi", "--html", tmp_path / "a.html"],
         "info": ["info", fused],
+        "push": ["push", fused, "acme/fused"],
         "eval": ["eval", fused, "--tasks", "loss", "--data", rows, "-o", tmp_path / "eval"],
         "compare": [str(word).replace(OUT, str(tmp_path / "c")) for word in compare_words(tiny_run, tmp_path)],
     }[command]  # fmt: skip
@@ -201,6 +203,7 @@ WORK = {
     "ultrafuser.demo.fuse": ("demo",),
     "ultrafuser.specialists.load": ("generate", "chat", "inspect"),
     "ultrafuser.info.describe": ("info",),
+    "ultrafuser.publish.prepare": ("push",),
     "ultrafuser.evaluate.run.load_model": ("eval",),
     "ultrafuser.compare.system.start": ("compare",),
     "ultrafuser.data.tools.validate.validate": ("data validate",),

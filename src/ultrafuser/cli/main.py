@@ -18,6 +18,7 @@ from ultrafuser.cli.evaluate import compare_command, eval_command
 from ultrafuser.cli.fuse import demo_command, fuse_command, info_command, train_command
 from ultrafuser.cli.generate import generate_command, inspect_command
 from ultrafuser.cli.playground import playground_command
+from ultrafuser.cli.push import push_command
 from ultrafuser.cli.serve import serve_command
 from ultrafuser.cli.synth import synth_app
 from ultrafuser.errors import UltraFuserError
@@ -75,6 +76,7 @@ app.command(name="inspect")(inspect_command)
 app.command(name="serve")(serve_command)
 app.command(name="playground")(playground_command)
 app.command(name="info")(info_command)
+app.command(name="push")(push_command)
 app.command(name="eval")(eval_command)
 app.command(name="compare")(compare_command)
 app.add_typer(data_app, name="data")

@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from transformers.utils.hub import create_and_tag_model_card
 
+from .card import model_card
 from .errors import CheckpointError
 from .files import ADAPTER_FILE, CODE, INDEX_FILE, METADATA, WEIGHTS_FILE, read_index
 from .manifest import weight_sources
@@ -137,7 +138,7 @@ def push_fused(
             )
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            create_and_tag_model_card(repo_id, tags, token=token).save(Path(folder) / "README.md")
+            _write_card(api, model, repo_id, Path(folder) / "README.md", tags)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -150,6 +151,15 @@ def push_fused(
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{repo_id}: the hub did not take the model: {reason}") from error
+
+
+def _write_card(api: HfApi, model: Any, repo_id: str, file: Path, tags: Sequence[str] | None) -> None:
+    """The card of an earlier push or of the repository's owner, with the tags, or else ours."""
+    if api.file_exists(repo_id, "README.md"):
+        create_and_tag_model_card(repo_id, list(tags or []), token=api.token).save(file)
+    else:
+        title = repo_id.rpartition("/")[2]
+        file.write_text(model_card(model.config, title=title, address=repo_id, tags=tags or ()), encoding="utf-8")
 
 
 def is_commit(revision: str | None) -> bool:
