@@ -89,8 +89,8 @@ def test_what_may_become_a_stop_text_is_held_back(tokenizer, renderer):
 def test_blanks_of_the_template_are_no_text(tokenizer):
     """Templates with a blank before the answer and a line break behind it."""
     template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}\n<|im_end|>{% endif %}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
+        "{% for m in messages %}{{ m.role + ': ' + m.content + ('\\n' if m.role == 'assistant' else '') + '<|im_end|>' }}{% endfor %}"
+        "{{ 'assistant: ' if add_generation_prompt else '' }}"
     )
     renderer = Renderer(tokenizer, [template] * 2, vocab_size=len(tokenizer))
     ids = tokenizer.encode("one\ntwo\n", add_special_tokens=False)
