@@ -303,3 +303,81 @@ def test_recurrent_states_are_computed_again():
         lengths.clear()
         assert model.generate(prompts, past_key_values=copy.deepcopy(cache), **options).tolist() == expected.tolist()
         assert lengths[0] == read
+
+
+# ---------------------------------------------------------------- rows that join and leave
+
+
+def one_row(model, prompts, growing, record=False):
+    """A cache of one row and the logits behind its prompts."""
+    cache = model.new_cache(growing=growing, record=record)
+    inputs = padded([prompts])
+    with torch.no_grad():
+        out = model.specialist_states(inputs["specialist_input_ids"], inputs["specialist_attention_mask"], cache)
+    return cache, [state[:, -1] for state in out]
+
+
+def steps(model, cache, ids):
+    """The states of each specialist behind single tokens, (B, T) -> K x (B, T, D_k)."""
+    with torch.no_grad():
+        columns = [model.specialist_states(ids[:, [t]], None, cache) for t in range(ids.shape[1])]
+    return [torch.cat(states, 1) for states in zip(*columns, strict=True)]
+
+
+ROWS = [(5, 9, 2), (1, 1, 1), (12, 4, 7), (3, 3, 3)]
+
+
+@pytest.mark.parametrize("growing", [False, True])
+@pytest.mark.parametrize("record", [False, True])
+def test_rows_that_join_and_leave_go_on_as_alone(model, growing, record):
+    rows = [[tokens(1, n, seed=10 * b + k)[0] for k, n in enumerate(lengths)] for b, lengths in enumerate(ROWS)]
+    continued = tokens(len(ROWS), 6, seed=99)
+    expected = [steps(model, one_row(model, row, False)[0], continued[[b]]) for b, row in enumerate(rows)]
+
+    def same(states, batch, columns):
+        for k, state in enumerate(states):
+            alone = torch.cat([expected[b][k][:, columns] for b in batch])
+            torch.testing.assert_close(state, alone, rtol=1e-4, atol=1e-4)
+
+    cache = model.new_cache(growing=growing, record=record)
+    for row in rows[:3]:
+        cache.join(one_row(model, row, growing, record)[0])
+    same(steps(model, cache, continued[:3, :2]), [0, 1, 2], slice(0, 2))
+    copied = cache.copied()
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    before = cache.get_seq_length()
+    cache.trim()
+    assert cache.get_seq_length() == before - 3, "the padding before the longest of the rows that stay"
+    fourth = one_row(model, rows[3], growing, record)[0]
+    steps(model, fourth, continued[[3], :2])
+    cache.join(fourth)
+    same(steps(model, cache, continued[[1, 0, 3], 2:4]), [1, 0, 3], slice(2, 4))
+    cache.batch_select_indices(torch.tensor([0]))
+    cache.trim()
+    assert cache.get_seq_length() == 5 and cache.attention_mask is None
+    same(steps(model, cache, continued[[1], 4:]), [1], slice(4, 6))
+    same(steps(model, copied, continued[:3, 2:]), [0, 1, 2], slice(2, 6))
+
+
+def test_growing_layers_write_into_free_columns():
+    """A step copies no states, and what is assigned or copied shares no free columns."""
+    model = fuse([tiny(seed=s) for s in range(3)])
+    cache, _ = one_row(model, [tokens(1, 4, seed=k)[0] for k in range(3)], growing=True)
+    pointers = [layer.keys.data_ptr() for layer in cache.layers]
+    copied = cache.copied()
+    steps(model, cache, tokens(1, 3, seed=5))
+    assert [layer.keys.data_ptr() for layer in cache.layers] == pointers
+    kept = [layer.keys.clone() for layer in cache.layers]
+    steps(model, copied, tokens(1, 3, seed=6))
+    for layer, keys in zip(cache.layers, kept, strict=True):
+        assert torch.equal(layer.keys, keys)
+    cache.crop(-2)
+    assert cache.get_seq_length() == 5 and cache.layers[0].values.shape[2] == 5
+
+
+def test_recurrent_states_cannot_join():
+    model = fuse([tiny("llama", 1), tiny("llama", 2)])
+    assert model.new_cache().can_join
+    cache = model.new_cache()
+    cache.groups[1].layers[0] = object()
+    assert not cache.can_join

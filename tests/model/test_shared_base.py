@@ -423,3 +423,16 @@ def test_random_start_needs_no_weights(shared):
     """From a configuration alone every specialist starts from random weights, whole."""
     model = shake_gate(UltraFuserForCausalLM(UltraFuserConfig(shared.config.specialists, gate_hidden_size=16)))
     assert len(model.groups) == 3 and model(tokens(1, 4)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("mixing", ["logits", "probabilities"])
+def test_heads_with_the_same_weights_share_a_product(shared, mixing):
+    """Without gradients, few states go through one product. It gives what a product for each specialist gives."""
+    shared.config.mixing = mixing
+    shared.config.set_temperatures([1.0, 0.5, 2.0])
+    ids = tokens(2, 5)
+    separate = shared(ids).logits
+    with torch.no_grad():
+        joint = shared(ids).logits
+    assert separate.requires_grad and not joint.requires_grad
+    torch.testing.assert_close(joint, separate, rtol=1e-5, atol=1e-5)

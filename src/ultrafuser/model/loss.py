@@ -13,7 +13,7 @@ the gate's training needs no vocabulary-sized work at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ from torch.autograd.function import once_differentiable
 # time. That doubled the time of a chunk (0.85 s against 1.5 s for 1,024 tokens at V = 49,152).
 _CHUNK_VALUES = {"cpu": 7 * 2**20}
 _CHUNK_VALUES_ACCELERATOR = 2**26
+# States whose logits are computed together: for a vocabulary of 49,152 they stay below the 28 MiB, too.
+_FEW_STATES = 128
 
 
 # The logit of a token that not all specialists have. Its square is finite in float32, which soft-capped gradients need.
@@ -69,15 +71,7 @@ class Head(NamedTuple):
         """(..., D) -> (..., V), in float32 at least. The result goes into `out` (rows, V) if one is given."""
         state = state.to(self.weight.device, self.weight.dtype)
         if out is None:
-            z = torch.nn.functional.linear(state, self.weight, self.bias)
-            z = z if z.dtype == torch.float64 else z.float()
-            if self.scale != 1.0:
-                z = z * self.scale
-            if self.softcap is not None:
-                z = torch.tanh(z / self.softcap) * self.softcap
-            z = z if self.temperature == 1.0 else z / self.temperature
-            changes = self.end is not None or self.masked
-            return self._to_common(z.clone() if changes and z.requires_grad else z)
+            return self.from_product(torch.nn.functional.linear(state, self.weight, self.bias))
         z = out[: len(state)]
         if z.dtype == self.weight.dtype:
             torch.mm(state, self.weight.T, out=z)
@@ -90,6 +84,36 @@ class Head(NamedTuple):
         if self.softcap is not None:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
         return self._to_common(z if self.temperature == 1.0 else z.div_(self.temperature))
+
+    def from_product(self, z: torch.Tensor) -> torch.Tensor:
+        """W h + bias -> logits of the common vocabulary: (..., rows) -> (..., V). May overwrite z."""
+        z = z if z.dtype == torch.float64 else z.float()
+        if self.scale != 1.0:
+            z = z * self.scale
+        if self.softcap is not None:
+            z = torch.tanh(z / self.softcap) * self.softcap
+        z = z if self.temperature == 1.0 else z / self.temperature
+        changes = self.end is not None or self.masked
+        return self._to_common(z.clone() if changes and z.requires_grad else z)
+
+
+def all_logits(states: Sequence[torch.Tensor], heads: Sequence[Head]) -> Iterator[torch.Tensor]:
+    """The logits of each head in turn: K x (..., D_k) -> K x (..., V), in float32 at least.
+
+    Heads with the same weights share one product where the states are few. Reading a large output layer then takes longer
+    than multiplying by it, and is done once instead of K times.
+    """
+    first = heads[0]
+    is_same = all(
+        (head.weight.data_ptr(), head.weight.shape) == (first.weight.data_ptr(), first.weight.shape) for head in heads
+    )
+    count = sum(state[..., 0].numel() for state in states)
+    if not is_same or count > _FEW_STATES or torch.is_grad_enabled():
+        yield from (head.logits(state) for state, head in zip(states, heads, strict=True))
+        return
+    stacked = torch.stack([state.to(first.weight.device, first.weight.dtype) for state in states])  # (K, ..., D)
+    products = torch.nn.functional.linear(stacked, first.weight, first.bias)  # (K, ..., rows)
+    yield from (head.from_product(z) for z, head in zip(products, heads, strict=True))
 
 
 def to_common(z: torch.Tensor, vocab_size: int, end: tuple[int, int] | None, masked: Sequence[int]) -> torch.Tensor:

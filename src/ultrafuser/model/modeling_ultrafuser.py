@@ -24,7 +24,7 @@ from .gate import Gate, StaticGate
 from .generation import FusedGeneration
 from .hub import Access, push_fused
 from .inputs import OUTPUTS, check_mask_length, refuse_keywords, select_inputs
-from .loss import label_log_prob, mixed_log_prob, select_responses
+from .loss import all_logits, label_log_prob, mixed_log_prob, select_responses
 from .mixing import mix_logits
 from .saving import Origin, plain_model, save_fused
 from .shared_base import SpecialistGroup
@@ -173,7 +173,7 @@ class UltraFuserForCausalLM(
 
     def mix(self, states: Sequence[torch.Tensor], log_weights: torch.Tensor) -> torch.Tensor:
         """Mixed logits of K states (..., D_k) by log weights (..., K): (..., V). See `mix_logits`."""
-        logits = (head.logits(state) for state, head in zip(states, self.heads(), strict=True))  # K x (..., V)
+        logits = all_logits(states, self.heads())  # K x (..., V)
         return mix_logits(logits, log_weights, self.config.mixing, self.config.masked_token_ids)
 
     def forward(

@@ -66,9 +66,9 @@ class PrefixCache:
         for entry in self._entries:
             shared = [_common_length(a, b) for a, b in zip(prompts, entry.sequences, strict=True)]
             columns = min(width - len(ids) + count for ids, count in zip(prompts, shared, strict=True))
-            if min(shared) >= _MIN_COLUMNS and columns > longest:
+            if columns > longest:
                 best, longest = entry, columns
-        if best is None:
+        if best is None or longest < _MIN_COLUMNS:
             return None
         self._entries.remove(best)
         self._entries.append(best)
