@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,26 +97,17 @@ def install(app: FastAPI) -> None:
 
 
 def validation_error(problems: Sequence[Mapping[str, Any]], body: Any) -> APIError:
-    """The most specific of pydantic's problems as one line.
-
-    A value that no variant of a union takes gives one problem for each variant. The one that reaches deepest into the body
-    is about the variant that the client meant.
-    """
+    """The most specific of pydantic's problems as one line."""
     if not isinstance(body, dict):
         kind = "empty" if body is None or body == b"" else f"a {type(body).__name__}"
         return APIError(400, f"the body is {kind}, expected a JSON object with the fields of a request")
-    paths = [_path(problem, body) for problem in problems]
-    depth = max(map(len, paths))
-    deepest = [(path, problem) for path, problem in zip(paths, problems, strict=True) if len(path) == depth]
-    path, problem = deepest[0]
-    expected = " or ".join(dict.fromkeys(p["msg"] for other, p in deepest if other == path))
-    param = ".".join(map(str, path))
-    code = None
-    field = str(path[0]) if path else ""
-    if problem["type"] == "missing":
-        return APIError(400, f"{param} is missing", param=param, code="missing_required_parameter")
+    path, relevant = _most_specific(problems, body)
+    problem = relevant[0]
+    param, field, code = ".".join(map(str, path)), str(path[0]), None
     if field in UNSUPPORTED_FIELDS:
         message, code, param = f"{field} is not supported: {UNSUPPORTED_FIELDS[field]}", "unsupported_parameter", field
+    elif problem["type"] == "missing":
+        message, code = f"{param} is missing", "missing_required_parameter"
     elif problem["type"] == "extra_forbidden":
         message, code = (
             f"{param} is unknown here, and this server ignores no fields. {_advice(param)}",
@@ -124,8 +116,25 @@ def validation_error(problems: Sequence[Mapping[str, Any]], body: Any) -> APIErr
     elif problem["type"] == "part_type":
         message, code = f"{param} {problem['msg']}", "unsupported_parameter"
     else:
-        message = f"{param} is {_shown(problem['input'])}, expected {expected.removeprefix('Input should be ')}"
+        expected = " or ".join(dict.fromkeys(p["msg"].removeprefix("Input should be ") for p in relevant))
+        message = f"{param} is {_shown(problem['input'])}, expected {expected}"
     return APIError(400, message, param=param, code=code)
+
+
+def _most_specific(problems: Sequence[Mapping[str, Any]], body: Any) -> tuple[list[str | int], list[Mapping[str, Any]]]:
+    """The problems to report, which are all at one path.
+
+    A value that no variant of a union takes gives problems for each variant. The variant that the client meant is the
+    one whose problems lie deepest in the body, and of those the one with the fewest problems.
+    """
+    variants = defaultdict(list)
+    for problem in problems:
+        path = _path(problem, body)
+        variants[tuple(key for key in problem["loc"][1:] if key not in path)].append((path, problem))
+    ranks = {tags: (-max(len(path) for path, _ in found), len(found)) for tags, found in variants.items()}
+    best = [pair for tags, pairs in variants.items() if ranks[tags] == min(ranks.values()) for pair in pairs]
+    path = max((path for path, _ in best), key=len)
+    return path, [problem for other, problem in best if other == path]
 
 
 def _path(problem: Mapping[str, Any], body: Any) -> list[str | int]:

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Security
+from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
@@ -76,8 +77,10 @@ def build_app(engine: Engine, renderer: Renderer, settings: Settings) -> FastAPI
         )
     api_errors.install(app)
     service = AnswerService(engine, renderer, settings, app.state.traffic)
-    app.include_router(_answer_routes(service, settings.limits))
-    app.include_router(_information_routes(engine, settings, app.state.traffic))
+    key = [Security(HTTPBearer(auto_error=False))] if settings.api_key else []  # for the schema: `Access` checks it
+    app.include_router(_answer_routes(service, settings.limits), dependencies=key)
+    app.include_router(_model_routes(engine, settings), dependencies=key)
+    app.include_router(_state_routes(app.state.traffic))
     return app
 
 
@@ -208,7 +211,7 @@ def _answer_routes(service: AnswerService, limits: Limits) -> APIRouter:
     return router
 
 
-def _information_routes(engine: Engine, settings: Settings, traffic: Traffic) -> APIRouter:
+def _model_routes(engine: Engine, settings: Settings) -> APIRouter:
     router = APIRouter(responses=_ERRORS)
     card = ModelCard(
         id=settings.model_name,
@@ -227,6 +230,12 @@ def _information_routes(engine: Engine, settings: Settings, traffic: Traffic) ->
         """The served model, by its name."""
         check_model(model, settings)
         return card
+
+    return router
+
+
+def _state_routes(traffic: Traffic) -> APIRouter:
+    router = APIRouter(responses=_ERRORS)
 
     @router.get("/health")
     async def health() -> Health:

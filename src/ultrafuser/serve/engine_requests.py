@@ -97,10 +97,8 @@ def _check_fields(body: ChatRequest | CompletionRequest, engine: Engine) -> None
             message = "max_tokens is the old name of max_completion_tokens, but they differ. Leave out max_tokens"
             raise APIError(400, message, param="max_tokens")
     if unknown := [name for name in body.specialists or () if name not in engine.names]:
-        known = ", ".join(engine.names)
-        raise APIError(
-            400, f"there is no specialist {unknown[0][:60]!r}. Expected some of: {known}", param="specialists"
-        )
+        message = f"specialists has {unknown[0][:60]!r}, which is none of {', '.join(engine.names)}"
+        raise APIError(400, message, param="specialists")
 
 
 def _max_new_tokens(
