@@ -164,9 +164,11 @@ def test_sigterm_finishes_running_answers_and_then_ends_the_process(folder, tmp_
             running = pool.submit(served.answer, 180)
             while "ultrafuser_answers_running 2.0" not in served.client.get("/metrics").text:
                 assert not running.done()
+                time.sleep(0.05)
             served.stop()
             while served.client.get("/health").status_code == 200:
                 assert not running.done()
+                time.sleep(0.05)
             assert served.answer(1).status_code == 503
             assert running.result().json()["usage"]["completion_tokens"] == 180
             assert [line for line in lines if line][-1] == "data: [DONE]"
@@ -186,11 +188,30 @@ def test_a_second_interrupt_ends_the_process_at_once(folder, tmp_path):
         running = pool.submit(served.answer, 180, n=16)
         while "ultrafuser_answers_running 16.0" not in served.client.get("/metrics").text:
             assert not running.done()
+            time.sleep(0.05)
         served.stop(signal.SIGINT)
         while served.client.get("/health").status_code == 200:
             assert not running.done()
+            time.sleep(0.05)
         served.stop(signal.SIGINT)
         assert served.process.wait(5) == 130
         with pytest.raises(httpx.TransportError):
             running.result()
     assert "Press Ctrl-C again to end at once" in served.log.read_text()
+
+
+@pytest.mark.slow
+def test_ten_seconds_of_clients_that_leave(folder, tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "serve_soak.py"
+    command = [
+        sys.executable,
+        str(script),
+        str(folder),
+        "--clients=16",
+        "--seconds=10",
+        f"--output={tmp_path / 'report'}",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads((tmp_path / "report").read_text())
+    assert report["finished"] > 16 and report["left"] and not report["wrong"]
