@@ -158,6 +158,33 @@ def test_a_full_queue(model, renderer):
     run(main)
 
 
+@pytest.mark.parametrize("max_cached_tokens", [0, 1000])
+def test_rows_that_outgrow_the_batch_go_back_to_the_queue(model, renderer, max_cached_tokens):
+    wanted = [Request(prompts(seed, (5 + seed, 3, 9)), greedy(25, ignore_eos=True)) for seed in range(4)]
+    wanted.append(Request(prompts(9, (40, 30, 1)), Sampling(60, seed=1, ignore_eos=True)))
+    expected = [ids(answers(model, renderer, [request])[0]) for request in wanted]
+    widest = []
+
+    async def main():
+        async with running(model, renderer, max_batch_tokens=80, max_cached_tokens=max_cached_tokens) as engine:
+            step = engine._batch.step
+
+            def counted():
+                rows = engine._batch.rows
+                widest.append(len(rows) * max(row.length for row in rows))
+                assert len(rows) == 1 or widest[-1] < 80
+                return step()
+
+            engine._batch.step = counted
+            out = await asyncio.gather(*(collect(engine, request) for request in wanted))
+            assert [ids(answer) for answer in out] == expected
+            assert [text(answer) for answer in out] == [renderer.answer_text(ids(answer)) for answer in out]
+            assert engine.prompt_tokens == sum(max(map(len, request.prompts)) for request in wanted)
+
+    run(main)
+    assert max(widest) == 99, "the longest request, which runs alone"
+
+
 # ---------------------------------------------------------------- cancelling
 
 

@@ -71,8 +71,12 @@ class RunningBatch:
     # ---------------------------------------------------------------- prompts
 
     def _start(self, row: Row) -> UltraFuserCache:
-        """Pad a row's prompts, and take what the prefix cache has of them."""
-        inputs = pad_prompts([row.request.prompts], self._pad_id, self.model.device)
+        """Pad a row's prompts, and take what the prefix cache has of them.
+
+        A row that has left before its answer was complete reads its tokens so far behind them.
+        """
+        prompts = [[*ids, *row.sequenced.answer] for ids in row.request.prompts]
+        inputs = pad_prompts([prompts], self._pad_id, self.model.device)
         ids, mask = inputs["specialist_input_ids"], inputs["specialist_attention_mask"]
         row.inputs = {"ids": ids, "mask": mask}
         cache = self.prefixes.continued(ids, mask)
@@ -84,7 +88,7 @@ class RunningBatch:
         """Read at most `max_columns` more columns of a row's prompts.
 
         Returns:
-            The columns read, and the first token of the answer if that was the rest of the prompts. The row then has to
+            The columns read, and the next token of the answer if that was the rest of the prompts. The row then has to
             join, unless this token is the last one.
         """
         cache = self._start(row) if row.cache is None else row.cache

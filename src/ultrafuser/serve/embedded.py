@@ -78,8 +78,10 @@ class EmbeddedEngine:
     Models with recurrent layers run one request at a time, because their states cannot be aligned with those of other
     rows. All others run up to `max_batch_size` at once, sliding windows included.
 
-    Memory: the states of the running rows (rows x the longest row), and those of at most `max_cached_tokens` columns that
-    later requests may continue. A column is one token of each specialist.
+    Memory: the states of the running rows, rows x the longest row <= `max_batch_tokens` columns, and those of at most
+    `max_cached_tokens` columns that later requests may continue. A column is one token of each specialist. If answers grow
+    past the limit, the request that joined last goes back to the queue and is read again later. One request alone always
+    runs.
 
     Attributes:
         prompt_tokens, generated_tokens: totals since the start. A prompt counts with its longest sequence.
@@ -92,6 +94,7 @@ class EmbeddedEngine:
         *,
         max_batch_size: int = 16,
         max_waiting: int = 256,
+        max_batch_tokens: int = 32768,
         max_cached_tokens: int = 4096,
         prefill_tokens: int | None = None,
     ) -> None:
@@ -99,6 +102,7 @@ class EmbeddedEngine:
         Args:
             max_batch_size: requests that generate at once.
             max_waiting: requests that may wait beyond these.
+            max_batch_tokens: columns of all running rows, the shorter ones padded to the longest.
             max_cached_tokens: columns of finished conversations and prompts that are kept. 0: none.
             prefill_tokens: columns of waiting prompts that one step reads. Default: 64 on a CPU, 512 elsewhere.
         """
@@ -109,7 +113,7 @@ class EmbeddedEngine:
         self._prefixes = PrefixCache(max_cached_tokens)
         self._batch = RunningBatch(model, renderer.pad_id, self._prefixes)
         self._max_batch_size = max_batch_size if self._batch.can_join else 1
-        self._max_waiting = max_waiting
+        self._max_waiting, self._max_batch_tokens = max_waiting, max_batch_tokens
         device = model.device.type
         self._prefill_tokens = prefill_tokens or _PREFILL_TOKENS.get(device, _PREFILL_TOKENS["cuda"])
         self._table_rows = [table_rows(specialist) for specialist in model.config.specialists]
@@ -304,14 +308,27 @@ class EmbeddedEngine:
         """The request whose prompts are being read, or the next one that the batch has room for."""
         if self._reading is None and len(self._running) < self._max_batch_size:
             with self._changed:
-                if self._waiting:
+                if self._waiting and (not self._running or self._fits([*self._running, self._waiting[0].row])):
                     self._reading = self._waiting.popleft()
-            if self._reading is not None:
+            if self._reading is not None and not self._reading.row.sequenced.answer:
                 self.prompt_tokens += max(map(len, self._reading.row.request.prompts))
         return self._reading
 
+    def _fits(self, rows: Sequence[Row]) -> bool:
+        """Whether rows may take their next step together."""
+        return len(rows) * (max(row.length for row in rows) + 1) <= self._max_batch_tokens
+
+    def _make_room(self) -> None:
+        """Send the requests that joined last back to the queue while the others need their room."""
+        while len(self._running) > 1 and not self._fits(list(self._running)):
+            row, answer = list(self._running.items())[-1]
+            self._leave([row], is_finished=True)  # the prefix cache may spare reading it again
+            with self._changed:
+                self._waiting.appendleft(answer)
+
     def _generate(self) -> None:
         """Draw one token for every running row."""
+        self._make_room()
         rows = list(self._batch.rows)
         items = self._batch.step()
         self._deliver([(self._running[row], item) for row, item in zip(rows, items, strict=True)])
