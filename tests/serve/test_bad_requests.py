@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -305,3 +307,14 @@ def test_the_servers_own_limit_of_tokens(serve):
     assert "answers with at most 5 tokens" in error(server.chat(max_tokens=6), 400)["message"]
     assert server.chat().status_code == 200
     assert engine.requests[-1].sampling.max_new_tokens == 5
+
+
+# ---------------------------------------------------------------- the page
+
+
+def test_the_page_names_every_field():
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    table, _, rest = page.partition("## Request fields")[2].partition("**No field is ignored")
+    shown = set(re.findall(r"`(\w+)", table + rest.partition("## Gate weights")[0]))
+    fields = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
+    assert fields - UNSUPPORTED_FIELDS.keys() <= shown
