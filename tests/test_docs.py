@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fake_endpoint import listed, streamed, weighted
 from test_imports import MAY_IMPORT
 from tiny_models import tiny
 from ultrafuser.cli.main import main as command_line
@@ -254,6 +255,19 @@ def test_the_command_page_is_what_help_says(capsys, monkeypatch):
         parameters = script("cli_docs").parameters(command)
         listed = {name for parameter in parameters for name in parameter.names if name.startswith("--")}
         assert listed == helped
+
+
+def test_the_example_of_a_client_runs(server, capsys, monkeypatch):
+    pytest.importorskip("openai", reason="the official client is not installed")
+    monkeypatch.delenv("ULTRAFUSER_API_KEY", raising=False)
+    server.models = listed({"id": "fused"})
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "specialist_shares": {"s0": 0.5, "s1": 0.5}}
+    tokens = weighted(["Hello", " you"], [[0.9, 0.1], [0.1, 0.9]], "stop")
+    server.script = [streamed(tokens, {**tokens, "choices": [], "usage": usage})]
+    script("serve_and_chat").main([server.url, "hi"])
+    out = capsys.readouterr().out
+    assert "Hello you\n" in out and " s0  0.50" in out
+    assert server.requests[0]["gate_weights"] is True and server.requests[0]["model"] == "fused"
 
 
 def test_the_example_runs(workspace, tmp_path):
