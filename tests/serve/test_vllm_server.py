@@ -98,13 +98,41 @@ def test_a_folder_that_is_no_fused_model(vllm, tiny_run):
         vllm_server.run("./nowhere")
 
 
-def test_a_port_in_use():
+@pytest.fixture
+def fused(tiny_run, tmp_path):
+    from ultrafuser.specialists import fuse
+
+    one_template = [{"name": name, "model": str(tiny_run.folder / name)} for name in ("text", "code")]
+    model, tokenizer = fuse(tiny_run.recipe(tmp_path / "run", specialists=one_template))
+    model.save_pretrained(tmp_path / "fused")
+    tokenizer.save_pretrained(tmp_path / "fused")
+    return tmp_path / "fused"
+
+
+def test_a_port_in_use_is_found_before_the_model_is_loaded(vllm, fused):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        with pytest.raises(UltraFuserError, match=f"port {port} of 127.0.0.1 cannot be used.*--port {port + 1}"):
-            vllm_server.check_port("127.0.0.1", port)
+        with pytest.raises(UltraFuserError, match=f"port {port} of 127.0.0.1 cannot be used"):
+            vllm_server.run(str(fused), port=port)
+
+
+def test_the_start_line_has_the_address(vllm, fused, monkeypatch, capsys):
+    started: list[list[str]] = []
+    monkeypatch.setattr(vllm_server, "_serve", started.append)
+    for name in ("VLLM_API_KEY", "VLLM_USE_V2_MODEL_RUNNER", "ULTRAFUSER_SERVER_LIMITS"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    vllm_server.run(str(fused), port=0)
+    port = started[0][started[0].index("--port") + 1]
+    line = f"serving fused on vLLM at http://127.0.0.1:{port}/v1, as soon as it has loaded the model"
+    assert capsys.readouterr().err.strip().endswith(line)
+    vllm_server.run(str(fused), host="0.0.0.0", port=0)
+    assert "everybody who reaches this address" in capsys.readouterr().err
+    vllm_server.run(str(fused), host="0.0.0.0", port=0, api_key="secret", extra_args=["--chat-template", "x.jinja"])
+    assert "everybody" not in capsys.readouterr().err
+    assert "secret" not in started[2] and started[2].count("--chat-template") == 1
 
 
 def test_options_of_vllm(tmp_path):

@@ -22,16 +22,7 @@ pytestmark = pytest.mark.vllm
 
 OTHER_END = 5  # a second end token, as in models that have several
 # Prompts are read in chunks, and the cache holds fewer tokens than eight answers need.
-SMALL = (
-    "--max-num-seqs",
-    "8",
-    "--max-num-batched-tokens",
-    "48",
-    "--num-gpu-blocks-override",
-    "24",
-    "--block-size",
-    "16",
-)
+SMALL = ("--max-num-seqs", "8", "--max-num-batched-tokens", "48", "--num-gpu-blocks-override=12", "--block-size=32")
 QUESTION = [{"role": "user", "content": "how many?"}]
 LONG = [{"role": "user", "content": "The quick brown fox jumps over the lazy dog, and 12345 + 67890 = 80235. " * 2}]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import sys
 from pathlib import Path
@@ -82,7 +83,8 @@ def serve_command(
         from ultrafuser.serve.vllm_server import run as run_vllm
 
         options = ["--dtype", dtype, *(["--trust-remote-code"] if trust_remote_code else []), *(vllm_options or [])]
-        limits = VLLMLimits(max_new_tokens=max_tokens, timeout_s=timeout, shutdown_s=grace)
+        options = ["--allowed-origins", json.dumps(cors_origin), *options] if cors_origin else options
+        limits = VLLMLimits(max_new_tokens=max_tokens, timeout_s=timeout, shutdown_s=grace, open_metrics=open_metrics)
         run_vllm(
             folder,
             host=host,

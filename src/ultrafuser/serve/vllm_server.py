@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
-import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from ultrafuser.errors import MissingExtraError, UltraFuserError
 from ultrafuser.model.checkpoint import fused_folder
 from ultrafuser.printing import echo_error
+from ultrafuser.serve.server import bind, is_local, url
 from ultrafuser.serve.vllm_middleware import FusedAPI, Limits
 from ultrafuser.serve.vllm_prompts import chat_template
 from ultrafuser.specialists import load_renderer
@@ -43,6 +44,7 @@ def run(
 
     Args:
         folder: a fused checkpoint, or its hub id.
+        port: 0: any free one.
         api_key: that requests must send. None: from the variable `VLLM_API_KEY`, or none.
         served_model_name: in requests and answers. Default: the name of the folder.
         max_queued: unfinished requests. The next one gets status 429. None: no limit.
@@ -56,7 +58,8 @@ def run(
     limits = limits or Limits()
     local = fused_folder(folder)
     renderer = load_renderer(local)
-    check_port(host, port)
+    with contextlib.closing(bind(host, port)) as listener:  # vLLM would find out after it has loaded the model
+        address, port, is_open = url(listener), listener.getsockname()[1], not is_local(listener)
     limits.to_environment()
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # GateWorker follows the batch of V1
     if api_key is not None:
@@ -71,7 +74,9 @@ def run(
             options += ["--default-chat-template-kwargs", json.dumps(variables)] if variables else []
         name = served_model_name or Path(folder).resolve().name
         options += arguments(local, host, port, name, limits, max_queued, extra_args)
-        echo_error(f"ultrafuser: serving {name} on vLLM at http://{host}:{port}/v1. It loads the model first")
+        echo_error(f"ultrafuser: serving {name} on vLLM at {address}/v1, as soon as it has loaded the model")
+        if is_open and api_key is None and not os.environ.get("VLLM_API_KEY"):
+            echo_error("ultrafuser: everybody who reaches this address can use the model. Set ULTRAFUSER_API_KEY")
         _serve(options)
 
 
@@ -93,19 +98,6 @@ def check_version() -> None:
             f"vLLM {__version__} is installed, and fused models are tested with {expected}. Run: pip install 'vllm{expected}', "
             "or serve with --engine embedded"
         )
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises UltraFuserError: the address cannot be listened on. vLLM would find out after it has loaded the model."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            raise UltraFuserError(
-                f"port {port} of {host} cannot be used: {error.strerror or error}. Choose another one: --port {port + 1}"
-            ) from error
 
 
 def arguments(
