@@ -107,6 +107,7 @@ def serving(folder: Path, directory: Path, *extra_args: str, **limits: Any) -> I
         encoding="utf-8",
     )
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # other tests run on these cores
     environment["VLLM_SERVER_DEV_MODE"] = "1"  # for /collective_rpc
     with log.open("w") as output:
