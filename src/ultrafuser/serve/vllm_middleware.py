@@ -13,8 +13,7 @@ import logging
 import os
 import secrets
 import signal
-import time
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +21,8 @@ from typing import Any
 from ultrafuser.serve.api_errors import APIError
 from ultrafuser.serve.limits import read_json
 from ultrafuser.serve.vllm_answers import AnswerExtension, as_json
-from ultrafuser.serve.vllm_request import EXTENSION_FIELDS, AnswerPlan, check_fields, prepare
+from ultrafuser.serve.vllm_exchange import App, Exchange, Message, Receive, Scope, Send, header, replay, with_length
+from ultrafuser.serve.vllm_request import EXTENSION_FIELDS, check_fields, prepare
 from ultrafuser.serve.vllm_weights import GateWeightsClient, WeightsUnavailable
 
 logger = logging.getLogger(__name__)
@@ -30,13 +30,7 @@ logger = logging.getLogger(__name__)
 CHAT, COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
 PUBLIC_PATHS = ("/health", "/ping", "/version", "/load")  # without a key
 LIMITS_VARIABLE = "ULTRAFUSER_SERVER_LIMITS"
-RETRY_AFTER_S = 1
-_EVENT_END = b"\n\n"
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+BODY_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,7 @@ class FusedAPI:
         self._client: GateWeightsClient | None = None
         self._key_hashes: list[bytes] | None = None
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             self._finish_answers_on_sigterm(scope["app"])
         if scope["type"] != "http" or scope["method"] == "OPTIONS":
@@ -95,14 +89,17 @@ class FusedAPI:
         except WeightsUnavailable as error:
             await APIError(503, f"the engine does not answer: {error}").response()(scope, receive, send)
 
-    async def _respond(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if path not in PUBLIC_PATHS and not (path == "/metrics" and self.limits.open_metrics):
             self._check_key(scope)
         if scope["method"] == "GET" and path == MODELS:
             await self._list_models(scope, receive, send)
         elif scope["method"] == "POST":
-            body = await self._read_body(scope, receive)
+            try:
+                body = await asyncio.wait_for(self._read_body(scope, receive), BODY_TIMEOUT_S)
+            except asyncio.TimeoutError as error:
+                raise APIError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from error
             if body is None:
                 return  # the client is gone
             if path in (CHAT, COMPLETIONS) and isinstance(fields := read_json(body), dict):
@@ -111,15 +108,13 @@ class FusedAPI:
                 fields = _read_fields(body)
                 if used := next((field for field in EXTENSION_FIELDS if fields.get(field) is not None), None):
                     raise APIError(400, f"{used} works on {CHAT} and {COMPLETIONS}, not on {path}", param=used)
-                await self.app(scope, _replay(body, receive), send)
+                await self.app(scope, replay(body, receive), send)
         else:
             await self.app(scope, receive, send)
 
     # ---------------------------------------------------------------- answers
 
-    async def _answer(
-        self, scope: MutableMapping[str, Any], fields: dict[str, Any], receive: Receive, send: Send, path: str
-    ) -> None:
+    async def _answer(self, scope: Scope, fields: dict[str, Any], receive: Receive, send: Send, path: str) -> None:
         check_fields(fields, self._fields[path])
         self._check_max_tokens(fields)
         state = scope["app"].state
@@ -127,7 +122,7 @@ class FusedAPI:
         names = await client.connect()
         fields, plan = prepare(fields, names, getattr(state.args, "enable_force_include_usage", False))
         body = as_json(fields)
-        scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
+        scope = {**scope, "headers": with_length(scope["headers"], len(body))}
         extension = AnswerExtension(plan, client, names, state.engine_client.get_tokenizer())
         exchange = Exchange(
             scope, plan, extension, send, self.limits.timeout_s, lambda: bool(state.engine_client.errored)
@@ -165,7 +160,7 @@ class FusedAPI:
 
     # ---------------------------------------------------------------- other paths
 
-    async def _list_models(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def _list_models(self, scope: Scope, receive: Receive, send: Send) -> None:
         names = await self._connect(scope["app"].state.engine_client).connect()
         start: Message = {}
         parts: list[bytes] = []
@@ -183,20 +178,20 @@ class FusedAPI:
                 for model in models["data"]:
                     model["specialists"] = list(names)
                 body = as_json(models)
-            await send({**start, "headers": _with_length(start["headers"], len(body))})
+            await send({**start, "headers": with_length(start["headers"], len(body))})
             await send({"type": "http.response.body", "body": body})
 
         await self.app(scope, receive, collect)
 
     # ---------------------------------------------------------------- keys, bodies, shutdown
 
-    def _check_key(self, scope: MutableMapping[str, Any]) -> None:
+    def _check_key(self, scope: Scope) -> None:
         if self._key_hashes is None:  # vLLM's option comes before its variable
             keys = getattr(scope["app"].state.args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
             self._key_hashes = [hashlib.sha256(key.encode()).digest() for key in keys if key]
         if not self._key_hashes:
             return
-        value = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        value = header(scope["headers"], b"authorization")
         scheme, _, key = value.partition(b" ")
         hashed = hashlib.sha256(key).digest()
         matches = [secrets.compare_digest(hashed, known) for known in self._key_hashes]
@@ -204,22 +199,19 @@ class FusedAPI:
             message = "the API key is missing or wrong. Send the header Authorization: Bearer KEY"
             raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
-    async def _read_body(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes | None:
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body. None if the client hung up."""
-        limit = self.limits.max_body_bytes
-        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        parts, size = [], 0
-        while True:
-            too_large = size > limit or (length.isdigit() and int(length) > limit)
-            if too_large:
-                raise APIError(413, f"the body has more than {limit} bytes. Shorten the prompt")
+        limit, body = self.limits.max_body_bytes, bytearray()
+        declared = header(scope["headers"], b"content-length")
+        size = int(declared) if declared.isdigit() else 0
+        while max(size, len(body)) <= limit:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if not message.get("more_body") and size <= limit:
-                return b"".join(parts)
+            body += message.get("body", b"")
+            if not message.get("more_body") and len(body) <= limit:
+                return bytes(body)
+        raise APIError(413, f"the body has more than {limit} bytes. Shorten the prompt")
 
     def _finish_answers_on_sigterm(self, app: Any) -> None:
         """Let running answers end before the engine does.
@@ -230,127 +222,11 @@ class FusedAPI:
         def stop() -> None:
             server = app.state.server
             server.config.timeout_graceful_shutdown = int(self.limits.shutdown_s)
+            server.force_exit = server.should_exit  # the second signal
             server.should_exit = True
 
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # no signals outside the main thread
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
-
-
-class Exchange:
-    """One request that vLLM answers, and the answer on its way to the client."""
-
-    def __init__(
-        self,
-        scope: MutableMapping[str, Any],
-        plan: AnswerPlan,
-        extension: AnswerExtension,
-        send: Send,
-        timeout_s: float | None,
-        is_broken: Callable[[], bool],
-    ) -> None:
-        """
-        Args:
-            is_broken: whether the engine failed. vLLM gives status 503 then, and also if its queue is full.
-        """
-        self._scope = scope
-        self._plan, self._extension, self._send, self._is_broken = plan, extension, send, is_broken
-        self._timeout_s = timeout_s
-        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._timed_out = False
-        self._start: Message = {}
-        self._streams = self._started = False
-        self._buffer = b""
-
-    def receiver(self, body: bytes, receive: Receive) -> Receive:
-        """Gives vLLM the body, and tells it that the client is gone when the time is over: it then aborts the request."""
-        replay = _replay(body, receive)
-
-        async def receive_in_time() -> Message:
-            if self._deadline is None:
-                return await replay()
-            try:
-                return await asyncio.wait_for(replay(), max(0.0, self._deadline - time.monotonic()))
-            except asyncio.TimeoutError:
-                self._timed_out = True
-                return {"type": "http.disconnect"}
-
-        return receive_in_time
-
-    async def send(self, message: Message) -> None:
-        """What vLLM sends."""
-        if self._timed_out:
-            return
-        if message["type"] == "http.response.start":
-            self._start = message
-            self._streams = _header(message["headers"], b"content-type").startswith(b"text/event-stream")
-            if self._streams:
-                await self._send_start(message)
-        elif self._streams:
-            await self._send_events(message)
-        else:
-            self._buffer += message.get("body", b"")
-            if not message.get("more_body"):
-                await self._send_whole(self._buffer)
-
-    async def finish(self) -> None:
-        """End an answer that ran out of time."""
-        if not self._timed_out:
-            return
-        limit = f"{self._timeout_s:g} s, the limit of this server. Lower max_tokens"
-        error = APIError(504, f"the answer was not complete after {limit}", code="timeout")
-        if self._started:
-            event = b"data: " + error.body().encode() + _EVENT_END
-            await self._send({"type": "http.response.body", "body": event})
-        else:
-            await error.response()(self._scope, _nothing, self._send)
-
-    async def _send_start(self, message: Message) -> None:
-        self._started = True
-        await self._send(message)
-
-    async def _send_whole(self, body: bytes) -> None:
-        start = self._start
-        if start["status"] == 200 and self._plan.key is not None:
-            answer = json.loads(body)
-            if isinstance(answer, dict):  # vLLM answers null to a client that is gone
-                await self._extension.extend_whole(answer)
-                body = as_json(answer)
-        elif start["status"] == 503 and not self._is_broken():
-            self._started = True
-            retry = {"Retry-After": str(RETRY_AFTER_S)}
-            error = APIError(429, "the queue is full. Try again later", code="queue_full", headers=retry)
-            await error.response()(self._scope, _nothing, self._send)
-            return
-        await self._send_start({**start, "headers": _with_length(start["headers"], len(body))})
-        await self._send({"type": "http.response.body", "body": body})
-
-    async def _send_events(self, message: Message) -> None:
-        """Pass events on as they become complete."""
-        body = message.get("body", b"")
-        if self._plan.key is not None:
-            *events, self._buffer = (self._buffer + body).split(_EVENT_END)
-            if not message.get("more_body") and self._buffer:
-                events.append(self._buffer)
-            body = b"".join([await self._extended(event) + _EVENT_END for event in events])
-        if body or not message.get("more_body"):
-            await self._send({**message, "body": body})
-
-    async def _extended(self, event: bytes) -> bytes:
-        needed = self._plan.gate_weights or self._plan.adds_token_ids or b'"usage":' in event
-        if not needed or not event.startswith(b"data: {"):
-            return event
-        chunk = json.loads(event[len(b"data: ") :])
-        if "choices" not in chunk:  # an error
-            return event
-        await self._extension.extend_chunk(chunk)
-        return b"data: " + as_json(chunk)
-
-
-# ---------------------------------------------------------------- messages
-
-
-async def _nothing() -> Message:
-    return {"type": "http.disconnect"}
 
 
 def _read_fields(body: bytes) -> dict[str, Any]:
@@ -360,22 +236,3 @@ def _read_fields(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return fields if isinstance(fields, dict) else {}
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Gives a body that was read, and then what the server gives."""
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay
-
-
-def _header(headers: Any, name: bytes) -> bytes:
-    return next((bytes(value) for key, value in headers if bytes(key).lower() == name), b"")
-
-
-def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
-    kept = [(bytes(key), bytes(value)) for key, value in headers if bytes(key).lower() != b"content-length"]
-    return [*kept, (b"content-length", b"%d" % length)]
