@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ultrafuser.vllm_plugin.gate_records import KEY, MASK, MAX_FINISHED, AnswerRecord, GateRecords, choice_of
+from ultrafuser.vllm_plugin.gate_records import (
+    KEY,
+    MASK,
+    MAX_FINISHED,
+    MAX_RELEASED,
+    AnswerRecord,
+    GateRecords,
+    choice_of,
+)
 
 
 def write(records: GateRecords, record: AnswerRecord, position: int, *weights: float) -> None:
@@ -56,6 +64,15 @@ def test_a_released_key_collects_nothing_more():
     records.release("k")
     assert len(records) == 0 and (record.key, record.slot) == (None, -1), "its request may run for another step"
     assert records.find("chatcmpl-a-00000000", lambda _: {KEY: "k"}) is record and len(records) == 0
+
+
+def test_a_request_may_come_after_its_release():
+    records = GateRecords(2)
+    for i in range(MAX_RELEASED + 10):
+        records.release(f"k{i}")
+    late = records.find("chatcmpl-a-00000000", lambda _: {KEY: f"k{i}", MASK: [1, 0]})
+    assert late.key is None and late.mask == (True, False) and len(records) == 0
+    assert records.find("chatcmpl-b-00000000", lambda _: {KEY: "k0"}).key == "k0", "only the newest are remembered"
 
 
 def test_a_preempted_answer_keeps_its_weights():

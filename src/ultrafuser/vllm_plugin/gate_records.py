@@ -14,6 +14,7 @@ KEY = "ultrafuser_key"  # under which its gate weights are collected
 MASK = "ultrafuser_mask"  # K numbers: 1 for each specialist that takes part, 0 for the others
 TOP = "ultrafuser_top"  # how many of each specialist's most likely tokens are collected
 
+MAX_RELEASED = 4096  # keys that are remembered: a request whose client has left may still reach the batch
 MAX_FINISHED = 1024  # answers that ended and that nobody has fetched. The server fetches or releases each of its own
 _FIRST_SLOTS, _FIRST_TOKENS = 8, 256
 
@@ -65,6 +66,7 @@ class GateRecords:
         self.num_specialists = num_specialists
         self._running: dict[str, AnswerRecord | None] = {}  # by the id of vLLM's request
         self._by_key: dict[str, dict[str, AnswerRecord]] = {}
+        self._released: dict[str, None] = {}  # the newest last
         # (slots, tokens, K). A position that is computed again, such as that of a rejected draft token, is overwritten.
         self._weights = np.zeros((_FIRST_SLOTS, _FIRST_TOKENS, num_specialists), dtype=np.float32)
         self._free_slots = list(range(_FIRST_SLOTS))
@@ -86,6 +88,7 @@ class GateRecords:
 
     def _open(self, request_id: str, arguments: Mapping[str, Any]) -> AnswerRecord | None:
         key, numbers = arguments.get(KEY), arguments.get(MASK)
+        key = None if key in self._released else key
         mask = None if numbers is None else tuple(map(bool, numbers))
         if mask is not None and (len(mask) != self.num_specialists or not any(mask)):
             mask = None  # the server never sends such a mask
@@ -112,6 +115,9 @@ class GateRecords:
         for record in self._by_key.pop(key, {}).values():
             self._free_slots.append(record.slot)
             record.key, record.slot, record.num_top, record.tops = None, -1, 0, {}
+        self._released[key] = None
+        if len(self._released) > MAX_RELEASED:
+            del self._released[next(iter(self._released))]
 
     # ---------------------------------------------------------------- weights
 
