@@ -164,6 +164,7 @@ def test_each_specialist_s_most_likely_tokens(vllm):
         ({"specialists": ["math"], "prompt_logprobs": 1}, "specialists", "log-probabilities of prompts"),
         ({"vllm_xargs": {MASK: [1, 0, 0]}}, "vllm_xargs", "belongs to the server"),
         ({"gate_weihgts": True}, "gate_weihgts", "gate_weihgts is unknown here"),
+        ({"messages": []}, "messages", "expected at least a user's"),
         ({"max_tokens": 101}, "max_tokens", "at most 100 tokens. Lower it"),
     ],
 )
@@ -212,7 +213,11 @@ def test_half_a_surrogate_pair_is_refused(vllm):
 
 def test_models_name_their_specialists(vllm):
     response = send(vllm, "/v1/models")
-    assert response.json()["data"] == [{"id": "fused", "max_model_len": 64, "specialists": list(NAMES)}]
+    model = {"id": "fused", "max_model_len": 64, "specialists": list(NAMES)}
+    assert response.json()["data"] == [model]
+    assert send(vllm, "/v1/models/fused").json() == model
+    missing = send(vllm, "/v1/models/other")
+    assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/invocations"])

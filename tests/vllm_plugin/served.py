@@ -22,6 +22,8 @@ from ultrafuser.recipe import Recipe
 from ultrafuser.specialists import fuse
 
 START_S = 600  # three processes import vLLM, one after the other
+KEY = "secret"
+HEADERS = {"authorization": f"Bearer {KEY}"}
 NAMES = ("text", "code", "math")
 # vLLM's attention on CPUs has heads of at least 32
 _WIDTHS = {
@@ -67,16 +69,19 @@ class Served:
     process: subprocess.Popen
     log: Path
 
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.address, headers=HEADERS, timeout=120)
+
     def stream(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         """The chunks of a streamed answer."""
-        response = httpx.post(f"{self.address}/v1/chat/completions", json={**body, "stream": True}, timeout=120)
+        response = self.client().post("/v1/chat/completions", json={**body, "stream": True})
         lines = [line[len("data: ") :] for line in response.text.split("\n\n") if line]
         assert lines[-1] == "[DONE]", response.text
         return [json.loads(line) for line in lines[:-1]]
 
     def metric(self, name: str) -> float:
         """The sum of a counter."""
-        lines = httpx.get(f"{self.address}/metrics").text.splitlines()
+        lines = self.client().get("/metrics").text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
 
     def wait_for_records(self, count: int, timeout_s: float = 10.0) -> bool:
@@ -84,7 +89,7 @@ class Served:
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             body = {"method": "count_gate_records"}
-            if httpx.post(f"{self.address}/collective_rpc", json=body).json()["results"] == [count]:
+            if self.client().post("/collective_rpc", json=body).json()["results"] == [count]:
                 return True
             time.sleep(0.2)
         return False
@@ -102,7 +107,7 @@ def serving(folder: Path, directory: Path, *extra_args: str, **limits: Any) -> I
         "from ultrafuser.serve.vllm_server import Limits, run\n\n"
         "if __name__ == '__main__':\n"
         f"    limits = Limits(**{ {'max_new_tokens': 250, **limits}!r})\n"
-        f"    options = {{'port': {port}, 'served_model_name': 'fused', 'limits': limits, 'max_queued': 64}}\n"
+        f"    options = {{'port': {port}, 'served_model_name': 'fused', 'limits': limits, 'max_queued': 64, 'api_key': {KEY!r}}}\n"
         f"    run({str(folder)!r}, **options, extra_args={list(extra_args)!r})\n",
         encoding="utf-8",
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import httpx
-from served import NAMES, Served, fuse_tiny, serving
+from served import HEADERS, KEY, NAMES, Served, fuse_tiny, serving
 
 from ultrafuser.specialists import load
 
@@ -54,7 +57,7 @@ def answer_all(
     """The answers to concurrent requests. Choices carry their token ids."""
 
     async def run() -> list[dict[str, Any]]:
-        async with httpx.AsyncClient(base_url=served.address, timeout=120) as client:
+        async with httpx.AsyncClient(base_url=served.address, headers=HEADERS, timeout=120) as client:
             responses = await asyncio.gather(*(client.post(path, json={"return_token_ids": True, **b}) for b in bodies))
         for response in responses:
             assert response.status_code == 200, response.text
@@ -195,7 +198,7 @@ def test_each_end_token_ends_the_answer(served, end):
     ],
 )
 def test_bad_requests_are_errors(served, fields, status, param):
-    response = httpx.post(f"{served.address}/v1/chat/completions", json=chat(**fields), timeout=60)
+    response = served.client().post("/v1/chat/completions", json=chat(**fields))
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert error["message"] and (param is None or error["param"] == param)
@@ -210,7 +213,7 @@ def test_clients_that_go_away_leave_nothing_behind(served):
             pass
 
     async def run() -> None:
-        async with httpx.AsyncClient(base_url=served.address, timeout=120) as client:
+        async with httpx.AsyncClient(base_url=served.address, headers=HEADERS, timeout=120) as client:
             await asyncio.gather(*(leave(client, i) for i in range(12)))
 
     asyncio.run(run())
@@ -219,15 +222,25 @@ def test_clients_that_go_away_leave_nothing_behind(served):
 
 
 def test_models_and_health(served):
-    model = httpx.get(f"{served.address}/v1/models").json()["data"][0]
+    model = served.client().get("/v1/models").json()["data"][0]
     assert (model["id"], model["specialists"], model["max_model_len"]) == ("fused", list(NAMES), 256)
+
+
+def test_the_official_client(served):
+    """The tests of the embedded server."""
+    pytest.importorskip("openai", reason="the official client is not installed")
+    suite = Path(__file__).parents[1] / "serve" / "test_openai_client.py"
+    environment = {**os.environ, "ULTRAFUSER_TEST_SERVER": f"{served.address}/v1", "ULTRAFUSER_TEST_KEY": KEY}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-6000:]
 
 
 def test_sigterm_finishes_running_answers(served, fused):
     """The last test: it ends the server."""
     body = chat(max_tokens=50, stream=True, stream_options={"include_usage": True}, return_token_ids=True)
     chunks: list[dict[str, Any]] = []
-    with httpx.stream("POST", f"{served.address}/v1/chat/completions", json=body, timeout=120) as response:
+    with served.client().stream("POST", "/v1/chat/completions", json=body) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 chunks.append(json.loads(line[len("data: ") :]))

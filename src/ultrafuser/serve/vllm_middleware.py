@@ -93,8 +93,8 @@ class FusedAPI:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if path not in PUBLIC_PATHS and not (path == "/metrics" and self.limits.open_metrics):
             self._check_key(scope)
-        if scope["method"] == "GET" and path == MODELS:
-            await self._list_models(scope, receive, send)
+        if scope["method"] == "GET" and (path == MODELS or path.startswith(f"{MODELS}/")):
+            await self._list_models(scope, receive, send, path[len(MODELS) + 1 :])
         elif scope["method"] == "POST":
             try:
                 body = await asyncio.wait_for(self._read_body(scope, receive), BODY_TIMEOUT_S)
@@ -116,6 +116,8 @@ class FusedAPI:
 
     async def _answer(self, scope: Scope, fields: dict[str, Any], receive: Receive, send: Send, path: str) -> None:
         check_fields(fields, self._fields[path])
+        if fields.get("messages") == []:
+            raise APIError(400, "messages is empty, expected at least a user's", param="messages")
         self._check_max_tokens(fields)
         state = scope["app"].state
         client = self._connect(state.engine_client)
@@ -160,28 +162,30 @@ class FusedAPI:
 
     # ---------------------------------------------------------------- other paths
 
-    async def _list_models(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _list_models(self, scope: Scope, receive: Receive, send: Send, name: str) -> None:
+        """vLLM's models with their specialists.
+
+        Args:
+            name: of the one to show. vLLM has no such path. Empty: all.
+        """
         names = await self._connect(scope["app"].state.engine_client).connect()
-        start: Message = {}
-        parts: list[bytes] = []
+        messages: list[Message] = []
 
         async def collect(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                start.update(message)
-                return
-            parts.append(message.get("body", b""))
-            if message.get("more_body"):
-                return
-            body = b"".join(parts)
-            if start["status"] == 200:
-                models = json.loads(body)
-                for model in models["data"]:
-                    model["specialists"] = list(names)
-                body = as_json(models)
-            await send({**start, "headers": with_length(start["headers"], len(body))})
-            await send({"type": "http.response.body", "body": body})
+            messages.append(message)
 
-        await self.app(scope, receive, collect)
+        await self.app({**scope, "path": scope.get("root_path", "") + MODELS}, receive, collect)
+        start, *bodies = messages
+        answer = json.loads(b"".join(message.get("body", b"") for message in bodies))
+        for model in answer.get("data", []):
+            model["specialists"] = list(names)
+        if name:
+            answer = next((model for model in answer["data"] if model["id"] == name), None)
+            if answer is None:
+                raise APIError(404, f"there is no model {name[:60]!r}", param="model", code="model_not_found")
+        body = as_json(answer)
+        await send({**start, "headers": with_length(start["headers"], len(body))})
+        await send({"type": "http.response.body", "body": body})
 
     # ---------------------------------------------------------------- keys, bodies, shutdown
 
