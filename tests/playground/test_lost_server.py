@@ -115,3 +115,15 @@ def test_a_refusal_is_shown_in_the_servers_words(script, run, open_page):
     ask(page)
     assert page.locator(".answer .problem").inner_text() == "The queue is full. Try again in 7 s."
     assert page.locator(".retry").is_visible() and page.locator("#banner").is_hidden()
+
+
+def test_a_server_without_a_health_route_is_not_lost(script, run, open_page):
+    server = script.app()
+    server.router.routes = [route for route in server.router.routes if route.path != "/health"]
+    running = run(server)
+    page = open_page(run(local_app(Upstream(running.url))).url)
+    page.wait_for_selector("#legend button")
+    is_healthy = "import('/playground/api.js').then(api => api.isHealthy())"
+    assert page.evaluate(is_healthy) is True
+    running.stop()
+    assert page.evaluate(is_healthy) is False

@@ -238,6 +238,17 @@ def test_the_sampling_controls_reach_the_request_and_are_remembered(script, play
     assert script.requests[-1]["seed"] == 11
 
 
+def test_a_value_that_is_not_valid_is_shown_before_anything_is_sent(script, playground, open_page):
+    page = open_page(playground.url)
+    page.click("#open-settings")
+    page.fill("input[name=max_tokens]", "9000")  # the context has 8,192
+    page.click("#close-settings")
+    page.fill("#message", "Hello")
+    page.click("#send")
+    page.wait_for_selector("#settings", state="visible")
+    assert script.requests == [] and page.locator("#message").input_value() == "Hello"
+
+
 def test_a_second_question_sends_the_conversation_and_new_forgets_it(script, playground, open_page):
     page = open_page(playground.url)
     page.locator("#examples button").first.click()

@@ -67,9 +67,10 @@ export async function getModels(base) {
   }));
 }
 
+/** Whether the server answers. Many servers have no such route, and a 404 of theirs is an answer too. */
 export async function isHealthy() {
   try {
-    return (await fetch("health", { cache: "no-store" })).ok;
+    return (await fetch("health", { cache: "no-store" })).status < 500;
   } catch {
     return false;
   }

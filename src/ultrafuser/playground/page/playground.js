@@ -153,7 +153,7 @@ function request({ base, model, specialists, alone }) {
 
 async function send(question) {
   if (question.trim() === "" || conversation.abort) return;
-  if (!settings.form.reportValidity()) return settings.toggle(true);
+  if (!settings.check()) return;
   if (server.model === null) await connect();
   if (server.model === null) return;
   byId("message").value = "";
@@ -204,6 +204,9 @@ function connectControls() {
   });
   byId("export-json").addEventListener("click", () => exported(() => conversation.exportJson(settings.values)));
   byId("export-html").addEventListener("click", () => exported(() => conversation.exportHtml()));
+  document.addEventListener("click", (event) => {
+    if (!byId("export").contains(event.target)) byId("export").open = false;
+  });
   byId("key-form").addEventListener("submit", async (event) => {
     event.preventDefault();
     setKey(byId("key").value.trim());

@@ -61,6 +61,13 @@ export class Settings {
     }
   }
 
+  /** Whether all values are valid. If not, the panel opens and says which is not. */
+  check() {
+    if (this.form.checkValidity()) return true;
+    this.toggle(true);
+    return this.form.reportValidity();
+  }
+
   /** A model with a short context: leave half of it for the question. */
   limitTokens(contextLength) {
     const field = this.form.elements.max_tokens;
