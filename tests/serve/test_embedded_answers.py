@@ -87,6 +87,26 @@ def test_the_next_turn_continues_the_last_one(model, renderer):
     assert reused >= 25, "at least the shared columns of the shortest growth"
 
 
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3_next"])
+def test_recurrent_layers_run_one_request_at_a_time(tokenizer, renderer, kind):
+    layers = {
+        "lfm2": {"layer_types": ["conv", "full_attention"]},
+        "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "num_experts": 0},
+    }[kind]
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 192}
+    model = fuse(
+        [
+            tiny(kind, 1, **size, **layers),
+            tiny("llama", 2, vocab_size=len(tokenizer), max_position_embeddings=192),
+            tiny(kind, 3, **size, **layers),
+        ]
+    )
+    wanted = requests(6)
+    given = answers(model, renderer, wanted, prefill_tokens=3)
+    assert [ids(answer) for answer in given] == [alone(model, request) for request in wanted]
+
+
 def test_sampled_answers_do_not_depend_on_their_neighbours(tokenizer, renderer):
     model = fused(tokenizer)
     ways = [{}, {"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.05}, {"temperature": 0.0}, {"repetition_penalty": 1.3}]

@@ -94,7 +94,8 @@ class RunningBatch:
         cache = self._start(row) if row.cache is None else row.cache
         ids, mask = row.inputs["ids"], row.inputs["mask"]
         start = cache.get_seq_length()
-        end = min(start + max_columns, ids.shape[-1])
+        # recurrent layers read prompts whole: no other row waits, and not all of them take up a state with more tokens
+        end = min(start + max_columns, ids.shape[-1]) if self.can_join else ids.shape[-1]
         is_padded = bool((mask[..., :end] == 0).any())
         states = self.model.specialist_states(ids[..., start:end], mask[..., :end] if is_padded else None, cache)
         if end < ids.shape[-1]:
@@ -137,7 +138,7 @@ class RunningBatch:
         if not rows:
             return
         assert self._cache is not None
-        if is_finished:
+        if is_finished and self.can_join and self.prefixes.max_tokens:
             for row in rows:
                 self.prefixes.put(self._states_of(row))
         indices = [i for i, row in enumerate(self.rows) if row not in rows]

@@ -75,8 +75,8 @@ class AnswerStream(AsyncIterator[Token]):
 class EmbeddedEngine:
     """An `Engine` in this process.
 
-    Models with recurrent layers run one request at a time, because their states cannot be aligned with those of other
-    rows. All others run up to `max_batch_size` at once, sliding windows included.
+    Models with recurrent layers run one request at a time and continue none, because their states cannot be aligned with
+    those of other rows. All others run up to `max_batch_size` at once, sliding windows included.
 
     Memory: the states of the running rows, rows x the longest row <= `max_batch_tokens` columns, and those of at most
     `max_cached_tokens` columns that later requests may continue. A column is one token of each specialist. If answers grow
