@@ -48,14 +48,14 @@ def test_the_overview_names_every_command(run):
     text = run("--help").out
     assert set(COMMANDS) == {
         "fuse", "train", "demo", "generate", "chat", "inspect", "info", "eval", "compare", "data", "synth",
-        "serve",
+        "serve", "playground", "push",
     }  # fmt: skip
     assert all(command in text for command in COMMANDS)
 
 
 def test_every_command_prints_json_on_request():
     for name, command in COMMANDS.items():
-        if name not in ("chat", "serve", "data", "synth"):  # groups have tests of their own
+        if name not in ("chat", "serve", "playground", "data", "synth"):  # groups have tests of their own
             assert any("--json" in parameter.opts for parameter in command.params), name
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from ultrafuser.cli.ending import how_to_go_on
 from ultrafuser.cli.options import DTYPES, Device, Dtype, TrustRemoteCode, check_choice, load_folder
 from ultrafuser.errors import MissingExtraError, RecipeError
 from ultrafuser.printing import echo, echo_error
@@ -28,6 +29,7 @@ PACKAGES = {
 }
 
 
+@how_to_go_on("The playground had not started", resumes=False)
 def playground_command(
     target: Annotated[str, Argument(help="A fused checkpoint (folder or hub id), or the URL of a running server.")],
     compare: Annotated[
