@@ -106,6 +106,6 @@ def assert_equal(
         expected = logits.log_softmax(-1)  # (answer, V)
         if exact:
             assert expected.argmax(-1).tolist() == ids
-        own = expected.gather(1, torch.tensor(ids)[:, None])[:, 0]
-        assert (own - logprobs).abs().max() <= tolerance
-        assert (expected.amax(-1) - own).max() <= tolerance
+        chosen = expected.gather(1, torch.tensor(ids)[:, None])[:, 0]
+        assert (chosen - logprobs).abs().max() <= tolerance
+        assert (expected.amax(-1) - chosen).max() <= tolerance

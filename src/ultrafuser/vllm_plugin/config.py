@@ -80,20 +80,20 @@ def specialist_vllm_config(
     config = hf_config(entry)
     if not quantized and hasattr(config, "quantization_config"):
         del config.quantization_config
-    own = vllm_config.with_hf_config(config)
-    model_config = own.model_config
+    sub_config = vllm_config.with_hf_config(config)
+    model_config = sub_config.model_config
     model_config.hf_text_config = config.get_text_config()
     model_config.model_arch_config = model_config.get_model_arch_config()
-    own.additional_config = {**_as_dict(vllm_config.additional_config), "ultrafuser": [tag, signature]}
-    own.cache_config = copy.copy(vllm_config.cache_config)
-    own.cache_config.sliding_window = _sliding_window(config.get_text_config())
+    sub_config.additional_config = {**_as_dict(vllm_config.additional_config), "ultrafuser": [tag, signature]}
+    sub_config.cache_config = copy.copy(vllm_config.cache_config)
+    sub_config.cache_config.sliding_window = _sliding_window(config.get_text_config())
     if getattr(config, "quantization_config", None) is not None:
         model_config.quantization = None
         model_config._verify_quantization()
-        own.quant_config = VllmConfig.get_quantization_config(model_config, vllm_config.load_config)
-        if own.quant_config is not None:  # it names layers as the checkpoint does
-            own.quant_config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"": f"{tag}."}))
-    return own
+        sub_config.quant_config = VllmConfig.get_quantization_config(model_config, vllm_config.load_config)
+        if sub_config.quant_config is not None:  # it names layers as the checkpoint does
+            sub_config.quant_config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"": f"{tag}."}))
+    return sub_config
 
 
 def _as_dict(additional: Any) -> dict[str, Any]:

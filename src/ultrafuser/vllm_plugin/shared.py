@@ -29,13 +29,13 @@ class BlockAttention(nn.Module):
         super().__init__()
         copies = []
         for name in names:
-            own = copy.deepcopy(attention)
-            own.layer_name = f"{attention.layer_name}_{name}"
+            clone = copy.deepcopy(attention)
+            clone.layer_name = f"{attention.layer_name}_{name}"
             if (target := attention.kv_sharing_target_layer_name) is not None:
-                own.kv_sharing_target_layer_name = f"{target}_{name}"
-                own.impl.kv_sharing_target_layer_name = f"{target}_{name}"
-            layers[own.layer_name] = own
-            copies.append(own)
+                clone.kv_sharing_target_layer_name = f"{target}_{name}"
+                clone.impl.kv_sharing_target_layer_name = f"{target}_{name}"
+            layers[clone.layer_name] = clone
+            copies.append(clone)
         del layers[attention.layer_name]
         self.copies = nn.ModuleList(copies)
 
