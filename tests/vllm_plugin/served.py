@@ -89,7 +89,7 @@ class Served:
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             body = {"method": "count_gate_records"}
-            if self.client().post("/collective_rpc", json=body).json()["results"] == [count]:
+            if self.client().post("/collective_rpc", json=body).json()["results"] == [str(count)]:
                 return True
             time.sleep(0.2)
         return False
