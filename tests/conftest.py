@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +24,8 @@ from training_fixtures import TinyRun, shared_tiny_run
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # tests run in the background: their commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
