@@ -226,12 +226,19 @@ def test_models_and_health(served):
     assert (model["id"], model["specialists"], model["max_model_len"]) == ("fused", list(NAMES), 256)
 
 
+# vLLM refuses several greedy choices, and names the parts of a character in `logprobs` by the character that they complete.
+UNLIKE_VLLM = (
+    "greedy_answers_are_the_same or prompts_of_token_ids or streamed_completion or weights_of_a_completion "
+    "or most_likely_tokens"
+)
+
+
 def test_the_official_client(served):
-    """The tests of the embedded server."""
+    """The tests of the embedded server, but for those that vLLM answers otherwise."""
     pytest.importorskip("openai", reason="the official client is not installed")
     suite = Path(__file__).parents[1] / "serve" / "test_openai_client.py"
     environment = {**os.environ, "ULTRAFUSER_TEST_SERVER": f"{served.address}/v1", "ULTRAFUSER_TEST_KEY": KEY}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"not ({UNLIKE_VLLM})", str(suite)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-6000:]
 
