@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 
 import pytest
 
@@ -223,9 +224,10 @@ def test_long_cells_of_csv(tmp_path):
     assert load_rows(str(tmp_path / "rows.csv"), domain="text")[0].messages[0][1] == long.strip()
 
 
-def test_csv_that_cannot_be_read(tmp_path, monkeypatch):
+def test_csv_that_cannot_be_read(tmp_path, monkeypatch, request):
     from ultrafuser.data import records
 
+    request.addfinalizer(partial(csv.field_size_limit, csv.field_size_limit()))  # of the whole process
     monkeypatch.setattr(records, "_MAX_CELL_BYTES", 10)
     (tmp_path / "rows.csv").write_text('prompt,response\n"a long question",A\n')
     refuses(tmp_path / "rows.csv", r"rows\.csv:\d: not readable CSV: field larger than field limit \(10\)")
