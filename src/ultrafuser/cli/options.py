@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from ultrafuser.errors import DataError, RecipeError
+from ultrafuser.errors import DataError, MissingExtraError, RecipeError
 from ultrafuser.progress import ConsoleProgress, Progress, quiet_libraries
 
 if TYPE_CHECKING:
     from ultrafuser.data.sources import RowReader
 
+SERVER_PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Folder = Annotated[str, Argument(help="A fused checkpoint: a folder or a hub id.")]
 Json = Annotated[bool, Option("--json", help="Print JSON on stdout instead of text.")]
@@ -54,6 +56,19 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     """
     if value not in choices:
         raise RecipeError(f"{option} {value!r}: expected one of {', '.join(choices)}")
+
+
+def check_packages(packages: Mapping[str, str], extra: str, command: str) -> None:
+    """
+    Args:
+        packages: what pip calls each module.
+
+    Raises:
+        MissingExtraError: a module is not installed.
+    """
+    for module, package in packages.items():
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError(package, extra, command)
 
 
 def check_characters(texts: Mapping[str, str | None]) -> None:

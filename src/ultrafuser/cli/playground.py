@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import webbrowser
 from collections.abc import Callable, Mapping
@@ -13,20 +12,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from ultrafuser.cli.ending import how_to_go_on
-from ultrafuser.cli.options import DTYPES, Device, Dtype, TrustRemoteCode, check_choice, load_folder
-from ultrafuser.errors import MissingExtraError, RecipeError
+from ultrafuser.cli.options import (
+    DTYPES,
+    SERVER_PACKAGES,
+    Device,
+    Dtype,
+    TrustRemoteCode,
+    check_choice,
+    check_packages,
+    load_folder,
+)
+from ultrafuser.errors import RecipeError
 from ultrafuser.printing import echo, echo_error
 
 if TYPE_CHECKING:
     from ultrafuser.playground.proxy import Upstream
 
 GRACE_S = 5.0  # for running answers after an interrupt
-PACKAGES = {
-    "aiohttp": "aiohttp",
-    "fastapi": "fastapi",
-    "prometheus_client": "prometheus-client",
-    "uvicorn": "uvicorn",
-}
 
 
 @how_to_go_on("The playground had not started", resumes=False)
@@ -62,7 +64,7 @@ def playground_command(
     server. Without specialists there, answers have no colours.
     """
     check_choice("--dtype", dtype, DTYPES)
-    _check_extra()
+    check_packages({"aiohttp": "aiohttp"} | SERVER_PACKAGES, "serve", "ultrafuser playground")
     from ultrafuser.playground.proxy import Upstream, read_url
     from ultrafuser.serve.server import bind, is_local, run, url
 
@@ -120,13 +122,6 @@ def _embedded_server(
     add_playground(app, others)
     app.add_middleware(SameOrigin, is_local=is_local)
     return Server(app, engine, GRACE_S, announce)
-
-
-def _check_extra() -> None:
-    """Raises MissingExtraError: a package of the extra `serve`."""
-    for module, package in PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
-            raise MissingExtraError(package, "serve", "ultrafuser playground")
 
 
 def compared_servers(pairs: list[str], api_key: str | None) -> dict[str, Upstream]:

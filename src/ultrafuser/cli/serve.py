@@ -12,10 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from ultrafuser.cli.ending import how_to_go_on
-from ultrafuser.cli.options import DTYPES, Device, Dtype, Folder, TrustRemoteCode, check_choice
-from ultrafuser.errors import MissingExtraError, RecipeError
+from ultrafuser.cli.options import (
+    DTYPES,
+    SERVER_PACKAGES,
+    Device,
+    Dtype,
+    Folder,
+    TrustRemoteCode,
+    check_choice,
+    check_packages,
+    load_folder,
+)
+from ultrafuser.errors import RecipeError
 from ultrafuser.printing import echo_error
-from ultrafuser.progress import ConsoleProgress, quiet_libraries
 
 if TYPE_CHECKING:
     import socket
@@ -23,7 +32,6 @@ if TYPE_CHECKING:
     from ultrafuser.serve.app import Settings
 
 ENGINES = ("auto", "embedded", "vllm")
-_PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 
 
 @how_to_go_on("The server had not started", resumes=False)
@@ -100,7 +108,7 @@ def serve_command(
         raise RecipeError(
             f"{vllm_options[0]!r} is for vLLM, but the engine is embedded. Leave it out, or --engine vllm"
         )
-    _check_extra()
+    check_packages(SERVER_PACKAGES, "serve", "ultrafuser serve")
     from ultrafuser.serve.app import Settings
     from ultrafuser.serve.limits import MAX_CHOICES, Limits
     from ultrafuser.serve.server import bind
@@ -117,7 +125,7 @@ def serve_command(
             max_choices=min(MAX_CHOICES, max_batch_size + max_waiting),
         ),
     )
-    model, renderer = _load(folder, dtype, device, trust_remote_code)
+    model, renderer = load_folder(folder, dtype, device, None, trust_remote_code)
     from ultrafuser.serve.embedded import EmbeddedEngine
 
     embedded = EmbeddedEngine(model, renderer, max_batch_size=max_batch_size, max_waiting=max_waiting)
@@ -148,21 +156,6 @@ def _serve(
 
         add_playground(app)
     run(Server(app, engine, grace_s, announce), listener)
-
-
-def _load(folder: str, dtype: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    quiet_libraries()
-    from ultrafuser.specialists import load, pick_device
-
-    with ConsoleProgress().waiting(f"loading {folder}"):
-        return load(folder, dtype=dtype, device_map=pick_device(device), trust_remote_code=trust_remote_code)
-
-
-def _check_extra() -> None:
-    """Raises MissingExtraError: a package of the extra `serve`."""
-    for module, package in _PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
-            raise MissingExtraError(package, "serve", "ultrafuser serve")
 
 
 def _check_key(api_key: str | None) -> None:
