@@ -287,3 +287,13 @@ def test_foreign_cache_is_refused():
     foreign = plain(tokens(1, 4), use_cache=True).past_key_values
     with pytest.raises(UltraFuserError, match="DynamicCache.*UltraFuserCache"):
         model(tokens(1, 1), past_key_values=foreign)
+
+
+def test_a_gate_that_rules_out_all_that_take_part_weighs_them_alike():
+    from ultrafuser.model.mixing import restrict_weights
+
+    log_weights = torch.tensor([[0.0, -torch.inf, -torch.inf], [0.5, 0.3, 0.2]])
+    log_weights[1] = log_weights[1].log()
+    active = torch.tensor([[False, True, True], [True, False, True]])
+    weights = restrict_weights(log_weights, active).exp()
+    torch.testing.assert_close(weights, torch.tensor([[0.0, 0.5, 0.5], [5 / 7, 0.0, 2 / 7]]))

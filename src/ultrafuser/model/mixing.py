@@ -46,3 +46,14 @@ def mix_logits(
     if masked_token_ids:
         mixed[..., list(masked_token_ids)] = -torch.inf
     return mixed
+
+
+def restrict_weights(log_weights: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    """Log weights renormalised over the specialists that take part.
+
+    Args:
+        log_weights: (..., K).
+        active: (..., K) booleans, with one True in each row at least.
+    """
+    floor = torch.finfo(log_weights.dtype).min  # not -inf: a gate may give all that remain no weight at all
+    return log_weights.clamp(min=floor).masked_fill(~active, -torch.inf).log_softmax(-1)

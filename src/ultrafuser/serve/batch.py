@@ -10,6 +10,7 @@ import torch
 
 from ultrafuser.data.collate import pad_prompts
 from ultrafuser.model.cache import UltraFuserCache
+from ultrafuser.model.mixing import restrict_weights
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.serve.detokenizer import Detokenizer
 from ultrafuser.serve.engine import FinishReason, GenerationError, Request, Token, TokenLogprob
@@ -189,8 +190,7 @@ class RunningBatch:
         if all(all(row.active) for row in rows):
             return log_weights
         active = torch.tensor([list(row.active) for row in rows], device=log_weights.device)
-        floor = torch.finfo(log_weights.dtype).min  # not -inf: a gate may give all that remain no weight at all
-        return log_weights.clamp(min=floor).masked_fill(~active, -torch.inf).log_softmax(-1)
+        return restrict_weights(log_weights, active)
 
     def _specialist_tops(
         self, states: Sequence[torch.Tensor], rows: Sequence[Row]

@@ -17,7 +17,7 @@ from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.gate import Gate, StaticGate
 from ultrafuser.model.hub import Access
 from ultrafuser.model.loss import to_common
-from ultrafuser.model.mixing import mix_logits
+from ultrafuser.model.mixing import mix_logits, restrict_weights
 
 from .config import check_request, hf_config, specialist_vllm_config
 from .lora import add_adapters
@@ -118,7 +118,7 @@ class UltraFuserForCausalLM(nn.Module):
         log_weights = self.gate(states)
         mask, self.gate_mask = self.gate_mask, None
         if mask is not None:
-            log_weights = log_weights.masked_fill(~mask, -torch.inf).log_softmax(-1)
+            log_weights = restrict_weights(log_weights, mask)
         self.last_gate_weights = log_weights.exp()
         return log_weights
 
