@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import re
 import time
@@ -16,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ultrafuser.printing import printable
 from ultrafuser.serve.api_errors import APIError
+from ultrafuser.serve.keys import hash_key, key_refusal
 from ultrafuser.serve.metrics import Metrics
 
 access_log = logging.getLogger("ultrafuser.access")
@@ -93,7 +92,7 @@ class Access:
             open_metrics: serve /metrics without the key.
         """
         self._app, self._traffic = app, traffic
-        self._key_hash = None if api_key is None else _hash(api_key.encode())
+        self._key_hash = None if api_key is None else hash_key(api_key.encode())
         self._open_metrics = open_metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -126,10 +125,8 @@ class Access:
     def _refusal(self, path: str, headers: Headers) -> APIError | None:
         if self._key_hash and self._needs_key(path):
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            matches = hmac.compare_digest(_hash(key.strip().encode("latin-1")), self._key_hash)
-            if scheme.lower() != "bearer" or not matches:
-                message = "the API key is missing or wrong. Send the header Authorization: Bearer KEY"
-                return APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            if refusal := key_refusal(scheme, key.strip().encode("latin-1"), [self._key_hash]):
+                return refusal
         if self._traffic.is_draining and path not in _OPEN_IN_SHUTDOWN:
             headers_of_answer = {"Retry-After": str(_RETRY_AFTER_S), "Connection": "close"}
             return APIError(503, "the server is shutting down", code="shutting_down", headers=headers_of_answer)
@@ -143,11 +140,6 @@ class Access:
         path = scope["path"]
         self._traffic.finish(record, path if path in ROUTES else "other", seconds)
         access_log.info(record.line(scope["method"], printable(path[:_MAX_PATH]), seconds))
-
-
-def _hash(text: bytes) -> bytes:
-    """Hashes of one length, since a comparison tells the length of a text."""
-    return hashlib.sha256(text).digest()
 
 
 def _request_id(headers: Headers) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.routing import APIRoute
+from starlette.requests import Request
 
 from ultrafuser.data.json_text import LONE_SURROGATE, JsonProblem, check_depth, has_lone_surrogate
 from ultrafuser.serve.api_errors import APIError
@@ -41,7 +42,7 @@ def checked_route(limits: Limits) -> type[APIRoute]:
     class CheckedRequest(Request):
         async def body(self) -> bytes:
             if not hasattr(self, "_body"):
-                self._body = await read_body(self, limits)
+                self._body = await read_body(self, limits.max_body_bytes, limits.body_timeout_s)
             return self._body
 
         async def json(self) -> Any:
@@ -70,26 +71,27 @@ def check_content_type(request: Request) -> None:
         raise APIError(415, f"Content-Type is {kind[:60]!r}, expected 'application/json'. Add this header")
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
+async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
     """
     Raises:
         APIError: a body that is too long or takes too long.
+        ClientDisconnect: the client left before its end.
     """
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > limits.max_body_bytes:
-        raise _too_large(limits)
+    if length.isdecimal() and int(length) > max_bytes:
+        raise _too_large(max_bytes)
     try:
-        return await asyncio.wait_for(_read_chunks(request, limits), limits.body_timeout_s)
+        return await asyncio.wait_for(_read_chunks(request, max_bytes), timeout_s)
     except asyncio.TimeoutError as error:
-        raise APIError(408, f"the body did not arrive within {limits.body_timeout_s:g} s") from error
+        raise APIError(408, f"the body did not arrive within {timeout_s:g} s") from error
 
 
-async def _read_chunks(request: Request, limits: Limits) -> bytes:
+async def _read_chunks(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > limits.max_body_bytes:
-            raise _too_large(limits)
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
     return bytes(body)
 
 
@@ -121,5 +123,5 @@ def _refuse_constant(name: str) -> Any:
     raise JsonProblem(f"{name} is no number of JSON")
 
 
-def _too_large(limits: Limits) -> APIError:
-    return APIError(413, f"the body has more than {limits.max_body_bytes} bytes. Shorten the prompt")
+def _too_large(max_bytes: int) -> APIError:
+    return APIError(413, f"the body has more than {max_bytes} bytes. Shorten the prompt")

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
 import os
-import secrets
 import signal
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from starlette.requests import ClientDisconnect, Request
+
 from ultrafuser.serve.api_errors import APIError
-from ultrafuser.serve.limits import read_json
+from ultrafuser.serve.keys import hash_key, key_refusal
+from ultrafuser.serve.limits import read_body, read_json
 from ultrafuser.serve.vllm_answers import AnswerExtension, as_json
 from ultrafuser.serve.vllm_exchange import App, Exchange, Message, Receive, Scope, Send, header, replay, with_length
 from ultrafuser.serve.vllm_request import EXTENSION_FIELDS, check_fields, prepare
@@ -97,11 +98,9 @@ class FusedAPI:
             await self._list_models(scope, receive, send, path[len(MODELS) + 1 :])
         elif scope["method"] == "POST":
             try:
-                body = await asyncio.wait_for(self._read_body(scope, receive), BODY_TIMEOUT_S)
-            except asyncio.TimeoutError as error:
-                raise APIError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from error
-            if body is None:
-                return  # the client is gone
+                body = await read_body(Request(scope, receive), self.limits.max_body_bytes, BODY_TIMEOUT_S)
+            except ClientDisconnect:
+                return
             if path in (CHAT, COMPLETIONS) and isinstance(fields := read_json(body), dict):
                 await self._answer(scope, fields, receive, send, path)
             else:
@@ -192,30 +191,12 @@ class FusedAPI:
     def _check_key(self, scope: Scope) -> None:
         if self._key_hashes is None:  # vLLM's option comes before its variable
             keys = getattr(scope["app"].state.args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
-            self._key_hashes = [hashlib.sha256(key.encode()).digest() for key in keys if key]
+            self._key_hashes = [hash_key(key.encode()) for key in keys if key]
         if not self._key_hashes:
             return
-        value = header(scope["headers"], b"authorization")
-        scheme, _, key = value.partition(b" ")
-        hashed = hashlib.sha256(key).digest()
-        matches = [secrets.compare_digest(hashed, known) for known in self._key_hashes]
-        if scheme.lower() != b"bearer" or not any(matches):
-            message = "the API key is missing or wrong. Send the header Authorization: Bearer KEY"
-            raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-
-    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body. None if the client hung up."""
-        limit, body = self.limits.max_body_bytes, bytearray()
-        declared = header(scope["headers"], b"content-length")
-        size = int(declared) if declared.isdigit() else 0
-        while max(size, len(body)) <= limit:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            if not message.get("more_body") and len(body) <= limit:
-                return bytes(body)
-        raise APIError(413, f"the body has more than {limit} bytes. Shorten the prompt")
+        scheme, _, key = header(scope["headers"], b"authorization").partition(b" ")
+        if refusal := key_refusal(scheme.decode("latin-1"), key, self._key_hashes):
+            raise refusal
 
     def _finish_answers_on_sigterm(self, app: Any) -> None:
         """Let running answers end before the engine does.
