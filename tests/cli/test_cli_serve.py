@@ -21,23 +21,8 @@ from typing import Any
 
 import pytest
 
-from tiny_models import shake_gate
-from training_fixtures import TinyRun
-from ultrafuser.specialists import fuse
-
 httpx = pytest.importorskip("httpx", reason="the official client is not installed")
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fused folder with a random gate."""
-    model, tokenizer = fuse(tiny_run.recipe("unused"))
-    shake_gate(model, scale=3.0)
-    directory = tmp_path_factory.mktemp("serve") / "my-fused"
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 # ---------------------------------------------------------------- bad input

@@ -96,9 +96,9 @@ def _remote_server(
 ) -> Any:
     """The page in front of a server elsewhere."""
     from ultrafuser.playground.local_app import SameOrigin, local_app
-    from ultrafuser.playground.page_server import PageServer
+    from ultrafuser.playground.page_server import page_server
 
-    return PageServer(SameOrigin(local_app(upstream, others), is_local), announce)
+    return page_server(SameOrigin(local_app(upstream, others), is_local), announce)
 
 
 def _embedded_server(

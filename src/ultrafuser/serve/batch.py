@@ -10,6 +10,7 @@ import torch
 
 from ultrafuser.data.collate import pad_prompts
 from ultrafuser.model.cache import UltraFuserCache
+from ultrafuser.model.loss import all_logits
 from ultrafuser.model.mixing import restrict_weights
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.serve.detokenizer import Detokenizer
@@ -202,8 +203,8 @@ class RunningBatch:
         if not asking:
             return tops
         columns = [
-            most_likely(head.logits(state[asking]).log_softmax(-1), max(counts))
-            for head, state in zip(self.model.heads(), states, strict=True)
+            most_likely(logits.log_softmax(-1), max(counts))
+            for logits in all_logits([state[asking] for state in states], self.model.heads())
         ]
         for i, specialists in zip(asking, zip(*columns, strict=True), strict=True):
             tops[i] = tuple(top[: counts[i]] for top in specialists)

@@ -58,7 +58,19 @@ def is_local(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
-class Server(uvicorn.Server):
+class AnnouncedServer(uvicorn.Server):
+    """Says when it takes requests."""
+
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._on_start()
+
+
+class Server(AnnouncedServer):
     """Finishes running answers after the first signal, and ends at once after the second.
 
     While it finishes them it still listens, so that new requests get 503 and not a refused connection.
@@ -79,13 +91,9 @@ class Server(uvicorn.Server):
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_LAST_WORDS_S,
         )
-        super().__init__(config)
-        self._traffic, self._engine, self._grace_s, self._on_start = app.state.traffic, engine, grace_s, on_start
+        super().__init__(config, on_start)
+        self._traffic, self._engine, self._grace_s = app.state.traffic, engine, grace_s
         self._ending: asyncio.Task[None] | None = None
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called in the main thread between two instructions, so it only schedules."""
@@ -108,7 +116,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(server: Server, listener: socket.socket) -> None:
+def run(server: uvicorn.Server, listener: socket.socket) -> None:
     """Serve until a signal has ended it.
 
     Raises:

@@ -96,12 +96,12 @@ class _Writer:
         }
         self._num_logprobs = request.num_logprobs
         self._has_weights = bool(request.gate_weights)
-        self._has_top = bool(request.specialist_logprobs)
+        self._has_top = self._has_weights and bool(request.specialist_logprobs)
         self._streams_usage = bool(request.stream_options and request.stream_options.include_usage)
         # fields of a choice that the client did not ask for, in the form that pydantic excludes
-        self._unwanted: dict[str, Any] = {"gate_weights": {"top"} if self._has_weights and not self._has_top else True}
-        if self._has_top and self._has_weights:
-            del self._unwanted["gate_weights"]
+        self._unwanted: dict[str, Any] = {}
+        if not self._has_top:
+            self._unwanted["gate_weights"] = {"top"} if self._has_weights else True
 
     def _json(self, answer: Answer, unwanted: Mapping[str, Any], usage: bool = True) -> str:
         exclude: dict[str, Any] = {"choices": {"__all__": dict(unwanted)}} if unwanted else {}
