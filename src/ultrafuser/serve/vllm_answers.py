@@ -22,7 +22,7 @@ _CONTEXT_TOKENS = (
 _REPLACEMENT = "\ufffd"  # what a tokenizer gives for a part of a character
 
 
-class TokenTexts:
+class TextDivider:
     """Divides the text of an answer among its tokens."""
 
     def __init__(self, tokenizer: Any, keeps_special_tokens: bool, context: Sequence[int] = ()) -> None:
@@ -65,7 +65,7 @@ class TokenTexts:
 class ChoiceState:
     """What is known of one choice so far."""
 
-    texts: TokenTexts
+    texts: TextDivider
     num_tokens: int = 0
 
 
@@ -131,7 +131,7 @@ class AnswerExtension:
         index = choice["index"]
         if index not in self._choices:
             context = choice.get("prompt_token_ids") or self._prompt_ids
-            self._choices[index] = ChoiceState(TokenTexts(self.tokenizer, self.plan.keeps_special_tokens, context))
+            self._choices[index] = ChoiceState(TextDivider(self.tokenizer, self.plan.keeps_special_tokens, context))
         state = self._choices[index]
         rows = await self._add_rows(index, len(ids), state.num_tokens)
         state.num_tokens += len(ids)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import signal
 from collections.abc import Collection
@@ -25,8 +24,6 @@ from ultrafuser.serve.vllm_answers import AnswerExtension, as_json
 from ultrafuser.serve.vllm_exchange import App, Exchange, Message, Receive, Scope, Send, header, replay, with_length
 from ultrafuser.serve.vllm_request import EXTENSION_FIELDS, check_fields, prepare
 from ultrafuser.serve.vllm_weights import GateWeightsClient, WeightsUnavailable
-
-logger = logging.getLogger(__name__)
 
 CHAT, COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
 PUBLIC_PATHS = ("/health", "/ping", "/version", "/load")  # without a key
