@@ -19,7 +19,7 @@ from ultrafuser.data.answer_text import PYTHON_NAMES, after_thinking, code_block
 from ultrafuser.errors import SandboxError
 
 SAMPLING_TEMPERATURE = 0.8
-MAX_PARSED_CHARS = 1_000_000  # in all attempts to find the end of code
+MAX_PARSED_CHARS = 400_000  # in all attempts to find the end of code
 _OPENING = re.compile(r"^(?:import |from \w[\w.]* import |def |async def |class |@\w)", re.M)
 
 
