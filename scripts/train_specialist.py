@@ -29,9 +29,10 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ultrafuser.data.chat_format import BUILTIN
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
-from ultrafuser.data.templates import BUILTIN, Rendered, Renderer
+from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.model.references import package_path
 
 SHARE_ALIKE = "CC-BY-SA"  # rows under these licences are not used, since they would bind the adapters
@@ -170,7 +171,7 @@ def train(spec: dict[str, Any], training: list[Rendered], base: torch.nn.Module)
     start, trained = time.time(), 0
     model.train()
     for step, batch in enumerate(plan, 1):
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda" or spec.get("autocast", False)):
             loss = token_losses(model, batch).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -187,7 +188,7 @@ def train(spec: dict[str, Any], training: list[Rendered], base: torch.nn.Module)
         "steps": len(plan),
         "response_tokens_trained": trained,
         "seconds": round(time.time() - start, 1),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
     }
 

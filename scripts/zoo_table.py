@@ -19,9 +19,10 @@ import torch
 from peft import PeftModel
 
 from train_specialist import load_base, permissive_rows, row_losses
+from ultrafuser.data.chat_format import BUILTIN
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows
-from ultrafuser.data.templates import BUILTIN, Renderer
+from ultrafuser.data.templates import Renderer
 from ultrafuser.evaluate.intervals import Stratum, difference, estimate
 
 ZOO = Path(__file__).parents[1] / "src" / "ultrafuser" / "zoo"

@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "report": {"errors", "display", "inspect"},
     "publish": _CORE | {"display", "report", "train"},
     "datamap": _CORE | {"display", "inspect"},
-    "evaluate": _CORE | {"endpoint", "sandbox", "train"},
+    "zoo": {"errors", "data", "sandbox"},
+    "evaluate": _CORE | {"endpoint", "sandbox", "train", "zoo"},
     "compare": _CORE | {"endpoint", "evaluate", "inspect", "printing", "report", "train"},
     "synth": _CORE | {"endpoint", "evaluate", "sandbox"},
     "demo": _CORE | {"compare", "evaluate", "inspect", "report", "train"},
@@ -44,9 +45,8 @@ MAY_IMPORT = {
     "serve": _CORE | {"endpoint", "inspect", "printing", "vllm_plugin"},
     "chat": _CORE | {"display", "endpoint", "inspect", "printing", "serve"},
     "playground": _CORE | {"display", "endpoint", "inspect", "printing", "serve"},
-    "zoo": set(),
 }  # fmt: skip
-MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"_register", "zoo"}
+MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"_register"}
 MAY_IMPORT["__main__"] = {"cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -15,6 +15,7 @@ from ultrafuser.cli.data import data_app
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import load_rows, write_rows
 from ultrafuser.errors import DataError, RecipeError
+from ultrafuser.zoo.exams import questions
 
 COMMANDS = get_command(data_app).commands  # type: ignore[attr-defined]
 LEAK = "A question of a test that nobody may train on because then its score would mean nothing at all"
@@ -61,7 +62,7 @@ def test_help_names_every_option(run, command):
 
 
 def test_the_commands():
-    assert set(COMMANDS) == {"stats", "map", "decontaminate", "dedup", "split", "convert", "validate"}
+    assert set(COMMANDS) == {"stats", "map", "decontaminate", "dedup", "split", "convert", "exam", "validate"}
 
 
 # ---------------------------------------------------------------- every command
@@ -169,3 +170,28 @@ def test_map(run, rows, tmp_path, save, tokenizer):
             run(*words, "--force", option, value)
     with pytest.raises(RecipeError, match="--dtype 'int8': expected one of auto"):
         run(*words, "--force", "--dtype", "int8")
+
+
+def test_exam_writes_questions_that_its_checker_accepts(run, tmp_path):
+    target = tmp_path / "math.jsonl"
+    assert "14 rows" in run("exam", "math", "--rows", 14, "--output", target)
+    rows = load_rows(str(target))
+    for question, row in zip(questions("math", "train"), rows, strict=False):
+        assert row.messages == (("user", question.prompt), ("assistant", question.answer))
+        assert (row.domain, row.topic, row.subtopic) == ("math", question.family, question.structure)
+    result = json.loads(run("exam", "math", "-n", 7, "-o", tmp_path / "test.jsonl", "--split", "test", "--json"))
+    assert result["rows"] == 7
+    assert {row.subtopic for row in load_rows(result["output"])}.isdisjoint(row.subtopic for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["maths", "-o", "x.jsonl"], "EXAM 'maths': expected one of text, code, math, mixed"),
+        (["math", "-o", "x.jsonl", "--split", "dev"], "--split 'dev': expected one of train, test"),
+        (["math", "-o", "x.txt"], "x.txt"),
+    ],
+)
+def test_exam_refuses_what_it_does_not_have(run, words, message):
+    with pytest.raises((DataError, RecipeError), match=re.escape(message)):
+        run("exam", *words)

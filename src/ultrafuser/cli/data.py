@@ -1,4 +1,4 @@
-"""`ultrafuser data`: count, map, clean, split, convert and validate data sets."""
+"""`ultrafuser data`: count, map, clean, split, convert and validate data sets, and write questions of the exams."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 NOTHING_WRITTEN = f"Nothing was written. {AGAIN}"
 data_app = typer.Typer(
     name="data",
-    help="Count, map, decontaminate, deduplicate, split, convert and validate the rows of data sets.",
+    help="Count, map, decontaminate, deduplicate, split, convert and validate the rows of data sets. Write exam questions.",
     no_args_is_help=True,
 )
 
@@ -399,6 +399,43 @@ def convert_command(
         echo(json.dumps({"rows": count, "output": str(output), "layout": layout}))
     else:
         echo(f"{count:,} rows: {output}")
+
+
+@data_app.command(name="exam")
+@how_to_go_on(NOTHING_WRITTEN, resumes=False)
+def exam_command(
+    exam: Annotated[str, Argument(help="text, code, math or mixed.")],
+    output: Annotated[Path, Option("--output", "-o", help="File to write: .jsonl, .json, .csv, .parquet.")],
+    num_rows: Annotated[int, Option("--rows", "-n", min=1, help="Number of questions.")] = 1000,
+    split: Annotated[
+        str, Option(help="train, or test for questions whose structures no training question has.")
+    ] = "train",
+    force: Force = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Write questions of an exam with their answers, for specialists and gates to be trained on.
+
+    The exams are small generated tasks. `ultrafuser eval MODEL --suite exams` asks the questions of the test split.
+    """
+    from ultrafuser.data.writing import check_layout, row_writer
+    from ultrafuser.zoo.exams import EXAMS, SPLITS
+    from ultrafuser.zoo.exams.rows import exam_rows
+
+    check_choice("EXAM", exam, EXAMS)
+    check_choice("--split", split, SPLITS)
+    check_layout(output, None)
+    progress = ConsoleProgress()
+    progress.start("questions", num_rows)
+    with row_writer(output, force=force) as write:
+        for row in exam_rows(exam, "test" if split == "test" else "train", num_rows, seed):
+            write(row)
+            progress.advance()
+    progress.finish()
+    if as_json:
+        echo(json.dumps({"exam": exam, "split": split, "seed": seed, "rows": num_rows, "output": str(output)}))
+    else:
+        echo(f"{num_rows:,} rows: {output}")
 
 
 @data_app.command(name="validate")

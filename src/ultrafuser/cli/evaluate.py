@@ -43,7 +43,9 @@ Models = Annotated[
 Suites = Annotated[
     list[str] | None,
     Option(
-        "--suite", "-s", help="Suite of tasks: quick (loss), paper, paper-cot, code or mt-bench. Repeat it for several."
+        "--suite",
+        "-s",
+        help="Suite of tasks: quick (loss), paper, paper-cot, code, exams or mt-bench. Repeat it for several.",
     ),
 ]
 Tasks = Annotated[

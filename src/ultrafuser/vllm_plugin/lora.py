@@ -55,7 +55,7 @@ class GroupedLoraMethod(LinearMethodBase):
         y = self.base.apply(layer, x, bias)
         blocks = x.unflatten(0, (self.size, -1))  # (k, tokens, in)
         low = torch.bmm(blocks, layer.lora_A)  # (k, tokens, r)
-        return y + torch.bmm(low, layer.lora_B).flatten(0, 1)
+        return torch.baddbmm(y.unflatten(0, (self.size, -1)), low, layer.lora_B).flatten(0, 1)
 
 
 def add_adapters(model: nn.Module, names: Sequence[str], adapters: Sequence[AdapterWeights | None]) -> list[str]:

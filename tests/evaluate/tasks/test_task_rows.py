@@ -14,7 +14,7 @@ from task_rows import AQUA, FILES, GSM8K, HUMANEVAL, MATH, MBPP, SAT_MATH, TRUTH
 from ultrafuser.errors import DataError
 from ultrafuser.evaluate.tasks import TASKS, sources
 
-SETS = [name for name in TASKS if not name.endswith("_cot")]
+SETS = [name for name in TASKS if TASKS[name].file and not name.endswith("_cot")]
 ROWS = {name: FILES[TASKS[name].file] for name in SETS}
 
 

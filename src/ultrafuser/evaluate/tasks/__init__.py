@@ -1,4 +1,4 @@
-"""The benchmarks of the paper as lm-eval task files, with Python that reads rows and scores answers."""
+"""The benchmarks of the paper and the exams as lm-eval task files, with Python that reads rows and scores answers."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ class TaskInfo:
     """A task before it is loaded.
 
     Attributes:
-        file: the name of its local file in a `--data-dir`.
+        file: the name of its local file in a `--data-dir`. None: its questions are generated.
+        hub: the data set with its questions. None: they are generated.
         metric: the main metric, a number from 0 to 1 for every question. Higher is better.
         needs_log_probs: it scores given text by its likelihood, which an endpoint cannot do.
         runs_code: it runs answers as programs.
     """
 
     name: str
-    file: str
-    hub: Hub
+    file: str | None
+    hub: Hub | None
     metric: str
     description: str
     needs_log_probs: bool = False
@@ -57,6 +58,7 @@ _GSM8K = ("gsm8k_test.jsonl", Hub("openai/gsm8k", "main", "test"))
 _MATH = ("math500.jsonl", Hub("HuggingFaceH4/MATH-500", None, "test"))
 _SAT_MATH = ("sat_math.jsonl", Hub("hails/agieval-sat-math", None, "test"))
 _AQUA = ("aqua_test.jsonl", Hub("deepmind/aqua_rat", "raw", "test"))
+_EXAM = (None, None)
 
 TASKS: dict[str, TaskInfo] = {
     info.name: info
@@ -76,12 +78,17 @@ TASKS: dict[str, TaskInfo] = {
         TaskInfo("math_cot", *_MATH, "exact_match", "MATH-500, asked to reason step by step"),
         TaskInfo("sat_math_cot", *_SAT_MATH, "acc", "SAT-Math, asked to reason and then to state a letter"),
         TaskInfo("aqua_cot", *_AQUA, "acc", "AQuA-RAT, asked to reason and then to state a letter"),
+        TaskInfo("exam_text", *_EXAM, "acc", "small tasks with words, for models of 135M parameters"),
+        TaskInfo("exam_code", *_EXAM, "acc", "small functions, for models of 135M parameters", runs_code=True),
+        TaskInfo("exam_math", *_EXAM, "acc", "small arithmetic, for models of 135M parameters"),
+        TaskInfo("exam_mixed", *_EXAM, "acc", "tasks that need text, code and mathematics at once", runs_code=True),
     )
 }
 SUITES: dict[str, list[str]] = {
     "paper": ["truthfulqa", "humaneval", "gsm8k", "math", "sat_math", "aqua"],
     "paper-cot": ["gsm8k_cot", "math_cot", "sat_math_cot", "aqua_cot"],
     "code": ["humaneval", "mbpp"],
+    "exams": ["exam_text", "exam_code", "exam_math", "exam_mixed"],
 }
 
 
@@ -91,7 +98,7 @@ class TaskOptions:
 
     Attributes:
         data_dir: folder with our benchmarks' files. None: load them from the hub.
-        unsafe_code: run generated programs without the sandbox.
+        unsafe_code: run generated programs without the sandbox. The exams' programs always run in it.
         samples: answers to each question of the code tasks. Several give pass@1 and pass@samples.
         temperature: of those answers. None: 0 for one answer, 0.8 for several.
         max_new_tokens: of every generated answer. None: each task's own limit.
@@ -117,7 +124,7 @@ def load_tasks(names: Iterable[str], options: TaskOptions | None = None) -> dict
     Raises:
         DataError: an unknown task, a missing file, a malformed row (with file and line), or samples that would all be
             the same.
-        SandboxError: a task runs code, there is no sandbox on this machine, and `unsafe_code` is not set.
+        SandboxError: a task runs code, there is no sandbox on this machine, and `unsafe_code` is not set or it is an exam.
         MissingExtraError: lm-eval or math-verify is not installed.
     """
     options = options or TaskOptions()
@@ -144,7 +151,7 @@ def load_tasks(names: Iterable[str], options: TaskOptions | None = None) -> dict
     infos = [TASKS[name] for name in requested if name in TASKS]
     if any(info.metric == "exact_match" for info in infos):
         _require("math_verify", "math-verify", "comparing mathematical answers")
-    if not options.unsafe_code and any(info.runs_code for info in infos):
+    if any(info.runs_code and (info.file is None or not options.unsafe_code) for info in infos):
         from ultrafuser import sandbox
 
         sandbox.run("pass")

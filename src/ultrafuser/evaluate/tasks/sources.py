@@ -1,4 +1,4 @@
-"""The rows of every task, from a local file or the hub, checked and in the columns that the task files use."""
+"""The rows of every task that has a file, from there or the hub, checked and in the columns that the task files use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load(task: str, data_dir: str | None = None, **_metadata: Any) -> dict[str, 
     """The rows of a task, in the form of lm-eval's `custom_dataset` hook.
 
     Args:
-        task: the short name of one of our tasks.
+        task: the short name of one of our tasks with a file.
         data_dir: the folder with its file. None: load it from the hub.
         _metadata: other values that lm-eval hands to every task.
 
@@ -32,6 +32,7 @@ def load(task: str, data_dir: str | None = None, **_metadata: Any) -> dict[str, 
     from datasets import Dataset
 
     info = TASKS[task]
+    assert info.hub is not None  # exams.py makes the rows of the other tasks
     rows = [_MAKERS[task](_Record(raw, location, task)) for raw, location in _read(info, data_dir)]
     if not rows:
         raise DataError(
@@ -42,6 +43,7 @@ def load(task: str, data_dir: str | None = None, **_metadata: Any) -> dict[str, 
 
 def _read(info: TaskInfo, data_dir: str | None) -> Iterator[tuple[Any, str]]:
     """The records of the local file, or of the hub in the layout of that file, each with its location."""
+    assert info.file is not None and info.hub is not None
     if data_dir is not None:
         file = Path(data_dir).expanduser() / info.file
         if not file.is_file():
