@@ -189,6 +189,15 @@ def test_an_answer_that_has_begun_is_continued(vllm):
     assert "continue_final_message" not in vllm.requests[1]
 
 
+def test_several_greedy_choices_are_drawn_from_the_most_likely_token(vllm):
+    """vLLM refuses them at temperature 0."""
+    send(vllm, PATHS["chat"], {**CHAT, "n": 2, "temperature": 0})
+    assert (vllm.requests[0]["temperature"], vllm.requests[0]["top_k"]) == (1.0, 1)
+    for fields in ({"n": 1, "temperature": 0}, {"n": 2, "temperature": 0.5}, {"n": 2}):
+        send(vllm, PATHS["chat"], {**CHAT, **fields})
+        assert vllm.requests[-1].get("temperature") == fields.get("temperature") and "top_k" not in vllm.requests[-1]
+
+
 def test_the_extension_is_refused_where_it_does_nothing(vllm):
     response = send(vllm, "/v1/responses", {"input": "Hi", "specialists": ["math"]})
     assert response.status_code == 400 and "not on /v1/responses" in response.json()["error"]["message"]

@@ -96,6 +96,8 @@ def prepare(
     )
     if plan.adds_token_ids:
         plain["return_token_ids"] = True
+    if samples > 1 and _is_greedy(body.get("temperature")):
+        plain |= {"temperature": 1.0, "top_k": 1}  # the same tokens. vLLM refuses several greedy choices
     if _continues(body):
         plain |= {"add_generation_prompt": False, "continue_final_message": True}
     return _with_arguments(plain, plan, mask), plan
@@ -145,6 +147,11 @@ def _mask(specialists: Any, names: Sequence[str]) -> list[int] | None:
             param="specialists",
         )
     return None if set(specialists) == set(names) else [int(name in specialists) for name in names]
+
+
+def _is_greedy(temperature: Any) -> bool:
+    """Whether vLLM takes the most likely tokens at this temperature."""
+    return isinstance(temperature, (int, float)) and 0 <= temperature < 1e-5
 
 
 def _num_prompts(prompt: Any) -> int:

@@ -104,6 +104,8 @@ class GateObserver:
         if not self._is_first_call:
             return self._compute_logits(hidden_states)
         self._is_first_call = False
+        if hidden_states.device.type == "cpu":
+            self._hold_generators()
         batch = self._batch = self._batch or self._read_batch()
         if not any(batch.records):
             return self._compute_logits(hidden_states)
@@ -116,6 +118,20 @@ class GateObserver:
         if self.records_weights and (batch.slots >= 0).any():
             self._record(batch, rows, num_top)
         return logits
+
+    def _hold_generators(self) -> None:
+        """Draw no seeded number for requests whose prompts are still being read.
+
+        vLLM draws for them too, drops the token and rewinds the generator. Generators of a CPU cannot be rewound, and the
+        error ends the engine.
+        """
+        generators, is_dropped = self.runner.input_batch.generators, self.runner.discard_request_mask.np
+        for row, request_id in enumerate(self.runner.input_batch.req_ids):
+            generator = self.runner.requests[request_id].generator
+            if generator is not None and is_dropped[row]:
+                generators.pop(row, None)
+            elif generator is not None:
+                generators[row] = generator
 
     # ---------------------------------------------------------------- called by the server
 
