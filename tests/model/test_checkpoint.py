@@ -184,6 +184,12 @@ def test_stage_one_writes_the_gate_alone(full, tmp_path):
     same(load(tmp_path / "fused"), full)
 
 
+def test_a_checkpoint_loads_under_inference_mode(full, tmp_path):
+    full.save_pretrained(tmp_path / "fused")
+    with torch.inference_mode():
+        same(load(tmp_path / "fused"), full)
+
+
 def test_a_changed_specialist_is_an_ordinary_checkpoint(full, tmp_path):
     train(full, full.groups[1].parameters())
     full.save_pretrained(tmp_path / "fused")

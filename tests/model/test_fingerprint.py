@@ -48,3 +48,13 @@ def test_marks_compare_every_type(dtype):
     assert not marks.is_written(weight)
     weight.data.view(10, 10)[5] = 1
     assert marks.is_written(weight)
+
+
+def test_weights_made_under_inference_mode_are_marked_by_their_values():
+    """Such tensors count no writes."""
+    with torch.inference_mode():
+        tensor = torch.arange(4.0)
+        marks = WeightMarks([tensor])
+        assert not marks.is_written(tensor)
+        tensor[2] = 7
+        assert marks.is_written(tensor)

@@ -31,7 +31,7 @@ class WeightMarks:
 
     def __init__(self, weights: Iterable[torch.Tensor] = ()) -> None:
         self._marks = {
-            id(tensor): (tensor._version, _sample(tensor, _MARKED_VALUES).cpu().clone()) for tensor in weights
+            id(tensor): (_version(tensor), _sample(tensor, _MARKED_VALUES).cpu().clone()) for tensor in weights
         }
 
     def is_written(self, tensor: torch.Tensor) -> bool:
@@ -40,12 +40,17 @@ class WeightMarks:
             return True
         version, values = self._marks[id(tensor)]
         sample = _sample(tensor, _MARKED_VALUES).cpu()
-        return version != tensor._version or not _equal(values.to(sample.dtype), sample)
+        return version != _version(tensor) or not _equal(values.to(sample.dtype), sample)
 
     def differ(self, weights: Iterable[torch.Tensor]) -> bool:
         """Whether these are other tensors than those marked, or one of them was written."""
         tensors = list(weights)
         return set(self._marks) != {id(tensor) for tensor in tensors} or any(map(self.is_written, tensors))
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """None for tensors made under `torch.inference_mode()`, which count no writes."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _sample(tensor: torch.Tensor, count: int) -> torch.Tensor:
