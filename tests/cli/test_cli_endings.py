@@ -103,6 +103,7 @@ CASES = {
     ("data dedup", "--report"): Case(data_words("dedup", "--force", "--report", OUT), ".json"),
     ("data split", "--output"): Case(data_words("split", "--force", "-o", OUT), folder=True),
     ("data convert", "--output"): Case(data_words("convert", "--force", "-o", OUT), ".jsonl"),
+    ("data exam", "--output"): Case(lambda w, t: ["data", "exam", "math", "--force", "-o", OUT], ".jsonl"),
 }  # fmt: skip
 
 
@@ -151,6 +152,7 @@ INTERRUPTED = {
     "data dedup": "Nothing was written. Run the same command again",
     "data split": "Nothing was written. Run the same command again",
     "data convert": "Nothing was written. Run the same command again",
+    "data exam": "Nothing was written. Run the same command again",
     "data validate": "Run the same command again",
     "synth run": "Run the same command again: stored responses are kept, and no request is repeated",
     "synth status": "Run the same command again",
@@ -173,6 +175,8 @@ def test_every_command_says_how_to_go_on():
 
 def interrupted_words(command: str, tiny_run: TinyRun, fused: Path, tmp_path: Path) -> list[Any]:
     rows = tiny_run.folder / "text.jsonl"
+    if command == "data exam":
+        return ["data", "exam", "math", "-o", tmp_path / "exam.jsonl"]
     if command.startswith("data "):
         options = {
             "map": ["-m", tiny_run.folder / "text", "-o", tmp_path / "map.html"],
@@ -212,6 +216,7 @@ WORK = {
     "ultrafuser.compare.system.start": ("compare",),
     "ultrafuser.data.tools.validate.validate": ("data validate",),
     "ultrafuser.data.sources.scan_file": ("data stats", "data map", "data decontaminate", "data dedup", "data split", "data convert"),
+    "ultrafuser.zoo.exams.rows.exam_rows": ("data exam",),
     "ultrafuser.synth.pipeline.check": ("synth run", "synth join"),
     "ultrafuser.synth.status.calls": ("synth status",),
     "ultrafuser.synth.review.session.ReviewSession.open": ("synth review",),
