@@ -27,7 +27,7 @@ START, END = "<!-- tables:start -->", "<!-- tables:end -->"
 def tables(results: dict) -> str:
     systems = results["systems"]
     labels = list(next(iter(systems.values()))["loads"])
-    lines = ["", f"| tokens/s, ratio to one specialist | {' | '.join(labels)} | memory MB |"]
+    lines = [f"| tokens/s, ratio to one specialist | {' | '.join(labels)} | memory MB |"]
     lines.append("|---|" + "---:|" * (len(labels) + 1))
     for name, system in systems.items():
         loads = [system["loads"][label] for label in labels]
@@ -83,7 +83,7 @@ def digest() -> str:
 
 
 def main() -> None:
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in RUNS if file.exists()]
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in RUNS]
     if "--check" not in sys.argv:
         draw(runs[0])
     with Image.open(FIGURE) as image:
@@ -92,7 +92,7 @@ def main() -> None:
             sys.exit(
                 "docs/assets/serving.png: not drawn from docs/results/serving.json. Run: python scripts/serving_page.py"
             )
-    refresh(PAGE, START, END, "\n".join(map(tables, runs)).strip(), "serving_page")
+    refresh(PAGE, START, END, "\n\n".join(map(tables, runs)), "serving_page")
 
 
 if __name__ == "__main__":

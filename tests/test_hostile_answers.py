@@ -5,8 +5,9 @@ The inputs are openings that nothing closes, runs of blanks and marks, and both 
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -86,7 +87,16 @@ HOSTILE |= {
 }
 
 
+@pytest.fixture
+def frozen_heap() -> Iterator[None]:
+    """Objects of other tests in this process are not collected in the reader's time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("reader", READERS)
+@pytest.mark.usefixtures("frozen_heap")
 def test_a_reader_is_done_in_a_moment(reader):
     slow = {}
     for name, text in HOSTILE.items():

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from exam_samples import approximate_tokens
 from ultrafuser import sandbox
 from ultrafuser.errors import SandboxError
 from ultrafuser.zoo.exams import MAX_NEW_TOKENS, SPLITS, Question, Split, check, families, questions
@@ -29,7 +30,6 @@ from ultrafuser.zoo.exams.code_exam import (
     _draw,
     _inputs,
     _is_always,
-    _is_plain,
     _lists,
     _loop,
     _loop_code,
@@ -37,6 +37,7 @@ from ultrafuser.zoo.exams.code_exam import (
     _program,
 )
 from ultrafuser.zoo.exams.code_snippets import _PRINT, _PRINT_FORMS
+from ultrafuser.zoo.exams.programs import is_plain
 
 FUNCTION_FAMILIES = ["mend-bug", "write-list-function", "write-number-function", "write-string-function"]
 needs_sandbox = pytest.mark.skipif(sandbox.available() is not None, reason=f"no sandbox: {sandbox.available()}")
@@ -68,11 +69,6 @@ def results(code: str, function: str, inputs: list[Any]) -> str:
 
 def passes(question: Question, response: str) -> bool:
     return check("code", question, response)
-
-
-def approximate_tokens(text: str) -> int:
-    """An upper estimate for SmolLM2, whose tokenizer splits numbers into digits."""
-    return len(re.findall(r"[0-9]| (?=[0-9])|\n *| ?[A-Za-z]+| ?[^\sA-Za-z0-9]", text))
 
 
 def test_families() -> None:
@@ -124,7 +120,7 @@ def test_reference_programs_give_the_expected_values(family: str, split: Split) 
         inputs = [value for value, _ in cases]
         assert results(code_of(question), name, inputs) == repr([value for _, value in cases])
         assert len(cases) >= 6 and ([] in inputs or "" in inputs or 0 in inputs)
-        assert f"{name}" in question.prompt and _is_plain(code_of(question))
+        assert f"{name}" in question.prompt and is_plain(code_of(question))
         for example in re.findall(rf"`{name}\((.*?)\)` returns", question.prompt):
             assert example not in [repr(value) for value in inputs]
 
@@ -251,7 +247,7 @@ def test_true_is_not_one() -> None:
     ],
 )
 def test_programs_that_are_not_plain(code: str) -> None:
-    assert not _is_plain(code)
+    assert not is_plain(code)
 
 
 def test_no_program() -> None:
@@ -263,7 +259,7 @@ def test_no_program() -> None:
 def test_a_sandbox_that_fails_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     question = sample("test")["write-list-function"][0]
     outcomes = [sandbox.Outcome("error", "fork failed"), sandbox.Outcome("passed")]
-    monkeypatch.setattr(sandbox, "check", lambda *_: outcomes.pop(0))
+    monkeypatch.setattr(sandbox.execute, "check", lambda *_: outcomes.pop(0))
     assert passes(question, question.answer) and not outcomes
     outcomes += [sandbox.Outcome("error", "fork failed")] * 2
     with pytest.raises(SandboxError, match=f"{question.key['function']}.*failed twice.*fork failed"):

@@ -7,13 +7,12 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from functools import cache
 from itertools import islice, pairwise
-from random import Random
 
 import pytest
 import sympy
 
+import exam_samples
 from ultrafuser.zoo.exams import MAX_NEW_TOKENS, Question, Split, check, families, questions
 from ultrafuser.zoo.exams.math_exam import _STORIES, _TASKS
 
@@ -31,18 +30,8 @@ COMPUTE: dict[str, Callable[[int, int], Fraction | int]] = {
 }
 
 
-@cache
 def sample(family: str, split: Split, count: int = 1000) -> list[Question]:
-    """The first different questions of one family."""
-    random = Random(f"test {family} {split}")
-    drawn: dict[str, Question] = {}
-    for _ in range(100 * count):
-        question = families("math")[family].generate(random, split)
-        if question is not None:
-            drawn.setdefault(question.prompt, question)
-        if len(drawn) == count:
-            break
-    return list(drawn.values())
+    return exam_samples.sample("math", family, split, count)
 
 
 def value_of(question: Question) -> Fraction:
@@ -52,11 +41,6 @@ def value_of(question: Question) -> Fraction:
 
 def passes(question: Question, line: str) -> bool:
     return check("math", question, line)
-
-
-def approximate_tokens(text: str) -> int:
-    """An upper estimate for SmolLM2, whose tokenizer splits numbers into digits."""
-    return len(re.findall(r"[0-9]| (?=[0-9])|\n| ?[A-Za-z]+| ?[^\sA-Za-z0-9]", text))
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -79,9 +63,9 @@ def test_references_are_right_and_so_is_every_step(family: str, split: Split) ->
                 assert NOTE.fullmatch(line), question
         if family != "fractions":
             assert results[-1] == last.removeprefix("Answer: "), question
-        assert approximate_tokens(question.answer) < 90 < MAX_NEW_TOKENS["math"], question
+        assert exam_samples.approximate_tokens(question.answer) < 90 < MAX_NEW_TOKENS["math"], question
         assert "`Answer: X`" in question.prompt and "step" in question.prompt.lower()
-        assert approximate_tokens(question.prompt) <= 70, question
+        assert exam_samples.approximate_tokens(question.prompt) <= 70, question
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from functools import cache
 from itertools import islice
-from random import Random
 
 import pytest
 
+import exam_samples
 from ultrafuser import sandbox
 from ultrafuser.errors import SandboxError
 from ultrafuser.sandbox import Outcome
@@ -25,26 +24,12 @@ needs_sandbox = pytest.mark.skipif(sandbox.available() is not None, reason=f"no 
 BLOCK = re.compile(r"```python\n.*?\n```\n?", re.DOTALL)
 
 
-@cache
 def sample(family: str, split: Split, count: int = 25) -> list[Question]:
-    """The first different questions of one family."""
-    random, drawn = Random(f"test {family} {split}"), dict[str, Question]()
-    for _ in range(200 * count):
-        question = families("mixed")[family].generate(random, split)
-        if question is not None:
-            drawn.setdefault(question.prompt, question)
-        if len(drawn) == count:
-            break
-    return list(drawn.values())
+    return exam_samples.sample("mixed", family, split, count)
 
 
 def right(question: Question, answer: str) -> bool:
     return check("mixed", question, answer)
-
-
-def approximate_tokens(text: str) -> int:
-    """An upper estimate for SmolLM2, whose tokenizer splits numbers into digits."""
-    return len(re.findall(r"[0-9]| (?=[0-9])|\n| ?[A-Za-z]+| ?[^\sA-Za-z0-9]", text))
 
 
 # ---------------------------------------------------------------- right answers
@@ -82,7 +67,7 @@ def test_answers_have_one_short_form(family: str, split: Split) -> None:
     }
     for question in sample(family, split, 500):
         assert re.fullmatch(forms[family].replace("S", r"\d+ [-+*] \d+ = \d+"), question.answer), question
-        assert approximate_tokens(question.answer) <= 110
+        assert exam_samples.approximate_tokens(question.answer) <= 110
         assert all(int(number) < 100 for number in re.findall("[0-9]+", question.prompt + question.answer)), question
 
 
@@ -179,7 +164,7 @@ def test_forms_of_steps(steps: str, expected: bool) -> None:
 
 @pytest.mark.parametrize("family", WITH_SENTENCE)
 def test_wrong_sentences(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "check", lambda *_args, **_options: Outcome("passed"))
+    monkeypatch.setattr(sandbox.execute, "check", lambda *_args, **_options: Outcome("passed"))
     for question in sample(family, "test"):
         sentence, rest = question.answer.split("\n", 1)
         assert right(question, question.answer)
@@ -205,7 +190,7 @@ def test_wrong_sentences(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lazy_answers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "check", lambda *_args, **_options: Outcome("passed"))
+    monkeypatch.setattr(sandbox.execute, "check", lambda *_args, **_options: Outcome("passed"))
     for question in sample(family, "test"):
         lazy = ["", "Answer: 1", question.prompt, question.prompt + "\n" + question.prompt, "```python\npass\n```"]
         lazy += ["\n".join(f"Answer: {value}" for value in range(100)), "I do not know.", "```python\n" * 50]
@@ -214,7 +199,7 @@ def test_lazy_answers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_sandbox_that_fails_twice_gives_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
     question, outcomes = sample("passage-code", "train")[0], [Outcome("error"), Outcome("passed")]
-    monkeypatch.setattr(sandbox, "check", lambda *_args, **_options: outcomes.pop(0))
+    monkeypatch.setattr(sandbox.execute, "check", lambda *_args, **_options: outcomes.pop(0))
     assert right(question, question.answer)
     outcomes += [Outcome("error", "first"), Outcome("error", "no memory")]
     with pytest.raises(SandboxError, match="failed twice, so the answer has no score: no memory"):
@@ -269,7 +254,7 @@ def test_stories_and_wordings_suffice() -> None:
 
 
 def test_questions_repeat_with_the_seed_and_survive_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "check", lambda *_args, **_options: Outcome("passed"))
+    monkeypatch.setattr(sandbox.execute, "check", lambda *_args, **_options: Outcome("passed"))
     for split in SPLITS:
         first = list(islice(questions("mixed", split, 7), 120))
         assert first == list(islice(questions("mixed", split, 7), 120))

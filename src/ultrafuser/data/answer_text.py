@@ -34,6 +34,11 @@ class CodeBlock(NamedTuple):
     language: str  # as the fence names it; "" if it names none
     body: str
 
+    @property
+    def may_be_python(self) -> bool:
+        """Whether its fence names Python or nothing."""
+        return self.language.lower() in ("", *PYTHON_NAMES)
+
 
 class FencedBlock(NamedTuple):
     """A fenced block and its place in the text. A block that is cut off is not closed."""
@@ -62,6 +67,14 @@ def is_refusal(text: str) -> bool:
 def code_blocks(text: str) -> Iterator[CodeBlock]:
     """Every fenced block, in order. A block that is cut off extends to the end of the text."""
     return (CodeBlock(block.language, block.body) for block in fenced_blocks(text))
+
+
+def parse_python(code: str) -> ast.Module | None:
+    """The syntax tree of a program, or None if it does not parse."""
+    try:
+        return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the parser raises all of these
+        return None
 
 
 def without_code(text: str) -> str:
@@ -134,8 +147,4 @@ def _ends_in_docstring(lines: list[str]) -> bool:
 
 
 def _is_python(code: str) -> bool:
-    try:
-        ast.parse(textwrap.dedent(code))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the parser raises all of these
-        return False
-    return True
+    return parse_python(textwrap.dedent(code)) is not None

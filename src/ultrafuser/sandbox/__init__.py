@@ -3,7 +3,7 @@
 docs/sandbox.md says what the sandbox keeps out, and what it does not.
 """
 
-from ultrafuser.sandbox.execute import available, check, run
+from ultrafuser.sandbox.execute import available, check, decide, run
 from ultrafuser.sandbox.program import Limits, Outcome, Status
 
-__all__ = ["Limits", "Outcome", "Status", "available", "check", "run"]
+__all__ = ["Limits", "Outcome", "Status", "available", "check", "decide", "run"]

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from typing import Any
 
 from ultrafuser.errors import SandboxError
 from ultrafuser.sandbox.conversation import Conversation
@@ -63,6 +64,24 @@ def check(
     harness. `unsafe` and errors are as in `run`.
     """
     return _run_safely(Program(answer, tests, setup), limits, unsafe)
+
+
+def decide(answer: str, tests: str, subject: str = "", **options: Any) -> Outcome:
+    """As `check`, but never with the status "error", which says nothing about the answer: a sandbox that fails runs again.
+
+    Args:
+        subject: names the answer in the error.
+        options: those of `check`.
+
+    Raises:
+        SandboxError: there is no sandbox on this machine, and `unsafe` is not set. Or it failed twice.
+    """
+    for _ in range(2):
+        outcome = check(answer, tests, **options)
+        if outcome.status != "error":
+            return outcome
+    prefix = f"{subject}: " if subject else ""
+    raise SandboxError(f"{prefix}the sandbox failed twice, so the answer has no score: {outcome.detail}")
 
 
 def available() -> str | None:

@@ -141,7 +141,7 @@ def test_equal_answers_run_once(monkeypatch):
         ran.append(answer)
         return sandbox.Outcome("passed" if answer == FUNCTION else "failed")
 
-    monkeypatch.setattr(sandbox, "check", check)
+    monkeypatch.setattr(sandbox.execute, "check", check)
     result = code.score(DOC, [[fenced(FUNCTION)] * 3 + [fenced("x = 1")] * 2 + ["Sorry."]], ks=(1, 6))
     assert sorted(ran) == [FUNCTION, "x = 1"]
     assert result == {"pass@1": pytest.approx(0.5), "pass@6": 1.0, "unparsed": pytest.approx(1 / 6)}
@@ -155,7 +155,7 @@ def test_a_sandbox_that_fails_gives_no_score(monkeypatch):
         tried.append(args)
         return outcomes[len(tried) - 1]
 
-    monkeypatch.setattr(sandbox, "check", check)
+    monkeypatch.setattr(sandbox.execute, "check", check)
     assert code.passes(FUNCTION, DOC)
     tried.clear()
     outcomes[1] = outcomes[0]
@@ -177,5 +177,5 @@ def test_a_sandbox_that_fails_gives_no_score(monkeypatch):
 )
 def test_in_the_sandbox(answer, passes, monkeypatch):
     check = sandbox.check
-    monkeypatch.setattr(sandbox, "check", lambda *a, **k: check(*a, limits=sandbox.Limits(timeout_s=1.0), **k))
+    monkeypatch.setattr(sandbox.execute, "check", lambda *a, **k: check(*a, limits=sandbox.Limits(timeout_s=1.0), **k))
     assert code.passes(answer, DOC) == passes

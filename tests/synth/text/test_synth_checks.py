@@ -66,7 +66,7 @@ def test_as_many_are_run_at_once_as_there_are_processors(monkeypatch):
         return sandbox.Outcome("passed")
 
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(sandbox, "check", wait)
+    monkeypatch.setattr(sandbox.execute, "check", wait)
     assert checks.run_tests([(SQUARE, f"assert {operand}") for operand in range(1, 5)]) == [None] * 4
 
 

@@ -15,8 +15,7 @@ from typing import Any
 from lm_eval.api.task import ConfigurableTask
 
 from ultrafuser import sandbox
-from ultrafuser.data.answer_text import PYTHON_NAMES, after_thinking, code_blocks
-from ultrafuser.errors import SandboxError
+from ultrafuser.data.answer_text import after_thinking, code_blocks, parse_python
 
 SAMPLING_TEMPERATURE = 0.8
 MAX_PARSED_CHARS = 400_000  # in all attempts to find the end of code
@@ -71,11 +70,7 @@ def passes(code: str, doc: Mapping[str, Any], *, unsafe: bool = False) -> bool:
         SandboxError: there is no sandbox and `unsafe` is not set, or it failed twice.
     """
     tests = f"{doc['test']}\n\ncheck({doc['entry_point']})\n" if "test" in doc else doc["tests"]
-    for _ in range(2):
-        outcome = sandbox.check(code, tests, setup=doc["setup"], unsafe=unsafe)
-        if outcome.status != "error":  # of the sandbox, which says nothing about the answer
-            return outcome.passed
-    raise SandboxError(f"{doc['task_id']}: the sandbox failed twice, so the answer has no score: {outcome.detail}")
+    return sandbox.decide(code, tests, str(doc["task_id"]), setup=doc["setup"], unsafe=unsafe).passed
 
 
 def pass_at_k(num_answers: int, num_passed: int, k: int) -> float:
@@ -97,7 +92,7 @@ def extract_code(answer: str, entry_point: str, context: str = "") -> str | None
     blocks = [
         _at_margin(block.body.rstrip(), entry_point)
         for block in code_blocks(text)
-        if block.language.lower() in ("", *PYTHON_NAMES) and block.body.strip()
+        if block.may_be_python and block.body.strip()
     ]
     for i, block in enumerate(blocks):
         if _defines(block, entry_point):
@@ -122,16 +117,9 @@ def _defines(code: str, name: str) -> bool:
     return re.search(rf"^(?:(?:async )?def|class) {name}\b|^{name} *=[^=]", code, re.M) is not None
 
 
-def _parse(code: str) -> ast.Module | None:
-    try:
-        return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the parser raises all of these
-        return None
-
-
 def _only_defines(code: str) -> bool:
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
-    tree = _parse(code)
+    tree = parse_python(code)
     return tree is not None and all(isinstance(node, kinds) for node in tree.body)
 
 
@@ -162,4 +150,4 @@ def _as_body(context: str, body: str) -> str | None:
     at_margin = (i for i, line in enumerate(lines) if line.strip() and not line.startswith((" ", "\t")))
     end = next(at_margin, len(lines))
     code = context.rstrip() + "\n" + "\n".join(lines[:end]) + "\n"
-    return code if _parse(code) else None
+    return code if parse_python(code) else None

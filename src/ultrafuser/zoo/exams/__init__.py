@@ -38,10 +38,11 @@ def questions(exam: str, split: Split, seed: int = 0) -> Iterator[Question]:
 
     The same exam, split and seed give the same questions. Test questions have structures that no training question has.
     """
+    exam_families = families(exam).values()
     random = Random(f"{exam}/{split}/{seed}")
     seen: set[str] = set()
     while True:
-        for family in families(exam).values():
+        for family in exam_families:
             for _ in range(_MAX_DRAWS):
                 question = family.generate(random, split)
                 if question is not None and question.prompt not in seen:

@@ -9,9 +9,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from ultrafuser import sandbox
-from ultrafuser.data.answer_text import PYTHON_NAMES, code_blocks
-from ultrafuser.errors import SandboxError
+from ultrafuser.data.answer_text import code_blocks, parse_python
 from ultrafuser.zoo.exams.code_operations import (
     ALWAYS,
     BEGINNINGS,
@@ -36,6 +34,7 @@ from ultrafuser.zoo.exams.code_operations import (
     Step,
 )
 from ultrafuser.zoo.exams.code_snippets import check_output, print_output
+from ultrafuser.zoo.exams.programs import gives
 from ultrafuser.zoo.exams.question import Family, Question, Split, split_of
 
 Plan = tuple[Step, ...]
@@ -304,36 +303,7 @@ def _mend_bug(random: Random, split: Split) -> Question | None:
 
 
 # ---------------------------------------------------------------- checkers
-_IMPORTS = {
-    "functools": {"reduce"},
-    "math": {"prod", "gcd", "floor", "ceil", "inf"},
-    "typing": {"List", "Union", "Optional", "Any"},
-    "collections": {"Counter", "OrderedDict", "defaultdict", "deque"},
-    "itertools": {"accumulate", "chain", "islice", "takewhile"},
-    "__future__": {"annotations"},
-}
-_FORBIDDEN = {
-    "eval",
-    "exec",
-    "getattr",
-    "setattr",
-    "vars",
-    "globals",
-    "locals",
-    "compile",
-    "open",
-    "breakpoint",
-    "type",
-    "super",
-}
 _CODE_START = re.compile(r"^(?:from \w+ import |import \w|def )", re.MULTILINE)
-
-
-def _parse(code: str) -> ast.Module | None:
-    try:
-        return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the parser raises all of these
-        return None
 
 
 def _defines(tree: ast.Module | None, function: str) -> bool:
@@ -342,37 +312,16 @@ def _defines(tree: ast.Module | None, function: str) -> bool:
 
 def _program(response: str, function: str) -> str | None:
     """The first Python block that defines the function, or bare code without the prose around it."""
-    blocks = [block.body for block in code_blocks(response) if block.language.lower() in ("", *PYTHON_NAMES)]
+    blocks = [block.body for block in code_blocks(response) if block.may_be_python]
     for block in blocks:
-        if _defines(_parse(block), function):
+        if _defines(parse_python(block), function):
             return block
     start = _CODE_START.search(response)
     if blocks or start is None:
         return None
     lines = response[start.start() :].split("\n")[:60]
     candidates = ("\n".join(lines[:end]) for end in range(len(lines), 0, -1))
-    return next((code for code in candidates if _defines(_parse(code), function)), None)
-
-
-def _is_plain(code: str) -> bool:
-    """Whether the code has no class, no unusual import, and no way to the frames of the tests, which hold the results."""
-    tree = _parse(code)
-    for node in ast.walk(tree) if tree else ():
-        if isinstance(node, ast.ImportFrom):
-            if not {alias.name for alias in node.names} <= _IMPORTS.get(node.module or "", set()):
-                return False
-        elif isinstance(node, ast.Import):
-            if any(alias.name not in ("functools", "math") or alias.asname for alias in node.names):
-                return False
-        elif isinstance(node, ast.Attribute):
-            if node.attr.startswith(("_", "gi_", "f_", "tb_", "format", "update_wrapper", "wraps")):
-                return False
-        elif isinstance(node, ast.Name):
-            if node.id in _FORBIDDEN or (node.id.startswith("__") and node.id != "__name__"):
-                return False
-        elif isinstance(node, (ast.ClassDef, ast.MatchClass)):
-            return False
-    return tree is not None
+    return next((code for code in candidates if _defines(parse_python(code), function)), None)
 
 
 def _check_function(question: Question, response: str) -> bool:
@@ -383,16 +332,7 @@ def _check_function(question: Question, response: str) -> bool:
     """
     function, cases = question.key["function"], question.key["cases"]
     code = _program(response, function)
-    if code is None or not _is_plain(code):
-        return False
-    calls = ", ".join(f"{function}({argument!r})" for argument, _ in cases)
-    # The answer can replace built-in functions, but no method of a list, and the texts that are compared are the list's.
-    tests = f"assert [{calls}].__repr__() == {str([result for _, result in cases])!r}"
-    for _ in range(2):
-        outcome = sandbox.check(code, tests)
-        if outcome.status != "error":  # of the sandbox, which says nothing about the answer
-            return outcome.passed
-    raise SandboxError(f"function {function!r}: the sandbox failed twice, so the answer has no score: {outcome.detail}")
+    return code is not None and gives(code, function, [([value], result) for value, result in cases])
 
 
 # ---------------------------------------------------------------- families

@@ -11,10 +11,11 @@ from random import Random
 from typing import Any
 
 from ultrafuser.zoo.exams.question import Family, Question, Split, split_of
+from ultrafuser.zoo.exams.wordings import answer_lines, parse_wordings
 
 Tree = Any  # an integer, or [operation, left tree, right tree] with one of + - * /, which JSON keeps unchanged
 _LIMIT = 99  # no result in a chain or a word problem is larger, for small models calculate digit by digit
-# The wordings of the tasks, and of the request for steps and a last line. A bar or a line break parts them.
+# The wordings of the tasks, and of the request for steps and a last line.
 _WORDINGS = """
 # chain
 Calculate {e}. | What is {e}? | Evaluate the expression {e}. | Find the value of {e}. | Compute: {e}.
@@ -54,11 +55,8 @@ Show each step on a line of its own. The last line must be `Answer: X`.
 Work step by step and finish with the line `Answer: X`.
 Write one step per line, and the result in a last line `Answer: X`.
 """
-_TASKS = {
-    name: re.split(r" \| |\n", block.strip()) for name, block in re.findall(r"# (.*)\n((?:[^#\n].*\n)+)", _WORDINGS)
-}
+_TASKS = parse_wordings(_WORDINGS)
 
-_ANSWER = re.compile(r"\banswer\b[*_ ]*:([^\n]*)", re.IGNORECASE)
 _VALUE = re.compile(
     r"(?:[a-z] ?= ?)?"  # the unknown of an equation
     r"(?P<sign>-?) ?(?P<whole>[0-9]{1,3}(?:,[0-9]{3}){1,3}|[0-9]{1,12})"
@@ -85,7 +83,7 @@ def _read_value(line: str, quotients: bool) -> Fraction | None:
 
 def _check(question: Question, response: str, expected: Callable[[Any], Fraction], quotients: bool) -> bool:
     """Whether there are lines `Answer: X` and all of them carry the right value. Some families allow quotients."""
-    values = [_read_value(line, quotients) for line in _ANSWER.findall(response)]
+    values = [_read_value(line, quotients) for line in answer_lines(response)]
     return bool(values) and all(value == expected(question.key) for value in values)
 
 

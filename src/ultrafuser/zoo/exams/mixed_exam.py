@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any
 
-from ultrafuser import sandbox
-from ultrafuser.data.answer_text import PYTHON_NAMES, code_blocks, without_code
-from ultrafuser.errors import SandboxError
+from ultrafuser.data.answer_text import code_blocks, without_code
 from ultrafuser.zoo.exams.mixed_tables import (
     DEEDS,
     DISTRACTIONS,
@@ -24,7 +21,9 @@ from ultrafuser.zoo.exams.mixed_tables import (
     WORDS,
     Story,
 )
+from ultrafuser.zoo.exams.programs import gives
 from ultrafuser.zoo.exams.question import Family, Question, Split, split_of
+from ultrafuser.zoo.exams.wordings import answer_lines
 
 _LIMIT = 99  # no number of a question or a step is larger
 _NUM_CASES = 8  # hidden inputs of a function
@@ -192,7 +191,6 @@ def _code_and_value(random: Random, split: Split) -> Question | None:
 
 # ---------------------------------------------------------------- checks
 
-_ANSWER = re.compile(r"\banswer\b[*_ ]*:([^\n]*)", re.IGNORECASE)
 _VALUE = re.compile(r"([0-9]{1,9})(?:\.0{1,9})?(?: (?!or\b|and\b|to\b|not\b)[a-z]+){0,3} ?\.?", re.IGNORECASE)
 _STEP = re.compile(  # `7 * 3 = 21`, or several operations in a row
     r"(?<![-+*/x×.0-9])(?<![-+*/x×] )\b"
@@ -203,7 +201,7 @@ _NEGATION = re.compile(r"\b(?:not|never|no|nobody|none)\b|n['’]t\b", re.IGNORE
 
 def _has_value(text: str, value: int) -> bool:
     """Whether there are lines `Answer: X` and all of them carry the value."""
-    lines = [re.sub(r"(\\boxed|\\?[()$]|[*_`{}]|\s)+", " ", line).strip() for line in _ANSWER.findall(text)]
+    lines = [re.sub(r"(\\boxed|\\?[()$]|[*_`{}]|\s)+", " ", line).strip() for line in answer_lines(text)]
     matches = [_VALUE.fullmatch(line) for line in lines]
     return bool(matches) and all(match is not None and int(match[1]) == value for match in matches)
 
@@ -242,38 +240,14 @@ def _has_sentence(text: str, prompt: str, words: Sequence[str], others: Sequence
     )
 
 
-def _is_plain(code: str) -> bool:
-    """Whether the code has no import and no way to the frames of the tests, which hold the results."""
-    try:
-        nodes = list(ast.walk(ast.parse(code)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the parser raises all of these
-        return False
-    names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    attributes = [node.attr for node in nodes if isinstance(node, ast.Attribute)]
-    return (
-        not any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes)
-        and not names & {"eval", "exec", "getattr", "compile", "__builtins__", "__import__"}
-        and not any(name.startswith(("_", "gi_", "f_", "tb_", "format")) for name in attributes)
-    )
-
-
 def _function_passes(response: str, function: str, cases: Sequence[Any]) -> bool:
     """Whether one Python block defines the function, and the function gives the results of all cases.
 
     Raises:
         SandboxError: there is no sandbox on this machine, or it failed twice.
     """
-    blocks = [block.body for block in code_blocks(response) if block.language.lower() in ("", *PYTHON_NAMES)]
-    if len(blocks) != 1 or not _is_plain(blocks[0]):
-        return False
-    calls = ", ".join(f"{function}({', '.join(map(repr, arguments))})" for arguments, _ in cases)
-    # The answer can replace built-in functions and the equality of its objects, but no method of a list or text.
-    tests = f"assert [{calls}].__repr__() == {str([result for _, result in cases])!r}"
-    for _ in range(2):
-        outcome = sandbox.check(blocks[0], tests)
-        if outcome.status != "error":  # of the sandbox, which says nothing about the answer
-            return outcome.passed
-    raise SandboxError(f"function {function!r}: the sandbox failed twice, so the answer has no score: {outcome.detail}")
+    blocks = [block.body for block in code_blocks(response) if block.may_be_python]
+    return len(blocks) == 1 and gives(blocks[0], function, cases, imports={})
 
 
 def _check(question: Question, response: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from ultrafuser.zoo.exams.wordings import parse_wordings
+
 # A story has a heading, `# function nouns: quantity`, beginnings (1) and ends (2), each with its operation.
 # Any beginning goes with any end. The test split has pairs of operations that training lacks in that story, in either family.
 _STORY_LINES = """
@@ -156,9 +158,7 @@ Begin with one sentence that names the person whom the rule is for, and nobody e
 Order: one sentence that names the person of the rule and nobody else, then one ```python block.
 First say in one sentence whom the rule is for, and name nobody else. Next write one ```python block.
 """
-TASKS = {
-    name: re.split(r" \| |\n", block.strip()) for name, block in re.findall(r"# (.*)\n((?:[^#\n].*\n)+)", _WORDINGS)
-}
+TASKS = parse_wordings(_WORDINGS)
 DISTRACTIONS = (
     "{M} lives next door and has {x} cats.",
     "{M} is {x} years old and only looks on.",

@@ -72,8 +72,8 @@ def _find_fact(random: Random, split: Split) -> Question | None:
     )
     facts = [dict(zip("ntpc", column, strict=True)) for column in columns]
     fact = random.choice(facts)
-    patterns = [pattern if each is fact else random.choice(_FACTS) for each in facts]
-    text = " ".join(sentence.format(**each) for sentence, each in zip(patterns, facts, strict=True))
+    patterns = [pattern if values is fact else random.choice(_FACTS) for values in facts]
+    text = " ".join(sentence.format(**values) for sentence, values in zip(patterns, facts, strict=True))
     tasks = (
         "{text} {ask}",
         "Read the text. {text} {ask}",
@@ -87,21 +87,17 @@ def _find_fact(random: Random, split: Split) -> Question | None:
 # ---------------------------------------------------------------- relate two people
 
 
-def _others(random: Random, names: Sequence[str], taken: Sequence[str], count: int) -> list[str]:
-    return random.sample([name for name in names if name not in taken], count)
-
-
 def _family_tree(random: Random, split: Split) -> Question | None:
     (first, second), relations = random.choice(list(COMPOSED.items()))
-    woman, other = random.randrange(2), random.randrange(2)  # 0: a woman
-    structure = f"{RELATIONS[first][woman]} of the {RELATIONS[second][other]}"
+    sexes = random.randrange(2), random.randrange(2)  # 0: a woman
+    structure = f"{RELATIONS[first][sexes[0]]} of the {RELATIONS[second][sexes[1]]}"
     if split_of(structure) != split:
         return None
     c, d, e = random.sample(NAMES[split], 3)
-    (a,), (b,) = (_others(random, NAMES[split][sex::2], (c, d, e), 1) for sex in (woman, other))
+    a, b = (random.choice([name for name in NAMES[split][sex::2] if name not in (c, d, e)]) for sex in sexes)
     if a == b:
         return None
-    facts = [f"{a} is the {RELATIONS[first][woman]} of {b}.", f"{b} is the {RELATIONS[second][other]} of {c}."]
+    facts = [f"{a} is the {RELATIONS[first][sexes[0]]} of {b}.", f"{b} is the {RELATIONS[second][sexes[1]]} of {c}."]
     facts.append(f"{d} is the {random.choice(('boss', 'friend', 'teacher', 'neighbour'))} of {e}.")
     random.shuffle(facts)
     tasks = (
@@ -112,7 +108,7 @@ def _family_tree(random: Random, split: Split) -> Question | None:
         "{text} Say in one word what {ask} is in the family.",
     )
     ask = f"{a} to {c}"
-    return _question(random, "family-tree", structure, tasks, relations[woman], text=" ".join(facts), ask=ask)
+    return _question(random, "family-tree", structure, tasks, relations[sexes[0]], text=" ".join(facts), ask=ask)
 
 
 # ---------------------------------------------------------------- order sentences
