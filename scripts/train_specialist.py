@@ -26,7 +26,7 @@ import peft
 import torch
 import transformers
 import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultrafuser.data.chat_format import BUILTIN
@@ -149,10 +149,13 @@ def load_base(reference: str, device: str) -> tuple[torch.nn.Module, Any]:
     return base.to(device), tokenizer
 
 
-def train(spec: dict[str, Any], training: list[Rendered], base: torch.nn.Module) -> tuple[PeftModel, dict[str, Any]]:
+def train(
+    spec: dict[str, Any], training: list[Rendered], base: torch.nn.Module, checkpoint: Path
+) -> tuple[PeftModel, dict[str, Any]]:
     """Train on the rendered rows of one epoch. Returns the model (base and adapter) and its costs.
 
-    The adapter's weights end rounded to bfloat16, the precision in which they are saved.
+    Every 50 steps the state is written to `checkpoint`. A run that finds the file of the same recipe there goes on
+    from it. The adapter's weights end rounded to bfloat16, the precision in which they are saved.
     """
     torch.manual_seed(spec["seed"])
     rng = random.Random(spec["seed"])
@@ -168,9 +171,15 @@ def train(spec: dict[str, Any], training: list[Rendered], base: torch.nn.Module)
         optimizer,
         lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / len(plan))),
     )
-    start, trained = time.time(), 0
+    done, trained, seconds = 0, 0, 0.0
+    if checkpoint.is_file() and (state := torch.load(checkpoint, weights_only=True))["recipe"] == spec:
+        set_peft_model_state_dict(model, state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        done, trained, seconds = state["step"], state["trained"], state["seconds"]
+    start = time.time() - seconds
     model.train()
-    for step, batch in enumerate(plan, 1):
+    for step, batch in enumerate(plan[done:], done + 1):
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda" or spec.get("autocast", False)):
             loss = token_losses(model, batch).mean()
         loss.backward()
@@ -182,6 +191,13 @@ def train(spec: dict[str, Any], training: list[Rendered], base: torch.nn.Module)
         if step % 20 == 0 or step == len(plan):
             rate = trained / (time.time() - start)
             print(f"{spec['name']} {step}/{len(plan)} loss {loss.item():.3f} {rate:.0f} tokens/s", file=sys.stderr)
+        if step % 50 == 0:
+            state = {"recipe": spec, "step": step, "trained": trained, "seconds": time.time() - start,
+                     "adapter": get_peft_model_state_dict(model), "optimizer": optimizer.state_dict(),
+                     "schedule": schedule.state_dict()}  # fmt: skip
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, checkpoint.with_suffix(".new"))
+            checkpoint.with_suffix(".new").replace(checkpoint)
     for parameter in weights:
         parameter.data = parameter.data.bfloat16().float()
     return model, {
@@ -230,7 +246,7 @@ def main() -> None:
     renderer = Renderer(tokenizer, [BUILTIN[spec["template"]]], spec["max_length"])
     rows = training_rows(spec, options.data)
     training, truncation = renderer.render_all(rows)
-    model, spent = train(spec, training, base)
+    model, spent = train(spec, training, base, options.output / "checkpoint.pt")
     save(model, spec, options.output)
 
     measured: dict[str, Any] = {}
@@ -254,6 +270,7 @@ def main() -> None:
         **spent,
     }
     (options.output / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.output / "checkpoint.pt").unlink(missing_ok=True)
     print(json.dumps(report, indent=1))
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,12 +199,21 @@ SECONDS = 40
 class Terminal:
     """A program on a terminal of its own."""
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor, self.text = descriptor, ""
+    def __init__(self, descriptor: int, process: subprocess.Popen) -> None:
+        self.descriptor, self.process, self.text = descriptor, process, ""
         self._seen = 0
 
     def type(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
+
+    def interrupt_prompt(self) -> None:
+        """Type Ctrl-C once the program waits for input. Between its prompt and its `select`, Python would miss it."""
+        end = time.monotonic() + SECONDS
+        status = Path(f"/proc/{self.process.pid}/stat")
+        while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < end, "the program never waited for input"
+            time.sleep(0.01)
+        self.type("\x03")
 
     def wait_for(self, text: str) -> None:
         """Read until the text appears after what was waited for before."""
@@ -226,7 +236,7 @@ def on_a_terminal(*words: str, **environment: str) -> Iterator[tuple[Terminal, s
     )  # fmt: skip
     os.close(theirs)
     try:
-        yield Terminal(ours), process
+        yield Terminal(ours, process), process
     finally:
         process.kill()
         process.wait()
@@ -259,7 +269,7 @@ def test_a_chat_on_a_terminal(server):
         terminal.type("\x1b[A\n")  # the arrow up: the prompt before
         terminal.wait_for("tokens/s")
         terminal.wait_for("> ")
-        terminal.type("\x03")
+        terminal.interrupt_prompt()
         terminal.wait_for("so does another Ctrl-C")
         terminal.type("/exit\n")
         assert process.wait(SECONDS) == 0
