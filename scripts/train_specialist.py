@@ -193,7 +193,7 @@ def train(
             print(f"{spec['name']} {step}/{len(plan)} loss {loss.item():.3f} {rate:.0f} tokens/s", file=sys.stderr)
         if step % 50 == 0:
             state = {"recipe": spec, "step": step, "trained": trained, "seconds": time.time() - start,
-                     "adapter": get_peft_model_state_dict(model), "optimizer": optimizer.state_dict(),
+                     "adapter": get_peft_model_state_dict(model, save_embedding_layers=False), "optimizer": optimizer.state_dict(),
                      "schedule": schedule.state_dict()}  # fmt: skip
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             torch.save(state, checkpoint.with_suffix(".new"))
@@ -250,8 +250,12 @@ def main() -> None:
     save(model, spec, options.output)
 
     measured: dict[str, Any] = {}
+    home = f"{spec['name']}.jsonl"
+    files = [home] if home in spec["data"] else spec["data"]  # a specialist is measured at home
     for split in ("validation", "held_out"):
-        rendered, _ = renderer.render_all(permissive_rows(options.data / f"{spec['name']}.jsonl", split))
+        rendered, _ = renderer.render_all(
+            [row for file in files for row in permissive_rows(options.data / file, split)]
+        )
         adapted = nats_per_token(model, rendered, spec["tokens_per_batch"])
         with model.disable_adapter():
             measured[split] = {

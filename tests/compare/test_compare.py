@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from tiny_models import save_adapter, tiny
 from ultrafuser.compare import run, system
 from ultrafuser.compare.recipe import CompareRecipe, dump_compare_recipe, load_compare_recipe
-from ultrafuser.compare.results import Measurement
+from ultrafuser.compare.results import Measurement, SystemResult, compare_systems
 from ultrafuser.compare.run import compare, system_states, tables
 from ultrafuser.compare.systems import merge as merging
 from ultrafuser.data.schema import parse_row
 from ultrafuser.data.sources import write_rows
 from ultrafuser.errors import DataError, MissingExtraError
+from ultrafuser.evaluate.scoring import TaskScores
 from ultrafuser.report.data import check_comparison
 
 VOCAB = {"vocab_size": 320, "max_position_embeddings": 512}
@@ -235,6 +236,45 @@ def test_tasks_and_answers_are_shared(training, in_process, tmp_path):
         both = [answers["text"][document], answers["code"][document]]
         assert answers["best_of-log_prob"][document] in both and answers["router"][document] in both
     assert len(list((tmp_path / "out" / "answers").glob("*.sqlite"))) == 4  # no specialist was asked a second time
+
+
+def test_a_model_from_elsewhere(training, in_process, tmp_path):
+    """The same adapter as a specialist has its losses. Another one in its folder is measured again."""
+    base, adapter = tiny("llama", 0, **VOCAB), tmp_path / "elsewhere"
+    save_adapter(base, adapter, seed=1)
+    systems = ["specialist", {"kind": "model", "name": "all", "adapter": str(adapter)}]
+    results = compare(load(training, systems)).systems
+    assert results["all"].error is None and results["all"].kind_label == "one model"
+    assert results["all"].loss["mean"].nll == pytest.approx(results["text"].loss["mean"].nll, rel=1e-5)
+    save_adapter(base, adapter, seed=3)
+    assert system_states(load(training, systems))["all"] == "model, to be built"
+    results = compare(load(training, systems)).systems
+    assert results["all"].loss["mean"].nll != pytest.approx(results["text"].loss["mean"].nll, rel=1e-5)
+    whole = {"kind": "model", "name": "whole", "model": str(tmp_path / "base")}
+    results = compare(load(training, ["base", whole])).systems
+    assert results["whole"].loss["mean"].nll == pytest.approx(results["base"].loss["mean"].nll, rel=1e-5)
+
+
+def test_the_mean_of_the_benchmarks():
+    """A plain mean, with an interval over the documents of all. Ratings have no mean with shares."""
+
+    def system(name: str, *scores: list[float]) -> SystemResult:
+        tasks = {
+            f"t{i}": TaskScores("acc", "1", dict(zip("abcdefgh", values, strict=False)))
+            for i, values in enumerate(scores)
+        }
+        return SystemResult(name, "fused", Measurement(tasks=tasks))
+
+    systems = [system("x", [1, 0, 1, 1], [0, 1]), system("y", [0, 0, 1, 0], [0, 1]), system("z", [1, 1, 1, 1])]
+    results = compare_systems(systems, title="", specialists=[], main="x").systems
+    mean = results["x"].task_mean
+    assert mean.value == pytest.approx((0.75 + 0.5) / 2) and mean.samples == 6
+    assert 0 <= mean.ci95[0] < 0.625 < mean.ci95[1] <= 1
+    assert results["z"].task_mean is None, "it ran one of the two"
+    pair = results["y"].paired["main"]["task/mean"]
+    assert pair.difference == pytest.approx(-0.25) and pair.ci95[0] < -0.25 < pair.ci95[1] <= 0
+    results = compare_systems([system("x", [1, 0], [7.5, 8])], title="", specialists=[], main=None).systems
+    assert results["x"].task_mean is None
 
 
 def test_a_change_rebuilds_only_the_systems_that_depend_on_it(training, in_process):

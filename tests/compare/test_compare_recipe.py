@@ -114,6 +114,7 @@ def test_a_dumped_recipe_loads_unchanged(tmp_path):
         ([{"kind": "tuned", "specialist": "text"}], {"set": ["stages=[gate]"]}, "needs the stages joint"),
         ([{"kind": "specialist", "name": "all"}], {}, "stands for all of them"),
         ([{"kind": "btx", "set": ["balanced=false"]}], {}, "always trained on balanced batches"),
+        (["model"], {}, "kind 'model' names no model. Set 'model', or an 'adapter' on the specialists' base"),
         (["base"], {"main": "fused"}, "main: no system 'fused'"),
         ([{"kind": "base", "versus": "text"}], {}, "'base' has versus 'text', which is no system. There are: base"),
         (["base"], {"test": []}, "nothing to measure"),

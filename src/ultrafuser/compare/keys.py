@@ -42,6 +42,7 @@ def step_key(recipe: CompareRecipe, system: SystemRecipe, step: Step) -> str:
         training.model_dump(include=set(system.depends_on), mode="json"),
     ]
     paths = [path for s in training.specialists for path in (s.model, s.adapter, s.chat_template)]
+    paths += system.paths
     if recipe.base is not None and system.reads_base:
         ingredients.append(recipe.base)
         paths.append(recipe.base)

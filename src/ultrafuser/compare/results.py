@@ -153,7 +153,7 @@ def compare_systems(
 class _Numbers:
     """The test rows and documents of every system.
 
-    A column is a domain, the `mean` of the domains, or `task/NAME`.
+    A column is a domain, the `mean` of the domains, `task/NAME`, or `task/mean`, the mean of several benchmarks.
     """
 
     def __init__(self, measured: Mapping[str, Measurement], seed: int) -> None:
@@ -167,12 +167,17 @@ class _Numbers:
                 description = TASKS[task].description if task in TASKS else task
                 self.tasks.setdefault(task, Task(metric=scores.metric, higher_is_better=True, description=description))
         self.domains = list(dict.fromkeys(domain for strata in self.losses.values() for domain in strata))
-        self.columns = [*self.domains, MEAN, *(TASK + task for task in self.tasks)]
+        shares = all(
+            0 <= score <= 1 for tree in self.scores.values() for s in tree.values() for score in s.totals.values()
+        )
+        means = [MEAN] if len(self.tasks) > 1 and shares else []  # ratings and shares have no mean
+        self.columns = [*self.domains, MEAN, *(TASK + task for task in [*self.tasks, *means])]
 
     def strata(self, name: str, column: str) -> list[Stratum] | None:
         """The rows or documents behind a system's number in a column. None: it has no such number."""
         if column.startswith(TASK):
-            tree, keys = self.scores.get(name, {}), [column.removeprefix(TASK)]
+            task = column.removeprefix(TASK)
+            tree, keys = self.scores.get(name, {}), list(self.tasks) if task == MEAN else [task]
         else:
             tree, keys = self.losses.get(name, {}), self.domains if column == MEAN else [column]
         return [tree[key] for key in keys] if keys and all(key in tree for key in keys) else None
@@ -206,6 +211,14 @@ class _Numbers:
             if column != MEAN:
                 cells[column].tokens, cells[column].samples = int(sum(rows[0].weights.values())), len(rows[0].totals)
         return cells
+
+    def task_mean(self, name: str) -> TaskScore | None:
+        """A system's plain mean over the benchmarks. None: it has no such number."""
+        strata = self.strata(name, TASK + MEAN) if TASK + MEAN in self.columns else None
+        if strata is None:
+            return None
+        samples = sum(len(stratum.totals) for stratum in strata)
+        return TaskScore.model_validate({**estimate(strata, self.seed), "samples": samples})
 
     def paired(self, name: str, rivals: Mapping[str, str]) -> dict[str, Pair]:
         """A system minus another one on the same rows, by column."""
@@ -248,6 +261,7 @@ def _system(system: SystemResult, numbers: _Numbers, rivals: Mapping[str, Mappin
         error=system.error if system.failed else None,
         loss=numbers.loss(system.name),
         tasks=tasks,
+        task_mean=numbers.task_mean(system.name),
         paired={rival: numbers.paired(system.name, columns) for rival, columns in rivals.items()},
         tokens_per_s=measurement.tokens_per_s,
         peak_memory_mb=measurement.peak_memory_mb,

@@ -77,6 +77,7 @@ class System(BaseModel):
         label: the system's name in tables and figures.
         kind_label: the name of its kind there, by default the kind itself.
         description: what a system of this kind is, in one sentence, for the glossary.
+        task_mean: plain mean of all benchmarks of the comparison. None: there are fewer than two, or it skips some.
     """
 
     label: str
@@ -87,6 +88,7 @@ class System(BaseModel):
     error: str | None = None
     loss: dict[str, Loss] | None = None
     tasks: dict[str, TaskScore] = {}
+    task_mean: TaskScore | None = None
     paired: dict[str, dict[str, Pair]] = {}
     tokens_per_s: Speed | None = None
     peak_memory_mb: int | float | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ultrafuser.compare.systems.alone import Base, Oracle, Specialist
+from ultrafuser.compare.systems.alone import Base, Model, Oracle, Specialist
 from ultrafuser.compare.systems.best_of import BestOf
 from ultrafuser.compare.systems.btx import Btx
 from ultrafuser.compare.systems.fused import Fused
@@ -15,5 +15,6 @@ from ultrafuser.compare.systems.tuned import Tuned
 from ultrafuser.typed_yaml import DiscriminatedBy
 
 SystemRecipe = Annotated[
-    Base | Specialist | Oracle | Static | Merge | Tuned | RouterSystem | BestOf | Btx | Fused, DiscriminatedBy("kind")
+    Base | Specialist | Model | Oracle | Static | Merge | Tuned | RouterSystem | BestOf | Btx | Fused,
+    DiscriminatedBy("kind"),
 ]

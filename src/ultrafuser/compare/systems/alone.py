@@ -1,4 +1,4 @@
-"""Models that answer alone: the base, and each specialist. And the oracle, a bound made of the specialists' numbers."""
+"""Models that answer alone: the base, each specialist, any other. And the oracle, made of the specialists' numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ultrafuser.compare.systems.node import SystemNode, check_specialist
+from ultrafuser.recipe import LocalPath, SpecialistRecipe
 
 if TYPE_CHECKING:
     from ultrafuser.compare.loaded import LoadedSystem
@@ -64,6 +65,39 @@ class Specialist(SystemNode):
         specialists = {specialist.name: specialist for specialist in workspace.settings.training().specialists}
         model = workspace.load_specialist(specialists[str(self.specialist)])
         return load_model(workspace, model, workspace.system_folder(self.id))
+
+
+class Model(SystemNode):
+    """A model from elsewhere, such as one adapter that was trained on the rows of all domains."""
+
+    kind_label: ClassVar[str] = "one model"
+    description: ClassVar[str] = "A model that was trained elsewhere, by itself."
+
+    kind: Literal["model"] = Field(description="A further model, which is no specialist of the recipe.")
+    model: LocalPath | None = Field(default=None, description="Checkpoint. null: the model below the adapters.")
+    adapter: LocalPath | None = Field(default=None, description="PEFT adapter on `model`.")
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Model:
+        if self.model is None and self.adapter is None:
+            raise ValueError("kind 'model' names no model. Set 'model', or an 'adapter' on the specialists' base")
+        return self
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path in (self.model, self.adapter) if path is not None]
+
+    def load(self, workspace: Workspace) -> LoadedSystem:
+        from ultrafuser.compare.loaded import load_model
+
+        first = workspace.settings.training().specialists[0]
+        if self.model is None:
+            model = workspace.base().model_copy(update={"name": self.id, "adapter": self.adapter})
+        else:
+            model = SpecialistRecipe(
+                name=self.id, model=self.model, adapter=self.adapter, chat_template=first.chat_template
+            )
+        return load_model(workspace, workspace.load_specialist(model), workspace.system_folder(self.id) / "features")
 
 
 class Oracle(SystemNode):

@@ -94,6 +94,11 @@ class SystemNode(Node):
         return SPECIALISTS
 
     @property
+    def paths(self) -> list[str]:
+        """Local files and folders, or hub ids, that change the result and are no part of the training recipe."""
+        return []
+
+    @property
     def predecessor(self) -> str | None:
         """The system from whose result this one starts."""
         return None
