@@ -91,6 +91,43 @@ def test_the_batch_does_not_matter(fused, batch_size):
     assert regrouped.generate_until(requests) == fused.generate_until(requests)
 
 
+@pytest.mark.parametrize("sliding", [False, True], ids=["full", "sliding"])
+def test_rows_leave_the_batch_when_their_answers_end(tokenizer, monkeypatch, sliding):
+    """By the end token or a stop string. The answers are those of each row alone."""
+    window = {"sliding_window": 8} if sliding else {}
+    models = [tiny("mistral", seed, vocab_size=VOCAB, max_position_embeddings=256, **window) for seed in (0, 1)]
+    model = fuse(models).double()  # no near-ties that a batch could decide
+    lm = FusionLM(model, Renderer(tokenizer, [BUILTIN["chatml"], BUILTIN["plain"]]), batch_size=8)
+    chats = [encode_chat([{"role": "user", "content": q}]) for q in [*QUESTIONS, "and then?", "x"]]
+    generate, sizes = type(lm.model).generate, []
+
+    def record(model: Any, **inputs: Any) -> torch.Tensor:
+        sizes.append(len(inputs["input_ids"]))
+        return generate(model, **inputs)
+
+    def answers(until: list[str], batch_size: int) -> list[str]:
+        lm.batch_size = batch_size
+        return lm.generate_until([instance("generate_until", c, {"until": until, "max_gen_toks": 60}) for c in chats])
+
+    free = answers([], 1)
+    tokens = [tokenizer.encode(text, add_special_tokens=False) for text in free]
+    firsts = {t: [ids.index(t) if t in ids else 60 for ids in tokens] for t in {t for ids in tokens for t in ids}}
+    # a token and a letter that come early in some answers and late in others
+    end = max(firsts, key=lambda token: sum(i < 16 for i in firsts[token]) * sum(i > 32 for i in firsts[token]))
+    usual_end = tokenizer.eos_token_id
+    lm.model.generation_config.eos_token_id = [usual_end, end]
+    alone = answers([], 1)
+    assert len({len(text) for text in alone}) > 1
+    monkeypatch.setattr(type(lm.model), "generate", record)
+    assert answers([], 8) == alone
+    assert sizes[0] == len(chats) and sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
+    lm.model.generation_config.eos_token_id = [usual_end]
+    stop = tokenizer.decode([end]).strip() or "e"
+    sizes.clear()
+    assert answers([stop], 8) == [text.split(stop)[0] for text in free]
+    assert sizes[-1] < sizes[0]
+
+
 @pytest.mark.parametrize("k", [0, 1])
 def test_a_one_hot_gate_is_that_specialist_with_its_own_template(tokenizer, k):
     """Of templates that agree on the blanks before an answer. Otherwise these count as prompt in the fused model alone."""

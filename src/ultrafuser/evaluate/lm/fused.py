@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from ultrafuser.data.collate import collate_rows, pad_prompts
 from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import CheckpointError, DataError
 from ultrafuser.evaluate.lm.chat import decode_chat, encode_chat
+from ultrafuser.model.cache import UltraFuserCache
 from ultrafuser.model.loss import select_responses
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 
 MAX_NEW_TOKENS = 512  # where a task does not say
+_STRIDE = 16  # tokens between two looks at which rows of a batch have ended
 
 
 class FusionLM(LM):
@@ -152,17 +154,60 @@ class FusionLM(LM):
     def _generate(self, batch: Sequence[_Generation]) -> list[str]:
         first = batch[0]
         inputs = pad_prompts([generation.prompts for generation in batch], self.renderer.pad_id, self.model.device)
-        width = inputs["input_ids"].shape[1]
         if first.options["do_sample"]:
             digest = hashlib.sha256(f"{self.seed} {self.draws}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:7], "big"))
             self.draws += 1
-        stops = stop_sequences_criteria(self.tokenizer, first.until, width, len(batch))
-        tokens = self.model.generate(
-            **inputs, **first.options, stopping_criteria=stops, pad_token_id=self.renderer.pad_id
-        )
-        texts = [self.renderer.answer_text(ids) for ids in tokens[:, width:].tolist()]
+        is_greedy = set(first.options) == {"max_new_tokens", "do_sample"} and not first.options["do_sample"]
+        cache = self.model.new_cache()
+        if is_greedy and cache.can_join:
+            answers = self._decode_greedily(inputs, cache, first)
+        else:
+            width = inputs["input_ids"].shape[1]
+            answers = self._continue(inputs, first, width)[:, width:].tolist()
+        texts = [self.renderer.answer_text(ids) for ids in answers]
         return [postprocess_generated_text(generation=text, stop=first.until, think_end_token=None) for text in texts]
+
+    def _decode_greedily(
+        self, inputs: dict[str, torch.Tensor], cache: UltraFuserCache, generation: _Generation
+    ) -> list[list[int]]:
+        """The tokens of each answer. Rows whose answers have ended leave the batch, so that nobody waits for the longest."""
+        width, left = inputs["input_ids"].shape[1], generation.options["max_new_tokens"]
+        rows = list(range(len(inputs["input_ids"])))
+        answers: list[list[int]] = [[] for _ in rows]
+        while rows:
+            options = generation.options | {"max_new_tokens": min(left, _STRIDE), "past_key_values": cache}
+            tokens = self._continue(inputs, replace(generation, options=options), width)
+            left -= tokens.shape[1] - inputs["input_ids"].shape[1]
+            for row, answer in zip(rows, tokens[:, width:].tolist(), strict=True):
+                answers[row] = answer
+            kept = [i for i, row in enumerate(rows) if left and not self._has_ended(answers[row], generation.until)]
+            index = torch.tensor(kept, device=tokens.device, dtype=torch.long)
+            rows = [rows[i] for i in kept]
+            inputs = {
+                key: tensor[index] for key, tensor in inputs.items()
+            }  # the prompts, behind which the answers stand
+            inputs["input_ids"] = tokens[index]
+            inputs["attention_mask"] = torch.nn.functional.pad(
+                inputs["attention_mask"], (0, tokens.shape[1] - inputs["attention_mask"].shape[1]), value=1
+            )
+            if rows and len(rows) < len(tokens):
+                cache.batch_select_indices(index)
+        return answers
+
+    def _continue(self, inputs: dict[str, torch.Tensor], generation: _Generation, width: int) -> torch.Tensor:
+        """The rows with their next tokens, up to a stop string after the first `width` tokens in all rows: (B, T)."""
+        stops = stop_sequences_criteria(self.tokenizer, generation.until, width, len(inputs["input_ids"]))
+        return self.model.generate(
+            **inputs, **generation.options, stopping_criteria=stops, pad_token_id=self.renderer.pad_id
+        )
+
+    def _has_ended(self, answer: list[int], until: Sequence[str]) -> bool:
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        if not set(ends).isdisjoint(answer):
+            return True
+        return any(stop in self.tokenizer.decode(answer) for stop in until)
 
     def _options(self, arguments: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
         """lm-eval's generation arguments as stop strings and arguments of `generate`."""

@@ -1,0 +1,187 @@
+"""Write the tables and the figure of the exams: docs/results/exams.md, README.md, docs/assets/exams.png.
+
+`ultrafuser compare recipes/compare/exams.yaml` wrote docs/results/exams/results.json. With --check, fail when a page or
+the figure is out of date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+from marked_page import refresh
+from ultrafuser.display.drawing import INK, PAPER, SMALL, TEXT, new_figure
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "results" / "exams.md"
+RESULTS = ROOT / "docs" / "results" / "exams" / "results.json"
+FIGURE = ROOT / "docs" / "assets" / "exams.png"
+START, END = "<!-- exams:start -->", "<!-- exams:end -->"
+BOUNDS = {"oracle"}  # no systems
+# The systems of the figure, as far as they are measured.
+SHOWN = ["base", "text", "code", "math", "weight-average", "ties", "router", "all-r16", "btx", "fused"]
+AGAINST = {
+    "best_specialist": "the best specialist there",
+    "router": "the router",
+    "main": "the fused model",
+    "versus": "another system",
+}
+
+
+def exams(results: dict) -> list[str]:
+    return [task.removeprefix("exam_") for task in results["tasks"]]
+
+
+def scores(results: dict, system: dict) -> list[dict | None]:
+    """By exam, then the mean."""
+    return [*(system["tasks"].get(task) for task in results["tasks"]), system["task_mean"]]
+
+
+def accuracy(results: dict) -> str:
+    """Accuracy of every system by exam, with intervals. The best system of each column is bold."""
+    systems = {name: system for name, system in results["systems"].items() if system["tasks"]}
+    fair = [scores(results, system) for system in systems.values() if system["kind"] not in BOUNDS]
+    best = [max((score["value"] for score in column if score), default=None) for column in zip(*fair, strict=True)]
+    lines = [f"| right answers, % | {' | '.join(exams(results))} | mean |", "|---|" + "---:|" * (len(best))]
+    for name, system in systems.items():
+        is_bound = system["kind"] in BOUNDS
+        cells = [
+            _share(score, bold=not is_bound and score["value"] == top) if score else "–"
+            for score, top in zip(scores(results, system), best, strict=True)
+        ]
+        label = f"**{system['label']}**" if name == results["main"] else system["label"]
+        lines.append(f"| {label}{' (not a system)' if is_bound else ''} | {' | '.join(cells)} |")
+    samples = next(iter(systems.values()))["tasks"]
+    counts = ", ".join(f"{samples[task]['samples']} of {task.removeprefix('exam_')}" for task in results["tasks"])
+    note = f"Questions: {counts}, the same for every system, seed 0. Parentheses hold 95% intervals: Wilson's, and a bootstrap for the mean."
+    return "\n".join([*lines, "", note])
+
+
+def _share(score: dict, bold: bool = False) -> str:
+    low, high = score["ci95"]
+    value = f"{100 * score['value']:.1f}"
+    return f"{f'**{value}**' if bold else value} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def differences(results: dict) -> str:
+    """Paired differences on the same questions, in points."""
+    columns, systems = [*(f"task/{task}" for task in results["tasks"]), "task/mean"], results["systems"]
+    lines = [f"| system | minus | {' | '.join(exams(results))} | mean |", "|---|---|" + "---:|" * len(columns)]
+    for name, system in systems.items():
+        for baseline, label in AGAINST.items():
+            is_ours = system["kind"] == "fused" or (name == "router" and baseline == "best_specialist")
+            pairs = system["paired"].get(baseline, {})
+            if not any(column in pairs for column in columns) or not (is_ours or baseline == "main"):
+                continue
+            if baseline == "versus":
+                label = systems[next(iter(pairs.values()))["versus"]]["label"]
+            cells = [_difference(pairs[column]) if column in pairs else "" for column in columns]
+            lines.append(f"| {system['label']} | {label} | {' | '.join(cells)} |")
+    note = "Paired differences in points on the same questions, with 95% intervals. Above zero the system is better. Intervals that exclude zero are bold."
+    return "\n".join([*lines, "", note])
+
+
+def _difference(pair: dict) -> str:
+    low, high = (100 * bound for bound in pair["ci95"])
+    text = f"{100 * pair['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def losses(results: dict) -> str:
+    """Nats per response token on other test rows of the same exams, parameters and speed."""
+    systems = {name: system for name, system in results["systems"].items() if system["loss"]}
+    columns = [*results["domains"], "mean"]
+    lines = [
+        f"| nats per response token | {' | '.join(columns)} | tokens/s | active, M | trained |",
+        "|---|" + "---:|" * (len(columns) + 3),
+    ]
+    for system in systems.values():
+        cells = [f"{system['loss'][column]['nll']:.4f}" for column in columns]
+        speed = f"{system['tokens_per_s']['median']:.1f}" if system["tokens_per_s"] else ""
+        size = system["parameters"]
+        active, trained = (f"{size['active'] / 1e6:.0f}", f"{size['trained']:,}") if size else ("", "")
+        lines.append(f"| {system['label']} | {' | '.join(cells)} | {speed} | {active} | {trained} |")
+    return "\n".join(lines)
+
+
+def gate(results: dict) -> str:
+    """Mean weights of the fused model's gate by exam."""
+    weights = results["gate_weights"][results["main"]]
+    names = list(next(iter(weights.values())))
+    lines = [f"| mean gate weight | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    lines += [f"| {exam} | {' | '.join(f'{shares[n]:.3f}' for n in names)} |" for exam, shares in weights.items()]
+    return "\n".join(lines)
+
+
+def summary(results: dict) -> str:
+    """The README's table: the systems of the figure, without intervals."""
+    systems = {name: results["systems"][name] for name in SHOWN if name in results["systems"]}
+    lines = [
+        f"| right answers, % | {' | '.join(exams(results))} | mean |",
+        "|---|" + "---:|" * (len(results["tasks"]) + 1),
+    ]
+    for name, system in systems.items():
+        if system["tasks"]:
+            values = [f"{100 * score['value']:.0f}" if score else "–" for score in scores(results, system)]
+            if name == results["main"]:
+                values = [f"**{value}**" for value in values]
+            label = f"**{system['label']}**" if name == results["main"] else system["label"]
+            lines.append(f"| {label} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def draw(results: dict) -> None:
+    """Systems as rows, exams as columns, accuracy as colour and as a number."""
+    systems = {name: results["systems"][name] for name in SHOWN if name in results["systems"]}
+    systems = {name: system for name, system in systems.items() if system["tasks"]}
+    columns = [*exams(results), "mean"]
+    values = [[score["value"] if score else 0.0 for score in scores(results, system)] for system in systems.values()]
+    figure = new_figure(7.2, 0.36 * len(systems) + 0.7)
+    axes = figure.subplots()
+    axes.imshow(values, cmap="Greens", vmin=0, vmax=1, aspect="auto", interpolation="none")
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            shade = PAPER if value > 0.55 else INK
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", size=TEXT, color=shade)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(systems)), [system["label"] for system in systems.values()])
+    axes.tick_params(
+        length=0, labelsize=TEXT, labelcolor=INK, top=False, bottom=False, labeltop=True, labelbottom=False
+    )
+    for name, label in zip(systems, axes.get_yticklabels(), strict=True):
+        if name == results["main"]:
+            label.set_fontweight("bold")
+    for line in range(1, len(systems)):
+        axes.axhline(line - 0.5, color=PAPER, linewidth=2)
+    for line in range(1, len(columns)):
+        axes.axvline(line - 0.5, color=PAPER, linewidth=6 if line == len(columns) - 1 else 2)
+    axes.spines[:].set_visible(False)
+    samples = next(iter(systems.values()))["tasks"][next(iter(results["tasks"]))]["samples"]
+    axes.set_xlabel(f"right answers of 100 ({samples} questions each)", size=SMALL, color=INK)
+    figure.savefig(FIGURE, dpi=130, metadata={"Results": digest()})
+
+
+def digest() -> str:
+    """What ties the figure to the results."""
+    return hashlib.sha256(RESULTS.read_bytes()).hexdigest()[:16]
+
+
+def main() -> None:
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if "--check" not in sys.argv:
+        draw(results)
+    with Image.open(FIGURE) as image:
+        assert isinstance(image, PngImagePlugin.PngImageFile)
+        if image.info.get("Results") != digest():
+            sys.exit(f"{FIGURE}: not drawn from {RESULTS}. Run: python scripts/exams_page.py")
+    tables = [accuracy(results), differences(results), losses(results), gate(results)]
+    refresh(PAGE, START, END, "\n\n".join(tables), "exams_page")
+    refresh(ROOT / "README.md", START, END, summary(results), "exams_page")
+
+
+if __name__ == "__main__":
+    main()
