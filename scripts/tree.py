@@ -35,6 +35,8 @@ DATA_FILES = {
     "zoo/adapters/": "LoRA adapters for text, code and math, with their model cards",
     "zoo/data/": "Hand-made conversations: training and test rows of four domains",
     "zoo/demo.yaml": "Recipe of the demo",
+    "zoo/exams/adapters/": "LoRA adapters that were trained for the exams, with their model cards",
+    "zoo/exams/data/": "Exam rows for a gate, and rows on which its loss is measured",
 }
 FOLDERS = {
     "recipes": "Recipes for training, comparison, synthesis and the zoo's specialists",

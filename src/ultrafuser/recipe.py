@@ -168,17 +168,13 @@ LearningRate = Annotated[PositiveFloat, Field(description="Peak learning rate.")
 
 
 class _Stage(Node):
-    """The fields of both training stages. A bare string is the name of a stage."""
+    """The fields of all training stages. A bare string is the name of a stage."""
 
     shorthand: ClassVar[str | None] = "name"
 
     name: str
     steps: Steps
     samples_per_domain: SamplesPerDomain
-    rows_per_device: PositiveInt | None = Field(
-        default=8,
-        description="Rows of one forward pass on a device. Gradients are accumulated over the global batch. null: the whole batch.",
-    )
     lr: LearningRate
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="Decay of the learning rate."
@@ -188,7 +184,16 @@ class _Stage(Node):
     max_grad_norm: NonNegativeFloat = Field(default=1.0, description="Clip gradients to this norm. 0: never.")
 
 
-class GateStage(_Stage):
+class _RowStage(_Stage):
+    """A stage that trains on rows."""
+
+    rows_per_device: PositiveInt | None = Field(
+        default=8,
+        description="Rows of one forward pass on a device. Gradients are accumulated over the global batch. null: the whole batch.",
+    )
+
+
+class GateStage(_RowStage):
     """Stage 1: the gate learns, and the specialists are frozen."""
 
     name: Literal["gate"] = Field(description="Train the gate alone.")
@@ -208,7 +213,7 @@ class GateStage(_Stage):
         return False
 
 
-class JointStage(_Stage):
+class JointStage(_RowStage):
     """Stage 2: the gate and the specialists learn together."""
 
     name: Literal["joint"] = Field(description="Train the gate and the specialists.")
@@ -229,7 +234,31 @@ class JointStage(_Stage):
         return self.specialists == "full"
 
 
-StageRecipe = Annotated[GateStage | JointStage, DiscriminatedBy("name")]
+class OutcomeStage(_Stage):
+    """Stage 1b: the gate learns from which answers are right, and the specialists are frozen."""
+
+    name: Literal["outcome"] = Field(description="Train the gate by right and wrong answers.")
+    steps: Steps = 20
+    samples_per_domain: SamplesPerDomain = 16
+    lr: LearningRate = 3e-4
+    questions: str = Field(
+        default="ultrafuser.zoo.exams.training:questions",
+        description="Function that gives prompts and their checks by domain, as MODULE:FUNCTION. It is called with the seed.",
+    )
+    answers: int = Field(default=4, ge=2, description="Answers to sample to each question.")
+    updates: PositiveInt = Field(default=4, description="Updates of the gate on the answers of one step.")
+    clip: PositiveFloat = Field(
+        default=0.2, description="An update does not move a token's probability further than by this share."
+    )
+    max_new_tokens: PositiveInt = Field(default=160, description="Maximum length of an answer in tokens.")
+
+    @property
+    def trains_all_weights(self) -> bool:
+        """False: the specialists are frozen."""
+        return False
+
+
+StageRecipe = Annotated[GateStage | JointStage | OutcomeStage, DiscriminatedBy("name")]
 
 
 class Recipe(Node):

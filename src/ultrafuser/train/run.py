@@ -99,7 +99,7 @@ def _train(recipe: Recipe, features: Path | None, progress: Progress) -> Path:
     truncate_metrics(output / METRICS_FILE)
     for index, stage in enumerate(recipe.stages, 1):
         stage_folder = output / f"{index}-{stage.name}"
-        run_stage(StageRun(model, stage, recipe, rows, validation, stage_folder, features, progress))
+        run_stage(StageRun(model, stage, recipe, rows, validation, stage_folder, features, progress, renderer=renderer))
     with progress.waiting("writing the fused folder"):
         folder = save_fused_folder(model, tokenizer, recipe, output)
     if PartialState().is_main_process:

@@ -1,6 +1,6 @@
-"""The two stages: the gate alone over frozen specialists, then the gate and the specialists together.
+"""The stages: the gate alone over frozen specialists, then the gate and the specialists together.
 
-Source: algorithm 1 and appendix B of arXiv 2403.08281.
+Source: algorithm 1 and appendix B of arXiv 2403.08281. Stage 1b, which trains the gate by right answers, is in `outcome`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.files import atomic_file, write_json
-from ultrafuser.data.templates import Rendered
+from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.quantized import is_quantized
 from ultrafuser.progress import Progress
-from ultrafuser.recipe import JointStage, Recipe, StageRecipe
+from ultrafuser.recipe import GateStage, JointStage, OutcomeStage, Recipe, StageRecipe
 from ultrafuser.train.calibrate import TEMPERATURES, calibrate
 from ultrafuser.train.checkpoints import last_checkpoint
 from ultrafuser.train.features import FeatureStore, estimate_size_bytes
 from ultrafuser.train.metrics import METRICS_FILE, truncate_metrics
+from ultrafuser.train.outcome import finished_steps, train_outcome
 from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, save_trainable
 
 FINISHED, MEASURED = "finished.safetensors", "temperatures.json"
@@ -45,6 +46,7 @@ class StageRun:
         folder: of this stage. Checkpoints in it are resumed, and the metrics are beside it.
         features: folder of the feature cache, by default beside the stage's.
         trainer: a subclass may add a term to the loss.
+        renderer: of the questions of a stage 'outcome', which no other stage needs.
     """
 
     model: UltraFuserForCausalLM
@@ -56,6 +58,7 @@ class StageRun:
     features: Path | None = None
     progress: Progress = field(default_factory=Progress)
     trainer: type[FusionTrainer] = FusionTrainer
+    renderer: Renderer | None = None
 
     @property
     def metrics_file(self) -> Path:
@@ -72,11 +75,13 @@ def run_stage(run: StageRun) -> None:
         prepare_joint(model, stage)
     else:
         prepare_gate(model)
-        if stage.calibrate:
+        if isinstance(stage, GateStage) and stage.calibrate:
             _set_temperatures(run)
     if (run.folder / FINISHED).is_file():
         model.load_state_dict(load_file(run.folder / FINISHED), strict=False)
         run.progress.log(f"stage {stage.name}: finished before")
+    elif isinstance(stage, OutcomeStage):
+        _train_by_outcomes(run, stage)
     else:
         args = _arguments(run, autocast=stage.trains_all_weights and torch.bfloat16 in dtypes)
         train_rows, validation_rows = _training_rows(run, args)
@@ -86,9 +91,30 @@ def run_stage(run: StageRun) -> None:
             group.to(dtype)
 
 
+def _train_by_outcomes(run: StageRun, stage: OutcomeStage) -> None:
+    """Train the gate by right answers from the last finished step, and write its weights."""
+    assert run.renderer is not None
+    run.model.to(_arguments(run, autocast=False).device)
+    checkpoint = run.folder / "step.pt"
+    truncate_metrics(run.metrics_file, finished_steps(checkpoint), stage.name)
+    train_outcome(
+        run.model,
+        run.renderer,
+        stage,
+        seed=run.recipe.seed,
+        checkpoint=checkpoint,
+        metrics_file=run.metrics_file,
+        progress=run.progress,
+    )
+    with atomic_file(run.folder / FINISHED, force=True) as draft:
+        save_trainable(run.model, draft, None)
+    checkpoint.unlink()
+
+
 def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, validation_rows: Rows) -> None:
     """Train from the last checkpoint, if there is one, and write the trained weights."""
     stage, recipe = run.stage, run.recipe
+    assert not isinstance(stage, OutcomeStage)
     sampler = BalancedBatchSampler(
         [row.domain for row in run.rows],
         stage.samples_per_domain,

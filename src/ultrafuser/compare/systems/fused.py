@@ -23,7 +23,7 @@ class Fused(TrainedSystem):
     mixing: Literal["logits", "probabilities"] | None = Field(
         default=None, description="What is mixed. null: as in the training recipe."
     )
-    stages: list[Literal["gate", "joint"]] | None = Field(
+    stages: list[Literal["gate", "joint", "outcome"]] | None = Field(
         default=None, description="Which of the training recipe's stages to run. null: all of them."
     )
     after: Identifier | None = Field(

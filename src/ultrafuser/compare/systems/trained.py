@@ -38,7 +38,7 @@ class TrainedSystem(SystemNode):
 
     def has_frozen_specialists(self, settings: CompareSettings) -> bool:
         """Whether the specialists stay as they are, so that all such systems share their states on the test rows."""
-        return all(stage.name == "gate" for stage in self.training(settings).stages)
+        return all(stage.name != "joint" for stage in self.training(settings).stages)
 
     def training(self, settings: CompareSettings) -> Recipe:
         recipe = settings.training([*self.overrides, *self.set])
@@ -90,7 +90,7 @@ class TrainedSystem(SystemNode):
         assert model is not None  # no endpoint
         gate_size = sum(p.numel() for p in model.gate.parameters()) if len(model.config.names) > 1 else 0
         stage = recipe.stages[-1]
-        if stage.name == "gate":
+        if stage.name != "joint":
             return gate_size
         return gate_size + sum(
             parameter.numel()
