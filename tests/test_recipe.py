@@ -510,7 +510,7 @@ def test_every_field_is_described(recipe_docs):
         assert kind and default and "|" not in kind, path
         assert description[-1] == "." and len(description) > 10, path
     table = {path: (kind, default) for path, kind, default, _ in fields}
-    assert table["stages[].lr"] == ("number > 0", "gate: 0.001, joint: 2e-05")
+    assert table["stages[].lr"] == ("number > 0", "gate: 0.001, joint: 2e-05, outcome: 0.0003")
     assert table["specialists[].domain"] == ("text", "its name")
     assert table["specialists[].model"] == ("text", "required")
     assert table["cache_features"] == ("auto or true or false", "auto")
