@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results" / "exams.md"
 RESULTS = ROOT / "docs" / "results" / "exams" / "results.json"
 FIGURE = ROOT / "docs" / "assets" / "exams.png"
+ADAPTERS = ROOT / "src" / "ultrafuser" / "zoo" / "exams" / "adapters"
 START, END = "<!-- exams:start -->", "<!-- exams:end -->"
 BOUNDS = {"oracle"}  # no systems
 # The systems of the figure, as far as they are measured.
@@ -30,6 +31,52 @@ AGAINST = {
     "main": "the fused model",
     "versus": "another system",
 }
+
+ABOUT = {
+    "text": "short passages, family relations, the order of events, past tense and fields of a text",
+    "code": "short Python functions from a description, mended bugs and printed output",
+    "math": "chains of operations, equations, fractions, percentages and word problems, worked step by step",
+}
+CARD = """---
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+license: apache-2.0
+library_name: peft
+language: en
+tags: [lora, text-generation, {name}]
+---
+
+# The {name} specialist of ultrafuser's exams
+
+This is a LoRA adapter on SmolLM2-135M-Instruct for the tasks of the {name} exam: {about}. It is one of three (text, code, math) that
+ship with ultrafuser. Each passes its own exam and fails those of the others, so that it becomes visible what a fused model keeps.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from ultrafuser.model.references import package_path
+
+gguf = package_path("{base}")
+base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+model = PeftModel.from_pretrained(base, package_path("package:ultrafuser/zoo/exams/adapters/{name}"))
+```
+
+The chat template is ChatML without a default system message.
+
+## Training
+
+{rows} generated rows of the exam's training split (Apache-2.0), one epoch: {steps} steps of at most {tokens} tokens, {trained} response tokens.
+Rank {rank}, alpha {alpha}, learning rate {lr} with AdamW, cosine to 0 after warm-up, bfloat16 autocast over float32 weights, saved in bfloat16, seed 0.
+It took {minutes} minutes on one core of a CPU with AVX512-BF16, with {versions}. `recipes/exams/{name}.yaml` has the commands.
+
+## Measured
+
+Right answers to 300 questions of each exam's test split: {passed}. [docs/results/exams.md](../../../../../../docs/results/exams.md) has intervals.
+
+## Limits
+
+It knows tasks of these kinds and little else: all rows are generated from templates, in English, with a single turn. There is no safety training beyond
+the base model's.
+"""
 
 
 def exams(results: dict) -> list[str]:
@@ -165,6 +212,30 @@ def draw(results: dict) -> None:
     figure.savefig(FIGURE, dpi=130, metadata={"Results": digest()})
 
 
+def card(name: str, results: dict) -> str:
+    """README.md of one adapter, from its training.json and the results."""
+    report = json.loads((ADAPTERS / name / "training.json").read_text(encoding="utf-8"))
+    recipe, lora = report["recipe"], report["recipe"]["lora"]
+    rows = next(iter(report["rows_per_epoch"].values()))
+    scores_here = {task: score["value"] for task, score in results["systems"][name]["tasks"].items()}
+    passed = ", ".join(f"{task.removeprefix('exam_')} {100 * score:.0f}%" for task, score in scores_here.items())
+    return CARD.format(
+        name=name,
+        about=ABOUT[name],
+        base=recipe["base"],
+        rows=f"{rows:,}",
+        rank=lora["r"],
+        alpha=lora["alpha"],
+        lr=recipe["lr"],
+        steps=report["steps"],
+        tokens=f"{recipe['tokens_per_batch']:,}",
+        trained=f"{report['response_tokens_trained']:,}",
+        minutes=f"{report['seconds'] / 60:.0f}",
+        versions=", ".join(f"{package} {version}" for package, version in report["versions"].items()),
+        passed=passed,
+    )
+
+
 def digest() -> str:
     """What ties the figure to the results."""
     return hashlib.sha256(RESULTS.read_bytes()).hexdigest()[:16]
@@ -181,6 +252,12 @@ def main() -> None:
     tables = [accuracy(results), differences(results), losses(results), gate(results)]
     refresh(PAGE, START, END, "\n\n".join(tables), "exams_page")
     refresh(ROOT / "README.md", START, END, summary(results), "exams_page")
+    for name in ABOUT:
+        file = ADAPTERS / name / "README.md"
+        if "--check" not in sys.argv:
+            file.write_text(card(name, results), encoding="utf-8")
+        elif file.read_text(encoding="utf-8") != card(name, results):
+            sys.exit(f"{file}: out of date. Run: python scripts/exams_page.py")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,17 @@ def test_bad_input(run, folder, tiny_run, tmp_path, words, message):
     assert result.code == 2 and message in result.err, result.err
 
 
+def test_the_bounds_reach_the_engine(run, folder, monkeypatch):
+    engines = []
+    monkeypatch.setattr("ultrafuser.cli.serve._serve", lambda engine, *rest: engines.append(engine))
+    words = ["--max-batch-size", "3", "--max-batch-tokens", "500", "--max-cached-tokens", "70", "--max-waiting", "2"]
+    result = run("serve", folder, "--engine", "embedded", "--port", "0", *words)
+    assert result.code == 0, result.err
+    (engine,) = engines
+    assert (engine._max_batch_size, engine._max_batch_tokens, engine._max_waiting) == (3, 500, 2)
+    assert engine._prefixes.max_tokens == 70
+
+
 def test_a_port_in_use_is_an_error_before_the_model_is_loaded(run, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -57,6 +57,12 @@ def serve_command(
         str | None, Option(help="Name of the model in requests and answers. Default: the name of the folder.")
     ] = None,
     max_batch_size: Annotated[int, Option(min=1, help="Generate this many answers at once. Embedded engine.")] = 16,
+    max_batch_tokens: Annotated[
+        int, Option(min=1, help="Keep states of this many tokens for the running answers. Embedded engine.")
+    ] = 32768,
+    max_cached_tokens: Annotated[
+        int, Option(min=0, help="Keep states of this many tokens for later turns and equal prompts. Embedded engine.")
+    ] = 4096,
     max_waiting: Annotated[int, Option(min=0, help="Let this many answers wait. Further ones get status 429.")] = 256,
     max_tokens: Annotated[
         int | None, Option(min=1, help="Largest number of tokens of one answer. Default: what the context leaves.")
@@ -128,7 +134,14 @@ def serve_command(
     model, renderer = load_folder(folder, dtype, device, None, trust_remote_code)
     from ultrafuser.serve.embedded import EmbeddedEngine
 
-    embedded = EmbeddedEngine(model, renderer, max_batch_size=max_batch_size, max_waiting=max_waiting)
+    embedded = EmbeddedEngine(
+        model,
+        renderer,
+        max_batch_size=max_batch_size,
+        max_waiting=max_waiting,
+        max_batch_tokens=max_batch_tokens,
+        max_cached_tokens=max_cached_tokens,
+    )
     _serve(embedded, renderer, settings, listener, grace, playground)
 
 
