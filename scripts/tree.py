@@ -36,6 +36,7 @@ DATA_FILES = {
     "zoo/data/": "Hand-made conversations: training and test rows of four domains",
     "zoo/demo.yaml": "Recipe of the demo",
     "zoo/exams/adapters/": "LoRA adapters that were trained for the exams, with their model cards",
+    "zoo/exams/fuse.yaml": "Recipe of the fused model for the exams",
     "zoo/exams/data/": "Exam rows for a gate, and rows on which its loss is measured",
 }
 FOLDERS = {

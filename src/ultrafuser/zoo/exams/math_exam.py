@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
+from itertools import accumulate, pairwise
 from math import gcd, lcm
 from random import Random
 from typing import Any
@@ -220,16 +221,21 @@ def _fractions(random: Random, split: Split) -> Question | None:
     operation, first, second = random.choice("+-*"), random.choice(_FRACTIONS), random.choice(_FRACTIONS)
     (a, b), (c, d) = first, second
     structure = f"{operation} of " + " and ".join(f"{n}/{m}" for n, m in sorted((first, second)))
-    if lcm(b, d) > 40 or (operation == "-" and a * d <= c * b) or split_of(structure) != split:
+    if lcm(b, d) > 24 or (operation == "-" and a * d <= c * b) or split_of(structure) != split:
         return None
     if operation == "*":
         (line, top), (other, bottom) = _step("*", a, c), _step("*", b, d)
         steps = [line, other]
     else:
         bottom = lcm(b, d)
-        left, right = a * bottom // b, c * bottom // d
-        line, top = _step(operation, left, right)
-        steps = [f"Common: {bottom}", f"{a}/{b} = {left}/{bottom}", f"{c}/{d} = {right}/{bottom}", line]
+        steps, tops = [f"Common: {bottom}"], list[int]()
+        for numerator, denominator in (first, second):
+            line, factor = _step("/", bottom, denominator)
+            other, scaled = _step("*", numerator, factor)
+            steps += [line, other]
+            tops.append(scaled)
+        line, top = _step(operation, tops[0], tops[1])
+        steps.append(line)
     divisor = gcd(top, bottom)
     steps.append(f"Divisor: {divisor}")
     if divisor > 1:
@@ -400,18 +406,18 @@ def _sequence(random: Random, split: Split) -> Question | None:
     elif kind == "alternating":  # up, then up or down
         first, growth = random.randint(1, 9), sign * random.randint(1, 9)
     else:
-        first, growth = sign * random.randint(1, 9), sign * random.randint(1, 5)
+        first, growth = random.randint(1, 9), random.randint(1, 4)
     structure = f"{kind} {first}, {growth}"
     if split_of(structure) != split or (kind == "alternating" and first == growth):
         return None
     differences = [first, growth] * 2 + [first] if kind == "alternating" else [first + growth * i for i in range(5)]
-    terms, steps = [random.randint(1, 90)], []
-    for difference in differences:
-        line, term = _step("+" if difference > 0 else "-", terms[-1], abs(difference))
-        terms.append(term)
-        steps.append(line)
+    terms = list(accumulate(differences, initial=random.randint(1, 90)))
     if min(terms) < 0 or max(terms) > _LIMIT:
         return None
+    steps = [_step("-", after, before)[0] for before, after in pairwise(terms[:-1])]
+    if kind == "growing":
+        steps.append(_step("+", differences[-2], growth)[0])
+    steps.append(_step("+" if differences[-1] > 0 else "-", terms[-2], abs(differences[-1]))[0])
     task = random.choice(_TASKS["sequence"]).format(e=", ".join(map(str, terms[:-1])))
     key = {"terms": terms[:-1], "alternating": kind == "alternating"}
     return _question("sequence", structure, random, task, steps, terms[-1], key)

@@ -26,14 +26,30 @@ _ENDINGS = (
     "Write `Answer: X` and nothing else.",
     "Your reply must be a single line `Answer: X`.",
 )
-_LETTERS = "ABCD"
+_ENDINGS_WITH_STEPS = (
+    "Show the steps, then give one line `Answer: X`.",
+    "Think in short lines and end with `Answer: X`.",
+    "First the steps, then a last line `Answer: X`.",
+    "Write each step on a line. The last line is `Answer: X`.",
+    "Go step by step and finish with the line `Answer: X`.",
+)
+_LETTERS = "ABC"
 
 
 def _question(
-    random: Random, family: str, structure: str, tasks: Sequence[str], answer: str, *, text: str = "", ask: str = ""
+    random: Random,
+    family: str,
+    structure: str,
+    tasks: Sequence[str],
+    answer: str,
+    *,
+    text: str = "",
+    ask: str = "",
+    steps: Sequence[str] = (),
 ) -> Question:
     task = random.choice(tasks).format(text=text, ask=ask)
-    return Question(family, structure, f"{task} {random.choice(_ENDINGS)}", f"Answer: {answer}", {"answer": answer})
+    ending = random.choice(_ENDINGS_WITH_STEPS if steps else _ENDINGS)
+    return Question(family, structure, f"{task} {ending}", "\n".join([*steps, f"Answer: {answer}"]), {"answer": answer})
 
 
 # ---------------------------------------------------------------- find a fact
@@ -107,39 +123,42 @@ def _family_tree(random: Random, split: Split) -> Question | None:
         "Which relative is {ask}? {text} One word.",
         "{text} Say in one word what {ask} is in the family.",
     )
-    ask = f"{a} to {c}"
-    return _question(random, "family-tree", structure, tasks, relations[sexes[0]], text=" ".join(facts), ask=ask)
+    ask, step = f"{a} to {c}", f"{a} is the {structure} of {c}."
+    answer = relations[sexes[0]]
+    return _question(random, "family-tree", structure, tasks, answer, text=" ".join(facts), ask=ask, steps=[step])
 
 
 # ---------------------------------------------------------------- order sentences
 
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-_ORDINALS = ("First", "Second", "Third", "Fourth")
+_ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh")
 
 
 def _sentence_order(random: Random, split: Split) -> Question | None:
-    marks, order = random.choice(("days", "hours", "ordinals", "years")), random.sample(range(4), 4)
-    structure = f"{marks} {order}"
+    marks, order = random.choice(("days", "hours", "ordinals", "years")), random.sample(range(3), 3)
+    times = {
+        "days": [_DAYS[i] for i in sorted(random.sample(range(7), 3))],
+        "hours": [f"{hour} o'clock" for hour in sorted(random.sample(range(1, 13), 3))],
+        "ordinals": [_ORDINALS[i] for i in sorted(random.sample(range(7), 3))],
+        "years": [str(year) for year in sorted(random.sample(range(1950, 2020), 3))],
+    }[marks]
+    structure = ", ".join(times)
     if split_of(structure) != split:
         return None
-    times = {
-        "days": [f"On {_DAYS[i]}" for i in sorted(random.sample(range(7), 4))],
-        "hours": [f"At {hour} o'clock" for hour in sorted(random.sample(range(1, 13), 4))],
-        "ordinals": list(_ORDINALS),
-        "years": [f"In {year}" for year in sorted(random.sample(range(1950, 2020), 4))],
-    }[marks]
-    name, verbs = random.choice(NAMES[split]), random.sample(VERBS, 4)
-    sentences = [f"{time}, {name} {verb[2]} {verb[3]}." for time, verb in zip(times, verbs, strict=True)]
+    preposition = {"days": "On ", "hours": "At ", "ordinals": "", "years": "In "}[marks]
+    name, verbs = random.choice(NAMES[split]), random.sample(VERBS, 3)
+    sentences = [f"{preposition}{time}, {name} {verb[2]} {verb[3]}." for time, verb in zip(times, verbs, strict=True)]
     text = " ".join(f"{_LETTERS[i]}: {sentences[rank]}" for i, rank in enumerate(order))
-    answer = ", ".join(_LETTERS[order.index(rank)] for rank in range(4))
+    letters = [_LETTERS[order.index(rank)] for rank in range(3)]
     tasks = (
         "Put the sentences in the order of time. {text} Give the letters with commas.",
-        "In which order did this happen? {text} Write the four letters, parted by commas.",
+        "In which order did this happen? {text} Write the three letters, parted by commas.",
         "{text} Order these events from the earliest to the latest, as letters with commas.",
         "Sort by time: {text} List the letters with commas.",
         "These sentences are mixed up. {text} Give the letters in the right order, with commas.",
     )
-    return _question(random, "sentence-order", structure, tasks, answer, text=text)
+    steps = [f"{letter}: {time}" for letter, time in zip(letters, times, strict=True)]
+    return _question(random, "sentence-order", structure, tasks, ", ".join(letters), text=text, steps=steps)
 
 
 # ---------------------------------------------------------------- follows or contradicts
@@ -162,9 +181,14 @@ _LOGIC = (
 )
 
 
+_FOLLOWS = ("follows from", "is proved by", "must be true by", "is implied by")
+_CONTRADICTS = ("contradicts", "is ruled out by", "cannot be true by", "is excluded by")
+
+
 def _inference(random: Random, split: Split) -> Question | None:
     index, follows, position = random.randrange(len(_LOGIC)), random.random() < 0.5, random.randrange(3)
-    structure = f"form {index}, {'follows' if follows else 'contradicts'}, at {position}"
+    verb = random.choice(_FOLLOWS if follows else _CONTRADICTS)
+    structure = f"form {index}, {verb}"
     if split_of(structure) != split:
         return None
     n, m = random.sample(NAMES[split], 2)
@@ -175,9 +199,6 @@ def _inference(random: Random, split: Split) -> Question | None:
     random.shuffle(rest)
     rest.insert(position, following if follows else contradiction)
     text = f"{statement} " + " ".join(f"({i}) {sentence}" for i, sentence in enumerate(rest, 1))
-    verb = random.choice(
-        ("follows from" if follows else "contradicts", "is proved by" if follows else "is ruled out by")
-    )
     tasks = (
         "Statement: {text} Which numbered sentence {ask} the statement? Give its number.",
         "{text} Which of the three numbered sentences {ask} the first sentence? Give the number.",
@@ -185,7 +206,8 @@ def _inference(random: Random, split: Split) -> Question | None:
         "Which sentence, by number, {ask} the statement? The statement and the sentences: {text}",
         "Think about this: {text} One numbered sentence {ask} the statement. Which number?",
     )
-    return _question(random, "inference", structure, tasks, str(position + 1), text=text, ask=verb)
+    steps = [rest[position]]
+    return _question(random, "inference", structure, tasks, str(position + 1), text=text, ask=verb, steps=steps)
 
 
 # ---------------------------------------------------------------- past tense
@@ -260,7 +282,7 @@ def _extract_field(random: Random, split: Split) -> Question | None:
 
 
 def _sort_words(random: Random, split: Split) -> Question | None:
-    words = random.sample(SORTED_WORDS, 4 if split == "train" else random.choice((4, 4, 5)))
+    words = random.sample(SORTED_WORDS, random.choice((3, 4)))
     structure = " ".join(sorted(words))
     if split_of(structure) != split:
         return None
