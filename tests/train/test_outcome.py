@@ -30,6 +30,14 @@ def vowels(seed: int) -> dict[str, Graded]:
     return {name: graded(lambda answer: sum(c in "aeiou" for c in answer) / 50) for name in ("text", "code")}
 
 
+def no_mapping(seed: int) -> list:
+    return []
+
+
+def not_numbers(seed: int) -> dict[str, Graded]:
+    return {"text": graded(lambda answer: float("nan"))}
+
+
 def few(seed: int) -> dict[str, Graded]:
     return {"text": itertools.islice(graded(lambda answer: 1.0), 3)}
 
@@ -168,6 +176,7 @@ def test_an_interrupted_run_gives_the_same_gate(tiny_run, tmp_path):
     [
         ("nowhere_at_all:questions", "No module named 'nowhere_at_all'"),
         (f"{__name__}:nothing", "has no attribute 'nothing'"),
+        (f"{__name__}:no_mapping", r"returned list \[\], expected an iterator of prompts and checks for each domain"),
         ("no_function", "Name a function as MODULE:FUNCTION that takes a seed"),
     ],
 )
@@ -179,6 +188,11 @@ def test_a_source_that_is_missing_is_named(reference, problem):
 def test_a_source_that_ends_is_named(tiny_run, tmp_path):
     with pytest.raises(TrainingError, match=r"few' ended after 1 of 2 questions of domain 'text'"):
         tiny_run.train(tmp_path / "run", [STAGE | {"questions": f"{__name__}:few"}])
+
+
+def test_a_reward_that_is_no_number_is_named(tiny_run, tmp_path):
+    with pytest.raises(TrainingError, match="not_numbers' returned NaN or infinity, expected 0 to 1"):
+        tiny_run.train(tmp_path / "run", [STAGE | {"questions": f"{__name__}:not_numbers"}])
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tiny_run):

@@ -70,15 +70,22 @@ def load_questions(reference: str, seed: int) -> Questions:
         reference: `MODULE:FUNCTION`. The function takes a seed and returns an iterator of each domain, by its name.
 
     Raises:
-        TrainingError: there is no such function.
+        TrainingError: there is no such function, or it returns something else.
     """
     module, _, name = reference.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)(seed)
+        source = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise TrainingError(
             f"questions: {reference!r} cannot be used: {error}. Name a function as MODULE:FUNCTION that takes a seed"
         ) from error
+    questions = source(seed)
+    if not isinstance(questions, Mapping) or not questions:
+        raise TrainingError(
+            f"questions: {reference!r} returned {type(questions).__name__} {questions!r:.40}, expected an iterator of prompts "
+            "and checks for each domain, by its name"
+        )
+    return questions
 
 
 def finished_steps(checkpoint: Path) -> int:
@@ -116,8 +123,8 @@ def train_outcome(
     first = 1
     if checkpoint.is_file():
         state = torch.load(checkpoint, map_location=model.device, weights_only=True)
-        for name, part in (("gate", model.gate), ("optimizer", optimizer), ("schedule", schedule)):
-            part.load_state_dict(state[name])
+        for name, target in (("gate", model.gate), ("optimizer", optimizer), ("schedule", schedule)):
+            target.load_state_dict(state[name])
         first = state["step"] + 1
         _draw(questions, state["step"] * stage.samples_per_domain, stage.questions)  # those of the finished steps
     progress.start("outcome", stage.steps - first + 1)
@@ -129,6 +136,8 @@ def train_outcome(
         checks = [check for _, check in batch for _ in range(stage.answers)]
         texts = [renderer.answer_text(tokens) for tokens in answers.tokens]
         rewards = torch.tensor([float(check(text)) for check, text in zip(checks, texts, strict=True)])
+        if not rewards.isfinite().all():
+            raise TrainingError(f"questions: a check of {stage.questions!r} returned NaN or infinity, expected 0 to 1")
         rewards = rewards.view(len(batch), stage.answers)
         for _ in range(stage.updates):
             divergence = _update(model, answers, advantages(rewards), stage, optimizer)
@@ -182,11 +191,7 @@ def _update(
     """One clipped step on all tokens. Returns the estimated KL divergence from the model that sampled, in nats a token."""
     device = next(model.gate.parameters()).device
     states, labels = [state.to(device) for state in answers.states], answers.labels.to(device)
-    log_weights = model.gate(states)  # (N, K)
-    if model.config.mixing == "probabilities":
-        log_p = torch.logsumexp(log_weights + answers.log_probs.to(log_weights), dim=-1)  # (N)
-    else:
-        log_p = mixed_log_prob(states, model.heads(), log_weights, labels, model.config.mixing)
+    log_p = _mixed(model, states, model.gate(states), answers.log_probs, labels)
     log_ratio = log_p - answers.sampled.to(log_p)
     ratio, weight = log_ratio.exp(), answers.per_token(advantage.flatten()).to(log_p)
     loss = -torch.minimum(ratio * weight, ratio.clamp(1 - stage.clip, 1 + stage.clip) * weight).mean()
@@ -241,8 +246,8 @@ def sample_answers(
             rows = [rows[i] for i in index.tolist()]
             drawn, running = drawn[index], running[index]
         states = [state[:, -1] for state in model.specialist_states(drawn[:, None], None, cache)]
-    flat = [torch.stack([state for answer in of_one for state in answer]) for of_one in kept]  # K x (N, D_k)
-    return SampledAnswers(tokens, flat, *_log_probs(model, flat, [t for answer in tokens for t in answer]))
+    flat = [torch.stack([state for answer in answers for state in answer]) for answers in kept]  # K x (N, D_k)
+    return SampledAnswers(tokens, flat, *_log_probs(model, flat, [token for answer in tokens for token in answer]))
 
 
 def _log_probs(
@@ -251,15 +256,23 @@ def _log_probs(
     """Log-probabilities of the labels under each specialist, (N, K), and under the fused model, (N)."""
     by_specialist, fused = [], []
     for start in range(0, len(labels), _TOKENS_PER_PASS):
-        part = slice(start, start + _TOKENS_PER_PASS)
-        selected, wanted = [state[part].to(model.device) for state in states], torch.tensor(labels[part])
-        wanted = wanted.to(model.device)
-        log_weights = model.gate(selected)
-        log_probs = model.specialist_log_probs(selected, wanted)
-        if model.config.mixing == "probabilities":
-            mixed = torch.logsumexp(log_weights + log_probs.to(log_weights), dim=-1)
-        else:
-            mixed = mixed_log_prob(selected, model.heads(), log_weights, wanted, model.config.mixing)
+        span = slice(start, start + _TOKENS_PER_PASS)
+        selected = [state[span].to(model.device) for state in states]
+        targets = torch.tensor(labels[span], device=model.device)
+        log_weights, log_probs = model.gate(selected), model.specialist_log_probs(selected, targets)
         by_specialist.append(log_probs.cpu())
-        fused.append(mixed.cpu())
+        fused.append(_mixed(model, selected, log_weights, log_probs, targets).cpu())
     return torch.cat(by_specialist), torch.cat(fused)
+
+
+def _mixed(
+    model: UltraFuserForCausalLM,
+    states: Sequence[torch.Tensor],
+    log_weights: torch.Tensor,
+    log_probs: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """Log-probabilities of the labels under the fused model: (N)."""
+    if model.config.mixing == "probabilities":
+        return torch.logsumexp(log_weights + log_probs.to(log_weights), dim=-1)
+    return mixed_log_prob(states, model.heads(), log_weights, labels, model.config.mixing)
