@@ -1,7 +1,7 @@
 """Write the tables and the figure of the exams: docs/results/exams.md, README.md, docs/assets/exams.png.
 
-`ultrafuser compare recipes/compare/exams.yaml` wrote docs/results/exams/results.json. With --check, fail when a page or
-the figure is out of date.
+`ultrafuser compare recipes/compare/exams.yaml` wrote docs/results/exams/results.json, and recipes/compare/exams-seeds.yaml
+the files seed-*.json beside it. With --check, fail when a page or the figure is out of date.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 from PIL import Image, PngImagePlugin
 
@@ -164,6 +165,33 @@ def gate(results: dict) -> str:
     return "\n".join(lines)
 
 
+def seeds(runs: list[dict]) -> str:
+    """Mean and standard deviation over seeds of each variant's right answers and losses (tables 2 and 4 of the paper)."""
+    first = runs[0]
+    lines = [
+        f"| mean and deviation over {len(runs)} seeds | {' | '.join(exams(first))} | mean, % | nats | deviation over checkpoints |",
+        "|---|" + "---:|" * (len(first["tasks"]) + 3),
+    ]
+    for name, system in first["systems"].items():
+        trials = [run["systems"][name] for run in runs]
+        columns = zip(*([100 * score["value"] for score in scores(first, trial)] for trial in trials), strict=True)
+        cells = [f"{mean(values):.1f} ± {stdev(values):.1f}" for values in columns]
+        nats = [trial["loss"]["mean"]["nll"] for trial in trials]
+        spread = mean(_over_checkpoints(run["stability"][name]) for run in runs)
+        lines.append(
+            f"| {system['label']} | {' | '.join(cells)} | {mean(nats):.4f} ± {stdev(nats):.4f} | {spread:.4f} |"
+        )
+    samples = sum(next(iter(first["systems"].values()))["tasks"][task]["samples"] for task in first["tasks"])
+    return "\n".join(
+        [*lines, "", f"{samples} questions and a training of its own for each seed. The deviation is that of a sample."]
+    )
+
+
+def _over_checkpoints(checkpoints: list[dict]) -> float:
+    """Standard deviation of the mean loss over the second half of the checkpoints, in nats."""
+    return stdev(mean(checkpoint["loss"].values()) for checkpoint in checkpoints[len(checkpoints) // 2 :])
+
+
 def summary(results: dict) -> str:
     """The README's table: the systems of the figure, without intervals."""
     systems = {name: results["systems"][name] for name in SHOWN if name in results["systems"]}
@@ -250,6 +278,8 @@ def main() -> None:
         if image.info.get("Results") != digest():
             sys.exit(f"{FIGURE}: not drawn from {RESULTS}. Run: python scripts/exams_page.py")
     tables = [accuracy(results), differences(results), losses(results), gate(results)]
+    if runs := [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.parent.glob("seed-*.json"))]:
+        tables.append(seeds(runs))
     refresh(PAGE, START, END, "\n\n".join(tables), "exams_page")
     refresh(ROOT / "README.md", START, END, summary(results), "exams_page")
     for name in ABOUT:
