@@ -36,7 +36,7 @@ from ultrafuser.zoo.exams.code_exam import (
     _neighbours,
     _program,
 )
-from ultrafuser.zoo.exams.code_snippets import _PRINT, _PRINT_FORMS
+from ultrafuser.zoo.exams.code_snippets import _PRINT, _PRINT_FORMS, _trace
 from ultrafuser.zoo.exams.programs import is_plain
 
 FUNCTION_FAMILIES = ["mend-bug", "write-list-function", "write-number-function", "write-string-function"]
@@ -104,12 +104,10 @@ def test_the_same_seed_gives_the_same_questions() -> None:
 
 def test_keys_survive_json_and_answers_are_short() -> None:
     for split in SPLITS:
-        for family, drawn in sample(split).items():
+        for drawn in sample(split).values():
             for question in drawn:
                 assert json.loads(json.dumps(question.key)) == question.key
-                assert approximate_tokens(question.answer) <= (
-                    16 if family == "print-output" else MAX_NEW_TOKENS["code"]
-                )
+                assert approximate_tokens(question.answer) <= MAX_NEW_TOKENS["code"]
 
 
 @pytest.mark.parametrize("family", FUNCTION_FAMILIES)
@@ -266,6 +264,14 @@ def test_a_sandbox_that_fails_is_run_again(monkeypatch: pytest.MonkeyPatch) -> N
         passes(question, question.answer)
 
 
+def test_a_trace_has_every_change():
+    code = 'd = {"pen": 6, "key": 5}\nd["key"] += 3\ntotal = 0\nfor n in [4, 2]:\n    total += n\n    print(total, n)'
+    assert _trace(code) == [
+        'd["key"] = 8', "total = 0", "n = 4", "total = 4", "print 4 4", "n = 2", "total = 6", "print 6 2",
+    ]  # fmt: skip
+    assert _trace('s = "a4"\ns = s[1:]\nprint(s)') == ['s = "a4"', 's = "4"', "print 4"]
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_programs_print_the_expected_output(split: Split) -> None:
     for question in sample(split)["print-output"]:
@@ -274,6 +280,9 @@ def test_programs_print_the_expected_output(split: Split) -> None:
         with contextlib.redirect_stdout(printed):
             exec(code, {})
         assert " ".join(printed.getvalue().split()) == question.key["printed"] != ""
+        steps = question.answer.splitlines()
+        traced = [step.removeprefix("print ") for step in steps if step.startswith("print ")]
+        assert " ".join(traced) == question.key["printed"]
         assert passes(question, question.answer)
         assert 2 <= code.count("\n") + 1 <= 5
 

@@ -17,7 +17,7 @@ __all__ = [
 ]  # fmt: skip
 
 EXAMS = ("text", "code", "math", "mixed")
-MAX_NEW_TOKENS = {"text": 64, "code": 96, "math": 144, "mixed": 160}  # longer than any right answer that we write
+MAX_NEW_TOKENS = {"text": 64, "code": 128, "math": 144, "mixed": 160}  # longer than any right answer that we write
 _MAX_DRAWS = 10_000  # for one question
 
 

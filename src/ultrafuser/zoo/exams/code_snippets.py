@@ -1,9 +1,11 @@
-"""Questions of what a short program prints. The printed text is computed without running the program."""
+"""Questions of what a short program prints. The printed text is computed without running the program, the trace by it."""
 
 from __future__ import annotations
 
+import json
 import operator
 import re
+import sys
 from collections.abc import Callable
 from random import Random
 from typing import Any, NamedTuple
@@ -88,12 +90,13 @@ _PRINT = (
     "What appears on the screen when this code runs?\n\n{code}\n\n{{form}}",
 )
 _PRINT_FORMS = (
-    "Answer with one line `Output: ...`, with a space between printed lines.",
-    "Give only a line that starts with `Output:`. Put printed lines behind it, parted by single spaces.",
-    "Reply `Output:` followed by the printed text on the same line; join several lines with spaces.",
-    "Your answer must be a single line, `Output:` and the printed text, with line breaks replaced by spaces.",
-    "Write just `Output:` and then what is printed, all on one line with spaces for line breaks.",
+    "Note each change of a variable and each print on a line, then `Output:` with the printed lines parted by spaces.",
+    "Trace the variables line by line. The last line is `Output:` and all that is printed, with spaces for line breaks.",
+    "First the trace, one change or print per line. Then one line `Output: ...` with a space between printed lines.",
+    "Write down what changes and what is printed, step by step, and end with `Output:` and the printed text on one line.",
+    "Show the steps. Finish with a single line `Output: ...` that joins the printed lines with spaces.",
 )
+_TRACED = "<snippet>"  # the file name of the program that is traced
 _OUTPUT = re.compile(r"\boutput\b[*_` ]*:([^\n]*)", re.IGNORECASE)
 
 
@@ -104,7 +107,47 @@ def print_output(random: Random, split: Split) -> Question | None:
         return None
     prompt = random.choice(_PRINT).format(code=f"```python\n{drawn.code}\n```")
     prompt = prompt.replace("{form}", random.choice(_PRINT_FORMS))
-    return Question("print-output", drawn.structure, prompt, f"Output: {drawn.printed}", {"printed": drawn.printed})
+    answer = "\n".join([*_trace(drawn.code), f"Output: {drawn.printed}"])
+    return Question("print-output", drawn.structure, prompt, answer, {"printed": drawn.printed})
+
+
+def _trace(code: str) -> list[str]:
+    """What happens in a program, one line for each change of a number, a text or an entry, and for each print."""
+    lines: list[str] = []
+    names: dict[str, Any] = {}
+    values: dict[str, str] = {}
+
+    def note_changes() -> None:
+        for name, value in list(names.items()):
+            entries = {f'{name}["{key}"]': item for key, item in value.items()} if isinstance(value, dict) else {}
+            if isinstance(value, int | str):
+                entries = {name: value}
+            is_new = isinstance(value, dict) and not any(key in values for key in entries)
+            for key, item in entries.items():
+                shown = json.dumps(item)
+                if values.get(key) != shown and not is_new:
+                    lines.append(f"{key} = {shown}")
+                values[key] = shown
+
+    def print_line(*items: Any) -> None:
+        note_changes()
+        lines.append(f"print {' '.join(map(str, items))}")
+
+    def follow(frame: Any, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename == _TRACED:
+            note_changes()
+            return follow
+        return None
+
+    builtins = {"print": print_line, "len": len, "min": min, "max": max}
+    names_of_program = {"__builtins__": builtins}
+    before = sys.gettrace()
+    sys.settrace(follow)
+    try:
+        exec(compile(code, _TRACED, "exec"), names_of_program, names)
+    finally:
+        sys.settrace(before)
+    return lines
 
 
 def check_output(question: Question, response: str) -> bool:
