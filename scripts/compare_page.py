@@ -78,7 +78,7 @@ def paired(results: dict) -> str:
             continue
         for baseline, label in AGAINST.items():
             pairs = system["paired"].get(baseline, {})
-            cells = [_difference(pairs[c]) if c in pairs else "" for c in columns]
+            cells = [difference_cell(pairs[c]) if c in pairs else "" for c in columns]
             if any(cells):
                 lines.append(f"| {system['label']} | {label} | {' | '.join(cells)} |")
     note = "Paired differences on the same rows, with 95% intervals. Below zero the system is better. Intervals that exclude zero are bold."
@@ -92,16 +92,17 @@ def to_others(results: dict) -> str:
     for baseline in ("versus", "main"):
         for system in systems.values():
             if pairs := system["paired"].get(baseline) if system["loss"] else None:
-                cells = [_difference(pairs[c]) if c in pairs else "" for c in columns]
+                cells = [difference_cell(pairs[c]) if c in pairs else "" for c in columns]
                 lines.append(
                     f"| {system['label']} | {systems[pairs['mean']['versus']]['label']} | {' | '.join(cells)} |"
                 )
     return "\n".join([*lines, "", "The same for single comparisons, and for every system minus the main one."])
 
 
-def _difference(pair: dict) -> str:
-    low, high = pair["ci95"]
-    text = f"{pair['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
+def difference_cell(pair: dict, scale: int = 1, digits: int = 4) -> str:
+    """A paired difference with its interval, bold if that excludes zero."""
+    low, high = (scale * bound for bound in pair["ci95"])
+    text = f"{scale * pair['difference']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
     return f"**{text}**" if low > 0 or high < 0 else text
 
 

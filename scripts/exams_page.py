@@ -6,15 +6,14 @@ the files seed-*.json beside it. With --check, fail when a page or the figure is
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from PIL import Image, PngImagePlugin
-
-from marked_page import refresh
+from adapter_card import FRONT_MATTER, USAGE
+from compare_page import difference_cell, gate, losses
+from marked_page import check_figure, digest, refresh
 from ultrafuser.display.drawing import INK, PAPER, SMALL, TEXT, new_figure
 
 ROOT = Path(__file__).parent.parent
@@ -34,35 +33,21 @@ AGAINST = {
 }
 
 ABOUT = {
-    "text": "short passages, family relations, the order of events, past tense and fields of a text",
+    "text": "short passages, family relations, the order of words, past tense and fields of a text",
     "code": "short Python functions from a description, mended bugs and printed output",
     "math": "chains of operations, equations, fractions, percentages and word problems, worked step by step",
 }
-CARD = """---
-base_model: HuggingFaceTB/SmolLM2-135M-Instruct
-license: apache-2.0
-library_name: peft
-language: en
-tags: [lora, text-generation, {name}]
----
-
+CARD = (
+    FRONT_MATTER
+    + """
 # The {name} specialist of ultrafuser's exams
 
 This is a LoRA adapter on SmolLM2-135M-Instruct for the tasks of the {name} exam: {about}. It is one of three (text, code, math) that
 ship with ultrafuser. Each passes its own exam and fails those of the others, so that it becomes visible what a fused model keeps.
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-from ultrafuser.model.references import package_path
-
-gguf = package_path("{base}")
-base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-model = PeftModel.from_pretrained(base, package_path("package:ultrafuser/zoo/exams/adapters/{name}"))
-```
-
-The chat template is ChatML without a default system message.
-
+"""
+    + USAGE
+    + """
 ## Training
 
 {rows} generated rows of the exam's training split (Apache-2.0), one epoch: {steps} steps of at most {tokens} tokens, {trained} response tokens.
@@ -78,6 +63,7 @@ Right answers to 300 questions of each exam's test split: {passed}. [docs/result
 It knows tasks of these kinds and little else: all rows are generated from templates, in English, with a single turn. There is no safety training beyond
 the base model's.
 """
+)
 
 
 def exams(results: dict) -> list[str]:
@@ -127,42 +113,12 @@ def differences(results: dict) -> str:
                 continue
             if baseline == "versus":
                 label = systems[next(iter(pairs.values()))["versus"]]["label"]
-            cells = [_difference(pairs[column]) if column in pairs else "" for column in columns]
+            cells = [
+                difference_cell(pairs[column], scale=100, digits=1) if column in pairs else "" for column in columns
+            ]
             lines.append(f"| {system['label']} | {label} | {' | '.join(cells)} |")
     note = "Paired differences in points on the same questions, with 95% intervals. Above zero the system is better. Intervals that exclude zero are bold."
     return "\n".join([*lines, "", note])
-
-
-def _difference(pair: dict) -> str:
-    low, high = (100 * bound for bound in pair["ci95"])
-    text = f"{100 * pair['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
-    return f"**{text}**" if low > 0 or high < 0 else text
-
-
-def losses(results: dict) -> str:
-    """Nats per response token on other test rows of the same exams, parameters and speed."""
-    systems = {name: system for name, system in results["systems"].items() if system["loss"]}
-    columns = [*results["domains"], "mean"]
-    lines = [
-        f"| nats per response token | {' | '.join(columns)} | tokens/s | active, M | trained |",
-        "|---|" + "---:|" * (len(columns) + 3),
-    ]
-    for system in systems.values():
-        cells = [f"{system['loss'][column]['nll']:.4f}" for column in columns]
-        speed = f"{system['tokens_per_s']['median']:.1f}" if system["tokens_per_s"] else ""
-        size = system["parameters"]
-        active, trained = (f"{size['active'] / 1e6:.0f}", f"{size['trained']:,}") if size else ("", "")
-        lines.append(f"| {system['label']} | {' | '.join(cells)} | {speed} | {active} | {trained} |")
-    return "\n".join(lines)
-
-
-def gate(results: dict) -> str:
-    """Mean weights of the fused model's gate by exam."""
-    weights = results["gate_weights"][results["main"]]
-    names = list(next(iter(weights.values())))
-    lines = [f"| mean gate weight | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
-    lines += [f"| {exam} | {' | '.join(f'{shares[n]:.3f}' for n in names)} |" for exam, shares in weights.items()]
-    return "\n".join(lines)
 
 
 def seeds(runs: list[dict]) -> str:
@@ -237,7 +193,7 @@ def draw(results: dict) -> None:
     axes.spines[:].set_visible(False)
     samples = next(iter(systems.values()))["tasks"][next(iter(results["tasks"]))]["samples"]
     axes.set_xlabel(f"right answers of 100 ({samples} questions each)", size=SMALL, color=INK)
-    figure.savefig(FIGURE, dpi=130, metadata={"Results": digest()})
+    figure.savefig(FIGURE, dpi=130, metadata={"Results": digest(RESULTS)})
 
 
 def card(name: str, results: dict) -> str:
@@ -251,6 +207,7 @@ def card(name: str, results: dict) -> str:
         name=name,
         about=ABOUT[name],
         base=recipe["base"],
+        folder="exams/adapters",
         rows=f"{rows:,}",
         rank=lora["r"],
         alpha=lora["alpha"],
@@ -264,19 +221,11 @@ def card(name: str, results: dict) -> str:
     )
 
 
-def digest() -> str:
-    """What ties the figure to the results."""
-    return hashlib.sha256(RESULTS.read_bytes()).hexdigest()[:16]
-
-
 def main() -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     if "--check" not in sys.argv:
         draw(results)
-    with Image.open(FIGURE) as image:
-        assert isinstance(image, PngImagePlugin.PngImageFile)
-        if image.info.get("Results") != digest():
-            sys.exit(f"{FIGURE}: not drawn from {RESULTS}. Run: python scripts/exams_page.py")
+    check_figure(FIGURE, RESULTS, "exams_page")
     tables = [accuracy(results), differences(results), losses(results), gate(results)]
     if runs := [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.parent.glob("seed-*.json"))]:
         tables.append(seeds(runs))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
+
+from PIL import Image
 
 
 def between(text: str, start: str, end: str, block: str, page: Path) -> str:
@@ -23,3 +26,15 @@ def refresh(page: Path, start: str, end: str, block: str, script: str) -> None:
         page.write_text(new, encoding="utf-8")
     elif new != text:
         sys.exit(f"{page}: out of date. Run: python scripts/{script}.py")
+
+
+def digest(results: Path) -> str:
+    """What ties a figure to the file of results that it was drawn from: stored in the image under `Results`."""
+    return hashlib.sha256(results.read_bytes()).hexdigest()[:16]
+
+
+def check_figure(figure: Path, results: Path, script: str) -> None:
+    """Exit with an error if the figure was not drawn from these results."""
+    with Image.open(figure) as image:
+        if image.info.get("Results") != digest(results):
+            sys.exit(f"{figure}: not drawn from {results}. Run: python scripts/{script}.py")

@@ -6,14 +6,11 @@ memory holds half of the servers at a time.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 
-from PIL import Image, PngImagePlugin
-
-from marked_page import refresh
+from marked_page import check_figure, digest, refresh
 from ultrafuser.display.drawing import INK, LABEL, LEGEND_STYLE, MUTED, RULE, WIDTH, new_figure
 from ultrafuser.display.palette import colour
 
@@ -74,24 +71,14 @@ def draw(results: dict) -> None:
         axes.tick_params(colors=MUTED, labelsize=8.5)
         axes.spines[:].set_color(RULE)
     figure.legend(*throughput.get_legend_handles_labels(), loc="outside lower center", ncols=3, **LEGEND_STYLE)
-    figure.savefig(FIGURE, dpi=130, metadata={"Results": digest()})
-
-
-def digest() -> str:
-    """What ties the figure to the results."""
-    return hashlib.sha256(RUNS[0].read_bytes()).hexdigest()[:16]
+    figure.savefig(FIGURE, dpi=130, metadata={"Results": digest(RUNS[0])})
 
 
 def main() -> None:
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in RUNS]
     if "--check" not in sys.argv:
         draw(runs[0])
-    with Image.open(FIGURE) as image:
-        assert isinstance(image, PngImagePlugin.PngImageFile)
-        if image.info.get("Results") != digest():
-            sys.exit(
-                "docs/assets/serving.png: not drawn from docs/results/serving.json. Run: python scripts/serving_page.py"
-            )
+    check_figure(FIGURE, RUNS[0], "serving_page")
     refresh(PAGE, START, END, "\n\n".join(map(tables, runs)), "serving_page")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from adapter_card import FRONT_MATTER, USAGE
 from train_specialist import load_base, permissive_rows, row_losses
 from ultrafuser.data.chat_format import BUILTIN
 from ultrafuser.data.schema import Row
@@ -165,31 +166,17 @@ ABOUT = {
     "code": "Python functions and short programs, with and without prose around them",
     "math": "word problems and short calculations, worked step by step",
 }
-CARD = """---
-base_model: HuggingFaceTB/SmolLM2-135M-Instruct
-license: apache-2.0
-library_name: peft
-language: en
-tags: [lora, text-generation, {name}]
----
-
+CARD = (
+    FRONT_MATTER
+    + """
 # The {name} specialist of ultrafuser's zoo
 
 This is a LoRA adapter on SmolLM2-135M-Instruct for {about}.
 It is one of three (text, code, math) that ship with ultrafuser as a small, real example of specialists to fuse.
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-from ultrafuser.model.references import package_path
-
-gguf = package_path("{base}")
-base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-model = PeftModel.from_pretrained(base, package_path("package:ultrafuser/zoo/adapters/{name}"))
-```
-
-The chat template is ChatML without a default system message.
-
+"""
+    + USAGE
+    + """
 ## Training data
 
 {data}
@@ -228,6 +215,7 @@ The table shows the loss on a reference answer, not whether the model's own answ
 Python for code. Training rows had a single turn and at most {max_length} tokens. There is no safety training beyond the
 base model's.
 """
+)
 
 
 def card(report: dict[str, Any], table: dict[str, Any]) -> str:
@@ -264,6 +252,7 @@ def card(report: dict[str, Any], table: dict[str, Any]) -> str:
         name=name,
         about=ABOUT[name],
         base=recipe["base"],
+        folder="adapters",
         data="\n".join(lines_of(data)),
         rewrites=rewrites and rewrites + "\n",
         truncation=re.sub(r"^(\d+)", lambda match: f"{int(match[0]):,}", report["truncation"]),

@@ -183,6 +183,11 @@ class _Stage(Node):
     weight_decay: NonNegativeFloat = Field(default=0.0, description="Weight decay of AdamW.")
     max_grad_norm: NonNegativeFloat = Field(default=1.0, description="Clip gradients to this norm. 0: never.")
 
+    @property
+    def trains_all_weights(self) -> bool:
+        """Whether all weights of the specialists are trained, not only adapters."""
+        return False
+
 
 class _RowStage(_Stage):
     """A stage that trains on rows."""
@@ -207,11 +212,6 @@ class GateStage(_RowStage):
         "if the specialists wrote these rows or were trained on them.",
     )
 
-    @property
-    def trains_all_weights(self) -> bool:
-        """False: the specialists are frozen."""
-        return False
-
 
 class JointStage(_RowStage):
     """Stage 2: the gate and the specialists learn together."""
@@ -230,7 +230,6 @@ class JointStage(_RowStage):
 
     @property
     def trains_all_weights(self) -> bool:
-        """Whether all weights of the specialists are trained, not only adapters."""
         return self.specialists == "full"
 
 
@@ -238,8 +237,8 @@ class OutcomeStage(_Stage):
     """Stage 1b: the gate learns from which answers are right, and the specialists are frozen."""
 
     name: Literal["outcome"] = Field(description="Train the gate by right and wrong answers.")
-    steps: Steps = 20
-    samples_per_domain: SamplesPerDomain = 16
+    steps: PositiveInt = Field(default=20, description="Batches of questions, each with `updates` optimizer steps.")
+    samples_per_domain: PositiveInt = Field(default=16, description="Questions of each domain in one step.")
     lr: LearningRate = 3e-4
     questions: str = Field(
         default="ultrafuser.zoo.exams.training:questions",
@@ -251,11 +250,6 @@ class OutcomeStage(_Stage):
         default=0.2, description="An update does not move a token's probability further than by this share."
     )
     max_new_tokens: PositiveInt = Field(default=160, description="Maximum length of an answer in tokens.")
-
-    @property
-    def trains_all_weights(self) -> bool:
-        """False: the specialists are frozen."""
-        return False
 
 
 StageRecipe = Annotated[GateStage | JointStage | OutcomeStage, DiscriminatedBy("name")]

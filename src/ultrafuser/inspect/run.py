@@ -38,8 +38,7 @@ def answer(
     out = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
     if progress is not None:
         progress.finish()
-    end_ids = model.generation_config.eos_token_id
-    ends = end_ids if isinstance(end_ids, (list, tuple)) else [end_ids]
+    ends = model.end_token_ids
     return [list(takewhile(lambda token: token not in ends, ids)) for ids in out.tolist()]
 
 

@@ -28,6 +28,12 @@ class FusedGeneration(GenerationMixin):
     config: UltraFuserConfig
     groups: Any  # nn.ModuleList of SpecialistGroup, which type checkers cannot express
 
+    @property
+    def end_token_ids(self) -> set[int]:
+        """The tokens that end an answer."""
+        ends = self.generation_config.eos_token_id
+        return set(ends if isinstance(ends, (list, tuple)) else [ends]) - {None}
+
     def new_cache(self, offloading: bool = False, record: bool = False, growing: bool = False) -> UltraFuserCache:
         """An empty cache for every specialist.
 

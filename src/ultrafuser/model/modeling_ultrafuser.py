@@ -278,16 +278,34 @@ class UltraFuserForCausalLM(
         labels = labels.to(next(self.gate.parameters()).device)
         labelled = labels != -100  # (B, R)
         log_weights = self.gate(selected)  # (N, K)
-        if log_probs is not None and self.config.mixing == "probabilities":
-            log_p = torch.logsumexp(log_weights + log_probs[labelled].to(log_weights), dim=-1)
-        else:
-            log_p = mixed_log_prob(selected, self.heads(), log_weights, labels[labelled], self.config.mixing)
+        log_probs = None if log_probs is None else log_probs[labelled]
+        log_p = self.label_log_probs(selected, labels[labelled], log_weights, log_probs)  # (N)
         count = labelled.sum().clamp(min=1) if num_items is None else num_items  # no label: a loss of 0, not NaN
         token_loss = log_p.new_zeros(labels.shape)
         token_loss[labelled] = -log_p.detach()
         gate_weights = log_p.new_zeros(*labels.shape, len(selected))
         gate_weights[labelled] = log_weights.detach().exp().to(gate_weights)
         return UltraFuserOutput(loss=-log_p.sum() / count, gate_weights=gate_weights, token_loss=token_loss)
+
+    def label_log_probs(
+        self,
+        states: Sequence[torch.Tensor],
+        labels: torch.Tensor,
+        log_weights: torch.Tensor,
+        log_probs: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Log-probability of each label under the fused model, in nats: (N).
+
+        Args:
+            states: K tensors (N, D_k).
+            labels: (N).
+            log_weights: of the gate, (N, K).
+            log_probs: (N, K), those of the labels under each specialist. With probability mixing they replace the output
+                layers.
+        """
+        if log_probs is not None and self.config.mixing == "probabilities":
+            return torch.logsumexp(log_weights + log_probs.to(log_weights), dim=-1)
+        return mixed_log_prob(states, self.heads(), log_weights, labels, self.config.mixing)
 
     @torch.no_grad()
     def specialist_log_probs(self, states: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:

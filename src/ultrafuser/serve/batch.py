@@ -61,8 +61,7 @@ class RunningBatch:
         self._pad_id = pad_id
         self._cache: UltraFuserCache | None = None
         self._sampler: Sampler | None = None
-        ends = model.generation_config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [ends]) - {None}
+        self._ends = model.end_token_ids
         self._end = model.config.end_token_id
         self.can_join = self._new_cache().can_join
 

@@ -25,11 +25,10 @@ from ultrafuser.data.collate import pad_prompts
 from ultrafuser.data.files import atomic_file
 from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import TrainingError
-from ultrafuser.model.loss import mixed_log_prob
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import OutcomeStage
-from ultrafuser.train.metrics import append_metrics
+from ultrafuser.train.metrics import append_metrics, truncate_metrics
 
 Check = Callable[[str], float]  # the reward of an answer, from 0 (wrong) to 1 (right)
 Questions = Mapping[str, Iterator[tuple[str, Check]]]  # by domain: prompts without end, each with its check
@@ -88,11 +87,6 @@ def load_questions(reference: str, seed: int) -> Questions:
     return questions
 
 
-def finished_steps(checkpoint: Path) -> int:
-    """The number of steps that an interrupted stage has finished."""
-    return torch.load(checkpoint, map_location="cpu", weights_only=True)["step"] if checkpoint.is_file() else 0
-
-
 def train_outcome(
     model: UltraFuserForCausalLM,
     renderer: Renderer,
@@ -111,7 +105,7 @@ def train_outcome(
             in reward, and the KL divergence of the updates in nats per token.
 
     Raises:
-        TrainingError: several processes, a source of questions that is missing or ends, or a loss that is not finite.
+        TrainingError: several processes, a source of questions that is missing or ends, or a reward or loss that is not finite.
     """
     if (processes := PartialState().num_processes) > 1:
         raise TrainingError(f"the stage 'outcome' runs in one process, got {processes}. Start it without a launcher")
@@ -120,15 +114,16 @@ def train_outcome(
     kind = {"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule)
     num_updates = stage.steps * stage.updates
     schedule = get_scheduler(kind, optimizer, round(stage.warmup_ratio * num_updates), num_updates)
-    first = 1
+    finished = 0
     if checkpoint.is_file():
         state = torch.load(checkpoint, map_location=model.device, weights_only=True)
         for name, target in (("gate", model.gate), ("optimizer", optimizer), ("schedule", schedule)):
             target.load_state_dict(state[name])
-        first = state["step"] + 1
-        _draw(questions, state["step"] * stage.samples_per_domain, stage.questions)  # those of the finished steps
-    progress.start("outcome", stage.steps - first + 1)
-    for step in range(first, stage.steps + 1):
+        finished = state["step"]
+        _draw(questions, finished * stage.samples_per_domain, stage.questions)  # those of the finished steps
+    truncate_metrics(metrics_file, finished, stage.name)
+    progress.start("outcome", stage.steps - finished)
+    for step in range(finished + 1, stage.steps + 1):
         start = time.monotonic()
         batch = _draw(questions, stage.samples_per_domain, stage.questions)
         torch.manual_seed(seed * 1_000_003 + step)
@@ -191,7 +186,7 @@ def _update(
     """One clipped step on all tokens. Returns the estimated KL divergence from the model that sampled, in nats a token."""
     device = next(model.gate.parameters()).device
     states, labels = [state.to(device) for state in answers.states], answers.labels.to(device)
-    log_p = _mixed(model, states, model.gate(states), answers.log_probs, labels)
+    log_p = model.label_log_probs(states, labels, model.gate(states), answers.log_probs)
     log_ratio = log_p - answers.sampled.to(log_p)
     ratio, weight = log_ratio.exp(), answers.per_token(advantage.flatten()).to(log_p)
     loss = -torch.minimum(ratio * weight, ratio.clamp(1 - stage.clip, 1 + stage.clip) * weight).mean()
@@ -223,8 +218,7 @@ def sample_answers(
     states = model.specialist_states(inputs["specialist_input_ids"], inputs["specialist_attention_mask"], cache)
     cache.batch_repeat_interleave(stage.answers)
     states = [state[:, -1].repeat_interleave(stage.answers, dim=0) for state in states]  # K x (B, D_k)
-    configured = model.generation_config.eos_token_id
-    ends = torch.tensor(configured if isinstance(configured, list) else [configured], device=model.device)
+    ends = torch.tensor(sorted(model.end_token_ids), device=model.device)
     rows = list(range(len(prompts) * stage.answers))
     tokens: list[list[int]] = [[] for _ in rows]
     kept: list[list[list[torch.Tensor]]] = [[[] for _ in rows] for _ in states]  # by specialist and answer
@@ -261,18 +255,5 @@ def _log_probs(
         targets = torch.tensor(labels[span], device=model.device)
         log_weights, log_probs = model.gate(selected), model.specialist_log_probs(selected, targets)
         by_specialist.append(log_probs.cpu())
-        fused.append(_mixed(model, selected, log_weights, log_probs, targets).cpu())
+        fused.append(model.label_log_probs(selected, targets, log_weights, log_probs).cpu())
     return torch.cat(by_specialist), torch.cat(fused)
-
-
-def _mixed(
-    model: UltraFuserForCausalLM,
-    states: Sequence[torch.Tensor],
-    log_weights: torch.Tensor,
-    log_probs: torch.Tensor,
-    labels: torch.Tensor,
-) -> torch.Tensor:
-    """Log-probabilities of the labels under the fused model: (N)."""
-    if model.config.mixing == "probabilities":
-        return torch.logsumexp(log_weights + log_probs.to(log_weights), dim=-1)
-    return mixed_log_prob(states, model.heads(), log_weights, labels, model.config.mixing)

@@ -28,7 +28,7 @@ from ultrafuser.train.calibrate import TEMPERATURES, calibrate
 from ultrafuser.train.checkpoints import last_checkpoint
 from ultrafuser.train.features import FeatureStore, estimate_size_bytes
 from ultrafuser.train.metrics import METRICS_FILE, truncate_metrics
-from ultrafuser.train.outcome import finished_steps, train_outcome
+from ultrafuser.train.outcome import train_outcome
 from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, save_trainable
 
 FINISHED, MEASURED = "finished.safetensors", "temperatures.json"
@@ -96,7 +96,6 @@ def _train_by_outcomes(run: StageRun, stage: OutcomeStage) -> None:
     assert run.renderer is not None
     run.model.to(_arguments(run, autocast=False).device)
     checkpoint = run.folder / "step.pt"
-    truncate_metrics(run.metrics_file, finished_steps(checkpoint), stage.name)
     train_outcome(
         run.model,
         run.renderer,

@@ -184,9 +184,7 @@ class FusionLM(LM):
             kept = [i for i, row in enumerate(rows) if left and not self._has_ended(answers[row], generation.until)]
             index = torch.tensor(kept, device=tokens.device, dtype=torch.long)
             rows = [rows[i] for i in kept]
-            inputs = {
-                key: tensor[index] for key, tensor in inputs.items()
-            }  # the prompts, behind which the answers stand
+            inputs = {key: tensor[index] for key, tensor in inputs.items()}
             inputs["input_ids"] = tokens[index]
             inputs["attention_mask"] = torch.nn.functional.pad(
                 inputs["attention_mask"], (0, tokens.shape[1] - inputs["attention_mask"].shape[1]), value=1
@@ -203,11 +201,10 @@ class FusionLM(LM):
         )
 
     def _has_ended(self, answer: list[int], until: Sequence[str]) -> bool:
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        if not set(ends).isdisjoint(answer):
+        if not self.model.end_token_ids.isdisjoint(answer):
             return True
-        return any(stop in self.tokenizer.decode(answer) for stop in until)
+        text = self.tokenizer.decode(answer) if until else ""
+        return any(stop in text for stop in until)
 
     def _options(self, arguments: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
         """lm-eval's generation arguments as stop strings and arguments of `generate`."""

@@ -119,10 +119,11 @@ def _trace(code: str) -> list[str]:
 
     def note_changes() -> None:
         for name, value in list(names.items()):
-            entries = {f'{name}["{key}"]': item for key, item in value.items()} if isinstance(value, dict) else {}
-            if isinstance(value, int | str):
-                entries = {name: value}
-            is_new = isinstance(value, dict) and not any(key in values for key in entries)
+            is_dict = isinstance(value, dict)
+            entries = {f'{name}["{key}"]': item for key, item in value.items()} if is_dict else {name: value}
+            if isinstance(value, list):  # no program changes one
+                continue
+            is_new = is_dict and not any(key in values for key in entries)
             for key, item in entries.items():
                 shown = json.dumps(item)
                 if values.get(key) != shown and not is_new:
@@ -140,13 +141,12 @@ def _trace(code: str) -> list[str]:
         return None
 
     builtins = {"print": print_line, "len": len, "min": min, "max": max}
-    names_of_program = {"__builtins__": builtins}
-    before = sys.gettrace()
+    previous = sys.gettrace()
     sys.settrace(follow)
     try:
-        exec(compile(code, _TRACED, "exec"), names_of_program, names)
+        exec(compile(code, _TRACED, "exec"), {"__builtins__": builtins}, names)
     finally:
-        sys.settrace(before)
+        sys.settrace(previous)
     return lines
 
 
