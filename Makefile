@@ -22,6 +22,7 @@ lint: $(VENV)/.ready
 	$(BIN)/python scripts/recipe_docs.py --check
 	$(BIN)/python scripts/demo_page.py --check
 	$(BIN)/python scripts/compare_page.py --check
+	$(BIN)/python scripts/exams_page.py --check
 	$(BIN)/python scripts/gate_page.py --check
 	$(BIN)/python scripts/serving_page.py --check
 	$(BIN)/python scripts/tree.py --check

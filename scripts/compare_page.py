@@ -25,15 +25,14 @@ def tables(results: dict) -> str:
     return "\n\n".join(blocks)
 
 
-def losses(results: dict) -> str:
+def losses(results: dict, costs: bool = True) -> str:
+    """`costs`: with speed, memory and parameters."""
     columns = [*results["domains"], "mean"]
     systems = {name: system for name, system in results["systems"].items() if system["loss"]}
     fair = {name: system for name, system in systems.items() if system["kind"] != "oracle"}
     best = {c: min(system["loss"][c]["nll"] for system in fair.values()) for c in columns}
-    lines = [
-        f"| nats per response token | {' | '.join(columns)} | tokens/s | peak MB | active, M | trained |",
-        "|---|" + "---:|" * (len(columns) + 4),
-    ]
+    heads = [*columns, *(["tokens/s", "peak MB", "active, M", "trained"] if costs else [])]
+    lines = [f"| nats per response token | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for name, system in systems.items():
         values = [system["loss"][c]["nll"] for c in columns]
         cells = [
@@ -46,7 +45,8 @@ def losses(results: dict) -> str:
         trained = f"{system['parameters']['trained']:,}" if system["parameters"] else ""
         label = f"**{system['label']}**" if name == results["main"] else system["label"]
         note = " (not a system)" if system["kind"] == "oracle" else ""
-        lines.append(f"| {label}{note} | {' | '.join(cells)} | {speed} | {memory} | {active} | {trained} |")
+        cells += [speed, memory, active, trained] if costs else []
+        lines.append(f"| {label}{note} | {' | '.join(cells)} |")
     counts = ", ".join(f"{systems[next(iter(systems))]['loss'][d]['samples']} {d}" for d in results["domains"])
     tokens = sum(systems[next(iter(systems))]["loss"][d]["tokens"] for d in results["domains"])
     return "\n".join([*lines, "", f"Test rows: {counts} ({tokens:,} response tokens), the same for every system."])

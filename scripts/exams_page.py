@@ -24,7 +24,7 @@ ADAPTERS = ROOT / "src" / "ultrafuser" / "zoo" / "exams" / "adapters"
 START, END = "<!-- exams:start -->", "<!-- exams:end -->"
 BOUNDS = {"oracle"}  # no systems
 # The systems of the figure, as far as they are measured.
-SHOWN = ["base", "text", "code", "math", "weight-average", "ties", "router", "all-r16", "btx", "fused"]
+SHOWN = ["base", "text", "code", "math", "weight-average", "ties", "router", "all-r16", "btx", "fused-stage1", "fused"]
 AGAINST = {
     "best_specialist": "the best specialist there",
     "router": "the router",
@@ -226,7 +226,7 @@ def main() -> None:
     if "--check" not in sys.argv:
         draw(results)
     check_figure(FIGURE, RESULTS, "exams_page")
-    tables = [accuracy(results), differences(results), losses(results), gate(results)]
+    tables = [accuracy(results), differences(results), losses(results, costs=False), gate(results)]
     if runs := [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.parent.glob("seed-*.json"))]:
         tables.append(seeds(runs))
     refresh(PAGE, START, END, "\n\n".join(tables), "exams_page")
