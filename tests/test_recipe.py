@@ -52,8 +52,11 @@ def test_defaults(write):
     recipe = load_recipe(write(TWO))
     gate, joint = recipe.stages
     assert (gate.name, gate.steps, gate.samples_per_domain, gate.lr) == ("gate", 400, 64, 1e-3)
-    assert (joint.name, joint.steps, joint.samples_per_domain, joint.lr) == ("joint", 1000, 32, 2e-5)
+    assert (joint.name, joint.steps, joint.samples_per_domain, joint.lr) == ("joint", 1000, 32, 2e-4)
     assert (joint.specialists, joint.specialist_lr, joint.lora.target_modules) == ("lora", None, "all-linear")
+    full = load_recipe(write(TWO), ["stages=[{name: joint, specialists: full}]"])
+    assert full.stages[0].lr == 2e-5 and load_recipe(full.model_dump()) == full
+    assert load_recipe(write(TWO), ["stages=[{name: joint, specialists: full, lr: 3e-6}]"]).stages[0].lr == 3e-6
     assert [specialist.domain for specialist in recipe.specialists] == ["text", "math"]
     assert (recipe.mixing, recipe.cache_features, recipe.balanced) == ("probabilities", "auto", True)
 
@@ -510,7 +513,7 @@ def test_every_field_is_described(recipe_docs):
         assert kind and default and "|" not in kind, path
         assert description[-1] == "." and len(description) > 10, path
     table = {path: (kind, default) for path, kind, default, _ in fields}
-    assert table["stages[].lr"] == ("number > 0", "gate: 0.001, joint: 2e-05, outcome: 0.0003")
+    assert table["stages[].lr"] == ("number > 0", "gate: 0.001, joint: 0.0002, outcome: 0.0003")
     assert table["specialists[].domain"] == ("text", "its name")
     assert table["specialists[].model"] == ("text", "required")
     assert table["cache_features"] == ("auto or true or false", "auto")

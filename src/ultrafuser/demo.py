@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def _empty(output: Path) -> None:
 def _train_and_measure(
     model: UltraFuserForCausalLM,
     renderer: Renderer,
-    test_rows: list[Rendered],
+    test_rows: Sequence[Rendered],
     recipe: Recipe,
     clock: Clock,
     progress: Progress,
@@ -184,7 +184,9 @@ def _train_and_measure(
     return losses, weights
 
 
-def _alternatives(model: UltraFuserForCausalLM, rows: list[Rendered], progress: Progress) -> dict[str, list[RowLoss]]:
+def _alternatives(
+    model: UltraFuserForCausalLM, rows: Sequence[Rendered], progress: Progress
+) -> dict[str, list[RowLoss]]:
     """Measure the base without adapters and the average of the specialists' weights."""
     group, head = model.groups[0], model.heads()[0]._replace(temperature=1.0)
     with group.only([]):
@@ -205,7 +207,7 @@ def _answers(model: UltraFuserForCausalLM, renderer: Renderer, progress: Progres
     ]
 
 
-def _systems(losses: dict[str, list[RowLoss]], rows: list[Rendered], names: list[str]) -> dict[str, SystemResult]:
+def _systems(losses: dict[str, list[RowLoss]], rows: Sequence[Rendered], names: list[str]) -> dict[str, SystemResult]:
     """The measured systems in the order of the report."""
     systems = {}
     for name in ["base", *names, *list(SYSTEMS)[1:]]:

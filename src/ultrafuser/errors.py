@@ -7,6 +7,7 @@ UltraFuserError            base of all errors below, and a ValueError, so that `
 ├── TokenizerMismatchError specialists with different tokenizers
 ├── CheckpointError        missing, changed or incomplete weights or manifests
 ├── TrainingError          a run that cannot start, continue or resume
+├── Preempted              a run that SIGTERM has stopped, and that can be resumed
 ├── SandboxError           generated code, but no sandbox to run it in
 ├── BudgetExceeded         a budget too small for the next call
 ├── EndpointError          an unusable OpenAI-compatible endpoint
@@ -25,6 +26,7 @@ __all__ = [
     "DiskError",
     "EndpointError",
     "MissingExtraError",
+    "Preempted",
     "RecipeError",
     "RequestError",
     "SandboxError",
@@ -63,6 +65,10 @@ class TokenizerMismatchError(UltraFuserError):
 
 class TrainingError(UltraFuserError):
     """A run that cannot start, continue or resume."""
+
+
+class Preempted(UltraFuserError):
+    """A run was stopped by SIGTERM. It can be resumed."""
 
 
 class SandboxError(UltraFuserError):

@@ -19,7 +19,7 @@ class Progress:
     """Receives reports of long work. This one shows nothing, for use as a library."""
 
     def start(self, label: str, total: int) -> None:
-        """Start a task of `total` steps."""
+        """Start a task of `total` steps. 0: their number is not known."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Report finished steps. `note` is shown beside the bar."""
@@ -95,6 +95,9 @@ class ConsoleProgress(Progress):
             self._last_line = now
         if not self._steps:
             self.log(f"{self._label}: {now - self._start:.0f} s so far")
+            return
+        if not self._total:
+            self.log(f"{self._label}: {self._steps} so far {note}".rstrip())
             return
         remaining_s = (now - self._start) / self._steps * (self._total - self._steps)
         self.log(f"{self._label}: {self._steps} of {self._total}, about {remaining_s:.0f} s left {note}".rstrip())

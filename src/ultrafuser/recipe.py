@@ -146,6 +146,9 @@ class DataRecipe(Node):
         description="What to do with a row that cannot be used. `skip`: leave it out, and list it in `bad_rows.jsonl` of the "
         "run.",
     )
+    workers: PositiveInt | None = Field(
+        default=None, description="Processes that render rows into tokens. null: one for each core."
+    )
 
 
 class LoraRecipe(Node):
@@ -219,7 +222,9 @@ class JointStage(_RowStage):
     name: Literal["joint"] = Field(description="Train the gate and the specialists.")
     steps: Steps = 1000
     samples_per_domain: SamplesPerDomain = 32
-    lr: LearningRate = 2e-5
+    lr: PositiveFloat = Field(
+        default=2e-4, description="Peak learning rate. With `specialists: full` the default is the paper's 2e-5."
+    )
     specialist_lr: PositiveFloat | None = Field(
         default=None, description="Peak learning rate of the specialists. null: `lr`."
     )
@@ -227,6 +232,17 @@ class JointStage(_RowStage):
         default="lora", description="Train adapters of the specialists, or all their weights."
     )
     lora: LoraRecipe = Field(default_factory=LoraRecipe, description="The adapters.")
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Compute activations again in the backward pass instead of keeping them. `auto`: if they would take more than half "
+        "of the free memory.",
+    )
+
+    @model_validator(mode="after")
+    def _default_lr(self) -> JointStage:
+        if self.trains_all_weights and "lr" not in self.model_fields_set:
+            self.lr = 2e-5
+        return self
 
     @property
     def trains_all_weights(self) -> bool:
@@ -290,12 +306,17 @@ class Recipe(Node):
     seed: NonNegativeInt = Field(default=0, description="Seed of initialisation, sampling and dropout.")
     output: str = Field(default="runs/ultrafuser", description="Folder of the run, relative to the working folder.")
     eval_every: PositiveInt | None = Field(
-        default=None, description="Steps between validations. null: validate at the end of each stage."
+        default=None,
+        description="Steps between validations. null: five validations in each stage with `keep_best`, otherwise one at its end.",
     )
     save_every: PositiveInt | None = Field(
         default=None,
         description="Steps between checkpoints. null: save at the end of each stage. With `keep_best` and validation rows, every validation "
         "saves a checkpoint.",
+    )
+    ddp_timeout: PositiveInt = Field(
+        default=7200,
+        description="Seconds for which one process of several waits for the others, e.g. while one renders the rows.",
     )
     keep_best: bool = Field(default=True, description="Keep the checkpoint with the lowest validation loss.")
     log_every: PositiveInt = Field(default=1, description="Steps between rows of metrics.")

@@ -74,12 +74,12 @@ def test_it_is_the_minimum_of_the_loss():
         assert loss(best) < min(loss(1.0), loss(best * 1.1), loss(best / 1.1))
 
 
-def test_a_domain_without_a_row_goes_by_all_rows_and_few_tokens_change_nothing():
+def test_specialists_without_rows_of_their_domain_or_with_few_tokens_keep_1():
     model = opinionated()
     rows = planted_rows(model, "text", 1.3)
-    temperatures = calibrate(model, rows)
-    # The other specialists know nothing of this domain.
-    assert temperatures[0] == pytest.approx(1.3, rel=0.06) and temperatures[1] > 1.5 and temperatures[2] > 1.5
+    progress = RecordingProgress()
+    assert calibrate(model, rows, progress=progress) == [pytest.approx(1.3, rel=0.06), 1.0, 1.0]
+    assert progress.news == ["temperature 1 for code, math: fewer than 256 response tokens of their domains"]
     few = rows[: module.FEWEST_TOKENS // 48]
     assert sum(len(row.labels) for row in few) < module.FEWEST_TOKENS
     assert calibrate(model, few) == [1.0] * 3

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -120,7 +122,7 @@ def test_an_interruption_while_writing_the_checkpoint(tiny_run, tmp_path, uninte
 
 def test_checkpoints_are_saved_between_validations(tiny_run, tmp_path):
     """Keeping the best must not cost the checkpoints that `save_every` asks for."""
-    settings = {"save_every": 1, "data": {"validation": [str(tiny_run.folder / "held-out.jsonl")]}}
+    settings = {"save_every": 1, "eval_every": 4, "data": {"validation": [str(tiny_run.folder / "held-out.jsonl")]}}
     with pytest.raises(Interruption):
         tiny_run.train(tmp_path, progress=StopAt("gate", 3), **settings)
     assert sorted(path.name for path in (tmp_path / "1-gate").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
@@ -237,7 +239,7 @@ def test_features_are_computed_once_and_again_when_specialists_change(tiny_run, 
         model.groups[1].model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
     store = FeatureStore.build(model, rows, tmp_path / "f", progress=third)
     FeatureStore.build(model, rows[:4], tmp_path / "f", progress=fourth)
-    assert [recording.started[0][1] for recording in (first, second, third)] == [total, 0, total]
+    assert [recording.started[0][1] for recording in (first, third)] == [total] * 2 and not second.started
     assert fourth.started[0][1] == sum(row.num_tokens for row in rows[:4])
     assert len(store) == len(rows)
 
@@ -261,11 +263,33 @@ def test_features_of_several_ranks_fill_one_store(tiny_run, tmp_path):
     model, rows = _model_and_rows(tiny_run, tiny_run.recipe(tmp_path))
     alone = FeatureStore.build(model, rows, tmp_path / "alone")
     progress = [RecordingProgress(), RecordingProgress()]
-    for rank in range(2):
-        together = FeatureStore.build(model, rows, tmp_path / "two", rank=rank, num_ranks=2, progress=progress[rank])
-    assert together.read.all() and together.scored.all()
-    assert sum(recording.started[0][1] for recording in progress) == sum(row.num_tokens for row in rows)
-    torch.testing.assert_close(together.log_probs, alone.log_probs)
+    barrier = Barrier(2, timeout=60)
+
+    def build(rank: int) -> FeatureStore:
+        ranks = {"rank": rank, "num_ranks": 2, "local_rank": rank, "num_local_ranks": 2}
+        return FeatureStore.build(model, rows, tmp_path / "two", **ranks, barrier=barrier.wait, progress=progress[rank])
+
+    with ThreadPoolExecutor(2) as pool:
+        stores = list(pool.map(build, range(2)))
+    assert all(store.read.all() and store.scored.all() for store in stores)
+    assert sum(tokens for recording in progress for _, tokens in recording.started) == sum(r.num_tokens for r in rows)
+    torch.testing.assert_close(stores[1].log_probs, alone.log_probs)
+
+
+def test_a_node_without_the_files_of_the_others_computes_all_features(tiny_run, tmp_path):
+    model, rows = _model_and_rows(tiny_run, tiny_run.recipe(tmp_path))
+    alone = FeatureStore.build(model, rows, tmp_path / "alone")
+    for rank in range(2):  # two machines with one process each
+        store = FeatureStore.build(model, rows, tmp_path / f"disk-{rank}", rank=rank, num_ranks=2)
+        torch.testing.assert_close(store.log_probs, alone.log_probs)
+
+
+def test_features_that_are_missing_in_the_end_are_an_error(tiny_run, tmp_path):
+    """The other process of this machine writes to another disk."""
+    model, rows = _model_and_rows(tiny_run, tiny_run.recipe(tmp_path))
+    ranks = {"rank": 0, "num_ranks": 2, "local_rank": 0, "num_local_ranks": 2}
+    with pytest.raises(TrainingError, match=r"lacks 7 of 15 rows after .* cache_features: false"):
+        FeatureStore.build(model, rows, tmp_path / "half", **ranks)
 
 
 def test_a_disk_too_small_for_the_features_is_an_error(tiny_run, tmp_path, monkeypatch):

@@ -258,10 +258,11 @@ def test_the_best_checkpoint_is_kept(tiny_run, tmp_path):
     """A learning rate so high that validation gets worse and worse: the first evaluation is the best."""
     wild = GATE | {"lr": 3.0, "steps": 6, "schedule": "constant", "max_grad_norm": 0}
     options = {"cache_features": True, "data": {"validation": [str(tiny_run.folder / "held-out.jsonl")]}}
-    output = tiny_run.train(tmp_path / "run", [wild], eval_every=1, **options)
+    progress = RecordingProgress()
+    output = tiny_run.train(tmp_path / "run", [wild], eval_every=1, progress=progress, **options)
     evaluations = {row["step"]: row["eval_loss"] for row in metrics(output) if "eval_loss" in row}
     best = min(evaluations, key=evaluations.get)
-    assert best < 6
+    assert best < 6 and f"stage gate: kept step {best} of 6, validation loss {evaluations[best]:.4f}" in progress.news
     repeated = tiny_run.train(tmp_path / "again", [wild | {"steps": best}], **options)
     for name, tensor in trained_weights(repeated).items():
         assert torch.equal(tensor, trained_weights(output)[name]), name

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from ultrafuser.errors import DiskError, UltraFuserError
+from ultrafuser.errors import DiskError, Preempted, UltraFuserError
 from ultrafuser.printing import echo_error
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -35,6 +35,9 @@ def how_to_go_on(next_step: str | Callable[..., str], *, resumes: bool = True) -
             except KeyboardInterrupt:
                 echo_error(f"\nultrafuser: interrupted. {line()}")
                 raise typer.Exit(130) from None
+            except Preempted as error:  # schedulers take another exit code for a failure
+                echo_error(f"\nultrafuser: {error}. {line()}")
+                raise typer.Exit(0) from None
             except DiskError as error:
                 if not resumes or "--resume" in error.next_step:
                     raise

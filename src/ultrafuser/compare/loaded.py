@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from ultrafuser.train.rows import load_source
 class TestLosses:
     """The test rows as a system reads them, their losses, and each row's mean gate weights (empty: no gate)."""
 
-    rows: list[Rendered]
+    rows: Sequence[Rendered]
     losses: list[RowLoss]
     gate_weights: list[list[float]] | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -122,7 +123,7 @@ class Workspace:
         bases = write_plain_checkpoints(model, tokenizer, folder / "from", self.progress)
         return replace(checkpoints, base=bases.specialists["base"])
 
-    def rows(self, data_set: DataSet, renderer: Renderer) -> list[Rendered]:
+    def rows(self, data_set: DataSet, renderer: Renderer) -> Sequence[Rendered]:
         """The training or test rows as a system reads them."""
         data = self.settings.training().data
         sources = data.train if data_set == "train" else self.settings.test
@@ -131,7 +132,7 @@ class Workspace:
         reader.write_bad_rows(self.folder / f"bad_rows.{data_set}.jsonl")
         return rows
 
-    def features(self, data_set: DataSet, model: UltraFuserForCausalLM, rows: list[Rendered]) -> FeatureStore:
+    def features(self, data_set: DataSet, model: UltraFuserForCausalLM, rows: Sequence[Rendered]) -> FeatureStore:
         """The frozen specialists' states on the rows, computed once for all systems."""
         return FeatureStore.build(model, rows, self.folder / "features" / data_set, progress=self.progress)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -63,6 +63,11 @@ class RenderStats:
     unsupervised_answers: int = 0
     rewritten: Counter[str] = field(default_factory=Counter)
     thoughts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: RenderStats) -> None:
+        """Add the counts of other rows."""
+        for counter in fields(self):
+            setattr(self, counter.name, getattr(self, counter.name) + getattr(other, counter.name))
 
     def __str__(self) -> str:
         parts = []
@@ -318,9 +323,17 @@ class Renderer:
         Raises:
             DataError: no row fits, or a row differs from what its template writes.
         """
+        num_before = len(bad_rows or [])
+        results, stats = self.render_some(rows, bad_rows)
+        self.check_count(len(rows), len(results), stats, (bad_rows or [])[num_before:])
+        return results, stats
+
+    def render_some(
+        self, rows: Sequence[Row], bad_rows: list[dict[str, str]] | None = None
+    ) -> tuple[list[Rendered], RenderStats]:
+        """As `render_all`, but it is no error if no row fits."""
         stats, results = RenderStats(), []
         seen: Counter[str] = Counter()
-        num_before = len(bad_rows or [])
         for row in rows:
             try:
                 rendered = self.render(row, stats)
@@ -338,14 +351,19 @@ class Renderer:
             stats.truncated_rows += rendered.truncated > 0
             stats.truncated_tokens += rendered.truncated
             results.append(rendered)
-        if rows and not results:
-            refused = (bad_rows or [])[num_before:]
-            if len(refused) == len(rows):
-                raise DataError(f"none of {len(rows)} rows can be read. The first: {refused[0]['problem']}")
-            if stats.unsupervised_rows == len(rows):
-                raise DataError(f"none of {len(rows)} rows has a supervised answer: {stats}")
-            raise DataError(f"none of {len(rows)} rows fits into max_length={self.max_length} tokens. Raise it")
         return results, stats
+
+    def check_count(
+        self, num_rows: int, num_rendered: int, stats: RenderStats, refused: Sequence[dict[str, str]]
+    ) -> None:
+        """Raises DataError: there were rows, but none of them fits. `refused`: the rows that a template refused."""
+        if not num_rows or num_rendered:
+            return
+        if len(refused) == num_rows:
+            raise DataError(f"none of {num_rows} rows can be read. The first: {refused[0]['problem']}")
+        if stats.unsupervised_rows == num_rows:
+            raise DataError(f"none of {num_rows} rows has a supervised answer: {stats}")
+        raise DataError(f"none of {num_rows} rows fits into max_length={self.max_length} tokens. Raise it")
 
     def check(self, row: Row, rendered: Rendered) -> None:
         """Compare a row with what `apply_chat_template` gives for the whole conversation.

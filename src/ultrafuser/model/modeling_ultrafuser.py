@@ -123,6 +123,27 @@ class UltraFuserForCausalLM(
         """The device of the first specialist's embeddings."""
         return self.groups[0].device
 
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """The device of each part, if they are on several. transformers and accelerate do not move such a model.
+
+        Raises:
+            AttributeError: all parts are on one device. Those libraries ask whether the attribute exists.
+        """
+        parts = {
+            ".".join(filter(None, [f"groups.{g}.model", part])): device
+            for g, group in enumerate(self.groups)
+            for part, device in (getattr(group.model, "hf_device_map", None) or {"": group.device}).items()
+        }
+        if len({str(device) for device in parts.values()}) < 2:
+            raise AttributeError("hf_device_map: all parts are on one device")
+        return parts
+
+    def place(self, device: torch.device | str) -> None:
+        """Move the model to a device, unless its parts were placed on several."""
+        if not hasattr(self, "hf_device_map"):
+            self.to(device)
+
     def heads(self) -> list:
         """The K output layers over the common vocabulary, each with its temperature."""
         size, masked = self.config.vocab_size, tuple(self.config.masked_token_ids)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from ultrafuser.data.collate import length_batches, token_budget
+from ultrafuser.data.packed import domains_of
 from ultrafuser.data.templates import Rendered
 from ultrafuser.model.loss import Head, token_chunks
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -29,7 +30,7 @@ def calibrate(
 ) -> list[float]:
     """The temperature of each specialist that minimises its loss on the answers of its own domain.
 
-    Without a row of its domain, all rows count. A specialist with fewer than FEWEST_TOKENS response tokens keeps 1.
+    A specialist whose domain has fewer than FEWEST_TOKENS response tokens keeps 1.
 
     Args:
         rows: rows that the specialists neither were trained on nor wrote. On those they are rightly more confident.
@@ -41,6 +42,10 @@ def calibrate(
     names = model.config.names
     samples = [_sample_rows(rows, domain, seed) for domain in model.config.domains]
     samples = [sample if sum(len(row.labels) for row in sample) >= FEWEST_TOKENS else [] for sample in samples]
+    if skipped := [name for name, sample in zip(names, samples, strict=True) if not sample]:
+        progress.log(
+            f"temperature 1 for {', '.join(skipped)}: fewer than {FEWEST_TOKENS} response tokens of their domains"
+        )
     temperatures = [1.0] * len(names)
     if not any(samples):
         return temperatures
@@ -61,14 +66,14 @@ def calibrate(
 
 def _sample_rows(rows: Sequence[Rendered], domain: str, seed: int) -> list[Rendered]:
     """Rows of a domain in random order, up to MOST_TOKENS response tokens."""
-    candidates = [row for row in rows if row.domain == domain] or list(rows)
+    candidates = [i for i, name in enumerate(domains_of(rows)) if name == domain]
     random.Random(seed).shuffle(candidates)
     sample, tokens = [], 0
-    for row in candidates:
+    for i in candidates:
         if tokens >= MOST_TOKENS:
             break
-        sample.append(row)
-        tokens += len(row.labels)
+        sample.append(rows[i])
+        tokens += len(rows[i].labels)
     return sample
 
 

@@ -20,6 +20,7 @@ import torch
 
 from ultrafuser.data.collate import collate_rows, length_batches, pad_labels, token_budget
 from ultrafuser.data.files import allocate, disk_problem, write_json
+from ultrafuser.data.packed import digest_of, label_counts_of, lengths_of
 from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import DiskError, TrainingError
 from ultrafuser.model.fingerprint import hash_weights
@@ -53,8 +54,8 @@ class FeatureStore(Sequence[RowFeatures]):
         def mapped(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.from_file(str(folder / name), shared=True, size=size, dtype=dtype)
 
-        self.folder, self.rows = folder, list(rows)
-        self.offsets = [0, *itertools.accumulate(len(row.labels) for row in rows)]
+        self.folder, self.rows = folder, rows
+        self.offsets = [0, *itertools.accumulate(label_counts_of(rows))]
         total, size = self.offsets[-1], len(heads)
         self.states = [
             mapped(f"states-{k}.bin", total * head.weight.shape[1], head.weight.dtype).view(total, head.weight.shape[1])
@@ -83,36 +84,47 @@ class FeatureStore(Sequence[RowFeatures]):
         *,
         rank: int = 0,
         num_ranks: int = 1,
+        local_rank: int = 0,
+        num_local_ranks: int = 1,
         barrier: Callable[[], None] = lambda: None,
         progress: Progress | None = None,
     ) -> FeatureStore:
-        """Compute the missing features, every rank its share.
+        """Compute the missing features, every rank its share. A node that does not see the files of the others computes all.
 
         Args:
             folder: of the files. Files of an earlier run are reused if they belong to the same specialists and rows, and
                 replaced otherwise.
+            rank, num_ranks: this process and the number of all.
+            local_rank, num_local_ranks: the same among the processes of this machine.
 
         Raises:
-            TrainingError: the features do not fit on the disk.
+            TrainingError: the features do not fit on the disk, or some are missing in the end.
         """
         # a fingerprint of the rows' tokens and of the specialists' weights (a sample of each tensor)
-        tokens = "".join(repr((row.row_id, row.input_ids, row.labels)) for row in rows)
-        identity = hash_weights(model.groups.named_parameters(), start=tokens.encode())
+        identity = hash_weights(model.groups.named_parameters(), start=digest_of(rows))
         if rank == 0:
             _prepare_folder(folder, identity, rows, model.heads())
         barrier()
-        store = cls(folder, rows, model.heads())
-        indices = range(rank, len(rows), num_ranks)
-        _compute(model, store, [i for i in indices if not store.read[i]], progress or Progress())
-        _score(model, store, [i for i in indices if not store.scored[i]])
+        if local_rank == 0 and rank != 0 and not _is_identity(folder / "identity.json", identity):  # another disk
+            _prepare_folder(folder, identity, rows, model.heads())
         barrier()
+        store = cls(folder, rows, model.heads())
+        for share in (range(rank, len(rows), num_ranks), range(local_rank, len(rows), num_local_ranks)):
+            _compute(model, store, [i for i in share if not store.read[i]], progress or Progress())
+            _score(model, store, [i for i in share if not store.scored[i]])
+            barrier()
+        if missing := len(rows) - int((store.read & store.scored).sum()):
+            raise TrainingError(
+                f"{folder}: the feature cache lacks {missing} of {len(rows)} rows after all processes have written theirs. "
+                "Choose an output on a disk that all processes of a machine share, or set cache_features: false"
+            )
         return store
 
 
 def estimate_size_bytes(model: UltraFuserForCausalLM, rows: Sequence[Rendered]) -> int:
     """The size of the features of these rows in bytes."""
     per_token = sum(head.weight.shape[1] * head.weight.dtype.itemsize + 4 for head in model.heads())
-    return sum(len(row.labels) for row in rows) * per_token
+    return sum(label_counts_of(rows)) * per_token
 
 
 def _temperatures(heads: Sequence[Head]) -> str:
@@ -121,7 +133,7 @@ def _temperatures(heads: Sequence[Head]) -> str:
 
 def _prepare_folder(folder: Path, identity: str, rows: Sequence[Rendered], heads: Sequence[Head]) -> None:
     """Reuse the whole files of an earlier run on the same specialists and rows, and allocate the others."""
-    facts, total, suffix = folder / "identity.json", sum(len(row.labels) for row in rows), _temperatures(heads)
+    facts, total, suffix = folder / "identity.json", sum(label_counts_of(rows)), _temperatures(heads)
     states = {
         f"states-{k}.bin": total * head.weight.shape[1] * head.weight.dtype.itemsize for k, head in enumerate(heads)
     } | {"read.bin": len(rows)}
@@ -165,10 +177,13 @@ def _are_whole(folder: Path, sizes: Mapping[str, int]) -> bool:
 @torch.no_grad()
 def _compute(model: UltraFuserForCausalLM, store: FeatureStore, missing: Sequence[int], progress: Progress) -> None:
     """Run the specialists on the missing rows, in batches of similar length within the token budget."""
-    progress.start("specialists read the rows", sum(store.rows[i].num_tokens for i in missing))
+    if not missing:
+        return
+    lengths = lengths_of(store.rows)
+    progress.start("specialists read the rows", sum(lengths[i] for i in missing))
     was_training = model.training
     model.eval()
-    for batch in length_batches([store.rows[i].num_tokens for i in missing], token_budget(model.device)):
+    for batch in length_batches([lengths[i] for i in missing], token_budget(model.device)):
         indices = [missing[j] for j in batch]
         rows = [store.rows[i] for i in indices]
         inputs = {key: value.to(model.device) for key, value in collate_rows(rows).items()}

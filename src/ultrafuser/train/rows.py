@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+from accelerate import PartialState
+
+from ultrafuser.data.packed import PackedRows, domains_of, is_whole
+from ultrafuser.data.rendering import render_packed
 from ultrafuser.data.schema import Row
 from ultrafuser.data.sources import RowReader, load_rows
 from ultrafuser.data.templates import Rendered, Renderer
@@ -29,12 +36,17 @@ def read_sources(
     progress: Progress,
     purpose: str,
     reader: RowReader | None = None,
-) -> list[Rendered]:
+    *,
+    folder: Path | None = None,
+    workers: int | None = None,
+) -> Sequence[Rendered]:
     """Rows of all sources as token sequences. What was not used of them is logged.
 
     Args:
         purpose: what the rows are for, in messages.
         reader: collects bad rows, if it skips them. None: the first bad row is an error.
+        folder: for files that hold the rows. None: a list in memory.
+        workers: processes that render into the files. None: one for each core.
 
     Raises:
         DataError: no sources, or a domain of which no row fits.
@@ -43,10 +55,20 @@ def read_sources(
         raise DataError(f"the recipe names no {purpose} data. Add sources under data.train")
     reader = reader or RowReader()
     read = RowReader(reader.on_bad_row)  # the notes are about these sources
-    rows = [row for source in sources for row in load_source(source, read)]
-    rendered, stats = renderer.render_all(rows, read.bad_rows if read.on_bad_row == "skip" else None)
+    domains: set[str] = set()
+    rows = _stream(sources, read, domains)
+    bad_rows = read.bad_rows if read.on_bad_row == "skip" else None
+    rendered: Sequence[Rendered]
+    if folder is None:
+        rendered, stats = renderer.render_all(list(rows), bad_rows)
+    else:
+        label = f"rendering {purpose} rows"
+        rendered, stats = render_packed(
+            renderer, rows, folder, workers=workers, bad_rows=bad_rows, progress=progress, label=label
+        )
     reader.bad_rows += read.bad_rows
-    counts = {domain: sum(row.domain == domain for row in rendered) for domain in sorted({r.domain for r in rows})}
+    counts = Counter({domain: 0 for domain in sorted(domains)})
+    counts.update(domains_of(rendered))
     for domain, count in counts.items():
         if count == 0:
             advice = f". Raise data.max_length, now max_length={renderer.max_length}" if stats.dropped_rows else ""
@@ -57,3 +79,26 @@ def read_sources(
     for note in read.notes():
         progress.log(f"{purpose} rows: {note}")
     return rendered
+
+
+def _stream(sources: Sequence[SourceRecipe], reader: RowReader, domains: set[str]) -> Iterator[Row]:
+    """The rows of all sources as they are read. Their domains are added to `domains`."""
+    for source in sources:
+        for row in reader.read(**source.model_dump()):
+            domains.add(row.domain)
+            yield row
+
+
+def share_rows(read: Callable[[], Sequence[Rendered]], folder: Path) -> Sequence[Rendered]:
+    """Let one process read rows into the files of a folder, and map them in all. A machine that does not see them reads too."""
+    state = PartialState()
+    if state.is_local_main_process:
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+    state.wait_for_everyone()
+    if state.is_main_process:
+        read()
+    state.wait_for_everyone()
+    if state.is_local_main_process and not is_whole(folder):
+        read()
+    state.wait_for_everyone()
+    return PackedRows(folder)

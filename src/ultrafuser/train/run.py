@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,17 +16,19 @@ from ultrafuser import typed_yaml
 from ultrafuser.data.files import disk_errors, disk_problem, next_step, run_folder, write_text
 from ultrafuser.data.locking import exclusive_lock
 from ultrafuser.data.sources import RowReader
+from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import DiskError, RecipeError, TrainingError
 from ultrafuser.model.checkpoint import fused_folder, read_manifest
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.saving import WRITE_ERRORS, atomic_directory
 from ultrafuser.progress import Progress
-from ultrafuser.recipe import GateRecipe, Recipe, dump_recipe
+from ultrafuser.recipe import GateRecipe, Recipe, SourceRecipe, dump_recipe
 from ultrafuser.specialists import fuse, load, make_renderer, pick_device
 from ultrafuser.train.card import write_card
 from ultrafuser.train.metrics import METRICS_FILE, read_metrics, truncate_metrics
-from ultrafuser.train.rows import BAD_ROWS_FILE, read_sources
-from ultrafuser.train.stages import FINISHED, StageRun, run_stage
+from ultrafuser.train.preemption import Preemption
+from ultrafuser.train.rows import BAD_ROWS_FILE, read_sources, share_rows
+from ultrafuser.train.stages import FINISHED, StageRun, check_stage, run_stage
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -45,9 +48,11 @@ def train(
 
     Raises:
         TrainingError: the folder holds another run, or none to resume, or the loss is not finite.
+        Preempted: SIGTERM arrived. The step that ran is saved.
         DataError: no rows, or rows that do not fit.
     """
     progress = progress or Progress()
+    PartialState(timeout=datetime.timedelta(seconds=recipe.ddp_timeout))  # the first one starts the process group
     recipe = _settle(recipe)
     if recipe.early_stop_patience and not recipe.data.validation:
         raise TrainingError("early_stop_patience needs validation rows. Add sources under data.validation")
@@ -58,9 +63,10 @@ def train(
     if resume and recipe.date is None:  # the templates must see the day of the run's start
         saved = typed_yaml.parse((output / RECIPE_FILE).read_text(encoding="utf-8"), str(output / RECIPE_FILE))
         recipe = recipe.model_copy(update={"date": saved.get("date") and str(saved["date"])})
-    with run_lock(output):
+    preemption = Preemption()
+    with run_lock(output), preemption.listening():
         _check_output(output, recipe, resume)
-        return _train(recipe, features, progress)
+        return _train(recipe, features, progress, preemption)
 
 
 @contextmanager
@@ -77,7 +83,7 @@ def run_lock(output: Path) -> Iterator[None]:
         yield
 
 
-def _train(recipe: Recipe, features: Path | None, progress: Progress) -> Path:
+def _train(recipe: Recipe, features: Path | None, progress: Progress, preemption: Preemption) -> Path:
     output = Path(recipe.output)
     if recipe.fused is None:
         with progress.waiting("loading the specialists"):
@@ -88,22 +94,33 @@ def _train(recipe: Recipe, features: Path | None, progress: Progress) -> Path:
         with progress.waiting(f"loading {recipe.fused}"):
             model, renderer = load(recipe.fused, device_map=pick_device(recipe.device), **options)
         tokenizer = renderer.tokenizer
+    for stage in recipe.stages:
+        check_stage(model, stage)
     renderer = make_renderer(model, tokenizer, recipe.data.max_length)
     reader = RowReader(recipe.data.on_bad_row)
-    rows = read_sources(recipe.data.train, renderer, progress, "training", reader)
-    sources = recipe.data.validation
-    validation = read_sources(sources, renderer, progress, "validation", reader) if sources else []
+
+    def read(sources: list[SourceRecipe], purpose: str) -> Sequence[Rendered]:
+        folder, workers = output / f"rows-{purpose}", recipe.data.workers
+        return share_rows(
+            lambda: read_sources(sources, renderer, progress, purpose, reader, folder=folder, workers=workers), folder
+        )
+
+    rows = read(recipe.data.train, "training")
+    validation = read(recipe.data.validation, "validation") if recipe.data.validation else []
     if PartialState().is_main_process:  # from here on there is something to resume
         write_text(output / RECIPE_FILE, dump_recipe(recipe))
         reader.write_bad_rows(output / BAD_ROWS_FILE)
     truncate_metrics(output / METRICS_FILE)
     for index, stage in enumerate(recipe.stages, 1):
         stage_folder = output / f"{index}-{stage.name}"
-        run_stage(StageRun(model, stage, recipe, rows, validation, stage_folder, features, progress, renderer=renderer))
+        run = StageRun(model, stage, recipe, rows, validation, stage_folder, features, progress)
+        run.renderer, run.preemption = renderer, preemption
+        run_stage(run)
     with progress.waiting("writing the fused folder"):
         folder = save_fused_folder(model, tokenizer, recipe, output)
     if PartialState().is_main_process:
-        shutil.rmtree(output / "features", ignore_errors=True)  # large, and quickly recomputed
+        for folder_of_run in ("features", "rows-training", "rows-validation"):  # large, and quickly recomputed
+            shutil.rmtree(output / folder_of_run, ignore_errors=True)
     return folder
 
 

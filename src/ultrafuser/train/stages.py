@@ -6,18 +6,24 @@ Source: algorithm 1 and appendix B of arXiv 2403.08281. Stage 1b, which trains t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.files import atomic_file, write_json
+from ultrafuser.data.packed import domains_of, lengths_of
 from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -27,10 +33,13 @@ from ultrafuser.recipe import GateStage, JointStage, OutcomeStage, Recipe, Stage
 from ultrafuser.train.calibrate import TEMPERATURES, calibrate
 from ultrafuser.train.checkpoints import last_checkpoint
 from ultrafuser.train.features import FeatureStore, estimate_size_bytes
+from ultrafuser.train.memory import checkpointing_pays
 from ultrafuser.train.metrics import METRICS_FILE, truncate_metrics
 from ultrafuser.train.outcome import train_outcome
+from ultrafuser.train.preemption import Preemption
 from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, save_trainable
 
+VALIDATIONS = 5  # of a stage that keeps the best checkpoint
 FINISHED, MEASURED = "finished.safetensors", "temperatures.json"
 # The cache pays if rows are drawn more than once. Its size is bounded, so that a large run does not fill the disk.
 _CACHE_LIMIT_BYTES = 200 << 30
@@ -47,6 +56,7 @@ class StageRun:
         features: folder of the feature cache, by default beside the stage's.
         trainer: a subclass may add a term to the loss.
         renderer: of the questions of a stage 'outcome', which no other stage needs.
+        preemption: how the run learns that it must stop.
     """
 
     model: UltraFuserForCausalLM
@@ -59,6 +69,7 @@ class StageRun:
     progress: Progress = field(default_factory=Progress)
     trainer: type[FusionTrainer] = FusionTrainer
     renderer: Renderer | None = None
+    preemption: Preemption = field(default_factory=Preemption)
 
     @property
     def metrics_file(self) -> Path:
@@ -85,7 +96,8 @@ def run_stage(run: StageRun) -> None:
     else:
         args = _arguments(run, autocast=stage.trains_all_weights and torch.bfloat16 in dtypes)
         train_rows, validation_rows = _training_rows(run, args)
-        _train_stage(run, args, train_rows, validation_rows)
+        with _checkpointing(run):
+            _train_stage(run, args, train_rows, validation_rows)
     if stage.trains_all_weights:
         for group, dtype in zip(model.groups, dtypes, strict=True):
             group.to(dtype)
@@ -94,7 +106,7 @@ def run_stage(run: StageRun) -> None:
 def _train_by_outcomes(run: StageRun, stage: OutcomeStage) -> None:
     """Train the gate by right answers from the last finished step, and write its weights."""
     assert run.renderer is not None
-    run.model.to(_arguments(run, autocast=False).device)
+    run.model.place(_arguments(run, autocast=False).device)
     checkpoint = run.folder / "step.pt"
     train_outcome(
         run.model,
@@ -115,18 +127,18 @@ def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valid
     stage, recipe = run.stage, run.recipe
     assert not isinstance(stage, OutcomeStage)
     sampler = BalancedBatchSampler(
-        [row.domain for row in run.rows],
+        domains_of(run.rows),
         stage.samples_per_domain,
         stage.steps,
         rows_per_device=stage.rows_per_device,
         num_ranks=args.world_size,
-        lengths=[row.num_tokens for row in run.rows],
+        lengths=lengths_of(run.rows),
         seed=recipe.seed,
         balanced=recipe.balanced,
     )
     args.per_device_train_batch_size = sampler.micro_size
     args.gradient_accumulation_steps = sampler.num_accumulation
-    callbacks: list[TrainerCallback] = []
+    callbacks: list[TrainerCallback] = [run.preemption]
     if recipe.save_every and args.load_best_model_at_end:
         callbacks.append(SaveEvery(recipe.save_every))
     if recipe.early_stop_patience and run.validation:
@@ -146,6 +158,11 @@ def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valid
     checkpoint = last_checkpoint(run.folder, run.progress)
     truncate_metrics(run.metrics_file, int(checkpoint.rpartition("-")[2]) if checkpoint else 0, stage.name)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if args.load_best_model_at_end:
+        best = trainer.state.best_metric
+        run.progress.log(
+            f"stage {stage.name}: kept step {trainer.state.best_global_step} of {trainer.state.global_step}, validation loss {best:.4f}"
+        )
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
         with atomic_file(run.folder / FINISHED, force=True) as draft:
@@ -156,10 +173,13 @@ def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valid
 def _set_temperatures(run: StageRun) -> None:
     """Measure the specialists' temperatures, or read those that this stage began with."""
     config, file = run.model.config, run.folder / MEASURED
-    if PartialState().is_main_process and not file.is_file():
-        write_json(file, calibrate(run.model, run.rows, seed=run.recipe.seed, progress=run.progress))
-    PartialState().wait_for_everyone()
-    config.set_temperatures(json.loads(file.read_text(encoding="utf-8")))
+    temperatures = [None]
+    if PartialState().is_main_process:
+        if not file.is_file():
+            write_json(file, calibrate(run.model, run.rows, seed=run.recipe.seed, progress=run.progress))
+        temperatures = [json.loads(file.read_text(encoding="utf-8"))]
+    (measured,) = broadcast_object_list(temperatures)  # other nodes may not see the file
+    config.set_temperatures(measured)
     pairs = list(zip(config.names, config.temperatures, strict=True))
     run.progress.log("temperatures: " + ", ".join(f"{name} {temperature:.2f}" for name, temperature in pairs))
     if limits := [name for name, temperature in pairs if temperature in (TEMPERATURES[0], TEMPERATURES[-1])]:
@@ -175,25 +195,50 @@ def prepare_gate(model: UltraFuserForCausalLM) -> None:
     model.gate.requires_grad_(True)
 
 
+def check_stage(model: UltraFuserForCausalLM, stage: StageRecipe) -> None:
+    """Refuse a stage that the specialists do not admit.
+
+    Raises:
+        TrainingError: `specialists: full` where several specialists share one base, or where weights are quantised.
+            Adapters in float16, whose gradients underflow without loss scaling. Gradient checkpointing of a model that has none.
+    """
+    if not isinstance(stage, JointStage):
+        return
+    for group in model.groups:
+        names = ", ".join(group.names)
+        if stage.gradient_checkpointing is True and not group.model.supports_gradient_checkpointing:
+            raise TrainingError(
+                f"specialists {names}: {type(group.model).__name__} has no gradient checkpointing. Set "
+                "stages.joint.gradient_checkpointing=false"
+            )
+        if stage.specialists == "lora":
+            if group.model.dtype == torch.float16:
+                raise TrainingError(
+                    f"specialists {names}: the joint stage cannot train adapters of a float16 model, because their gradients "
+                    "underflow. Use dtype=bfloat16 or dtype=float32"
+                )
+        elif group.size > 1:
+            raise TrainingError(
+                f"specialists {names} share one base, so training all its weights would tie them. "
+                "Use stages.joint.specialists=lora, or share_base=false"
+            )
+        elif is_quantized(group.model):
+            raise TrainingError(
+                f"specialist {group.names[0]!r}: its weights are quantised and cannot be trained. Use "
+                "stages.joint.specialists=lora"
+            )
+
+
 def prepare_joint(model: UltraFuserForCausalLM, stage: JointStage) -> None:
     """Stage 2: the gate and the specialists learn: their adapters (new ones where they have none), or all weights.
 
     Raises:
-        TrainingError: `specialists: full` where several specialists share one base, or where weights are quantised.
+        TrainingError: see `check_stage`.
     """
+    check_stage(model, stage)
     prepare_gate(model)
     for group in model.groups:
         if stage.specialists == "full":
-            if group.size > 1:
-                raise TrainingError(
-                    f"specialists {', '.join(group.names)} share one base, so training all its weights would tie them. "
-                    "Use stages.joint.specialists=lora, or share_base=false"
-                )
-            if is_quantized(group.model):
-                raise TrainingError(
-                    f"specialist {group.names[0]!r}: its weights are quantised and cannot be trained. Use "
-                    "stages.joint.specialists=lora"
-                )
             group.float()  # AdamW's small steps vanish in bfloat16, and run_stage casts back
             group.requires_grad_(True)
             continue
@@ -208,8 +253,8 @@ def prepare_joint(model: UltraFuserForCausalLM, stage: JointStage) -> None:
 
 def _arguments(run: StageRun, *, autocast: bool) -> TrainingArguments:
     stage, recipe, validates = run.stage, run.recipe, bool(run.validation)
-    every = recipe.eval_every or stage.steps
     keeps_best = recipe.keep_best and validates
+    every = recipe.eval_every or (math.ceil(stage.steps / VALIDATIONS) if keeps_best else stage.steps)
     on_cpu = recipe.device == "cpu" or (recipe.device == "auto" and not torch.cuda.is_available())
     return TrainingArguments(
         output_dir=str(run.folder),
@@ -240,7 +285,41 @@ def _arguments(run: StageRun, *, autocast: bool) -> TrainingArguments:
         label_names=["labels"],
         use_cache=True,  # the Trainer writes it into the model's configuration and so into the checkpoint
         ddp_find_unused_parameters=False,
+        ddp_timeout=recipe.ddp_timeout,
     )
+
+
+@contextmanager
+def _checkpointing(run: StageRun) -> Iterator[None]:
+    """Gradient checkpointing in the block, if the stage asks for it or needs it."""
+    stage = run.stage
+    if not isinstance(stage, JointStage) or not _wants_checkpointing(run, stage):
+        yield
+        return
+    run.progress.log(f"stage {stage.name}: gradient checkpointing is on")
+    _set_checkpointing(run.model, True)
+    try:
+        yield
+    finally:
+        _set_checkpointing(run.model, False)
+
+
+def _wants_checkpointing(run: StageRun, stage: JointStage) -> bool:
+    if stage.gradient_checkpointing != "auto":
+        return stage.gradient_checkpointing
+    is_possible = all(group.model.supports_gradient_checkpointing for group in run.model.groups)
+    rows_per_pass = stage.rows_per_device or stage.samples_per_domain * len(set(domains_of(run.rows)))
+    return is_possible and checkpointing_pays(run.model, run.rows, rows_per_pass)
+
+
+def _set_checkpointing(model: UltraFuserForCausalLM, enabled: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer releases of transformers have other names for these
+        for group in model.groups:
+            if enabled:
+                group.model.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                group.model.gradient_checkpointing_disable()
 
 
 def _training_rows(run: StageRun, args: TrainingArguments) -> tuple[Rows, Rows]:
@@ -248,12 +327,14 @@ def _training_rows(run: StageRun, args: TrainingArguments) -> tuple[Rows, Rows]:
     if isinstance(run.stage, JointStage) or not _caching_pays(run):
         return run.rows, run.validation
     folder = run.features or run.folder.parent / "features"
-    run.model.to(args.device)  # reading the device also starts the process group, where there is one
+    run.model.place(args.device)  # reading the device also starts the process group, where there is one
     build = partial(
         FeatureStore.build,
         run.model,
         rank=args.process_index,
         num_ranks=args.world_size,
+        local_rank=args.local_process_index,
+        num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)),
         barrier=PartialState().wait_for_everyone,
         progress=run.progress,
     )
@@ -264,5 +345,5 @@ def _training_rows(run: StageRun, args: TrainingArguments) -> tuple[Rows, Rows]:
 def _caching_pays(run: StageRun) -> bool:
     if run.recipe.cache_features != "auto":
         return bool(run.recipe.cache_features)
-    drawn = run.stage.steps * run.stage.samples_per_domain * len({row.domain for row in run.rows})
+    drawn = run.stage.steps * run.stage.samples_per_domain * len(set(domains_of(run.rows)))
     return drawn > len(run.rows) and estimate_size_bytes(run.model, run.rows) < _CACHE_LIMIT_BYTES

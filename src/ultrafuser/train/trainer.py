@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.collate import TOKENS_PER_BATCH, collate_rows, length_batches
 from ultrafuser.data.files import disk_errors
+from ultrafuser.data.packed import domains_of, lengths_of
 from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import DiskError, TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -54,9 +55,12 @@ class FusionTrainer(Trainer):
         progress: Progress | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.domains = sorted({_rendered(row).domain for row in [*train_rows, *(validation_rows or [])]})
+        self.domains = sorted(
+            {domain for rows in (train_rows, validation_rows or []) for domain in domains_of(_rows(rows))}
+        )
         self.sampler, self.stage, self.metrics_file = sampler, stage, metrics_file
         self.specialist_lr = specialist_lr
+        args._n_gpu = min(args.n_gpu, 1)  # DataParallel would copy every specialist to every GPU
         super().__init__(
             model=model,
             args=args,
@@ -162,7 +166,8 @@ class FusionTrainer(Trainer):
         indices = range(self.args.process_index, len(rows), self.args.world_size)
         totals = torch.zeros_like(self._totals)
         budget = TOKENS_PER_BATCH["cpu"]  # the small one on every device, beside the optimizer's states
-        for batch in length_batches([_rendered(rows[i]).num_tokens for i in indices], budget):
+        lengths = lengths_of(_rows(rows))
+        for batch in length_batches([lengths[i] for i in indices], budget):
             inputs = self._prepare_inputs(self._collate([rows[indices[j]] for j in batch]))
             inputs.pop("row_ids")
             domain_ids = inputs.pop("domain_ids")
@@ -238,6 +243,10 @@ def read_totals(totals: torch.Tensor, domains: Sequence[str], names: Sequence[st
     out = {f"loss/{d}": nats / count for d, (nats, count) in zip(domains, by_domain, strict=True) if count}
     out |= {f"gate_weight/{name}": weight / tokens for name, weight in zip(names, rest[:-1], strict=True)}
     return out | {"gate_entropy": rest[-1] / tokens}
+
+
+def _rows(rows: Rows) -> Sequence[Rendered]:
+    return rows.rows if isinstance(rows, FeatureStore) else rows
 
 
 def _rendered(item: Rendered | RowFeatures) -> Rendered:
