@@ -66,6 +66,18 @@ the base model's.
 )
 
 
+def label_of(results: dict, name: str) -> str:
+    """How the tables and the figure call a system."""
+    system = results["systems"][name]
+    return f"{system['label']} specialist" if system["kind"] == "specialist" else system["label"]
+
+
+def bold_label(results: dict, name: str) -> str:
+    """The label, bold for the main system."""
+    label = label_of(results, name)
+    return f"**{label}**" if name == results["main"] else label
+
+
 def exams(results: dict) -> list[str]:
     return [task.removeprefix("exam_") for task in results["tasks"]]
 
@@ -87,8 +99,7 @@ def accuracy(results: dict) -> str:
             _share(score, bold=not is_bound and score["value"] == top) if score else "–"
             for score, top in zip(scores(results, system), best, strict=True)
         ]
-        label = f"**{system['label']}**" if name == results["main"] else system["label"]
-        lines.append(f"| {label}{' (not a system)' if is_bound else ''} | {' | '.join(cells)} |")
+        lines.append(f"| {bold_label(results, name)}{' (not a system)' if is_bound else ''} | {' | '.join(cells)} |")
     samples = next(iter(systems.values()))["tasks"]
     counts = ", ".join(f"{samples[task]['samples']} of {task.removeprefix('exam_')}" for task in results["tasks"])
     note = f"Questions: {counts}, the same for every system, seed 0. Parentheses hold 95% intervals: Wilson's, and a bootstrap for the mean."
@@ -112,11 +123,11 @@ def differences(results: dict) -> str:
             if not any(column in pairs for column in columns) or not (is_ours or baseline == "main"):
                 continue
             if baseline == "versus":
-                label = systems[next(iter(pairs.values()))["versus"]]["label"]
+                label = label_of(results, next(iter(pairs.values()))["versus"])
             cells = [
                 difference_cell(pairs[column], scale=100, digits=1) if column in pairs else "" for column in columns
             ]
-            lines.append(f"| {system['label']} | {label} | {' | '.join(cells)} |")
+            lines.append(f"| {label_of(results, name)} | {label} | {' | '.join(cells)} |")
     note = "Paired differences in points on the same questions, with 95% intervals. Above zero the system is better. Intervals that exclude zero are bold."
     return "\n".join([*lines, "", note])
 
@@ -160,8 +171,7 @@ def summary(results: dict) -> str:
             values = [f"{100 * score['value']:.0f}" if score else "–" for score in scores(results, system)]
             if name == results["main"]:
                 values = [f"**{value}**" for value in values]
-            label = f"**{system['label']}**" if name == results["main"] else system["label"]
-            lines.append(f"| {label} | {' | '.join(values)} |")
+            lines.append(f"| {bold_label(results, name)} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
@@ -179,7 +189,7 @@ def draw(results: dict) -> None:
             shade = PAPER if value > 0.55 else INK
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", size=TEXT, color=shade)
     axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(systems)), [system["label"] for system in systems.values()])
+    axes.set_yticks(range(len(systems)), [label_of(results, name) for name in systems])
     axes.tick_params(
         length=0, labelsize=TEXT, labelcolor=INK, top=False, bottom=False, labeltop=True, labelbottom=False
     )
