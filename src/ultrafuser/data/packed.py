@@ -1,4 +1,4 @@
-"""Rendered rows as flat integer arrays in files that are mapped into memory, so that memory does not grow with the rows."""
+"""Rendered rows as flat integer arrays in files that are mapped into memory."""
 
 from __future__ import annotations
 

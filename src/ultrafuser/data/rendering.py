@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -128,6 +129,8 @@ _worker: tuple[Renderer, bool]
 
 def _start_worker(renderer: Renderer, skip: bool) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one, and says how to go on
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler that saves a step belongs to the main process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = renderer, skip
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
+import psutil
 import torch
 
 from ultrafuser.data.packed import lengths_of
@@ -36,7 +36,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory of the device that is free now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().available  # with the pages of files that the system would give back
 
 
 def checkpointing_pays(model: UltraFuserForCausalLM, rows: Sequence[Rendered], rows_per_pass: int) -> bool:

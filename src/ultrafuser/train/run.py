@@ -113,8 +113,18 @@ def _train(recipe: Recipe, features: Path | None, progress: Progress, preemption
     truncate_metrics(output / METRICS_FILE)
     for index, stage in enumerate(recipe.stages, 1):
         stage_folder = output / f"{index}-{stage.name}"
-        run = StageRun(model, stage, recipe, rows, validation, stage_folder, features, progress)
-        run.renderer, run.preemption = renderer, preemption
+        run = StageRun(
+            model,
+            stage,
+            recipe,
+            rows,
+            validation,
+            stage_folder,
+            features,
+            progress,
+            renderer=renderer,
+            preemption=preemption,
+        )
         run_stage(run)
     with progress.waiting("writing the fused folder"):
         folder = save_fused_folder(model, tokenizer, recipe, output)

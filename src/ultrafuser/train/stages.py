@@ -72,6 +72,11 @@ class StageRun:
     preemption: Preemption = field(default_factory=Preemption)
 
     @property
+    def rows_per_step(self) -> int:
+        """The number of rows in a global batch."""
+        return self.stage.samples_per_domain * len(set(domains_of(self.rows)))
+
+    @property
     def metrics_file(self) -> Path:
         """Of all stages."""
         return self.folder.parent / METRICS_FILE
@@ -308,7 +313,7 @@ def _wants_checkpointing(run: StageRun, stage: JointStage) -> bool:
     if stage.gradient_checkpointing != "auto":
         return stage.gradient_checkpointing
     is_possible = all(group.model.supports_gradient_checkpointing for group in run.model.groups)
-    rows_per_pass = stage.rows_per_device or stage.samples_per_domain * len(set(domains_of(run.rows)))
+    rows_per_pass = stage.rows_per_device or run.rows_per_step
     return is_possible and checkpointing_pays(run.model, run.rows, rows_per_pass)
 
 
@@ -345,5 +350,5 @@ def _training_rows(run: StageRun, args: TrainingArguments) -> tuple[Rows, Rows]:
 def _caching_pays(run: StageRun) -> bool:
     if run.recipe.cache_features != "auto":
         return bool(run.recipe.cache_features)
-    drawn = run.stage.steps * run.stage.samples_per_domain * len(set(domains_of(run.rows)))
+    drawn = run.stage.steps * run.rows_per_step
     return drawn > len(run.rows) and estimate_size_bytes(run.model, run.rows) < _CACHE_LIMIT_BYTES
