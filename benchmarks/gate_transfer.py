@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     progress = ConsoleProgress()
-    recipe = load_recipe(ZOO.parent / "demo.yaml", ["dtype=bfloat16"])
+    recipe = load_recipe(ZOO.parent / "fuse.yaml", ["dtype=bfloat16"])
     model, tokenizer = fuse(recipe)
     renderer = make_renderer(model, tokenizer, recipe.data.max_length)
     splits = {}

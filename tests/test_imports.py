@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "evaluate": _CORE | {"endpoint", "sandbox", "train", "zoo"},
     "compare": _CORE | {"endpoint", "evaluate", "inspect", "printing", "report", "train"},
     "synth": _CORE | {"endpoint", "evaluate", "sandbox"},
-    "demo": _CORE | {"compare", "evaluate", "inspect", "report", "train"},
+    "demo": _CORE | {"compare", "evaluate", "inspect", "report", "train", "zoo"},
     "vllm_plugin": {"errors", "model"},
     "serve": _CORE | {"endpoint", "inspect", "printing", "vllm_plugin"},
     "chat": _CORE | {"display", "endpoint", "inspect", "printing", "serve"},

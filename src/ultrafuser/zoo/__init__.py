@@ -1,1 +1,1 @@
-"""The specialists and data of the demo: three adapters on SmolLM2-135M-Instruct and a small hand-made data set."""
+"""Specialists, hand-made rows and exams for SmolLM2-135M-Instruct."""
