@@ -18,7 +18,7 @@ from ultrafuser.report.data import MEAN, Comparison, System, check_comparison
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "demo.json"
-FIGURES = {"loss": "demo-loss.png", "answer-2": "demo-answer.png"}  # of the run: in docs/assets
+FIGURES = {"loss": "demo-loss.png"}  # of the run: in docs/assets
 START, END = "<!-- demo:start -->", "<!-- demo:end -->"
 LABELS = {
     "base": "base, no specialist",

@@ -38,10 +38,10 @@ from ultrafuser.train.run import run_lock, save_fused_folder
 from ultrafuser.train.stages import StageRun, run_stage
 from ultrafuser.zoo.exams import EXAMS, MAX_NEW_TOKENS, check, questions
 
-TRAINING_ROWS, TEST_ROWS, QUESTIONS = 24, 16, 10  # of each exam
+TRAINING_ROWS, TEST_ROWS, QUESTIONS = 24, 16, 5  # of each exam
 SHORT = ("stages.gate.steps=100", "stages.joint.steps=4")
 FULL_QUESTIONS = 100
-BATCH_SIZE = 40  # of the exams
+BATCH_SIZE = 10  # questions that are answered together
 ANSWER_TOKENS = max(MAX_NEW_TOKENS.values())
 ANSWER_SEED = 100  # of the questions whose answers the report shows. No number depends on them.
 SYSTEMS = {  # besides the specialists: kind and label
@@ -178,10 +178,8 @@ def _train_and_measure(
     with clock.phase("test: base, weight average"):
         losses = _alternatives(model, test_rows, progress)
     with clock.phase("exams"):
-        group, size = model.groups[0], model.groups[0].size
-        adapters: dict[str, dict[int, float]] = {"base": {}, **{name: {k: 1.0} for k, name in enumerate(group.names)}}
-        for name, coefficients in (adapters | {"weight_average": {k: 1 / size for k in range(size)}}).items():
-            paper.sit(name, plain_model(group, coefficients), renderer)
+        for k, name in enumerate(model.config.names):
+            paper.sit(name, plain_model(model.groups[0], {k: 1.0}), renderer)
     with clock.phase("test: specialists read"):
         test = FeatureStore.build(model, test_rows, output / "features" / "test", progress=progress)
         losses |= specialist_losses(test, model.config.names)
@@ -230,37 +228,33 @@ class ExamPaper:
 
     def sit(self, name: str, model: Any, renderer: Renderer) -> None:
         """Answer all questions and check the answers. Fused models and ordinary ones read the same prompts."""
-        asked = [(exam, question) for exam, batch in self.questions.items() for question in batch]
-        answers: dict[str, list[str]] = {exam: [] for exam in self.questions}
-        self._progress.start(f"exams: {name}", len(asked))
-        for start in range(0, len(asked), BATCH_SIZE):
-            exams, batch = zip(*asked[start : start + BATCH_SIZE], strict=True)
-            limits = [MAX_NEW_TOKENS[exam] for exam in exams]
-            for exam, text in zip(exams, _greedy(model, renderer, [q.prompt for q in batch], limits), strict=True):
-                answers[exam].append(text)
-            self._progress.advance(len(batch))
-        self._progress.finish()
         self.scores[name] = {}
-        for exam, texts in answers.items():
+        self._progress.start(f"exams: {name}", sum(map(len, self.questions.values())))
+        for exam, batch in list(self.questions.items()):
+            texts: list[str] = []
+            for start in range(0, len(batch), BATCH_SIZE):
+                prompts = [question.prompt for question in batch[start : start + BATCH_SIZE]]
+                texts += _greedy(model, renderer, prompts, MAX_NEW_TOKENS[exam])
+                self._progress.advance(len(prompts))
             try:
-                right = [float(check(exam, *pair)) for pair in zip(self.questions[exam], texts, strict=True)]
+                right = [float(check(exam, *pair)) for pair in zip(batch, texts, strict=True)]
             except SandboxError as error:
                 self._progress.log(f"the exam {exam} is left out: {error}")
                 del self.questions[exam]
             else:
                 scores = dict(zip((str(i) for i in range(len(right))), right, strict=True))
                 self.scores[name][f"exam_{exam}"] = TaskScores("acc", "1.0", scores)
+        self._progress.finish()
 
 
 @torch.inference_mode()
-def _greedy(model: Any, renderer: Renderer, prompts: list[str], max_new_tokens: Sequence[int]) -> list[str]:
-    """The answers of a fused model or of an ordinary one, each with its own limit."""
+def _greedy(model: Any, renderer: Renderer, prompts: list[str], max_new_tokens: int) -> list[str]:
+    """The answers of a fused model or of an ordinary one."""
     inputs = prompt_inputs(renderer, [[{"role": "user", "content": prompt}] for prompt in prompts], model.device)
     if not isinstance(model, UltraFuserForCausalLM):
         inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    tokens = model.generate(**inputs, max_new_tokens=max(max_new_tokens), do_sample=False, pad_token_id=renderer.pad_id)
-    new_tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()
-    return [renderer.answer_text(ids[:limit]) for ids, limit in zip(new_tokens, max_new_tokens, strict=True)]
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=renderer.pad_id)
+    return [renderer.answer_text(ids) for ids in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
 
 
 def _answers(model: UltraFuserForCausalLM, renderer: Renderer, progress: Progress) -> list[TokenTrace]:

