@@ -21,6 +21,7 @@ from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import CheckpointError, RecipeError, TokenizerMismatchError
 from ultrafuser.model.adapters import adapter_tables
 from ultrafuser.model.checkpoint import (
+    empty_groups,
     fused_folder,
     is_plain_lora,
     load_groups,
@@ -97,6 +98,35 @@ def fuse(recipe: Recipe, **options: Any) -> tuple[UltraFuserForCausalLM, PreTrai
     model.generation_config.eos_token_id = _ends(model)
     model.generation_config.pad_token_id = make_renderer(model, tokenizer).pad_id
     return model.eval(), tokenizer
+
+
+def outline(recipe: Recipe, **options: Any) -> UltraFuserForCausalLM:
+    """The model of a recipe without weights, on torch's meta device. Only configurations and adapters are read.
+
+    Args:
+        options: see `fuse`.
+
+    Raises:
+        CheckpointError: a specialist has no configuration, or an adapter that does not fit.
+    """
+    access = Access(**options, trust_remote_code=recipe.trusted_code)
+    if recipe.fused is not None:
+        folder = fused_folder(recipe.fused)
+        config = UltraFuserConfig.from_pretrained(folder)
+    else:
+        folder, configs = None, dict[str, dict[str, Any]]()
+        specs = [_describe(specialist, configs, access) for specialist in recipe.specialists]
+        config = UltraFuserConfig(
+            specialists=specs,
+            gate_type=recipe.gate.type,
+            gate_hidden_size=recipe.gate.hidden_size,
+            mixing=recipe.mixing,
+            share_base=recipe.share_base,
+            vocab_size=min(map(table_rows, specs)),
+        )
+    groups = empty_groups(config, folder, recipe.dtype, access)
+    with torch.device("meta"):
+        return UltraFuserForCausalLM(config, groups)
 
 
 def answers_apart(recipe: Recipe) -> bool:

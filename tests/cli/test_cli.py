@@ -48,7 +48,7 @@ def test_the_overview_names_every_command(run):
     text = run("--help").out
     assert set(COMMANDS) == {
         "fuse", "train", "demo", "generate", "chat", "inspect", "info", "eval", "compare", "data", "synth",
-        "serve", "playground", "push",
+        "serve", "playground", "push", "plan",
     }  # fmt: skip
     assert all(command in text for command in COMMANDS)
 

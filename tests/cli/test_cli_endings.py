@@ -136,6 +136,7 @@ def test_an_unwritable_output_is_found_before_the_work(case, kind, run, tiny_run
 INTERRUPTED = {
     "fuse": "Nothing was changed. Run the same command again",
     "train": "Run the same command again",
+    "plan": "Run the same command again",
     "demo": "Run the same command again, which starts the demo from its beginning",
     "generate": "Answers are printed at the end. Run the same command again",
     "chat": "The chat is not stored. Run the same command again for a new one",
@@ -191,6 +192,7 @@ def interrupted_words(command: str, tiny_run: TinyRun, fused: Path, tmp_path: Pa
     return {
         "fuse": ["fuse", "-s", f"a={tiny_run.folder / 'text'}", "-s", f"b={tiny_run.folder / 'code'}", "-o", tmp_path / "f"],
         "train": ["train", write_yaml(tmp_path / "train.yaml", tiny_run.fields(tmp_path / "run"))],
+        "plan": ["plan", write_yaml(tmp_path / "plan.yaml", tiny_run.fields(tmp_path / "run"))],
         "demo": ["demo", "-o", tmp_path / "demo"],
         "generate": ["generate", fused, "-p", "hi"],
         "chat": ["chat", fused],
@@ -208,6 +210,7 @@ def interrupted_words(command: str, tiny_run: TinyRun, fused: Path, tmp_path: Pa
 WORK = {
     "ultrafuser.specialists.fuse": ("fuse",),
     "ultrafuser.train.run.fuse": ("train",),
+    "ultrafuser.train.plan.outline": ("plan",),
     "ultrafuser.demo.fuse": ("demo",),
     "ultrafuser.specialists.load": ("generate", "chat", "inspect", "serve", "playground"),
     "ultrafuser.info.describe": ("info",),

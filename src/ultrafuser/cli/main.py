@@ -17,6 +17,7 @@ from ultrafuser.cli.ending import report_disk
 from ultrafuser.cli.evaluate import compare_command, eval_command
 from ultrafuser.cli.fuse import demo_command, fuse_command, info_command, train_command
 from ultrafuser.cli.generate import generate_command, inspect_command
+from ultrafuser.cli.plan import plan_command
 from ultrafuser.cli.playground import playground_command
 from ultrafuser.cli.push import push_command
 from ultrafuser.cli.serve import serve_command
@@ -69,6 +70,7 @@ def _options(
 
 app.command(name="fuse")(fuse_command)
 app.command(name="train")(train_command)
+app.command(name="plan")(plan_command)
 app.command(name="demo")(demo_command)
 app.command(name="generate")(generate_command)
 app.command(name="chat")(chat_command)

@@ -251,6 +251,35 @@ def load_groups(
     return groups
 
 
+def empty_groups(
+    config: UltraFuserConfig, folder: Path | None, dtype: str = "auto", access: Access | None = None
+) -> list[SpecialistGroup]:
+    """The specialists without weights, on torch's meta device: shapes, types and adapters as `load_groups` gives them.
+
+    Only configurations and adapters are read.
+
+    Raises:
+        CheckpointError: an adapter does not fit its base, or a model's own code would have to run.
+    """
+    groups = []
+    for indices in config.groups():
+        specs = [config.specialists[k] for k in indices]
+        described = specialist_config(specs[0]["config"])
+        kind = specs[0].get("dtype") or dtype
+        declared = (getattr(described, "dtype", None) or torch.float32) if kind == "auto" else kind
+        number = getattr(torch, declared) if isinstance(declared, str) else declared
+        adapters: list[AdapterWeights | None] = []
+        if not specs[0].get("separate"):
+            adapters = [read_adapter(spec, folder, number, access) for spec in specs]
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(described, trust_remote_code=False).to(number)
+        except LOAD_ERRORS as error:
+            raise CheckpointError(f"specialist {specs[0]['name']!r}: cannot be built: {reason(error)}") from error
+        groups.append(SpecialistGroup(model, [spec["name"] for spec in specs], adapters))
+    return groups
+
+
 def check_recorded_files(spec: SpecialistEntry, folder: Path | None, checked: set[Path]) -> None:
     """Compare a specialist's local weight files with the recorded sizes and checksums.
 

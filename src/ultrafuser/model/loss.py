@@ -195,11 +195,15 @@ def select_responses(
     return selected
 
 
+def chunk_values(device_type: str) -> int:
+    """Values of one array of chunk logits on a device."""
+    return _CHUNK_VALUES.get(device_type, _CHUNK_VALUES_ACCELERATOR)
+
+
 def token_chunks(tokens: int, weight: torch.Tensor, chunk_tokens: int | None = None) -> list[slice]:
     """Slices of the tokens so that an array of (chunk, V) stays within the budget."""
     if chunk_tokens is None:
-        values = _CHUNK_VALUES.get(weight.device.type, _CHUNK_VALUES_ACCELERATOR)
-        chunk_tokens = max(1, values // weight.shape[0])
+        chunk_tokens = max(1, chunk_values(weight.device.type) // weight.shape[0])
     return [slice(start, start + chunk_tokens) for start in range(0, tokens, chunk_tokens)]
 
 

@@ -15,7 +15,7 @@ from ultrafuser.model.shared_base import SpecialistGroup
 # Tensors that a decoder layer with adapters keeps for the backward pass, in units of the hidden and of the
 # intermediate size. They give 9.1 MB a token at Qwen2.5-7B's shape in bfloat16, as measured at 1/8 of its width.
 _PER_HIDDEN, _PER_INTERMEDIATE = 24, 4
-_SHARE = 0.5  # of the free memory
+SHARE = 0.5  # of the free memory
 
 
 def activation_bytes(group: SpecialistGroup, tokens: int, *, checkpointing: bool = False) -> int:
@@ -23,12 +23,21 @@ def activation_bytes(group: SpecialistGroup, tokens: int, *, checkpointing: bool
 
     With checkpointing these are the inputs of all layers, and one layer's tensors while it is computed again.
     """
+    layers, of_layer = group.model.config.get_text_config().num_hidden_layers, layer_bytes(group, tokens)
+    inputs = tokens * group.size * layers * group.width * group.model.dtype.itemsize
+    return inputs + of_layer if checkpointing else layers * of_layer
+
+
+def layer_bytes(group: SpecialistGroup, tokens: int, *, kept: bool = True) -> int:
+    """Estimated bytes of one decoder layer's tensors in a pass over `tokens`, for all specialists of the group.
+
+    Args:
+        kept: all tensors are kept for the backward pass. Otherwise those that a pass without gradients holds at once.
+    """
     config = group.model.config.get_text_config()
-    layers, width = config.num_hidden_layers, group.width
-    inner = getattr(config, "intermediate_size", None) or 4 * width
+    inner = getattr(config, "intermediate_size", None) or 4 * group.width
     inner = max(inner) if isinstance(inner, Sequence) else inner
-    of_layer = _PER_HIDDEN * width + _PER_INTERMEDIATE * inner
-    numbers = layers * width + of_layer if checkpointing else layers * of_layer
+    numbers = _PER_HIDDEN * group.width + _PER_INTERMEDIATE * inner if kept else 8 * group.width + 3 * inner
     return tokens * group.size * numbers * group.model.dtype.itemsize
 
 
@@ -45,4 +54,4 @@ def checkpointing_pays(model: UltraFuserForCausalLM, rows: Sequence[Rendered], r
     needs: dict[torch.device, int] = {}
     for group in model.groups:
         needs[group.device] = needs.get(group.device, 0) + activation_bytes(group, tokens)
-    return any(need > _SHARE * free_bytes(device) for device, need in needs.items())
+    return any(need > SHARE * free_bytes(device) for device, need in needs.items())

@@ -1,0 +1,292 @@
+"""Memory and time of a recipe's stages on a device, estimated from its configurations before any weight is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ultrafuser.data.collate import token_budget
+from ultrafuser.errors import TrainingError
+from ultrafuser.model.loss import chunk_values
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.quantized import linear_shape
+from ultrafuser.model.shared_base import SpecialistGroup
+from ultrafuser.recipe import JointStage, LoraRecipe, OutcomeStage, Recipe, StageRecipe
+from ultrafuser.specialists import outline
+from ultrafuser.train.memory import SHARE, activation_bytes, layer_bytes
+from ultrafuser.train.stages import check_stage
+
+GIB = 2**30
+_ADAMW = 8  # bytes for each trained number: two averages in float32
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage on one device.
+
+    Attributes:
+        name: of the stage.
+        memory: bytes by what holds them.
+        trained: numbers that the optimizer changes.
+        checkpointing: whether activations are computed again in the backward pass.
+        flops: of all steps on all devices, if every row has `max_length` tokens.
+    """
+
+    name: str
+    memory: dict[str, int]
+    trained: int
+    checkpointing: bool
+    flops: float
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return sum(self.memory.values())
+
+    def hours(self, processes: int, tflops: float) -> float:
+        """Duration at `tflops` (1e12 floating-point operations a second) on each device."""
+        return self.flops / (processes * tflops * 1e12) / 3600
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe needs.
+
+    Attributes:
+        parameters: of each base model, by the names of its specialists.
+        feature_bytes: of the gate stage's cache on the disk, for each response token.
+        stages: in their order.
+        proposals: by stage that does not fit, the overrides with which it does (empty: none of those tried).
+    """
+
+    parameters: dict[str, int]
+    feature_bytes: int
+    stages: list[StagePlan]
+    proposals: dict[str, list[str]]
+
+
+def plan(recipe: Recipe, *, memory: int, processes: int = 1, kind: str = "cuda") -> Plan:
+    """Estimate every stage. Each process has one device that holds all specialists.
+
+    Args:
+        memory: of a device, in bytes.
+        processes: that share a batch.
+        kind: of the devices, as torch calls it. It decides how many tokens are read and scored at once.
+
+    Raises:
+        TrainingError: a stage that the specialists do not admit, or quantised weights, which are not estimated.
+        CheckpointError: a specialist without a configuration.
+    """
+    model = outline(recipe)
+    config = model.config
+    if quantised := [
+        spec["name"]
+        for spec in config.specialists
+        if spec.get("quantization") or spec["config"].get("quantization_config")
+    ]:
+        raise TrainingError(
+            f"plan: the weights of {', '.join(quantised)} are quantised, and their memory is not estimated. Plan the "
+            "recipe without `quantization` for an upper limit"
+        )
+    machine = _Machine(memory, processes, kind)
+    stages, proposals = list[StagePlan](), dict[str, list[str]]()
+    for stage in recipe.stages:
+        check_stage(model, stage)
+        planned = _plan_stage(model, recipe, stage, machine)
+        stages.append(planned)
+        if planned.total > memory:
+            proposals[stage.name] = _propose(model, recipe, stage, planned, machine)
+    return Plan(
+        parameters={", ".join(group.names): _base(group)[0] for group in model.groups},
+        feature_bytes=sum(head.weight.shape[1] * head.weight.dtype.itemsize + 4 for head in model.heads()),
+        stages=stages,
+        proposals=proposals,
+    )
+
+
+def check_plan(planned: Plan, memory: int) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        TrainingError: a stage needs more than `memory` bytes. The message names overrides with which it fits.
+    """
+    for stage in planned.stages:
+        if stage.total <= memory:
+            continue
+        overrides = " ".join(planned.proposals[stage.name])
+        advice = f"It fits with {overrides}" if overrides else "Use devices with more memory, or smaller specialists"
+        raise TrainingError(
+            f"stage {stage.name}: needs {stage.total / GIB:.1f} GiB on each device, got {memory / GIB:.1f} GiB. {advice}"
+        )
+
+
+@dataclass(frozen=True)
+class _Machine:
+    memory: int
+    processes: int
+    kind: str
+
+
+def _plan_stage(model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe, machine: _Machine) -> StagePlan:
+    rows = stage.samples_per_domain * _num_domains(model, recipe)
+    if isinstance(stage, JointStage):
+        return _plan_joint(model, recipe, stage, rows, machine)
+    trained, length = _count(model.gate), recipe.data.max_length
+    memory = _trained_bytes(trained, machine) | {"weights": sum(_base(group)[1] for group in model.groups)}
+    memory["weights"] += sum(_adapters(group)[1] for group in model.groups) + trained * _FLOAT
+    widths = [head.weight.shape[1] for head in model.heads()]
+    if isinstance(stage, OutcomeStage):
+        rows *= stage.answers
+        length += stage.max_new_tokens
+        memory["key-value cache"] = sum(_cache_bytes(group, rows * length) for group in model.groups)
+        tokens = rows * stage.max_new_tokens
+    else:
+        tokens = _rows_per_pass(stage.rows_per_device, rows, machine) * length
+        memory["reading"] = max(
+            layer_bytes(group, token_budget(torch.device(machine.kind)), kept=False) for group in model.groups
+        )
+    hidden = model.config.gate_hidden_size if model.config.gate_type == "mlp" else 1
+    memory["activations"] = tokens * sum(2 * width + 2 * hidden for width in widths) * _FLOAT
+    memory["logits"] = _logits_bytes(model, tokens, machine)
+    flops = 2.0 * _forward_parameters(model) * rows * length * stage.steps
+    return StagePlan(stage.name, memory, trained, False, flops)
+
+
+def _plan_joint(
+    model: UltraFuserForCausalLM, recipe: Recipe, stage: JointStage, rows: int, machine: _Machine
+) -> StagePlan:
+    tokens = _rows_per_pass(stage.rows_per_device, rows, machine) * recipe.data.max_length
+    gate, copies = _count(model.gate), 0
+    if stage.trains_all_weights:  # in float32, and autocast keeps a copy in bfloat16
+        trained = gate + sum(_base(group)[0] for group in model.groups)
+        weights = trained * _FLOAT
+        copies = sum(_base(group)[1] for group in model.groups if group.model.dtype.itemsize < _FLOAT)
+    else:
+        trained = gate + sum(_adapters(group)[0] or _new_adapters(group, stage.lora) for group in model.groups)
+        weights = trained * _FLOAT + sum(_base(group)[1] for group in model.groups)
+    memory = _trained_bytes(trained, machine) | {"weights": weights, "logits": _logits_bytes(model, tokens, machine)}
+    if copies:
+        memory["copies for autocast"] = copies
+    kept = sum(activation_bytes(group, tokens) for group in model.groups)
+    checkpointing = stage.gradient_checkpointing
+    if checkpointing == "auto":
+        is_possible = all(group.model.supports_gradient_checkpointing for group in model.groups)
+        checkpointing = is_possible and kept > SHARE * (machine.memory - weights)  # the stage decides before the others
+    if checkpointing:
+        kept = sum(activation_bytes(group, tokens, checkpointing=True) for group in model.groups)
+    memory["activations"] = kept
+    passes = 2 + (4 if stage.trains_all_weights else 2) + (2 if checkpointing else 0)
+    flops = float(passes) * _forward_parameters(model) * rows * recipe.data.max_length * stage.steps
+    return StagePlan(stage.name, memory, trained, bool(checkpointing), flops)
+
+
+def _propose(
+    model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe, planned: StagePlan, machine: _Machine
+) -> list[str]:
+    """The first overrides, each with those before it, with which a stage fits. Empty: it does not fit with all of them."""
+    overrides: list[str] = []
+    for field, values in _remedies(model, stage, planned):
+        for value in values:
+            if field == "dtype":
+                recipe = recipe.model_copy(update={"dtype": value})
+                model, override = outline(recipe), f"dtype={value}"
+            else:
+                stage = stage.model_copy(update={field: value})
+                override = f"stages.{stage.name}.{field}={str(value).lower()}"
+            attempt = [other for other in overrides if other.partition("=")[0] != override.partition("=")[0]]
+            overrides = [*attempt, override]
+            if _plan_stage(model, recipe, stage, machine).total <= machine.memory:
+                return overrides
+    return []
+
+
+def _remedies(model: UltraFuserForCausalLM, stage: StageRecipe, planned: StagePlan) -> Iterator[tuple[str, list[Any]]]:
+    """Fields and their values, those that cost least first."""
+    can_checkpoint = all(group.model.supports_gradient_checkpointing for group in model.groups)
+    if isinstance(stage, JointStage) and can_checkpoint and not planned.checkpointing:
+        yield "gradient_checkpointing", [True]
+    if not isinstance(stage, OutcomeStage):
+        rows = stage.rows_per_device or 64
+        yield "rows_per_device", [rows >> i for i in range(1, rows.bit_length())]
+    if any(group.model.dtype.itemsize == _FLOAT for group in model.groups):
+        yield "dtype", ["bfloat16"]
+    if stage.trains_all_weights and all(group.model.dtype != torch.float16 for group in model.groups):
+        yield "specialists", ["lora"]
+
+
+# ---------------------------------------------------------------- numbers and bytes
+
+
+def _num_domains(model: UltraFuserForCausalLM, recipe: Recipe) -> int:
+    """As many as the sources name, or as the specialists have."""
+    named = {source.domain for source in recipe.data.train}
+    return len({spec["domain"] for spec in model.config.specialists} if None in named or not named else named)
+
+
+def _rows_per_pass(rows_per_device: int | None, rows: int, machine: _Machine) -> int:
+    share = math.ceil(rows / machine.processes)
+    return min(rows_per_device or share, share)
+
+
+def _trained_bytes(trained: int, machine: _Machine) -> dict[str, int]:
+    copies = 2 if machine.processes > 1 else 1  # DistributedDataParallel sends them from buckets of its own
+    return {"gradients": trained * _FLOAT * copies, "optimizer": trained * _ADAMW}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _base(group: SpecialistGroup) -> tuple[int, int]:
+    """Parameters of the base without adapters, and their bytes."""
+    adapters = {id(parameter) for parameter in group.adapter_parameters()}
+    own = [parameter for parameter in group.model.parameters() if id(parameter) not in adapters]
+    return sum(p.numel() for p in own), sum(p.numel() * p.dtype.itemsize for p in own)
+
+
+def _adapters(group: SpecialistGroup) -> tuple[int, int]:
+    """Parameters of the adapters, and their bytes."""
+    own = group.adapter_parameters()
+    return sum(p.numel() for p in own), sum(p.numel() * p.dtype.itemsize for p in own)
+
+
+def _new_adapters(group: SpecialistGroup, lora: LoraRecipe) -> int:
+    """Parameters of the adapters that the joint stage would add."""
+    shapes = []
+    for name, module in group.model.base_model.named_modules():
+        is_target = lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules
+        if is_target and (shape := linear_shape(module)) is not None:
+            shapes.append(shape)
+    return lora.r * sum(map(sum, shapes))
+
+
+def _forward_parameters(model: UltraFuserForCausalLM) -> int:
+    """Parameters that multiply each token in one pass of all specialists. A table that is only looked up does not."""
+    total = 0
+    for group in model.groups:
+        table, head = group.model.get_input_embeddings().weight, group.model.get_output_embeddings().weight
+        total += group.size * (_base(group)[0] - (0 if table is head else table.numel())) + _adapters(group)[0]
+    return total
+
+
+def _cache_bytes(group: SpecialistGroup, tokens: int) -> int:
+    """Keys and values of `tokens` for all specialists of the group."""
+    config = group.model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * (
+        getattr(config, "num_key_value_heads", None) or heads
+    )
+    return 2 * config.num_hidden_layers * width * tokens * group.size * group.model.dtype.itemsize
+
+
+def _logits_bytes(model: UltraFuserForCausalLM, tokens: int, machine: _Machine) -> int:
+    """Logits that are held at once, in float32: of each specialist and of the mixture, or of one specialist and its gradient."""
+    size = max(head.weight.shape[0] for head in model.heads())
+    arrays = len(model.heads()) + 1 if model.config.mixing == "logits" else 2
+    return arrays * min(tokens * size, chunk_values(machine.kind)) * _FLOAT
