@@ -103,7 +103,7 @@ def run_demo(
         questions: of each exam. The exams that need a sandbox are left out where there is none.
 
     Returns:
-        The content of results.json, and three answers with their weights.
+        The content of results.json, and an answer to a question of each exam with its weights.
 
     Raises:
         CheckpointError: the zoo's base model is not installed.

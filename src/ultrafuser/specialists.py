@@ -73,12 +73,9 @@ def fuse(recipe: Recipe, **options: Any) -> tuple[UltraFuserForCausalLM, PreTrai
     tokenizer.chat_template = specs[0]["chat_template"]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    config = UltraFuserConfig(
-        specialists=specs,
-        gate_type=recipe.gate.type,
-        gate_hidden_size=recipe.gate.hidden_size,
-        mixing=recipe.mixing,
-        share_base=recipe.share_base,
+    config = _configure(
+        recipe,
+        specs,
         vocab_size=vocabulary.size,
         end_token_id=end,
         masked_token_ids=[token for token in vocabulary.masked if token != end],
@@ -116,17 +113,22 @@ def outline(recipe: Recipe, **options: Any) -> UltraFuserForCausalLM:
     else:
         folder, configs = None, dict[str, dict[str, Any]]()
         specs = [_describe(specialist, configs, access) for specialist in recipe.specialists]
-        config = UltraFuserConfig(
-            specialists=specs,
-            gate_type=recipe.gate.type,
-            gate_hidden_size=recipe.gate.hidden_size,
-            mixing=recipe.mixing,
-            share_base=recipe.share_base,
-            vocab_size=min(map(table_rows, specs)),
-        )
+        config = _configure(recipe, specs, vocab_size=min(map(table_rows, specs)))
     groups = empty_groups(config, folder, recipe.dtype, access)
     with torch.device("meta"):
         return UltraFuserForCausalLM(config, groups)
+
+
+def _configure(recipe: Recipe, specs: list[SpecialistEntry], **fields: Any) -> UltraFuserConfig:
+    """The configuration of a recipe's model. `fields`: what the recipe does not say."""
+    return UltraFuserConfig(
+        specialists=specs,
+        gate_type=recipe.gate.type,
+        gate_hidden_size=recipe.gate.hidden_size,
+        mixing=recipe.mixing,
+        share_base=recipe.share_base,
+        **fields,
+    )
 
 
 def answers_apart(recipe: Recipe) -> bool:

@@ -237,6 +237,15 @@ class SpecialistGroup(nn.Module):
             self.loras[name] = GroupedLora(layer, pairs, scalings, dropout, self._rows)
             setattr(modules[parent], leaf, self.loras[name])
 
+    def linear_layers(self, names: str | Sequence[str]) -> dict[str, tuple[int, int]]:
+        """(in, out) of the backbone's linear layers with one of the given last names. `all-linear`: of all."""
+        return {
+            name: shape
+            for name, module in self.model.base_model.named_modules()
+            if (shape := linear_shape(module)) is not None
+            and (names == "all-linear" or name.rpartition(".")[2] in names)
+        }
+
     def new_adapters(self, r: int, alpha: float, dropout: float, target_modules: str | Sequence[str]) -> None:
         """Start a fresh adapter for the one specialist of this group: A random, B zero, so that nothing changes yet.
 
@@ -246,12 +255,8 @@ class SpecialistGroup(nn.Module):
         backbone = self.model.base_model
         prefix = next(name for name, module in self.model.named_modules() if module is backbone)
         layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for name, module in backbone.named_modules():
-            shape = linear_shape(module)
-            is_target = target_modules == "all-linear" or name.rpartition(".")[2] in target_modules
-            if shape is None or not is_target:
-                continue
-            weight = next(module.parameters())
+        for name, shape in self.linear_layers(target_modules).items():
+            weight = next(backbone.get_submodule(name).parameters())
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
             a = torch.empty(r, shape[0], dtype=dtype, device=weight.device)
             nn.init.kaiming_uniform_(a, a=5**0.5)

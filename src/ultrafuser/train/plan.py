@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from ultrafuser.data.collate import token_budget
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.loss import chunk_values
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
-from ultrafuser.model.quantized import linear_shape
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import JointStage, LoraRecipe, OutcomeStage, Recipe, StageRecipe
 from ultrafuser.specialists import outline
@@ -84,10 +83,9 @@ def plan(recipe: Recipe, *, memory: int, processes: int = 1, kind: str = "cuda")
         CheckpointError: a specialist without a configuration.
     """
     model = outline(recipe)
-    config = model.config
     if quantised := [
         spec["name"]
-        for spec in config.specialists
+        for spec in model.config.specialists
         if spec.get("quantization") or spec["config"].get("quantization_config")
     ]:
         raise TrainingError(
@@ -137,7 +135,7 @@ def _plan_stage(model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe
     rows = stage.samples_per_domain * _num_domains(model, recipe)
     if isinstance(stage, JointStage):
         return _plan_joint(model, recipe, stage, rows, machine)
-    trained, length = _count(model.gate), recipe.data.max_length
+    trained, length = _size(list(model.gate.parameters()))[0], recipe.data.max_length
     memory = _trained_bytes(trained, machine) | {"weights": sum(_base(group)[1] for group in model.groups)}
     memory["weights"] += sum(_adapters(group)[1] for group in model.groups) + trained * _FLOAT
     widths = [head.weight.shape[1] for head in model.heads()]
@@ -162,7 +160,7 @@ def _plan_joint(
     model: UltraFuserForCausalLM, recipe: Recipe, stage: JointStage, rows: int, machine: _Machine
 ) -> StagePlan:
     tokens = _rows_per_pass(stage.rows_per_device, rows, machine) * recipe.data.max_length
-    gate, copies = _count(model.gate), 0
+    gate, copies = _size(list(model.gate.parameters()))[0], 0
     if stage.trains_all_weights:  # in float32, and autocast keeps a copy in bfloat16
         trained = gate + sum(_base(group)[0] for group in model.groups)
         weights = trained * _FLOAT
@@ -239,31 +237,25 @@ def _trained_bytes(trained: int, machine: _Machine) -> dict[str, int]:
     return {"gradients": trained * _FLOAT * copies, "optimizer": trained * _ADAMW}
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _size(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
+    """Numbers, and their bytes."""
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.dtype.itemsize for p in parameters)
 
 
 def _base(group: SpecialistGroup) -> tuple[int, int]:
     """Parameters of the base without adapters, and their bytes."""
     adapters = {id(parameter) for parameter in group.adapter_parameters()}
-    own = [parameter for parameter in group.model.parameters() if id(parameter) not in adapters]
-    return sum(p.numel() for p in own), sum(p.numel() * p.dtype.itemsize for p in own)
+    return _size([parameter for parameter in group.model.parameters() if id(parameter) not in adapters])
 
 
 def _adapters(group: SpecialistGroup) -> tuple[int, int]:
     """Parameters of the adapters, and their bytes."""
-    own = group.adapter_parameters()
-    return sum(p.numel() for p in own), sum(p.numel() * p.dtype.itemsize for p in own)
+    return _size(group.adapter_parameters())
 
 
 def _new_adapters(group: SpecialistGroup, lora: LoraRecipe) -> int:
     """Parameters of the adapters that the joint stage would add."""
-    shapes = []
-    for name, module in group.model.base_model.named_modules():
-        is_target = lora.target_modules == "all-linear" or name.rpartition(".")[2] in lora.target_modules
-        if is_target and (shape := linear_shape(module)) is not None:
-            shapes.append(shape)
-    return lora.r * sum(map(sum, shapes))
+    return lora.r * sum(map(sum, group.linear_layers(lora.target_modules).values()))
 
 
 def _forward_parameters(model: UltraFuserForCausalLM) -> int:
