@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from training_fixtures import RecordingProgress, TinyRun
-from ultrafuser.demo import PROMPTS, _answers
+from ultrafuser.demo import _answers
 from ultrafuser.inspect.run import answer
 from ultrafuser.progress import ConsoleProgress, Progress
 from ultrafuser.specialists import fuse, make_renderer
+from ultrafuser.zoo.exams import EXAMS
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_tokens_of_answers_are_counted_and_change_nothing(tiny_run: TinyRun):
     assert progress.started == [("tokens of 2 answers", 7)] and 0 < progress.steps <= 7
     progress = Steps()
     _answers(model, renderer, progress)
-    assert progress.started[0][0] == f"tokens of {len(PROMPTS)} answers" and progress.steps > 0
+    assert progress.started[0][0] == f"tokens of {len(EXAMS)} answers" and progress.steps > 0
 
 
 def test_a_library_call_shows_nothing(capsys):
