@@ -63,7 +63,7 @@ class Steps(RecordingProgress):
         self.steps += steps
 
 
-def test_tokens_of_answers_are_counted_and_change_nothing(tiny_run: TinyRun):
+def test_tokens_of_answers_are_counted_and_change_nothing(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch):
     recipe = tiny_run.recipe("unused")
     model, tokenizer = fuse(recipe)
     renderer = make_renderer(model, tokenizer, 128)
@@ -72,6 +72,7 @@ def test_tokens_of_answers_are_counted_and_change_nothing(tiny_run: TinyRun):
     counted = answer(model, renderer, chats, progress=progress, max_new_tokens=7, do_sample=False)
     assert counted == answer(model, renderer, chats, max_new_tokens=7, do_sample=False)
     assert progress.started == [("tokens of 2 answers", 7)] and 0 < progress.steps <= 7
+    monkeypatch.setattr("ultrafuser.demo.ANSWER_TOKENS", 7)
     progress = Steps()
     _answers(model, renderer, progress)
     assert progress.started[0][0] == f"tokens of {len(EXAMS)} answers" and progress.steps > 0
