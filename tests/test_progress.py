@@ -14,6 +14,7 @@ from ultrafuser.inspect.run import answer
 from ultrafuser.progress import ConsoleProgress, Progress
 from ultrafuser.specialists import fuse, make_renderer
 from ultrafuser.zoo.exams import EXAMS
+from ultrafuser.zoo.exams.question import Question
 
 
 @pytest.fixture
@@ -73,6 +74,9 @@ def test_tokens_of_answers_are_counted_and_change_nothing(tiny_run: TinyRun, mon
     assert counted == answer(model, renderer, chats, max_new_tokens=7, do_sample=False)
     assert progress.started == [("tokens of 2 answers", 7)] and 0 < progress.steps <= 7
     monkeypatch.setattr("ultrafuser.demo.ANSWER_TOKENS", 7)
+    monkeypatch.setattr(
+        "ultrafuser.demo.questions", lambda *_: iter([Question("tiny", "", "hi", "", {})])
+    )  # short ones for a short context
     progress = Steps()
     _answers(model, renderer, progress)
     assert progress.started[0][0] == f"tokens of {len(EXAMS)} answers" and progress.steps > 0

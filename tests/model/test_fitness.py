@@ -110,3 +110,22 @@ def test_logits_that_overflow_are_named(value):
         model.model.norm.weight.fill_(value)
     with pytest.raises(CheckpointError, match="'hot': LlamaForCausalLM in float16 gives logits .* dtype: float32"):
         check_head(SpecialistGroup(model, ["hot"]), VOCAB)
+
+
+@pytest.mark.parametrize("is_reserved", [True, False])
+def test_rounding_of_tokens_that_no_training_has_seen_refuses_no_model(is_reserved):
+    model = tiny(tie_word_embeddings=False)
+
+    def round_by_length(module, arguments, output):
+        """Another result for another number of tokens, as kernels of low precision give."""
+        ids = arguments[0]
+        noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(ids.shape[1])) * module.weight.std()
+        return output + noise * ((ids < 6) == is_reserved)[..., None]
+
+    model.get_input_embeddings().register_forward_hook(round_by_length)
+    group = SpecialistGroup(model, ["rough"])
+    if is_reserved:
+        check_head(group, VOCAB)
+    else:
+        with pytest.raises(CheckpointError, match="predicts other tokens with its key-value cache"):
+            check_head(group, VOCAB)

@@ -90,9 +90,10 @@ def check_head(group: SpecialistGroup, vocab_size: int) -> None:
             model cannot run so, reads later tokens, or does not predict the same with a cache.
     """
     kind = type(group.model).__name__
-    ids = torch.arange(3, 11, device=group.device).remainder(vocab_size).expand(group.size, 1, -1)
+    ids = _sample_tokens(vocab_size).to(group.device).expand(group.size, 1, -1)
+    changed = torch.cat([ids[..., :4], ids[..., :4]], dim=-1)  # the same length, so that rounding is the same
     try:
-        states, first_states, cached_states = group(ids), group(ids[..., :4]), _cached_states(group, ids)
+        states, changed_states, cached_states = group(ids), group(changed), _cached_states(group, ids)
         output = group.model(ids.flatten(0, 1), use_cache=False).logits
     except LOAD_ERRORS as error:
         raise CheckpointError(
@@ -112,7 +113,7 @@ def check_head(group: SpecialistGroup, vocab_size: int) -> None:
             f"specialist {group.names[0]!r}: {kind} changes its logits after the output layer in a way that ultrafuser does "
             "not know, so they cannot be mixed. Please report the architecture"
         )
-    if _differ(states[..., :4, :], first_states):
+    if _differ(states[..., :4, :], changed_states[..., :4, :]):
         raise CheckpointError(
             f"specialist {group.names[0]!r}: {kind} reads the tokens that come later, so it is no causal language model"
         )
@@ -123,9 +124,19 @@ def check_head(group: SpecialistGroup, vocab_size: int) -> None:
         )
 
 
+def _sample_tokens(vocab_size: int) -> torch.Tensor:
+    """(8): tokens spread over the vocabulary.
+
+    The first ids are often reserved tokens that no training has seen. Their states are so large in some models that
+    rounding in bfloat16 changes everything behind them.
+    """
+    return torch.linspace(0, vocab_size - 1, 10).long()[1:-1]
+
+
 def _differ(states: torch.Tensor, others: torch.Tensor) -> bool:
     """Whether states differ by more than rounding, which may also send a token to another of a layer's experts."""
-    return not (states - others).abs().mean() <= 0.1 * states.abs().mean().clamp(min=1e-6)
+    tolerance = 0.1 if states.dtype in (torch.bfloat16, torch.float16) else 0.01
+    return not (states - others).abs().mean() <= tolerance * states.abs().mean().clamp(min=1e-6)
 
 
 def _cached_states(group: SpecialistGroup, ids: torch.Tensor) -> torch.Tensor:
