@@ -271,6 +271,16 @@ class OutcomeStage(_Stage):
 StageRecipe = Annotated[GateStage | JointStage | OutcomeStage, DiscriminatedBy("name")]
 
 
+class ParallelRecipe(Node):
+    """How the processes of a training share the work."""
+
+    specialist: PositiveInt = Field(
+        default=1,
+        description="Processes that share the specialists of one model. They must be separate models, at least as many. The number of all "
+        "processes is a multiple of it, and each group of processes reads rows of its own.",
+    )
+
+
 class Recipe(Node):
     """The training recipe."""
 
@@ -317,6 +327,9 @@ class Recipe(Node):
     ddp_timeout: PositiveInt = Field(
         default=7200,
         description="Seconds for which one process of several waits for the others, e.g. while one renders the rows.",
+    )
+    parallel: ParallelRecipe = Field(
+        default_factory=ParallelRecipe, description="How the processes of one training share the work."
     )
     keep_best: bool = Field(default=True, description="Keep the checkpoint with the lowest validation loss.")
     log_every: PositiveInt = Field(default=1, description="Steps between rows of metrics.")

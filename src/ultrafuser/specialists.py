@@ -51,10 +51,13 @@ _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 logger = logging.getLogger(__name__)
 
 
-def fuse(recipe: Recipe, **options: Any) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
+def fuse(
+    recipe: Recipe, *, share: tuple[int, int] = (0, 1), **options: Any
+) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
     """Load the recipe's specialists and add an untrained gate.
 
     Args:
+        share: which of them this process holds. See `load_groups`.
         options: `token`, `cache_dir`, `local_files_only` and `force_download` of transformers' `from_pretrained`.
 
     Raises:
@@ -82,13 +85,13 @@ def fuse(recipe: Recipe, **options: Any) -> tuple[UltraFuserForCausalLM, PreTrai
         date=date if any(chat_format.reads_clock for chat_format in formats) else None,
     )
     device = pick_device(recipe.device)
-    groups = load_groups(config, None, verify=False, access=access, dtype=recipe.dtype, device_map=device)
+    groups = load_groups(config, None, verify=False, access=access, share=share, dtype=recipe.dtype, device_map=device)
     _record_files(config)
-    for group in groups:
-        check_weights(group, config.vocab_size)
-        check_head(group, config.vocab_size)
     torch.manual_seed(recipe.seed)
     model = UltraFuserForCausalLM(config, groups)
+    for group in model.local_groups:
+        check_weights(group, config.vocab_size)
+        check_head(group, config.vocab_size)
     model.specialist_tokenizers = distinct
     model.gate.to(model.device)
     mark_unchanged(model, None, access)
@@ -169,7 +172,7 @@ def _ends(model: UltraFuserForCausalLM) -> int | list[int]:
     assert model.config.end_token_id is not None
     end, further = model.config.end_token_id, set[int]()
     tokens = {spec["name"]: spec["end_token_id"] for spec in model.config.specialists}
-    for group in model.groups:
+    for group in model.local_groups:
         ends = group.model.generation_config.eos_token_id
         for name in group.names:  # a specialist's own end token is `end` in the mixture
             further |= set(ends if isinstance(ends, list) else [ends]) - {tokens[name], None}

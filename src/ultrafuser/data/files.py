@@ -45,7 +45,8 @@ def disk_problem(error: BaseException | None) -> str | None:
         text
     ):  # of safetensors, of tokenizers, which raises a bare Exception, and of shutil.Error
         return _PROBLEMS.get(int(number[1]))
-    if isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
+    writer = ("inline_container", "PytorchStreamWriter", "iostream error")
+    if isinstance(error, RuntimeError) and any(words in text for words in writer):
         return "the disk is full, or not writable"  # torch.save does not say which
     return None
 

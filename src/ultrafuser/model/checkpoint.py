@@ -31,6 +31,7 @@ from .fitness import check_output_layer
 from .hub import Access, is_commit, needs_code
 from .inputs import OUTPUTS, refuse_keywords
 from .manifest import REVISIONS, SpecialistEntry, SpecialistSource, weight_sources
+from .parallel import AbsentGroup
 from .quantized import check_packages, finish_loading
 from .references import check_files, is_hub_id, resolve
 from .saving import GATE_FILE, TOKENIZERS, mark_unchanged
@@ -211,14 +212,16 @@ def load_groups(
     folder: Path | None,
     verify: bool = True,
     access: Access | None = None,
+    share: tuple[int, int] = (0, 1),
     **kwargs: Any,
-) -> list[SpecialistGroup]:
+) -> list[SpecialistGroup | AbsentGroup]:
     """Load every specialist from its source. Adapters on one base load that base once.
 
     Args:
         folder: the checkpoint, against which relative sources resolve.
         verify: compare local weight files with the recorded sizes and checksums first.
         access: to the hub. Sources without a commit are pinned to the one that is loaded.
+        share: (i, n): of each n groups in turn load the i-th alone. The others are left to other processes.
         kwargs: of AutoModelForCausalLM.from_pretrained.
 
     Raises:
@@ -231,12 +234,21 @@ def load_groups(
                 "specialist %r: no commit of %s is recorded. Loading %s. Save the model to record it",
                 spec["name"], repository, commit,
             )  # fmt: skip
-    groups, checked = [], set[Path]()
+    if share[1] > (count := len(config.groups())):
+        raise CheckpointError(
+            f"{share[1]} processes cannot share {count} separate model{'s' if count > 1 else ''} (adapters on one base count as one). "
+            "Lower parallel.specialist, or set share_base=false"
+        )
+    groups, checked = list[SpecialistGroup | AbsentGroup](), set[Path]()
     for spec in config.specialists:
         quantization = spec.get("quantization") or spec["config"].get("quantization_config") or {}
         check_packages(quantization, f"specialist {spec['name']!r}")
-    for indices in config.groups():
+    for g, indices in enumerate(config.groups()):
         specs = [config.specialists[k] for k in indices]
+        if g % share[1] != share[0]:
+            model = _empty_model(specs[0], torch.float32)
+            groups.append(AbsentGroup([spec["name"] for spec in specs], model.get_output_embeddings().weight.shape[1]))
+            continue
         for spec in specs if verify else ():
             check_recorded_files(spec, folder, checked)
         model = load_base(specs[0], folder, access, **kwargs)
@@ -271,13 +283,18 @@ def empty_groups(
         adapters: list[AdapterWeights | None] = []
         if not specs[0].get("separate"):
             adapters = [read_adapter(spec, folder, number, access) for spec in specs]
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(described, trust_remote_code=False).to(number)
-        except LOAD_ERRORS as error:
-            raise CheckpointError(f"specialist {specs[0]['name']!r}: cannot be built: {reason(error)}") from error
-        groups.append(SpecialistGroup(model, [spec["name"] for spec in specs], adapters))
+        groups.append(SpecialistGroup(_empty_model(specs[0], number), [spec["name"] for spec in specs], adapters))
     return groups
+
+
+def _empty_model(spec: SpecialistEntry, dtype: torch.dtype) -> PreTrainedModel:
+    """A specialist's base without weights, on torch's meta device."""
+    try:
+        with torch.device("meta"):
+            config = specialist_config(spec["config"])
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).to(dtype)
+    except LOAD_ERRORS as error:
+        raise CheckpointError(f"specialist {spec['name']!r}: cannot be built: {reason(error)}") from error
 
 
 def check_recorded_files(spec: SpecialistEntry, folder: Path | None, checked: set[Path]) -> None:

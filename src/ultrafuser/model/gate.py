@@ -36,12 +36,16 @@ class Gate(nn.Module):
         Returns:
             (..., K), in the gate's own precision. `exp` of it sums to one over K.
         """
+        return self.score_states(states, range(len(states))).log_softmax(dim=-1)
+
+    def score_states(self, states: Sequence[torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
+        """g of the states of some specialists: k x (..., D_k) -> (..., k)."""
         weight = self.hidden.weight
         moved = [state.to(weight.device, weight.dtype) for state in states]
         if self.projections is not None:
-            moved = [project(state) for project, state in zip(self.projections, moved, strict=True)]
-        scores = [self.score(torch.relu(self.hidden(state))) for state in moved]  # K x (..., 1)
-        return torch.cat(scores, dim=-1).log_softmax(dim=-1)
+            moved = [self.projections[k](state) for k, state in zip(indices, moved, strict=True)]
+        scores = [self.score(torch.relu(self.hidden(state))) for state in moved]  # k x (..., 1)
+        return torch.cat(scores, dim=-1)
 
 
 class StaticGate(nn.Module):
@@ -57,3 +61,7 @@ class StaticGate(nn.Module):
     def forward(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
         """K states (..., D_k) -> log weights (..., K)."""
         return self.scores.log_softmax(dim=-1).expand(*states[0].shape[:-1], -1)
+
+    def score_states(self, states: Sequence[torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
+        """The scores of some specialists: k x (..., D_k) -> (..., k)."""
+        return self.scores[list(indices)].expand(*states[0].shape[:-1], -1)

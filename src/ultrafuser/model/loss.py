@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from .parallel import Share
+
 # Values of one array of chunk logits. On a CPU 28 MiB: the C library reuses such arrays, but maps larger ones anew each
 # time. That doubled the time of a chunk (0.85 s against 1.5 s for 1,024 tokens at V = 49,152).
 _CHUNK_VALUES = {"cpu": 7 * 2**20}
@@ -143,6 +145,7 @@ def mixed_log_prob(
     targets: torch.Tensor,
     mixing: str,
     chunk_tokens: int | None = None,
+    share: Share | None = None,
 ) -> torch.Tensor:
     """Log-probability of each target under the mixture.
 
@@ -153,6 +156,7 @@ def mixed_log_prob(
         targets: (N,) token ids.
         mixing: `logits` (Eq. 1) or `probabilities`.
         chunk_tokens: tokens whose logits are held at once. The default fits a fixed memory.
+        share: if several processes share the specialists. States and heads are then those of this process alone.
 
     Returns:
         (N,), in nats, differentiable in the log weights, the states and the heads.
@@ -161,11 +165,13 @@ def mixed_log_prob(
     """
     if mixing == "probabilities":
         log_probs = [label_log_prob(h, head, targets, chunk_tokens) for h, head in zip(states, heads, strict=True)]
-        return torch.logsumexp(
-            log_weights + torch.stack([log_p.to(log_weights.device) for log_p in log_probs], -1), dim=-1
-        )
+        columns = torch.stack([log_p.to(log_weights.device) for log_p in log_probs], -1)  # (N, K), or (N, k)
+        return torch.logsumexp(log_weights + (columns if share is None else share.gather(columns)), dim=-1)
+    if share is not None and chunk_tokens is None:  # tables may differ in height, but chunks must not
+        chunk_tokens = max(1, chunk_values(log_weights.device.type) // heads[0].size)
     tensors = [*states, *(head.weight for head in heads), *(head.bias for head in heads)]
-    return _FusedLogitsLogProb.apply(log_weights.exp(), targets, [head[2:] for head in heads], chunk_tokens, *tensors)
+    settings = [head[2:] for head in heads]
+    return _FusedLogitsLogProb.apply(log_weights.exp(), targets, settings, chunk_tokens, share, *tensors)
 
 
 def label_log_prob(
@@ -326,8 +332,9 @@ class _FusedLogitsLogProb(torch.autograd.Function):
     """log softmax(sum_k w_k head_k(h_k))[y], chunk by chunk, with the gate's gradient computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx, weights, targets, settings, chunk_tokens, *tensors):
+    def forward(ctx, weights, targets, settings, chunk_tokens, share, *tensors):
         states, heads = _split(tensors, settings)
+        columns = list(range(len(heads))) if share is None else share.indices
         chunks = token_chunks(len(targets), heads[0].weight, chunk_tokens)
         buffers = _buffers(heads, chunks, len(targets))
         mixed = _mixed_buffer(heads[0], buffers[0], weights.device)
@@ -338,14 +345,18 @@ class _FusedLogitsLogProb(torch.autograd.Function):
                 head.logits(h[chunk], buffer).to(mixed.device)
                 for head, h, buffer in zip(heads, states, buffers, strict=True)
             ]
-            z = _mix(zs, weights[chunk], mixed)
+            z = _mix(zs, weights[chunk][:, columns], mixed)
+            if share is not None:
+                share.mesh.sum_(z)
             out[chunk], total = _normalise(z, y)
             if ctx.needs_input_grad[0]:
-                for k, logits in enumerate(zs):  # z_k[y] - E_p[z_k]
+                for k, logits in zip(columns, zs, strict=True):  # z_k[y] - E_p[z_k]
                     mean = torch.bmm(z[:, None], logits[:, :, None])[:, 0] / total
                     closed_form[chunk, k] = (logits.gather(1, y) - mean).squeeze(1).to(closed_form)
+        if share is not None:
+            share.mesh.sum_(closed_form)
         ctx.save_for_backward(weights, targets, closed_form, *tensors)
-        ctx.settings, ctx.chunk_tokens = settings, chunk_tokens
+        ctx.settings, ctx.chunk_tokens, ctx.share, ctx.columns = settings, chunk_tokens, share, columns
         return out
 
     @staticmethod
@@ -353,7 +364,7 @@ class _FusedLogitsLogProb(torch.autograd.Function):
     def backward(ctx, grad):
         weights, targets, closed_form, *tensors = ctx.saved_tensors
         states, heads = _split(tensors, ctx.settings)
-        needs, size = ctx.needs_input_grad[4:], len(heads)
+        needs, size = ctx.needs_input_grad[5:], len(heads)
         grads = [_empty_grads(needs[k::size], states[k], heads[k]) for k in range(size)]
         if any(value is not None for specialist in grads for value in specialist):
             chunks = token_chunks(len(targets), heads[0].weight, ctx.chunk_tokens)
@@ -361,8 +372,11 @@ class _FusedLogitsLogProb(torch.autograd.Function):
             mixed = _mixed_buffer(heads[0], buffers[0], weights.device)
             for chunk in chunks:
                 zs = [head.logits(h[chunk], buffer) for head, h, buffer in zip(heads, states, buffers, strict=True)]
-                gradient = _gradient(_mix(zs, weights[chunk], mixed), targets[chunk, None], grad[chunk])
+                z = _mix(zs, weights[chunk][:, ctx.columns], mixed)
+                if ctx.share is not None:
+                    ctx.share.mesh.sum_(z)
+                gradient = _gradient(z, targets[chunk, None], grad[chunk])
                 for k, logits in enumerate(zs):
-                    _accumulate(grads[k], heads[k], states[k], gradient, logits, weights[chunk, k], chunk)
+                    _accumulate(grads[k], heads[k], states[k], gradient, logits, weights[chunk, ctx.columns[k]], chunk)
         flat = [value for values in zip(*grads, strict=True) for value in values]  # states, tables, biases
-        return closed_form * grad[:, None], None, None, None, *flat
+        return closed_form * grad[:, None], None, None, None, None, *flat

@@ -26,6 +26,7 @@ from .hub import Access, push_fused
 from .inputs import OUTPUTS, check_mask_length, refuse_keywords, select_inputs
 from .loss import all_logits, label_log_prob, mixed_log_prob, select_responses
 from .mixing import mix_logits
+from .parallel import AbsentGroup, Share
 from .saving import Origin, plain_model, save_fused
 from .shared_base import SpecialistGroup
 
@@ -74,7 +75,7 @@ class UltraFuserForCausalLM(
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: UltraFuserConfig, groups: Sequence[SpecialistGroup] | None = None) -> None:
+    def __init__(self, config: UltraFuserConfig, groups: Sequence[SpecialistGroup | AbsentGroup] | None = None) -> None:
         """
         Args:
             groups: the loaded specialists. By default they are built from the configuration with random weights.
@@ -99,10 +100,11 @@ class UltraFuserForCausalLM(
         # the location of each specialist: (group, row in the group)
         self._locations = {name: (g, i) for g, group in enumerate(self.groups) for i, name in enumerate(group.names)}
         self._order = [self._locations[name] for name in config.names]
+        self.share: Share | None = None  # set where several processes share the specialists
         self._contexts = config.contexts
         widths = [self.groups[g].width for g, _ in self._order]
         self.gate = StaticGate(len(widths)) if config.gate_type == "static" else Gate(widths, config.gate_hidden_size)
-        first = self.groups[0].model.generation_config
+        first = self.local_groups[0].model.generation_config
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self.generation_config, key, None) is None:
                 setattr(self.generation_config, key, getattr(first, key, None))
@@ -111,9 +113,19 @@ class UltraFuserForCausalLM(
     def init_weights(self) -> None:
         """Do nothing: every part has initialised or loaded itself, and starting over would destroy the specialists."""
 
+    @property
+    def local_groups(self) -> list[SpecialistGroup]:
+        """The groups that this process holds: all, unless several processes share the specialists."""
+        return [group for group in self.groups if not isinstance(group, AbsentGroup)]
+
+    @property
+    def local_indices(self) -> list[int]:
+        """The indices of the specialists in these groups. Lists of states and heads follow this order."""
+        return [k for k, (g, _) in enumerate(self._order) if not isinstance(self.groups[g], AbsentGroup)]
+
     def get_input_embeddings(self) -> nn.Module:
         """The first specialist's embeddings. Each specialist has its own."""
-        return self.groups[0].model.get_input_embeddings()
+        return self.local_groups[0].model.get_input_embeddings()
 
     def get_output_embeddings(self) -> None:
         """None, because there are K output layers. See `heads`."""
@@ -121,7 +133,7 @@ class UltraFuserForCausalLM(
     @property
     def device(self) -> torch.device:
         """The device of the first specialist's embeddings."""
-        return self.groups[0].device
+        return self.local_groups[0].device
 
     @property
     def hf_device_map(self) -> dict[str, Any]:
@@ -133,6 +145,7 @@ class UltraFuserForCausalLM(
         parts = {
             ".".join(filter(None, [f"groups.{g}.model", part])): device
             for g, group in enumerate(self.groups)
+            if not isinstance(group, AbsentGroup)
             for part, device in (getattr(group.model, "hf_device_map", None) or {"": group.device}).items()
         }
         if len({str(device) for device in parts.values()}) < 2:
@@ -145,11 +158,12 @@ class UltraFuserForCausalLM(
             self.to(device)
 
     def heads(self) -> list:
-        """The K output layers over the common vocabulary, each with its temperature."""
+        """The output layers of `local_indices` over the common vocabulary, each with its temperature."""
         size, masked = self.config.vocab_size, tuple(self.config.masked_token_ids)
+        ends, temperatures = self.config.ends, self.config.temperatures
         return [
-            self.groups[g].head(size, end, masked)._replace(temperature=temperature)
-            for (g, _), end, temperature in zip(self._order, self.config.ends, self.config.temperatures, strict=True)
+            self.groups[self._order[k][0]].head(size, ends[k], masked)._replace(temperature=temperatures[k])
+            for k in self.local_indices
         ]
 
     # ---------------------------------------------------------------- run, weigh, mix
@@ -161,7 +175,7 @@ class UltraFuserForCausalLM(
         cache: UltraFuserCache | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Last hidden states of every specialist.
+        """Last hidden states of the specialists in `local_indices`: of all, unless several processes share them.
 
         Args:
             input_ids: (B, T) for all alike, or (B, K, T).
@@ -182,6 +196,8 @@ class UltraFuserForCausalLM(
             attention_mask = cache.full_mask(attention_mask, input_ids)
         states: dict[tuple[int, int], torch.Tensor] = {}
         for g, group in enumerate(self.groups):
+            if isinstance(group, AbsentGroup):
+                continue
             indices = [self.config.names.index(name) for name in group.names]
             ids = _per_specialist(input_ids, indices)  # (k, B, T)
             mask = None if attention_mask is None else _per_specialist(attention_mask, indices)
@@ -190,7 +206,13 @@ class UltraFuserForCausalLM(
             states |= {(g, i): out[i] for i in range(group.size)}
         if cache is not None:
             cache.record(input_ids, attention_mask)
-        return [states[location] for location in self._order]
+        return [states[location] for location in self._order if location in states]
+
+    def log_weights(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Log weights of all specialists at the states of `local_indices`: (..., K)."""
+        if self.share is None:
+            return self.gate(states)
+        return self.share.gather(self.gate.score_states(states, self.local_indices)).log_softmax(dim=-1)
 
     def mix(self, states: Sequence[torch.Tensor], log_weights: torch.Tensor) -> torch.Tensor:
         """Mixed logits of K states (..., D_k) by log weights (..., K): (..., V). See `mix_logits`."""
@@ -253,7 +275,8 @@ class UltraFuserForCausalLM(
                 shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
                 out = self.loss_from_features(states, shifted, num_items_in_batch=num_items_in_batch)
             else:  # response tokens at each specialist's own positions
-                selected = select_responses(states, response_index, labels != -100)  # K x (N, D_k)
+                index = response_index[:, self.local_indices]
+                selected = select_responses(states, index, labels != -100)  # K x (N, D_k)
                 out = self._cross_entropy(selected, labels, None, num_items_in_batch)
             out.past_key_values = cache
         if labels is not None and not output_gate_weights:
@@ -263,6 +286,11 @@ class UltraFuserForCausalLM(
     def _logits(
         self, states: Sequence[torch.Tensor], logits_to_keep: int | torch.Tensor, output_gate_weights: bool
     ) -> UltraFuserOutput:
+        if self.share is not None:
+            raise UltraFuserError(
+                "several processes share the specialists of this model, so it gives losses, but no logits. Load the model whole "
+                "to generate"
+            )
         tokens = logits_to_keep if torch.is_tensor(logits_to_keep) else slice(-logits_to_keep, None)
         states = [state[:, tokens] for state in states]
         log_weights = self.gate(states)  # (B, T, K)
@@ -277,6 +305,8 @@ class UltraFuserForCausalLM(
         num_items_in_batch: int | torch.Tensor | None = None,
     ) -> UltraFuserOutput:
         """The loss from states that were computed before (the feature cache), without running a specialist.
+
+        Where several processes share the specialists, states and log-probabilities are those of `local_indices`.
 
         Args:
             states: K tensors (B, R, D_k), each state at the label that it predicts.
@@ -298,13 +328,13 @@ class UltraFuserForCausalLM(
         """Cross entropy (Eq. 2) of the N labelled tokens alone, from K tensors (N, D_k)."""
         labels = labels.to(next(self.gate.parameters()).device)
         labelled = labels != -100  # (B, R)
-        log_weights = self.gate(selected)  # (N, K)
+        log_weights = self.log_weights(selected)  # (N, K)
         log_probs = None if log_probs is None else log_probs[labelled]
         log_p = self.label_log_probs(selected, labels[labelled], log_weights, log_probs)  # (N)
         count = labelled.sum().clamp(min=1) if num_items is None else num_items  # no label: a loss of 0, not NaN
         token_loss = log_p.new_zeros(labels.shape)
         token_loss[labelled] = -log_p.detach()
-        gate_weights = log_p.new_zeros(*labels.shape, len(selected))
+        gate_weights = log_p.new_zeros(*labels.shape, log_weights.shape[-1])
         gate_weights[labelled] = log_weights.detach().exp().to(gate_weights)
         return UltraFuserOutput(loss=-log_p.sum() / count, gate_weights=gate_weights, token_loss=token_loss)
 
@@ -325,8 +355,11 @@ class UltraFuserForCausalLM(
                 layers.
         """
         if log_probs is not None and self.config.mixing == "probabilities":
-            return torch.logsumexp(log_weights + log_probs.to(log_weights), dim=-1)
-        return mixed_log_prob(states, self.heads(), log_weights, labels, self.config.mixing)
+            columns = log_probs.to(log_weights)
+            return torch.logsumexp(
+                log_weights + (columns if self.share is None else self.share.gather(columns)), dim=-1
+            )
+        return mixed_log_prob(states, self.heads(), log_weights, labels, self.config.mixing, share=self.share)
 
     @torch.no_grad()
     def specialist_log_probs(self, states: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:

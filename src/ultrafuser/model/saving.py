@@ -69,7 +69,7 @@ def mark_unchanged(model: Any, folder: Path | None, access: Access | None = None
         access: how the sources were reached.
     """
     model.origin = Origin(folder, access or Access())
-    for group in model.groups:
+    for group in model.local_groups:
         group.marks = WeightMarks(group.parameters())
 
 

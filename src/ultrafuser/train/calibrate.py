@@ -30,7 +30,7 @@ def calibrate(
 ) -> list[float]:
     """The temperature of each specialist that minimises its loss on the answers of its own domain.
 
-    A specialist whose domain has fewer than FEWEST_TOKENS response tokens keeps 1.
+    Where several processes share the specialists, those of other processes keep 1. A specialist whose domain has fewer than FEWEST_TOKENS response tokens keeps 1.
 
     Args:
         rows: rows that the specialists neither were trained on nor wrote. On those they are rightly more confident.
@@ -49,11 +49,12 @@ def calibrate(
     temperatures = [1.0] * len(names)
     if not any(samples):
         return temperatures
-    progress.start("specialists' temperatures", sum(row.num_tokens for sample in samples for row in sample))
+    local = model.local_indices
+    progress.start("specialists' temperatures", sum(row.num_tokens for k in local for row in samples[k]))
     was_training = model.training
     model.eval()
-    heads = model.heads()
-    for group in model.groups:
+    heads = dict(zip(local, model.heads(), strict=True))
+    for group in model.local_groups:
         for i, name in enumerate(group.names):
             k = names.index(name)
             if samples[k]:

@@ -47,7 +47,8 @@ class RowFeatures:
 class FeatureStore(Sequence[RowFeatures]):
     """Features of many rows in files that are mapped into memory. An interrupted computation is resumed.
 
-    The states keep the specialists' precision, so losses are the same with and without the cache.
+    The states keep the specialists' precision, so losses are the same with and without the cache. Where several processes
+    share the specialists, K counts those of this process, and each process has a store of its own.
     """
 
     def __init__(self, folder: Path, rows: Sequence[Rendered], heads: Sequence[Head]) -> None:
@@ -189,7 +190,8 @@ def _compute(model: UltraFuserForCausalLM, store: FeatureStore, missing: Sequenc
         inputs = {key: value.to(model.device) for key, value in collate_rows(rows).items()}
         states = model.specialist_states(inputs["specialist_input_ids"])  # K x (B, T, D_k)
         labelled = inputs["labels"] != -100  # (B, R)
-        selected = select_responses(states, inputs["response_index"], labelled)  # K x (N, D_k)
+        index = inputs["response_index"][:, model.local_indices]
+        selected = select_responses(states, index, labelled)  # K x (N, D_k)
         log_probs = model.specialist_log_probs(selected, inputs["labels"][labelled])  # (N, K)
         start = 0
         for i, row in zip(indices, rows, strict=True):

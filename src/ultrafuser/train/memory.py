@@ -52,6 +52,6 @@ def checkpointing_pays(model: UltraFuserForCausalLM, rows: Sequence[Rendered], r
     """Whether the activations of the longest micro-batch would take more than half of the free memory of a device."""
     tokens = max(lengths_of(rows), default=0) * rows_per_pass
     needs: dict[torch.device, int] = {}
-    for group in model.groups:
+    for group in model.local_groups:
         needs[group.device] = needs.get(group.device, 0) + activation_bytes(group, tokens)
     return any(need > SHARE * free_bytes(device) for device, need in needs.items())

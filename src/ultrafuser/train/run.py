@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import DiskError, RecipeError, TrainingError
 from ultrafuser.model.checkpoint import fused_folder, read_manifest
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.parallel import Share, SpecialistMesh
 from ultrafuser.model.saving import WRITE_ERRORS, atomic_directory
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import GateRecipe, Recipe, SourceRecipe, dump_recipe
@@ -28,7 +30,7 @@ from ultrafuser.train.card import write_card
 from ultrafuser.train.metrics import METRICS_FILE, read_metrics, truncate_metrics
 from ultrafuser.train.preemption import Preemption
 from ultrafuser.train.rows import BAD_ROWS_FILE, read_sources, share_rows
-from ultrafuser.train.stages import FINISHED, StageRun, check_stage, run_stage
+from ultrafuser.train.stages import FINISHED, StageRun, check_stage, load_stage, run_stage
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -52,11 +54,14 @@ def train(
         DataError: no rows, or rows that do not fit.
     """
     progress = progress or Progress()
-    PartialState(timeout=datetime.timedelta(seconds=recipe.ddp_timeout))  # the first one starts the process group
+    # the first one starts the process group, on a CPU only if it is told so
+    timeout = datetime.timedelta(seconds=recipe.ddp_timeout)
+    PartialState(cpu=pick_device(recipe.device) == "cpu", timeout=timeout)
     recipe = _settle(recipe)
     if recipe.early_stop_patience and not recipe.data.validation:
         raise TrainingError("early_stop_patience needs validation rows. Add sources under data.validation")
     _check_trackers(recipe.report_to)
+    mesh = _build_mesh(recipe)
     output = Path(recipe.output)
     if resume and not (output / RECIPE_FILE).is_file():
         raise TrainingError(f"{output}: no run to resume there (no {RECIPE_FILE}). Start it without --resume")
@@ -66,7 +71,7 @@ def train(
     preemption = Preemption()
     with run_lock(output), preemption.listening():
         _check_output(output, recipe, resume)
-        return _train(recipe, features, progress, preemption)
+        return _train(recipe, features, progress, preemption, mesh)
 
 
 @contextmanager
@@ -83,17 +88,15 @@ def run_lock(output: Path) -> Iterator[None]:
         yield
 
 
-def _train(recipe: Recipe, features: Path | None, progress: Progress, preemption: Preemption) -> Path:
+def _train(
+    recipe: Recipe, features: Path | None, progress: Progress, preemption: Preemption, mesh: SpecialistMesh | None
+) -> Path:
     output = Path(recipe.output)
+    model, tokenizer = _load(recipe, progress, (mesh.rank, mesh.size) if mesh is not None else (0, 1))
     if recipe.fused is None:
-        with progress.waiting("loading the specialists"):
-            model, tokenizer = fuse(recipe)
         recipe = recipe.model_copy(update={"date": recipe.date or model.config.date})  # recorded for a resumed run
-    else:
-        options = {"dtype": recipe.dtype, "trust_remote_code": recipe.trusted_code}
-        with progress.waiting(f"loading {recipe.fused}"):
-            model, renderer = load(recipe.fused, device_map=pick_device(recipe.device), **options)
-        tokenizer = renderer.tokenizer
+    if mesh is not None:
+        model.share = Share(mesh, model.local_indices, len(model.config.specialists))
     for stage in recipe.stages:
         check_stage(model, stage)
     renderer = make_renderer(model, tokenizer, recipe.data.max_length)
@@ -126,12 +129,54 @@ def _train(recipe: Recipe, features: Path | None, progress: Progress, preemption
             preemption=preemption,
         )
         run_stage(run)
+    if mesh is not None and PartialState().is_main_process:
+        model = _assemble(recipe, output, progress)
     with progress.waiting("writing the fused folder"):
         folder = save_fused_folder(model, tokenizer, recipe, output)
     if PartialState().is_main_process:
         for folder_of_run in ("features", "rows-training", "rows-validation"):  # large, and quickly recomputed
             shutil.rmtree(output / folder_of_run, ignore_errors=True)
     return folder
+
+
+def _load(
+    recipe: Recipe, progress: Progress, share: tuple[int, int] = (0, 1)
+) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
+    """The model that a run starts from, and its tokenizer."""
+    if recipe.fused is None:
+        with progress.waiting("loading the specialists"):
+            return fuse(recipe, share=share)
+    options = {"dtype": recipe.dtype, "trust_remote_code": recipe.trusted_code, "share": share}
+    with progress.waiting(f"loading {recipe.fused}"):
+        model, renderer = load(recipe.fused, device_map=pick_device(recipe.device), **options)
+    return model, renderer.tokenizer
+
+
+def _build_mesh(recipe: Recipe) -> SpecialistMesh | None:
+    """The mesh of the processes that share the specialists, if the recipe asks for one.
+
+    Raises:
+        TrainingError: the number of processes does not fit, too few models, or a stage that does not run so.
+    """
+    size, processes = recipe.parallel.specialist, PartialState().num_processes
+    if size == 1:
+        return None
+    if processes % size:
+        raise TrainingError(
+            f"parallel.specialist is {size}, but {processes} process{'es run' if processes > 1 else ' runs'}. Start a multiple "
+            f"of {size}, such as: torchrun --nproc-per-node {size} --no-python ultrafuser train RECIPE"
+        )
+    if any(stage.name == "outcome" for stage in recipe.stages):
+        raise TrainingError("stage outcome: it needs all specialists in each process. Leave parallel.specialist out")
+    return SpecialistMesh.build(size, PartialState().device.type)
+
+
+def _assemble(recipe: Recipe, output: Path, progress: Progress) -> UltraFuserForCausalLM:
+    """The whole trained model on the CPU, from the files of the finished stages."""
+    model, _ = _load(recipe.model_copy(update={"device": "cpu"}), progress)
+    for index, stage in enumerate(recipe.stages, 1):
+        load_stage(model, stage, output / f"{index}-{stage.name}", recipe.seed)
+    return model
 
 
 def save_fused_folder(
@@ -236,6 +281,11 @@ def _check_trackers(names: list[str]) -> None:
         raise TrainingError(f"report_to: {', '.join(names)}: {error}") from error
 
 
+def _without_parallel(fields: Any) -> dict[str, Any]:
+    """A recipe's fields without how processes share the work, which a resumed run may change."""
+    return {key: value for key, value in fields.items() if key != "parallel"}
+
+
 def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
     """Check that no run is overwritten, and that a resumed run has the same recipe."""
     if not PartialState().is_main_process:
@@ -246,7 +296,8 @@ def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
             raise TrainingError(f"{output} holds a run already. Continue it with --resume, or choose another output=")
         return
     old, new = saved.read_text(encoding="utf-8"), dump_recipe(recipe)
-    if typed_yaml.parse(old, str(saved)) != typed_yaml.parse(new, "recipe"):
+    before, now = typed_yaml.parse(old, str(saved)), typed_yaml.parse(new, "recipe")
+    if _without_parallel(before) != _without_parallel(now):
         added = [line.strip() for line in new.splitlines() if line not in old.splitlines()]
         removed = [line.strip() for line in old.splitlines() if line not in new.splitlines()]
         raise TrainingError(

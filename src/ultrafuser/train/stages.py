@@ -9,11 +9,12 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -27,9 +28,11 @@ from ultrafuser.data.packed import domains_of, lengths_of
 from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.parallel import AbsentGroup, SpecialistMesh
 from ultrafuser.model.quantized import is_quantized
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import GateStage, JointStage, OutcomeStage, Recipe, StageRecipe
+from ultrafuser.specialists import pick_device
 from ultrafuser.train.calibrate import TEMPERATURES, calibrate
 from ultrafuser.train.checkpoints import last_checkpoint
 from ultrafuser.train.features import FeatureStore, estimate_size_bytes
@@ -37,7 +40,7 @@ from ultrafuser.train.memory import checkpointing_pays
 from ultrafuser.train.metrics import METRICS_FILE, truncate_metrics
 from ultrafuser.train.outcome import train_outcome
 from ultrafuser.train.preemption import Preemption
-from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, save_trainable
+from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, load_shares, save_trainable
 
 VALIDATIONS = 5  # of a stage that keeps the best checkpoint
 FINISHED, MEASURED = "finished.safetensors", "temperatures.json"
@@ -77,6 +80,11 @@ class StageRun:
         return self.stage.samples_per_domain * len(set(domains_of(self.rows)))
 
     @property
+    def mesh(self) -> SpecialistMesh | None:
+        """Of the processes that share the specialists, if they do."""
+        return None if self.model.share is None else self.model.share.mesh
+
+    @property
     def metrics_file(self) -> Path:
         """Of all stages."""
         return self.folder.parent / METRICS_FILE
@@ -85,26 +93,51 @@ class StageRun:
 def run_stage(run: StageRun) -> None:
     """Train one stage in place, or load its weights when it is finished already."""
     model, stage = run.model, run.stage
-    dtypes = [group.model.dtype for group in model.groups]
-    torch.manual_seed(run.recipe.seed)  # new adapters start alike whether the stage before ran now or in an earlier run
-    if isinstance(stage, JointStage):
-        prepare_joint(model, stage)
-    else:
-        prepare_gate(model)
+    if (run.folder / FINISHED).is_file():
+        load_stage(model, stage, run.folder, run.recipe.seed)
+        run.progress.log(f"stage {stage.name}: finished before")
+        return
+    with _prepared(model, stage, run.recipe.seed) as dtypes:
         if isinstance(stage, GateStage) and stage.calibrate:
             _set_temperatures(run)
-    if (run.folder / FINISHED).is_file():
-        model.load_state_dict(load_file(run.folder / FINISHED), strict=False)
-        run.progress.log(f"stage {stage.name}: finished before")
-    elif isinstance(stage, OutcomeStage):
-        _train_by_outcomes(run, stage)
-    else:
+        if isinstance(stage, OutcomeStage):
+            _train_by_outcomes(run, stage)
+            return
         args = _arguments(run, autocast=stage.trains_all_weights and torch.bfloat16 in dtypes)
         train_rows, validation_rows = _training_rows(run, args)
         with _checkpointing(run):
             _train_stage(run, args, train_rows, validation_rows)
+
+
+def load_stage(model: UltraFuserForCausalLM, stage: StageRecipe, folder: Path, seed: int) -> None:
+    """Load the weights of a finished stage.
+
+    Args:
+        folder: of the stage.
+        seed: of the run.
+    """
+    with _prepared(model, stage, seed):
+        if isinstance(stage, GateStage) and stage.calibrate:
+            model.config.set_temperatures(json.loads((folder / MEASURED).read_text(encoding="utf-8")))
+        model.load_state_dict(load_file(folder / FINISHED), strict=False)
+        load_shares(model, folder / FINISHED)
+
+
+@contextmanager
+def _prepared(model: UltraFuserForCausalLM, stage: StageRecipe, seed: int) -> Iterator[list[torch.dtype]]:
+    """In the block the weights that a stage trains require gradients, in the type that it trains them in.
+
+    Yields the types of the groups before.
+    """
+    dtypes = [group.model.dtype for group in model.local_groups]
+    torch.manual_seed(seed)
+    if isinstance(stage, JointStage):
+        prepare_joint(model, stage, seed)
+    else:
+        prepare_gate(model)
+    yield dtypes
     if stage.trains_all_weights:
-        for group, dtype in zip(model.groups, dtypes, strict=True):
+        for group, dtype in zip(model.local_groups, dtypes, strict=True):
             group.to(dtype)
 
 
@@ -136,7 +169,7 @@ def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valid
         stage.samples_per_domain,
         stage.steps,
         rows_per_device=stage.rows_per_device,
-        num_ranks=args.world_size,
+        num_ranks=args.world_size if run.mesh is None else run.mesh.data_size,
         lengths=lengths_of(run.rows),
         seed=recipe.seed,
         balanced=recipe.balanced,
@@ -169,6 +202,9 @@ def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valid
             f"stage {stage.name}: kept step {trainer.state.best_global_step} of {trainer.state.global_step}, validation loss {best:.4f}"
         )
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    if run.mesh is not None and run.mesh.rank and not run.mesh.data_rank:
+        save_trainable(run.model, run.folder / FINISHED)
+    trainer.accelerator.wait_for_everyone()  # the main process writes last what makes a stage finished
     if trainer.is_world_process_zero():
         with atomic_file(run.folder / FINISHED, force=True) as draft:
             save_trainable(run.model, draft, state)
@@ -177,13 +213,24 @@ def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valid
 
 def _set_temperatures(run: StageRun) -> None:
     """Measure the specialists' temperatures, or read those that this stage began with."""
-    config, file = run.model.config, run.folder / MEASURED
-    temperatures = [None]
-    if PartialState().is_main_process:
-        if not file.is_file():
-            write_json(file, calibrate(run.model, run.rows, seed=run.recipe.seed, progress=run.progress))
-        temperatures = [json.loads(file.read_text(encoding="utf-8"))]
-    (measured,) = broadcast_object_list(temperatures)  # other nodes may not see the file
+    config, file, is_main = run.model.config, run.folder / MEASURED, PartialState().is_main_process
+
+    def from_main(compute: Callable[[], Any]) -> Any:
+        """What the main process computes. Other nodes may not see its files."""
+        return broadcast_object_list([compute() if is_main else None])[0]
+
+    def measure() -> list[float]:
+        return calibrate(run.model, run.rows, seed=run.recipe.seed, progress=run.progress)
+
+    measured = from_main(lambda: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None)
+    if measured is None and run.model.share is not None:
+        local = [measure()[k] for k in run.model.share.indices]
+        columns = torch.tensor(local, dtype=torch.float64, device=run.model.device)
+        measured = [round(temperature, 3) for temperature in run.model.share.gather(columns).tolist()]
+    elif measured is None:
+        measured = from_main(measure)
+    if is_main and not file.is_file():
+        write_json(file, measured)
     config.set_temperatures(measured)
     pairs = list(zip(config.names, config.temperatures, strict=True))
     run.progress.log("temperatures: " + ", ".join(f"{name} {temperature:.2f}" for name, temperature in pairs))
@@ -209,7 +256,7 @@ def check_stage(model: UltraFuserForCausalLM, stage: StageRecipe) -> None:
     """
     if not isinstance(stage, JointStage):
         return
-    for group in model.groups:
+    for group in model.local_groups:
         names = ", ".join(group.names)
         if stage.gradient_checkpointing is True and not group.model.supports_gradient_checkpointing:
             raise TrainingError(
@@ -234,15 +281,22 @@ def check_stage(model: UltraFuserForCausalLM, stage: StageRecipe) -> None:
             )
 
 
-def prepare_joint(model: UltraFuserForCausalLM, stage: JointStage) -> None:
+def prepare_joint(model: UltraFuserForCausalLM, stage: JointStage, seed: int = 0) -> None:
     """Stage 2: the gate and the specialists learn: their adapters (new ones where they have none), or all weights.
+
+    Args:
+        seed: of new adapters. They start alike whichever process holds them, and whether the stage before ran now or in
+            an earlier run.
 
     Raises:
         TrainingError: see `check_stage`.
     """
     check_stage(model, stage)
     prepare_gate(model)
-    for group in model.groups:
+    for g, group in enumerate(model.groups):
+        if isinstance(group, AbsentGroup):
+            continue
+        torch.manual_seed(seed + g)
         if stage.specialists == "full":
             group.float()  # AdamW's small steps vanish in bfloat16, and run_stage casts back
             group.requires_grad_(True)
@@ -260,7 +314,7 @@ def _arguments(run: StageRun, *, autocast: bool) -> TrainingArguments:
     stage, recipe, validates = run.stage, run.recipe, bool(run.validation)
     keeps_best = recipe.keep_best and validates
     every = recipe.eval_every or (math.ceil(stage.steps / VALIDATIONS) if keeps_best else stage.steps)
-    on_cpu = recipe.device == "cpu" or (recipe.device == "auto" and not torch.cuda.is_available())
+    on_cpu = pick_device(recipe.device) == "cpu"
     return TrainingArguments(
         output_dir=str(run.folder),
         max_steps=stage.steps,
@@ -312,7 +366,7 @@ def _checkpointing(run: StageRun) -> Iterator[None]:
 def _wants_checkpointing(run: StageRun, stage: JointStage) -> bool:
     if stage.gradient_checkpointing != "auto":
         return stage.gradient_checkpointing
-    is_possible = all(group.model.supports_gradient_checkpointing for group in run.model.groups)
+    is_possible = all(group.model.supports_gradient_checkpointing for group in run.model.local_groups)
     rows_per_pass = stage.rows_per_device or run.rows_per_step
     return is_possible and checkpointing_pays(run.model, run.rows, rows_per_pass)
 
@@ -320,7 +374,7 @@ def _wants_checkpointing(run: StageRun, stage: JointStage) -> bool:
 def _set_checkpointing(model: UltraFuserForCausalLM, enabled: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases of transformers have other names for these
-        for group in model.groups:
+        for group in model.local_groups:
             if enabled:
                 group.model.gradient_checkpointing_enable({"use_reentrant": False})
             else:
@@ -333,13 +387,19 @@ def _training_rows(run: StageRun, args: TrainingArguments) -> tuple[Rows, Rows]:
         return run.rows, run.validation
     folder = run.features or run.folder.parent / "features"
     run.model.place(args.device)  # reading the device also starts the process group, where there is one
+    rank, num_ranks, local_rank = args.process_index, args.world_size, args.local_process_index
+    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    if run.mesh is not None:  # the processes that hold the same specialists fill one cache
+        folder /= str(run.mesh.rank)
+        rank, num_ranks = run.mesh.data_rank, run.mesh.data_size
+        local_rank, num_local_ranks = local_rank // run.mesh.size, max(1, num_local_ranks // run.mesh.size)
     build = partial(
         FeatureStore.build,
         run.model,
-        rank=args.process_index,
-        num_ranks=args.world_size,
-        local_rank=args.local_process_index,
-        num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)),
+        rank=rank,
+        num_ranks=num_ranks,
+        local_rank=local_rank,
+        num_local_ranks=num_local_ranks,
         barrier=PartialState().wait_for_everyone,
         progress=run.progress,
     )
@@ -351,4 +411,8 @@ def _caching_pays(run: StageRun) -> bool:
     if run.recipe.cache_features != "auto":
         return bool(run.recipe.cache_features)
     drawn = run.stage.steps * run.rows_per_step
-    return drawn > len(run.rows) and estimate_size_bytes(run.model, run.rows) < _CACHE_LIMIT_BYTES
+    pays = drawn > len(run.rows) and estimate_size_bytes(run.model, run.rows) < _CACHE_LIMIT_BYTES
+    if run.mesh is None:
+        return pays
+    votes = run.mesh.sum_(torch.tensor(int(pays), device=run.model.device))  # the states of some may be wider
+    return int(votes) == run.mesh.size

@@ -6,11 +6,13 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from accelerate.data_loader import prepare_data_loader
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -60,6 +62,7 @@ class FusionTrainer(Trainer):
         )
         self.sampler, self.stage, self.metrics_file = sampler, stage, metrics_file
         self.specialist_lr = specialist_lr
+        self.mesh = None if model.share is None else model.share.mesh
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would copy every specialist to every GPU
         super().__init__(
             model=model,
@@ -69,6 +72,8 @@ class FusionTrainer(Trainer):
             data_collator=self._collate,
             callbacks=[_Bar(progress or Progress(), stage), *callbacks],
         )
+        if self.mesh is not None:  # the processes hold different weights, which the usual wrapper would make equal
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False  # our labels are at the positions that predict them
         for callback in (PrinterCallback, ProgressCallback):
@@ -87,7 +92,9 @@ class FusionTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=self._collate)
-        return self.accelerator.prepare(loader)
+        if self.mesh is None:
+            return self.accelerator.prepare(loader)
+        return prepare_data_loader(loader, num_processes=self.mesh.data_size, process_index=self.mesh.data_rank)
 
     # ---------------------------------------------------------------- loss and metrics
 
@@ -99,6 +106,13 @@ class FusionTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         inputs = dict(inputs)
+        num_batches = self.accelerator.num_processes
+        if self.mesh is not None:
+            num_batches = self.mesh.data_size
+            if num_items_in_batch is not None:
+                num_items_in_batch = (
+                    num_items_in_batch / self.mesh.size
+                )  # every process of a group has counted its rows
         row_ids, domain_ids = inputs.pop("row_ids"), inputs.pop("domain_ids")
         for group in self.model.groups:  # the Trainer has put every module into training mode
             if not any(parameter.requires_grad for parameter in group.parameters()):
@@ -109,11 +123,27 @@ class FusionTrainer(Trainer):
         self._totals += domain_totals(inputs["labels"], domain_ids, out, len(self.domains)).cpu()
         loss = out.loss
         if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # ranks average their gradients, which must be summed
+            loss = loss * num_batches  # ranks average their gradients, which must be summed
         extra = self.extra_loss(inputs)
         if extra is not None:  # its gradient alone, so that the logged loss stays nats per response token
             loss = loss + (extra - extra.detach()) / self.args.gradient_accumulation_steps
         return (loss, out) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.mesh is not None and self.accelerator.sync_gradients:
+            self.mesh.reduce_gradients(self.model)
+        return loss
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        if self.mesh is None:
+            return super()._clip_grad_norm(model)
+        return self.mesh.clip_gradients(self.model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        if self.mesh is None or grad_norm is not None:
+            return super()._get_grad_norm(model, grad_norm)
+        return self.mesh.clip_gradients(self.model, float("inf"))
 
     def extra_loss(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """A further term of the training loss, for subclasses: the mean over the micro-batches of a step counts.
@@ -147,7 +177,8 @@ class FusionTrainer(Trainer):
             totals = self.accelerator.reduce(self._totals.to(self.args.device, torch.float32), "sum").cpu()
             elapsed = time.monotonic() - self._since
             means = read_totals(totals, self.domains, self.model.config.names)
-            logs |= means | {"tokens_per_s": float(totals[1 : 2 * len(self.domains) : 2].sum()) / max(elapsed, 1e-9)}
+            tokens = float(totals[1 : 2 * len(self.domains) : 2].sum()) / (1 if self.mesh is None else self.mesh.size)
+            logs |= means | {"tokens_per_s": tokens / max(elapsed, 1e-9)}
             self._reset_totals()
         super().log(logs, start_time)
         if self.is_world_process_zero() and "train_runtime" not in logs:
@@ -163,7 +194,10 @@ class FusionTrainer(Trainer):
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
         was_training = self.model.training
         self.model.eval()
-        indices = range(self.args.process_index, len(rows), self.args.world_size)
+        rank, num_ranks = self.args.process_index, self.args.world_size
+        if self.mesh is not None:
+            rank, num_ranks = self.mesh.data_rank, self.mesh.data_size
+        indices = range(rank, len(rows), num_ranks)
         totals = torch.zeros_like(self._totals)
         budget = TOKENS_PER_BATCH["cpu"]  # the small one on every device, beside the optimizer's states
         lengths = lengths_of(_rows(rows))
@@ -188,8 +222,9 @@ class FusionTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-            gate = [p for name, p in trained.items() if name.startswith("gate.")]
-            rest = [p for name, p in trained.items() if not name.startswith("gate.")]
+            # by name, so that a checkpoint can be read by processes that share the specialists in another way
+            gate = [(name, p) for name, p in trained.items() if name.startswith("gate.")]
+            rest = [(name, p) for name, p in trained.items() if not name.startswith("gate.")]
             groups = [{"params": gate, "lr": self.args.learning_rate}]
             if rest:
                 groups.append({"params": rest, "lr": self.specialist_lr or self.args.learning_rate})
@@ -201,6 +236,8 @@ class FusionTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             with disk_errors(folder):
+                if self.mesh is not None:
+                    self._save_share(folder)
                 super()._save_checkpoint(*args, **kwargs)
         except DiskError:
             if self.is_world_process_zero():
@@ -213,15 +250,83 @@ class FusionTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_trainable(self.model, folder / "model.safetensors", state_dict)
 
+    def _save_share(self, folder: Path) -> None:
+        """Save the weights and the optimizer of the specialists that the main process does not hold."""
+        assert self.mesh is not None
+        if self.mesh.rank and not self.mesh.data_rank:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_trainable(self.model, folder / "model.safetensors")
+            torch.save(self.optimizer.state_dict(), _share_file(folder / "optimizer.pt", self.mesh.rank))
+        self.accelerator.wait_for_everyone()  # the main process writes last what makes a checkpoint complete
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_shares(self.model, Path(resume_from_checkpoint) / "model.safetensors")
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_shares(self.model, Path(self.state.best_model_checkpoint or "") / "model.safetensors")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        files = sorted(Path(checkpoint).glob("optimizer*.pt")) if checkpoint else []
+        if self.mesh is None and len(files) < 2:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        saved = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
+        if saved:
+            self.optimizer.load_state_dict(_join_optimizers(self.optimizer.state_dict(), saved))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint or "") / "scheduler.pt", weights_only=True))
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Do not warn: checkpoints lack the frozen weights on purpose."""
 
 
-def save_trainable(model: torch.nn.Module, file: Path, state: dict[str, Any] | None = None) -> None:
-    """Write the weights that require gradients, by name."""
+def save_trainable(model: UltraFuserForCausalLM, file: Path, state: dict[str, Any] | None = None) -> None:
+    """Write the weights that require gradients, by name.
+
+    Where several processes share the specialists, each writes its own beside `file`, and the main process the gate.
+    """
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if model.share is not None and (rank := model.share.mesh.rank):
+        file = _share_file(file, rank)
+        names = {name for name in names if not name.startswith("gate.")}
     state = model.state_dict() if state is None else state
     save_file({name: state[name].detach().cpu().contiguous() for name in names}, file, metadata={"format": "pt"})
+
+
+def load_shares(model: UltraFuserForCausalLM, file: Path) -> None:
+    """Load the weights that other processes than the main one wrote with `save_trainable`, as far as this one holds them."""
+    for share in sorted(file.parent.glob(f"{file.stem}-*{file.suffix}")):
+        model.load_state_dict(load_file(share), strict=False)
+
+
+def _share_file(file: Path, rank: int) -> Path:
+    return file.with_stem(f"{file.stem}-{rank}")
+
+
+def _join_optimizers(state: dict[str, Any], saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state of an optimizer, with what the saved states of several processes know of its parameters.
+
+    Raises:
+        TrainingError: they do not know all of them.
+    """
+    known = {
+        name: part["state"][index]
+        for part in saved
+        for group in part["param_groups"]
+        for index, name in zip(group["params"], group.get("param_names", []), strict=False)
+        if index in part["state"]
+    }
+    for group, old in zip(state["param_groups"], saved[0]["param_groups"], strict=False):
+        group |= {key: value for key, value in old.items() if key not in ("params", "param_names")}
+        for index, name in zip(group["params"], group["param_names"], strict=True):
+            if name not in known:
+                raise TrainingError(
+                    f"the checkpoint has no optimizer state for {name}. An older version wrote it: resume it with as many "
+                    "processes as it was started with, and without parallel.specialist"
+                )
+            state["state"][index] = known[name]
+    return state
 
 
 def domain_totals(labels: torch.Tensor, domain_ids: torch.Tensor, out: Any, num_domains: int) -> torch.Tensor:
