@@ -9,6 +9,7 @@ in a process of its own. Measured is the peak of its resident memory beyond what
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import subprocess
@@ -96,7 +97,7 @@ def measure(shape: str) -> dict[str, int]:
 def table() -> str:
     """Plans of three public shapes with whole weights and with adapters, one row of 2,048 tokens in a pass, in GiB."""
     lines = ["| | gate stage | joint, adapters | joint, all weights |", "|---|---:|---:|---:|"]
-    for label, fields in PUBLIC.items():
+    for (label, fields), share in itertools.product(PUBLIC.items(), (1, 3)):
         cells = []
         with tempfile.TemporaryDirectory() as folder:
             LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16", **fields).save_pretrained(folder)
@@ -107,11 +108,13 @@ def table() -> str:
                         "specialists": [{"name": name, "model": folder} for name in NAMES],
                         "data": {"max_length": 2048},
                         "stages": [{"name": "gate"}, joint],
+                        "parallel": {"specialist": share},
                     }
                 )
                 gate, joint = plan(recipe, memory=80 * GIB).stages
                 cells += [gate.total, joint.total]
-        lines.append(f"| {label} | " + " | ".join(f"{cells[i] / GIB:.0f}" for i in (0, 1, 3)) + " |")
+        devices = "one device" if share == 1 else "three devices, one specialist each"
+        lines.append(f"| {label}, {devices} | " + " | ".join(f"{cells[i] / GIB:.0f}" for i in (0, 1, 3)) + " |")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from tiny_models import save_adapter
 from training_fixtures import GATE, JOINT, NAMES
 from ultrafuser.cli.main import app
 from ultrafuser.errors import TrainingError
-from ultrafuser.recipe import load_recipe
+from ultrafuser.recipe import ParallelRecipe, load_recipe
 from ultrafuser.specialists import fuse, outline
 from ultrafuser.train import memory
 from ultrafuser.train.memory import activation_bytes
@@ -174,3 +174,28 @@ def test_a_fused_folder_is_planned_like_its_specialists(tiny_run, tmp_path):
     again = load_recipe({key: value for key, value in fields.items() if key not in ("specialists", "gate")})
     assert planned_stage(again) == planned_stage(recipe)
     assert outline(again).groups[0].model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("stage", ["lora", "full"])
+def test_processes_that_share_the_specialists_need_less_each(tiny_run, tmp_path, stage):
+    recipe = recipe_of(tiny_run, tmp_path, stages=[JOINT | {"specialists": stage}])
+    whole, model = planned_stage(recipe), outline(recipe)
+    gate = sum(p.numel() for p in model.gate.parameters())
+    shared = recipe.model_copy(update={"parallel": ParallelRecipe(specialist=3)})
+    third = planned_stage(shared)
+    assert third.trained == whole.trained and third.flops == pytest.approx(whole.flops)
+    assert 3 * (third.memory["optimizer"] - 8 * gate) == whole.memory["optimizer"] - 8 * gate
+    assert 3 * (third.memory["weights"] - 4 * gate) == whole.memory["weights"] - 4 * gate
+    assert 3 * third.memory["activations"] == whole.memory["activations"], "all three read the same rows"
+    six = planned_stage(shared, processes=6)
+    assert six.memory["activations"] == third.memory["activations"] // 2, "two batches share the rows"
+    half = planned_stage(recipe.model_copy(update={"parallel": ParallelRecipe(specialist=2)}))
+    assert third.total < half.total < whole.total, "one of the two holds two specialists"
+
+
+def test_processes_that_do_not_fit_are_refused(tiny_run, tmp_path):
+    recipe = recipe_of(tiny_run, tmp_path).model_copy(update={"parallel": ParallelRecipe(specialist=3)})
+    with pytest.raises(TrainingError, match="4 processes cannot form groups of 3"):
+        plan(recipe, memory=1 << 50, processes=4)
+    with pytest.raises(TrainingError, match="5 processes cannot share 3 separate models"):
+        plan(recipe.model_copy(update={"parallel": ParallelRecipe(specialist=5)}), memory=1 << 50)

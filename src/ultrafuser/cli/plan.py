@@ -26,7 +26,13 @@ def plan_command(
         float | None,
         Option(min=0.001, help="Memory of each device in GiB. Default: what is free on this machine's device."),
     ] = None,
-    processes: Annotated[int, Option(min=1, help="Processes that train together, each with one device.")] = 1,
+    processes: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Processes that train together, each with one device. Default: `parallel.specialist` of the recipe.",
+        ),
+    ] = None,
     tflops: Annotated[
         float | None,
         Option(min=0.001, help="Speed that each device reaches, in 1e12 operations a second. It gives the time."),
@@ -50,6 +56,7 @@ def plan_command(
 
     device = torch.device("cuda" if memory is not None and typed.device == "auto" else pick_device(typed.device))
     available = free_bytes(device) if memory is None else int(memory * GIB)
+    processes = processes or typed.parallel.specialist
     with ConsoleProgress().waiting("reading the configurations"):
         planned = plan(typed, memory=available, processes=processes, kind=device.type)
     if as_json:

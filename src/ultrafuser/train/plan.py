@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ultrafuser.data.collate import token_budget
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.loss import chunk_values
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.parallel import AbsentGroup
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import JointStage, LoraRecipe, OutcomeStage, Recipe, StageRecipe
 from ultrafuser.specialists import outline
@@ -70,16 +71,19 @@ class Plan:
     proposals: dict[str, list[str]]
 
 
-def plan(recipe: Recipe, *, memory: int, processes: int = 1, kind: str = "cuda") -> Plan:
-    """Estimate every stage. Each process has one device that holds all specialists.
+def plan(recipe: Recipe, *, memory: int, processes: int | None = None, kind: str = "cuda") -> Plan:
+    """Estimate every stage on the device of the process that needs most.
+
+    Each process has one device. It holds all specialists, or its share of them with `parallel.specialist`.
 
     Args:
         memory: of a device, in bytes.
-        processes: that share a batch.
+        processes: all that train together. Default: as many as share the specialists.
         kind: of the devices, as torch calls it. It decides how many tokens are read and scored at once.
 
     Raises:
-        TrainingError: a stage that the specialists do not admit, or quantised weights, which are not estimated.
+        TrainingError: a stage that the specialists do not admit, quantised weights, which are not estimated, or a number
+            of processes that does not fit.
         CheckpointError: a specialist without a configuration.
     """
     model = outline(recipe)
@@ -92,7 +96,15 @@ def plan(recipe: Recipe, *, memory: int, processes: int = 1, kind: str = "cuda")
             f"plan: the weights of {', '.join(quantised)} are quantised, and their memory is not estimated. Plan the "
             "recipe without `quantization` for an upper limit"
         )
-    machine = _Machine(memory, processes, kind)
+    share = recipe.parallel.specialist
+    machine = _Machine(memory, processes or share, kind, share)
+    if machine.processes % share:
+        raise TrainingError(f"plan: {processes} processes cannot form groups of {share} (parallel.specialist)")
+    if share > len(model.groups):
+        raise TrainingError(
+            f"plan: {share} processes cannot share {len(model.groups)} separate models (adapters on one base count as one). Lower "
+            "parallel.specialist, or set share_base=false"
+        )
     stages, proposals = list[StagePlan](), dict[str, list[str]]()
     for stage in recipe.stages:
         check_stage(model, stage)
@@ -129,25 +141,51 @@ class _Machine:
     memory: int
     processes: int
     kind: str
+    share: int  # processes that share the specialists
 
 
 def _plan_stage(model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe, machine: _Machine) -> StagePlan:
+    """The plan of the process that needs most memory, with the numbers of all and the time of the slowest."""
+    plans = [_plan_share(part, recipe, stage, machine) for part in _shares(model, machine.share)]
+    gate = _size(list(model.gate.parameters()))[0]
+    return replace(
+        max(plans, key=lambda planned: planned.total),
+        trained=gate + sum(planned.trained - gate for planned in plans),
+        flops=machine.share * max(planned.flops for planned in plans),
+    )
+
+
+def _shares(model: UltraFuserForCausalLM, size: int) -> list[UltraFuserForCausalLM]:
+    """The model as each of the processes that share its specialists sees it."""
+    if size == 1:
+        return [model]
+    absent = [AbsentGroup(group.names, group.width) for group in model.groups]
+    with torch.device("meta"):
+        return [
+            UltraFuserForCausalLM(
+                model.config, [group if g % size == i else absent[g] for g, group in enumerate(model.groups)]
+            )
+            for i in range(size)
+        ]
+
+
+def _plan_share(model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe, machine: _Machine) -> StagePlan:
     rows = stage.samples_per_domain * _num_domains(model, recipe)
     if isinstance(stage, JointStage):
         return _plan_joint(model, recipe, stage, rows, machine)
     trained, length = _size(list(model.gate.parameters()))[0], recipe.data.max_length
-    memory = _trained_bytes(trained, machine) | {"weights": sum(_base(group)[1] for group in model.groups)}
-    memory["weights"] += sum(_adapters(group)[1] for group in model.groups) + trained * _FLOAT
+    memory = _trained_bytes(trained, machine) | {"weights": sum(_base(group)[1] for group in model.local_groups)}
+    memory["weights"] += sum(_adapters(group)[1] for group in model.local_groups) + trained * _FLOAT
     widths = [head.weight.shape[1] for head in model.heads()]
     if isinstance(stage, OutcomeStage):
         rows *= stage.answers
         length += stage.max_new_tokens
-        memory["key-value cache"] = sum(_cache_bytes(group, rows * length) for group in model.groups)
+        memory["key-value cache"] = sum(_cache_bytes(group, rows * length) for group in model.local_groups)
         tokens = rows * stage.max_new_tokens
     else:
         tokens = _rows_per_pass(stage.rows_per_device, rows, machine) * length
         memory["reading"] = max(
-            layer_bytes(group, token_budget(torch.device(machine.kind)), kept=False) for group in model.groups
+            layer_bytes(group, token_budget(torch.device(machine.kind)), kept=False) for group in model.local_groups
         )
     hidden = model.config.gate_hidden_size if model.config.gate_type == "mlp" else 1
     memory["activations"] = tokens * sum(2 * width + 2 * hidden for width in widths) * _FLOAT
@@ -162,22 +200,22 @@ def _plan_joint(
     tokens = _rows_per_pass(stage.rows_per_device, rows, machine) * recipe.data.max_length
     gate, copies = _size(list(model.gate.parameters()))[0], 0
     if stage.trains_all_weights:  # in float32, and autocast keeps a copy in bfloat16
-        trained = gate + sum(_base(group)[0] for group in model.groups)
+        trained = gate + sum(_base(group)[0] for group in model.local_groups)
         weights = trained * _FLOAT
-        copies = sum(_base(group)[1] for group in model.groups if group.model.dtype.itemsize < _FLOAT)
+        copies = sum(_base(group)[1] for group in model.local_groups if group.model.dtype.itemsize < _FLOAT)
     else:
-        trained = gate + sum(_adapters(group)[0] or _new_adapters(group, stage.lora) for group in model.groups)
-        weights = trained * _FLOAT + sum(_base(group)[1] for group in model.groups)
+        trained = gate + sum(_adapters(group)[0] or _new_adapters(group, stage.lora) for group in model.local_groups)
+        weights = trained * _FLOAT + sum(_base(group)[1] for group in model.local_groups)
     memory = _trained_bytes(trained, machine) | {"weights": weights, "logits": _logits_bytes(model, tokens, machine)}
     if copies:
         memory["copies for autocast"] = copies
-    kept = sum(activation_bytes(group, tokens) for group in model.groups)
+    kept = sum(activation_bytes(group, tokens) for group in model.local_groups)
     checkpointing = stage.gradient_checkpointing
     if checkpointing == "auto":
-        is_possible = all(group.model.supports_gradient_checkpointing for group in model.groups)
+        is_possible = all(group.model.supports_gradient_checkpointing for group in model.local_groups)
         checkpointing = is_possible and kept > SHARE * (machine.memory - weights)  # the stage decides before the others
     if checkpointing:
-        kept = sum(activation_bytes(group, tokens, checkpointing=True) for group in model.groups)
+        kept = sum(activation_bytes(group, tokens, checkpointing=True) for group in model.local_groups)
     memory["activations"] = kept
     passes = 2 + (4 if stage.trains_all_weights else 2) + (2 if checkpointing else 0)
     flops = float(passes) * _forward_parameters(model) * rows * recipe.data.max_length * stage.steps
@@ -206,15 +244,15 @@ def _propose(
 
 def _remedies(model: UltraFuserForCausalLM, stage: StageRecipe, planned: StagePlan) -> Iterator[tuple[str, list[Any]]]:
     """Fields and their values, those that cost least first."""
-    can_checkpoint = all(group.model.supports_gradient_checkpointing for group in model.groups)
+    can_checkpoint = all(group.model.supports_gradient_checkpointing for group in model.local_groups)
     if isinstance(stage, JointStage) and can_checkpoint and not planned.checkpointing:
         yield "gradient_checkpointing", [True]
     if not isinstance(stage, OutcomeStage):
         rows = stage.rows_per_device or 64
         yield "rows_per_device", [rows >> i for i in range(1, rows.bit_length())]
-    if any(group.model.dtype.itemsize == _FLOAT for group in model.groups):
+    if any(group.model.dtype.itemsize == _FLOAT for group in model.local_groups):
         yield "dtype", ["bfloat16"]
-    if stage.trains_all_weights and all(group.model.dtype != torch.float16 for group in model.groups):
+    if stage.trains_all_weights and all(group.model.dtype != torch.float16 for group in model.local_groups):
         yield "specialists", ["lora"]
 
 
@@ -228,12 +266,14 @@ def _num_domains(model: UltraFuserForCausalLM, recipe: Recipe) -> int:
 
 
 def _rows_per_pass(rows_per_device: int | None, rows: int, machine: _Machine) -> int:
-    share = math.ceil(rows / machine.processes)
+    share = math.ceil(rows * machine.share / machine.processes)
     return min(rows_per_device or share, share)
 
 
 def _trained_bytes(trained: int, machine: _Machine) -> dict[str, int]:
-    copies = 2 if machine.processes > 1 else 1  # DistributedDataParallel sends them from buckets of its own
+    copies = (
+        2 if machine.processes > machine.share == 1 else 1
+    )  # DistributedDataParallel sends them from buckets of its own
     return {"gradients": trained * _FLOAT * copies, "optimizer": trained * _ADAMW}
 
 
@@ -261,7 +301,7 @@ def _new_adapters(group: SpecialistGroup, lora: LoraRecipe) -> int:
 def _forward_parameters(model: UltraFuserForCausalLM) -> int:
     """Parameters that multiply each token in one pass of all specialists. A table that is only looked up does not."""
     total = 0
-    for group in model.groups:
+    for group in model.local_groups:
         table, head = group.model.get_input_embeddings().weight, group.model.get_output_embeddings().weight
         total += group.size * (_base(group)[0] - (0 if table is head else table.numel())) + _adapters(group)[0]
     return total

@@ -164,7 +164,7 @@ def _build_mesh(recipe: Recipe) -> SpecialistMesh | None:
     if processes % size:
         raise TrainingError(
             f"parallel.specialist is {size}, but {processes} process{'es run' if processes > 1 else ' runs'}. Start a multiple "
-            f"of {size}, such as: torchrun --nproc-per-node {size} --no-python ultrafuser train RECIPE"
+            f"of {size}, such as: torchrun --nproc-per-node {size} -m ultrafuser train RECIPE"
         )
     if any(stage.name == "outcome" for stage in recipe.stages):
         raise TrainingError("stage outcome: it needs all specialists in each process. Leave parallel.specialist out")
