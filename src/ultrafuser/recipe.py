@@ -214,6 +214,10 @@ class GateStage(_RowStage):
         description="First fit a temperature to each specialist's logits, on training rows of its domain. Set it to false "
         "if the specialists wrote these rows or were trained on them.",
     )
+    features_per_row: PositiveInt | None = Field(
+        default=None,
+        description="Response tokens of each row, drawn at random, that the feature cache keeps and the gate learns from. null: all.",
+    )
 
 
 class JointStage(_RowStage):

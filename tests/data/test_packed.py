@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ultrafuser.data import rendering
 from ultrafuser.data.packed import (
     PackedRows,
+    SampledRows,
     digest_of,
     domains_of,
     is_whole,
@@ -39,6 +40,27 @@ def rendered_rows(draw, size):
     return Rendered(
         row_id, draw(st.sampled_from(["text", "co\nde"])), sequences, index, tuple(labels), draw(st.integers(0, 9))
     )
+
+
+@given(data=st.data(), count=st.integers(1, 6), seed=st.integers(0, 3))
+def test_a_sample_of_the_response_tokens(data, count, seed):
+    rows = data.draw(st.lists(rendered_rows(2), max_size=4))
+    sampled = SampledRows(rows, count, seed)
+    assert (domains_of(sampled), lengths_of(sampled)) == (domains_of(rows), lengths_of(rows))
+    assert label_counts_of(sampled) == [len(row.labels) for row in sampled]
+    assert list(sampled) == list(SampledRows(rows, count, seed)) == list(sampled[:])
+    for row, whole in zip(sampled, rows, strict=True):
+        assert len(row.labels) == min(count, len(whole.labels)) and row.input_ids == whole.input_ids
+        picked = list(zip(*row.response_index, row.labels, strict=True))
+        rest = iter(zip(*whole.response_index, whole.labels, strict=True))
+        assert all(token in rest for token in picked), "a part of the row's tokens, in their order"
+    assert digest_of(sampled) != digest_of(rows) and digest_of(sampled) != digest_of(SampledRows(rows, count + 1, seed))
+
+
+def test_samples_differ_by_row_and_seed():
+    row = Rendered("a", "text", (tuple(range(60)),), (tuple(range(50)),), tuple(range(1, 51)))
+    drawn = {sampled.labels for seed in (0, 1) for sampled in SampledRows([row, row], 10, seed)}
+    assert len(drawn) == 4
 
 
 @given(data=st.data(), size=st.integers(1, 4), num_chunks=st.integers(1, 3))

@@ -31,8 +31,8 @@ def by_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def fused_and_rows(tiny_run: TinyRun, output: Path, **changes: Any) -> tuple[Any, list, Any]:
-    recipe = tiny_run.recipe(output, **changes)
+def fused_and_rows(tiny_run: TinyRun, output: Path, stages: Any = (GATE,), **changes: Any) -> tuple[Any, list, Any]:
+    recipe = tiny_run.recipe(output, stages, **changes)
     model, tokenizer = fuse(recipe)
     renderer = Renderer(tokenizer, model.config.chat_templates, recipe.data.max_length)
     return model, read_sources(recipe.data.train, renderer, RecordingProgress(), "training"), recipe
@@ -42,6 +42,31 @@ def assert_close(a: list, b: list, atol: float = 1e-5) -> None:
     assert [row[:2] for row in a] == [row[:2] for row in b]
     for (*location, loss), (*_, expected) in zip(a, b, strict=True):
         assert loss == pytest.approx(expected, abs=atol, rel=atol), location
+
+
+# ---------------------------------------------------------------- a sample of the tokens
+
+
+def test_a_sample_of_each_rows_tokens_trains_alike_with_and_without_a_cache(tiny_run, tmp_path):
+    stage = GATE | {"features_per_row": 3, "calibrate": False}
+    validation = {"data": {"validation": [str(tiny_run.folder / "held-out.jsonl")]}}
+    runs = {
+        cache: losses(tiny_run.train(tmp_path / str(cache), [stage], cache_features=cache, **validation))
+        for cache in (True, False)
+    }
+    assert_close(runs[True], runs[False])
+    whole = losses(tiny_run.train(tmp_path / "whole", [stage | {"features_per_row": 99}], **validation))
+    assert whole != runs[True]
+    assert_close(whole, losses(tiny_run.train(tmp_path / "all", [stage | {"features_per_row": None}], **validation)))
+
+
+def test_the_cache_holds_the_sample_alone(tiny_run, tmp_path):
+    model, rows, recipe = fused_and_rows(tiny_run, tmp_path, [GATE | {"features_per_row": 3}])
+    run = StageRun(model, recipe.stages[0], recipe, rows, rows, tmp_path / "1-gate")
+    run_stage(run)
+    sizes = {name: (tmp_path / "features" / name / "states-0.bin").stat().st_size for name in ("train", "validation")}
+    assert sizes["train"] == sum(min(3, len(row.labels)) for row in rows) * model.groups[0].width * 4
+    assert sizes["validation"] == sum(len(row.labels) for row in rows) * model.groups[0].width * 4
 
 
 # ---------------------------------------------------------------- what moves

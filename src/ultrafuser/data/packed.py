@@ -1,12 +1,13 @@
-"""Rendered rows as flat integer arrays in files that are mapped into memory."""
+"""Many rendered rows: as flat integer arrays in files that are mapped into memory, and with a sample of their response tokens."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, overload
@@ -83,8 +84,41 @@ def _runs(index: Sequence[Sequence[int]]) -> list[list[int]]:
     ]
 
 
-class PackedRows(Sequence[Rendered]):
-    """Rows in the files of a folder. A row is built when it is asked for."""
+class RowTable(Sequence[Rendered]):
+    """Rows that are built when they are asked for, and what is known of all of them without building them."""
+
+    digest: bytes
+
+    @property
+    def domains(self) -> list[str]:
+        """The domain of each row."""
+        raise NotImplementedError
+
+    @property
+    def lengths(self) -> list[int]:
+        """The length of each row's longest sequence, in tokens."""
+        raise NotImplementedError
+
+    @property
+    def label_counts(self) -> list[int]:
+        """The number of each row's response tokens."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, i: int) -> Rendered: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Rendered]: ...
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
+        return self._row(range(len(self))[i])
+
+    def _row(self, i: int) -> Rendered:
+        raise NotImplementedError
+
+
+class PackedRows(RowTable):
+    """Rows in the files of a folder."""
 
     def __init__(self, folder: Path) -> None:
         """
@@ -109,30 +143,20 @@ class PackedRows(Sequence[Rendered]):
 
     @property
     def domains(self) -> list[str]:
-        """The domain of each row."""
         return [self._names[i] for i in self._counts[:, 4].tolist()]
 
     @property
     def lengths(self) -> list[int]:
-        """The length of each row's longest sequence, in tokens."""
         return self._counts[:, 5:].max(1, initial=0).tolist()
 
     @property
     def label_counts(self) -> list[int]:
-        """The number of each row's response tokens."""
         return self._counts[:, 0].tolist()
 
     def __len__(self) -> int:
         return len(self._counts)
 
-    @overload
-    def __getitem__(self, i: int) -> Rendered: ...
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[Rendered]: ...
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[j] for j in range(len(self))[i]]
-        i = range(len(self))[i]
+    def _row(self, i: int) -> Rendered:
         counts = self._counts[i].tolist()
         lengths = counts[5:]
         tokens = self._tokens[self._token_ends[i] : self._token_ends[i + 1]].tolist()
@@ -151,6 +175,48 @@ class PackedRows(Sequence[Rendered]):
             ),
             labels=tuple(self._labels[self._label_ends[i] : self._label_ends[i + 1]].tolist()),
             truncated=counts[3],
+        )
+
+
+class SampledRows(RowTable):
+    """Rows of which each keeps a random sample of its response tokens. Prompts and sequences stay whole."""
+
+    def __init__(self, rows: Sequence[Rendered], limit: int, seed: int) -> None:
+        """
+        Args:
+            limit: response tokens of a row at most.
+        """
+        self.rows, self.limit, self.seed = rows, limit, seed
+
+    @property
+    def digest(self) -> bytes:  # type: ignore[override]
+        """Of the rows and the sample."""
+        return hashlib.sha256(digest_of(self.rows) + f"{self.limit}/{self.seed}".encode()).digest()
+
+    @property
+    def domains(self) -> list[str]:
+        return domains_of(self.rows)
+
+    @property
+    def lengths(self) -> list[int]:
+        return lengths_of(self.rows)
+
+    @property
+    def label_counts(self) -> list[int]:
+        return [min(self.limit, number) for number in label_counts_of(self.rows)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _row(self, i: int) -> Rendered:
+        row = self.rows[i]
+        if len(row.labels) <= self.limit:
+            return row
+        drawn = sorted(random.Random(f"{self.seed}/{i}").sample(range(len(row.labels)), self.limit))
+        return replace(
+            row,
+            response_index=tuple(tuple(positions[r] for r in drawn) for positions in row.response_index),
+            labels=tuple(row.labels[r] for r in drawn),
         )
 
 
@@ -202,22 +268,22 @@ def is_whole(folder: Path) -> bool:
 
 def domains_of(rows: Sequence[Rendered]) -> list[str]:
     """The domain of each row."""
-    return rows.domains if isinstance(rows, PackedRows) else [row.domain for row in rows]
+    return rows.domains if isinstance(rows, RowTable) else [row.domain for row in rows]
 
 
 def lengths_of(rows: Sequence[Rendered]) -> list[int]:
     """The length of each row's longest sequence, in tokens."""
-    return rows.lengths if isinstance(rows, PackedRows) else [row.num_tokens for row in rows]
+    return rows.lengths if isinstance(rows, RowTable) else [row.num_tokens for row in rows]
 
 
 def label_counts_of(rows: Sequence[Rendered]) -> list[int]:
     """The number of each row's response tokens."""
-    return rows.label_counts if isinstance(rows, PackedRows) else [len(row.labels) for row in rows]
+    return rows.label_counts if isinstance(rows, RowTable) else [len(row.labels) for row in rows]
 
 
 def digest_of(rows: Sequence[Rendered]) -> bytes:
     """SHA-256 of the rows' ids, tokens and labels."""
-    if isinstance(rows, PackedRows):
+    if isinstance(rows, RowTable):
         return rows.digest
     digest = hashlib.sha256()
     for row in rows:

@@ -24,7 +24,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.files import atomic_file, write_json
-from ultrafuser.data.packed import domains_of, lengths_of
+from ultrafuser.data.packed import SampledRows, domains_of, lengths_of
 from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
@@ -383,8 +383,11 @@ def _set_checkpointing(model: UltraFuserForCausalLM, enabled: bool) -> None:
 
 def _training_rows(run: StageRun, args: TrainingArguments) -> tuple[Rows, Rows]:
     """Training and validation rows: their cached features where the specialists are frozen and a cache pays."""
-    if isinstance(run.stage, JointStage) or not _caching_pays(run):
-        return run.rows, run.validation
+    rows = run.rows
+    if isinstance(run.stage, GateStage) and run.stage.features_per_row:
+        rows = SampledRows(rows, run.stage.features_per_row, run.recipe.seed)
+    if isinstance(run.stage, JointStage) or not _caching_pays(run, rows):
+        return rows, run.validation
     folder = run.features or run.folder.parent / "features"
     run.model.place(args.device)  # reading the device also starts the process group, where there is one
     rank, num_ranks, local_rank = args.process_index, args.world_size, args.local_process_index
@@ -403,15 +406,15 @@ def _training_rows(run: StageRun, args: TrainingArguments) -> tuple[Rows, Rows]:
         barrier=PartialState().wait_for_everyone,
         progress=run.progress,
     )
-    train_rows = build(run.rows, folder / "train")
+    train_rows = build(rows, folder / "train")
     return train_rows, build(run.validation, folder / "validation") if run.validation else []
 
 
-def _caching_pays(run: StageRun) -> bool:
+def _caching_pays(run: StageRun, rows: Sequence[Rendered]) -> bool:
     if run.recipe.cache_features != "auto":
         return bool(run.recipe.cache_features)
     drawn = run.stage.steps * run.rows_per_step
-    pays = drawn > len(run.rows) and estimate_size_bytes(run.model, run.rows) < _CACHE_LIMIT_BYTES
+    pays = drawn > len(rows) and estimate_size_bytes(run.model, rows) < _CACHE_LIMIT_BYTES
     if run.mesh is None:
         return pays
     votes = run.mesh.sum_(torch.tensor(int(pays), device=run.model.device))  # the states of some may be wider
