@@ -13,11 +13,13 @@ from tiny_models import save_adapter
 from training_fixtures import GATE, JOINT, NAMES
 from ultrafuser.cli.main import app
 from ultrafuser.errors import TrainingError
+from ultrafuser.progress import Progress
 from ultrafuser.recipe import ParallelRecipe, load_recipe
 from ultrafuser.specialists import fuse, outline
 from ultrafuser.train import memory
 from ultrafuser.train.memory import activation_bytes
 from ultrafuser.train.plan import GIB, check_plan, plan
+from ultrafuser.train.run import train
 from ultrafuser.train.stages import prepare_joint
 
 LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
@@ -199,3 +201,22 @@ def test_processes_that_do_not_fit_are_refused(tiny_run, tmp_path):
         plan(recipe, memory=1 << 50, processes=4)
     with pytest.raises(TrainingError, match="5 processes cannot share 3 separate models"):
         plan(recipe.model_copy(update={"parallel": ParallelRecipe(specialist=5)}), memory=1 << 50)
+
+
+class Lines(Progress):
+    def __init__(self):
+        self.lines = []
+
+    def log(self, text):
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize("free", [1 << 40, 1000], ids=["enough", "too-little"])
+def test_a_run_says_first_what_it_needs(tiny_run, tmp_path, monkeypatch, free):
+    monkeypatch.setattr("ultrafuser.train.plan.free_bytes", lambda device: free)
+    recipe, progress = recipe_of(tiny_run, tmp_path, shared=True), Lines()
+    train(recipe, progress=progress)
+    first = progress.lines[0]
+    expected = [f"stage {s.name} {s.total / GIB:.2f} GiB" for s in plan(recipe, memory=free, kind="cpu").stages]
+    assert first.startswith(f"memory, estimated: {', '.join(expected)}")
+    assert ("it may not suffice. `ultrafuser plan RECIPE` names overrides" in first) == (free == 1000)

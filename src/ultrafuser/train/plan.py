@@ -15,10 +15,11 @@ from ultrafuser.errors import TrainingError
 from ultrafuser.model.loss import chunk_values
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.parallel import AbsentGroup
+from ultrafuser.model.quantized import is_quantized
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import JointStage, LoraRecipe, OutcomeStage, Recipe, StageRecipe
 from ultrafuser.specialists import outline
-from ultrafuser.train.memory import SHARE, activation_bytes, layer_bytes
+from ultrafuser.train.memory import SHARE, activation_bytes, free_bytes, layer_bytes
 from ultrafuser.train.stages import check_stage
 
 GIB = 2**30
@@ -134,6 +135,25 @@ def check_plan(planned: Plan, memory: int) -> None:
         raise TrainingError(
             f"stage {stage.name}: needs {stage.total / GIB:.1f} GiB on each device, got {memory / GIB:.1f} GiB. {advice}"
         )
+
+
+def describe_memory(model: UltraFuserForCausalLM, recipe: Recipe, *, processes: int) -> str:
+    """One line on what the stages of a loaded model will need on this process's device, and whether that is there.
+
+    Empty for quantised weights, which are not estimated.
+    """
+    if any(is_quantized(group.model) for group in model.local_groups):
+        return ""
+    machine = _Machine(free_bytes(model.device), processes, model.device.type, recipe.parallel.specialist)
+    plans = [_plan_share(model, recipe, stage, machine) for stage in recipe.stages]
+    text = "memory, estimated: " + ", ".join(f"stage {each.name} {each.total / GIB:.2f} GiB" for each in plans)
+    loaded = _size([parameter for parameter in model.parameters() if parameter.device == model.device])[1]
+    if max(each.total for each in plans) > loaded + machine.memory:
+        text += (
+            f". The device has {(loaded + machine.memory) / GIB:.2f} GiB, so it may not suffice. `ultrafuser plan RECIPE` "
+            "names overrides that need less"
+        )
+    return text
 
 
 @dataclass(frozen=True)

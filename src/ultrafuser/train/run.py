@@ -28,6 +28,7 @@ from ultrafuser.recipe import GateRecipe, Recipe, SourceRecipe, dump_recipe
 from ultrafuser.specialists import fuse, load, make_renderer, pick_device
 from ultrafuser.train.card import write_card
 from ultrafuser.train.metrics import METRICS_FILE, read_metrics, truncate_metrics
+from ultrafuser.train.plan import describe_memory
 from ultrafuser.train.preemption import Preemption
 from ultrafuser.train.rows import BAD_ROWS_FILE, read_sources, share_rows
 from ultrafuser.train.stages import FINISHED, StageRun, check_stage, load_stage, run_stage
@@ -99,6 +100,8 @@ def _train(
         model.share = Share(mesh, model.local_indices, len(model.config.specialists))
     for stage in recipe.stages:
         check_stage(model, stage)
+    if needs := describe_memory(model, recipe, processes=PartialState().num_processes):
+        progress.log(needs)
     renderer = make_renderer(model, tokenizer, recipe.data.max_length)
     reader = RowReader(recipe.data.on_bad_row)
 
