@@ -137,6 +137,11 @@ def test_the_processes_must_be_a_multiple(tiny_run: TinyRun, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+def test_outcomes_need_all_specialists(tiny_run: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="stage outcome: it needs all specialists in each process"):
+        tiny_run.train(tmp_path / "run", [GATE, {"name": "outcome", "steps": 1}], parallel={"specialist": 2})
+
+
 def test_each_process_needs_a_model(tiny_run: TinyRun) -> None:
     with pytest.raises(
         CheckpointError, match=r"4 processes cannot share 3 separate models .*Lower parallel.specialist"

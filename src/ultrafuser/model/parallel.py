@@ -44,15 +44,9 @@ class SpecialistMesh:
 
     @classmethod
     def build(cls, size: int, device_type: str) -> SpecialistMesh:
-        """The mesh of all processes, with `size` of them for the specialists of one model.
-
-        Raises:
-            ValueError: no process group was started, or `size` does not divide the number of processes.
-        """
-        processes = dist.get_world_size() if dist.is_initialized() else 1
-        if processes % size:
-            raise ValueError(f"{size} processes share the specialists of a model, but {processes} run")
-        return cls(init_device_mesh(device_type, (processes // size, size), mesh_dim_names=("data", "specialist")))
+        """The mesh of all processes, with `size` of them for the specialists of one model. It divides their number."""
+        shape = (dist.get_world_size() // size, size)
+        return cls(init_device_mesh(device_type, shape, mesh_dim_names=("data", "specialist")))
 
     @property
     def size(self) -> int:

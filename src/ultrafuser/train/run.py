@@ -164,13 +164,13 @@ def _build_mesh(recipe: Recipe) -> SpecialistMesh | None:
     size, processes = recipe.parallel.specialist, PartialState().num_processes
     if size == 1:
         return None
+    if any(stage.name == "outcome" for stage in recipe.stages):
+        raise TrainingError("stage outcome: it needs all specialists in each process. Leave parallel.specialist out")
     if processes % size:
         raise TrainingError(
             f"parallel.specialist is {size}, but {processes} process{'es run' if processes > 1 else ' runs'}. Start a multiple "
             f"of {size}, such as: torchrun --nproc-per-node {size} -m ultrafuser train RECIPE"
         )
-    if any(stage.name == "outcome" for stage in recipe.stages):
-        raise TrainingError("stage outcome: it needs all specialists in each process. Leave parallel.specialist out")
     return SpecialistMesh.build(size, PartialState().device.type)
 
 

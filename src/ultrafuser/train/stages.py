@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from ultrafuser.data.balance import BalancedBatchSampler
-from ultrafuser.data.files import atomic_file, write_json
+from ultrafuser.data.files import atomic_file, disk_errors, write_json
 from ultrafuser.data.packed import SampledRows, domains_of, lengths_of
 from ultrafuser.data.templates import Rendered, Renderer
 from ultrafuser.errors import TrainingError
@@ -203,7 +203,8 @@ def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valid
         )
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
     if run.mesh is not None and run.mesh.rank and not run.mesh.data_rank:
-        save_trainable(run.model, run.folder / FINISHED)
+        with disk_errors(run.folder / FINISHED):
+            save_trainable(run.model, run.folder / FINISHED)
     trainer.accelerator.wait_for_everyone()  # the main process writes last what makes a stage finished
     if trainer.is_world_process_zero():
         with atomic_file(run.folder / FINISHED, force=True) as draft:
