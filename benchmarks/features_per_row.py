@@ -1,4 +1,4 @@
-"""What it costs to keep a sample of each row's response tokens in the feature cache: loss of the gate stage, and bytes.
+"""What it costs to keep a sample of each row's response tokens in the feature cache: the loss of the gate stage.
 
     python benchmarks/features_per_row.py --folder runs/features-per-row --output docs/results/features-per-row.json
 
@@ -14,34 +14,52 @@ import json
 import shutil
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
+from ultrafuser.data.packed import SampledRows
 from ultrafuser.model.references import package_path
-from ultrafuser.progress import ConsoleProgress
-from ultrafuser.recipe import load_recipe
+from ultrafuser.progress import ConsoleProgress, Progress
+from ultrafuser.recipe import Recipe, load_recipe
+from ultrafuser.specialists import fuse, make_renderer
+from ultrafuser.train.features import FeatureStore, RowFeatures
 from ultrafuser.train.metrics import read_metrics
-from ultrafuser.train.run import train
+from ultrafuser.train.rows import read_sources
+from ultrafuser.train.stages import StageRun, _arguments, _train_stage, prepare_gate
 
 LIMITS = (32, 64, 128, None)
 
 
-def measure(limit: int | None, seed: int, folder: Path) -> dict[str, float]:
-    """Train one gate. Returns its validation losses, and the bytes of the states that it learned from."""
-    overrides = ["stages=[gate]", "stages.gate.steps=100", "stages.gate.samples_per_domain=8", f"seed={seed}"]
-    overrides += [
-        "stages.gate.calibrate=false",
-        "stages.gate.rows_per_device=null",
-        "cache_features=true",
-        "eval_every=100",
-    ]
-    if limit is not None:
-        overrides.append(f"stages.gate.features_per_row={limit}")
-    recipe = load_recipe(package_path("package:ultrafuser/zoo/fuse.yaml"), overrides)
-    run, features = folder / f"{limit}-{seed}", folder / "features"
-    shutil.rmtree(run, ignore_errors=True)
-    train(recipe.model_copy(update={"output": str(run)}), features=features, progress=ConsoleProgress())
-    row = next(row for row in reversed(read_metrics(run / "metrics.jsonl")) if "eval_loss" in row)
+class SampledStore(FeatureStore):
+    """The features that a cache with `features_per_row` holds, taken from one that holds all."""
+
+    def __init__(self, store: FeatureStore, limit: int, seed: int) -> None:
+        self.store, self.rows = store, SampledRows(store.rows, limit, seed)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: Any) -> RowFeatures:
+        whole, row = self.store[i], self.rows[i]
+        places = {position: r for r, position in enumerate(whole.row.response_index[0])}
+        picked = [places[position] for position in row.response_index[0]]
+        return RowFeatures(row, [states[picked] for states in whole.states], whole.log_probs[picked])
+
+
+def measure(
+    recipe: Recipe, model: Any, train: FeatureStore, validation: FeatureStore, limit: int | None, folder: Path
+) -> dict[str, float]:
+    """Train one gate. Returns its validation losses, and the share of the response tokens that it learned from."""
+    fresh, _ = fuse(recipe)  # with the gate of this seed
+    model.gate.load_state_dict(fresh.gate.state_dict())
+    shutil.rmtree(folder, ignore_errors=True)
+    rows = train if limit is None else SampledStore(train, limit, recipe.seed)
+    run = StageRun(model, recipe.stages[0], recipe, train.rows, validation.rows, folder / "1-gate")
+    prepare_gate(model)
+    _train_stage(run, _arguments(run, autocast=False), rows, validation)
+    row = next(row for row in reversed(read_metrics(folder / "metrics.jsonl")) if "eval_loss" in row)
     losses = {key.removeprefix("eval_"): value for key, value in row.items() if key.startswith("eval_loss")}
-    return losses | {"bytes": sum(file.stat().st_size for file in (features / "train").glob("*.bin"))}
+    tokens = [min(limit or len(row.labels), len(row.labels)) for row in train.rows]
+    return losses | {"share": sum(tokens) / train.offsets[-1]}
 
 
 def main() -> None:
@@ -50,16 +68,30 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
+    overrides = ["stages=[gate]", "stages.gate.steps=100", "stages.gate.samples_per_domain=8", "eval_every=100"]
+    overrides += ["stages.gate.rows_per_device=null", "stages.gate.calibrate=false"]
+    recipe = load_recipe(package_path("package:ultrafuser/zoo/fuse.yaml"), overrides)
+    progress = ConsoleProgress()
+    model, tokenizer = fuse(recipe)
+    renderer = make_renderer(model, tokenizer, recipe.data.max_length)
+    stores = [
+        FeatureStore.build(
+            model, read_sources(sources, renderer, Progress(), name), args.folder / name, progress=progress
+        )
+        for name, sources in (("training", recipe.data.train), ("validation", recipe.data.validation))
+    ]
     results: dict[str, list[dict[str, float]]] = {str(limit or "all"): [] for limit in LIMITS}
     for seed in range(args.seeds):
         for limit in LIMITS:
-            results[str(limit or "all")].append(measure(limit, seed, args.folder))
-            print(limit, seed, results[str(limit or "all")][-1], flush=True)
-    for limit, runs in results.items():
+            seeded = recipe.model_copy(update={"seed": seed})
+            measured = measure(seeded, model, stores[0], stores[1], limit, args.folder / f"{limit or 'all'}-{seed}")
+            results[str(limit or "all")].append(measured)
+            print(limit, seed, measured, flush=True)
+    for label, runs in results.items():
         losses = [run["loss"] for run in runs]
         spread = stdev(losses) if len(losses) > 1 else 0.0
         print(
-            f"{limit}: {mean(losses):.4f} (deviation {spread:.4f}), {mean(run['bytes'] for run in runs) / 1e6:.1f} MB"
+            f"{label}: {mean(losses):.4f} (deviation {spread:.4f}), {mean(run['share'] for run in runs):.0%} of the tokens"
         )
     if args.output:
         args.output.write_text(json.dumps({"seeds": args.seeds, "results": results}, indent=1) + "\n", encoding="utf-8")
