@@ -55,11 +55,11 @@ def test_training_leaves_parts_on_their_devices(tiny_run, tmp_path, monkeypatch,
 
 
 def test_the_first_state_of_a_run_has_the_timeout_of_the_recipe(tiny_run, tmp_path, monkeypatch):
-    """It starts the process group. Later ones change nothing."""
+    """It starts the process group, on a CPU where the run is on one. Later ones change nothing."""
     states = []
     monkeypatch.setattr(run_module, "PartialState", lambda **options: states.append(options) or PartialState())
     tiny_run.train(tmp_path / "run", ddp_timeout=11)
-    assert states[0] == {"timeout": timedelta(seconds=11)} and not any(states[1:])
+    assert states[0] == {"cpu": True, "timeout": timedelta(seconds=11)} and not any(states[1:])
 
 
 def test_joint_training_in_float16_is_refused(tiny_run, tmp_path):
