@@ -29,6 +29,6 @@ def launch(folder: Path, processes: int, *recipes: object) -> subprocess.Complet
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
                str(driver), *map(str, recipes)]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    process = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
     assert process.stdout.count(f"a process of {processes}") == processes, process.stderr[-3000:]
     return process
