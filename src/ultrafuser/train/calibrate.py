@@ -30,7 +30,7 @@ def calibrate(
 ) -> list[float]:
     """The temperature of each specialist that minimises its loss on the answers of its own domain.
 
-    Where several processes share the specialists, those of other processes keep 1. A specialist whose domain has fewer than FEWEST_TOKENS response tokens keeps 1.
+    A specialist whose domain has fewer than FEWEST_TOKENS response tokens keeps 1, as does one that another process holds.
 
     Args:
         rows: rows that the specialists neither were trained on nor wrote. On those they are rightly more confident.

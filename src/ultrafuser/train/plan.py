@@ -291,9 +291,8 @@ def _rows_per_pass(rows_per_device: int | None, rows: int, machine: _Machine) ->
 
 
 def _trained_bytes(trained: int, machine: _Machine) -> dict[str, int]:
-    copies = (
-        2 if machine.processes > machine.share == 1 else 1
-    )  # DistributedDataParallel sends them from buckets of its own
+    # DistributedDataParallel sends them from buckets of its own. Processes that share the specialists do without it
+    copies = 2 if machine.processes > machine.share == 1 else 1
     return {"gradients": trained * _FLOAT * copies, "optimizer": trained * _ADAMW}
 
 
