@@ -95,6 +95,9 @@ class ScriptedGate(Gate):
     def forward(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
         return self.scores.log_softmax(-1).expand(*states[0].shape[:-1], len(states))
 
+    def score_states(self, states: Sequence[torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
+        return self.scores[list(indices)].expand(*states[0].shape[:-1], -1)
+
 
 def force_gate(model: UltraFuserForCausalLM, scores: Sequence[float]) -> UltraFuserForCausalLM:
     """Replace the gate by given scores. Infinite ones make it choose."""

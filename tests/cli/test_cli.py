@@ -239,6 +239,14 @@ def test_generate_gives_text_or_json(run, folder):
     assert text == "".join(f"> {item['prompt']}\n{item['answer']}\n\n" for item in both)
 
 
+def test_generate_drafts_without_another_answer(run, folder):
+    options = ["-p", "how many foxes?", "--max-new-tokens", "12", "--device", "cpu"]
+    plain = run("generate", folder, *options)
+    assert run("generate", folder, "--speculative", "auto", *options).out == plain.out
+    refused = run("generate", folder, "--speculative", "fast", *options)
+    assert refused.code == 2 and "--speculative" in refused.err and "auto, ngram" in refused.err
+
+
 def test_generate_reads_files_and_standard_input_and_batches_change_nothing(run, folder, tiny_run, tmp_path):
     prompts = ["hi", "how many foxes are there?", "1 + 1"]
     file = tmp_path / "prompts.txt"

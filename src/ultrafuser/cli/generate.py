@@ -26,6 +26,7 @@ from ultrafuser.cli.options import (
     TopP,
     TrustRemoteCode,
     check_characters,
+    check_choice,
     load_folder,
     report_reading,
     row_reader,
@@ -52,6 +53,13 @@ def generate_command(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     num_beams: Annotated[int, Option(min=1, help="Number of beams. 1: no beam search.")] = 1,
+    speculative: Annotated[
+        str | None,
+        Option(
+            help="Draft tokens and check several in one pass: 'ngram' (from the text itself), 'specialist' (one runs ahead) or "
+            "'auto' (both). The answers stay the same."
+        ),
+    ] = None,
     batch_size: Annotated[int, Option(min=1, help="Number of prompts per batch.")] = 8,
     on_bad_row: OnBadRow = "stop",
     seed: Seed = 0,
@@ -61,12 +69,14 @@ def generate_command(
     as_json: Json = False,
 ) -> None:
     """Answer prompts, in batches."""
+    if speculative is not None:
+        check_choice("--speculative", speculative, ("auto", "ngram", "specialist"))
     progress = ConsoleProgress()
     chats = _conversations(prompt, file, system, on_bad_row, progress)
     model, renderer = load_folder(folder, dtype, device, seed, trust_remote_code)
     from ultrafuser.inspect.run import answer
 
-    options = _sampling(max_new_tokens, temperature, top_p) | {"num_beams": num_beams}
+    options = _sampling(max_new_tokens, temperature, top_p) | {"num_beams": num_beams, "speculative": speculative}
     progress.start("answers", len(chats))
     answers: list[str] = []
     for start in range(0, len(chats), batch_size):

@@ -91,6 +91,14 @@ class UltraFuserCache(Cache):
             cached = ids.new_ones(*ids.shape[:2], self.get_seq_length())
         return torch.cat([cached.to(ids.device), ids.new_ones(ids.shape) if mask is None else mask.to(cached)], dim=-1)
 
+    def mask_with(self, new: int) -> torch.Tensor | None:
+        """The attention mask of the cached columns and `new` real tokens, (B, K, C + new). None if nothing is padded."""
+        if self.attention_mask is None:
+            return None
+        return torch.cat(
+            [self.attention_mask, self.attention_mask.new_ones(*self.attention_mask.shape[:2], new)], dim=-1
+        )
+
     def record(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Remember the tokens whose states were just added: (B, K, T), and the mask of all columns, (B, K, C + T)."""
         self.input_ids = ids if self.input_ids is None else torch.cat([self.input_ids.to(ids.device), ids], dim=-1)

@@ -14,6 +14,7 @@ from .cache import UltraFuserCache
 from .configuration_ultrafuser import UltraFuserConfig
 from .errors import UltraFuserError
 from .inputs import refuse_keywords, select_inputs
+from .speculation import Speculation, decode_speculatively, read_speculation
 
 _CACHES = (None, "dynamic", "dynamic_full", "offloaded")
 _FORWARD_ONLY = (
@@ -87,7 +88,29 @@ class FusedGeneration(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         refuse_keywords({key: model_kwargs.get(key) for key in _FORWARD_ONLY}, "generate")
-        super()._validate_model_kwargs(model_kwargs)
+        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key != "speculation"})
+
+    def generate(self, *args: Any, speculative: Any = None, **kwargs: Any) -> Any:
+        """transformers' `generate`, and speculative decoding.
+
+        Args:
+            speculative: `auto`, `ngram`, `specialist` or a `Speculation`: draft tokens that are cheap to guess, and check
+                several in one pass. Greedy answers stay the same, and sampled ones have the same distribution.
+
+        Raises:
+            UltraFuserError: an unknown mode, or an argument that does not go with it.
+        """
+        if speculative is None or speculative is False:
+            return super().generate(*args, **kwargs)
+        for name in ("assistant_model", "custom_generate", "prompt_lookup_num_tokens"):
+            if kwargs.get(name) is not None:
+                raise UltraFuserError(f"speculative and {name} do not go together. Leave out one of them")
+        return super().generate(*args, speculation=read_speculation(self, speculative), **kwargs)
+
+    def _sample(self, input_ids: torch.LongTensor, speculation: Speculation | None = None, **kwargs: Any) -> Any:
+        if speculation is None:
+            return super()._sample(input_ids, **kwargs)
+        return decode_speculatively(self, input_ids, speculation=speculation, **kwargs)
 
     # ---------------------------------------------------------------- prompts
 

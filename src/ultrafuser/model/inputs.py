@@ -20,6 +20,7 @@ _INSTEAD = {
     "response_index": "It goes with the labels of forward",
     "specialist_hidden_states": "They go with the labels of forward",
     "specialist_log_probs": "They go with specialist_hidden_states and the labels of forward",
+    "speculation": "Speculative decoding has no beams. Leave out num_beams or speculative",
     "cache_position": "Leave it out, because the cache knows its length",
     "ignore_mismatched_sizes": "Weights of another shape would be left random. Leave it out",
 }

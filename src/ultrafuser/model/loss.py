@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from .few_rows import linear
 from .parallel import Share
 
 # Values of one array of chunk logits. On a CPU 28 MiB: the C library reuses such arrays, but maps larger ones anew each
@@ -73,7 +74,7 @@ class Head(NamedTuple):
         """(..., D) -> (..., V), in float32 at least. The result goes into `out` (rows, V) if one is given."""
         state = state.to(self.weight.device, self.weight.dtype)
         if out is None:
-            return self.from_product(torch.nn.functional.linear(state, self.weight, self.bias))
+            return self.from_product(linear(state, self.weight, self.bias))
         z = out[: len(state)]
         if z.dtype == self.weight.dtype:
             torch.mm(state, self.weight.T, out=z)
@@ -114,7 +115,7 @@ def all_logits(states: Sequence[torch.Tensor], heads: Sequence[Head]) -> Iterato
         yield from (head.logits(state) for state, head in zip(states, heads, strict=True))
         return
     stacked = torch.stack([state.to(first.weight.device, first.weight.dtype) for state in states])  # (K, ..., D)
-    products = torch.nn.functional.linear(stacked, first.weight, first.bias)  # (K, ..., rows)
+    products = linear(stacked, first.weight, first.bias)  # (K, ..., rows)
     yield from (head.from_product(z) for z, head in zip(products, heads, strict=True))
 
 

@@ -7,7 +7,7 @@ D hidden (D_k where specialists differ).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,18 +194,38 @@ class UltraFuserForCausalLM(
             if input_ids.dim() == 2:
                 input_ids = input_ids[:, None].expand(-1, len(self._order), -1)
             attention_mask = cache.full_mask(attention_mask, input_ids)
+        present = [g for g, group in enumerate(self.groups) if not isinstance(group, AbsentGroup)]
+        states = self.run_groups(present, input_ids, attention_mask, cache, position_ids)
+        if cache is not None:
+            cache.record(input_ids, attention_mask)
+        return self.ordered_states(states)
+
+    def run_groups(
+        self,
+        groups: Sequence[int],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: UltraFuserCache | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> dict[tuple[int, int], torch.Tensor]:
+        """Last hidden states (B, T, D_k) of some groups, by group and row in the group.
+
+        The cache gets their keys and values, but does not record the tokens. The inputs are those of `specialist_states`,
+        and the mask is None or covers the cached tokens too.
+        """
         states: dict[tuple[int, int], torch.Tensor] = {}
-        for g, group in enumerate(self.groups):
-            if isinstance(group, AbsentGroup):
-                continue
+        for g in groups:
+            group = self.groups[g]
             indices = [self.config.names.index(name) for name in group.names]
             ids = _per_specialist(input_ids, indices)  # (k, B, T)
             mask = None if attention_mask is None else _per_specialist(attention_mask, indices)
             positions = None if position_ids is None else _per_specialist(position_ids, indices)
             out = group(ids, mask, None if cache is None else cache.groups[g], positions)
             states |= {(g, i): out[i] for i in range(group.size)}
-        if cache is not None:
-            cache.record(input_ids, attention_mask)
+        return states
+
+    def ordered_states(self, states: Mapping[tuple[int, int], torch.Tensor]) -> list[torch.Tensor]:
+        """The states of `run_groups` in the order of `local_indices`."""
         return [states[location] for location in self._order if location in states]
 
     def log_weights(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -267,7 +287,7 @@ class UltraFuserForCausalLM(
                 len(self._order), input_ids, masks[0], position_ids, specialist_input_ids, masks[1]
             )
             cache = self._cache(past_key_values, use_cache)
-            self._check_length(ids, cache)
+            self.check_length(ids, cache)
             states = self.specialist_states(ids, mask, cache, positions)  # K x (B, T, D_k)
             if labels is None:
                 out = self._logits(states, logits_to_keep, output_gate_weights)
@@ -367,7 +387,8 @@ class UltraFuserForCausalLM(
         columns = [label_log_prob(state, head, labels) for state, head in zip(states, self.heads(), strict=True)]
         return torch.stack([column.to(labels.device) for column in columns], dim=-1)
 
-    def _check_length(self, ids: torch.Tensor, cache: UltraFuserCache | None) -> None:
+    def check_length(self, ids: torch.Tensor, cache: UltraFuserCache | None) -> None:
+        """Raises UltraFuserError: the cached and the new tokens (..., T) do not fit into a specialist's context."""
         length = ids.shape[-1] + (cache.get_seq_length() if cache is not None else 0)
         for name, context in self._contexts.items():
             if length > context:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import CheckpointError, UltraFuserError
+from .few_rows import use_few_rows
 from .fingerprint import WeightMarks
 from .loss import Head
 from .quantized import dense_state, is_quantized, linear_shape
@@ -79,8 +80,11 @@ class GroupedLora(nn.Module):
         if len(active) < len(self.ranks):
             lora_a, lora_b, scale = lora_a[active], lora_b[active], scale[active]
         grouped = self.dropout(x).to(lora_a.dtype).reshape(len(active), -1, x.shape[-1])  # (k, B * T, in)
-        low = torch.bmm(grouped, lora_a.transpose(1, 2)) * scale.to(lora_a)  # (k, B * T, r)
-        return y + torch.bmm(low, lora_b.transpose(1, 2)).reshape(y.shape).to(y.dtype)
+        low = torch.bmm(grouped, lora_a.transpose(1, 2))  # (k, B * T, r)
+        if len(set(self.scalings)) == 1 and y.dtype == low.dtype:  # one product does it all
+            wide = y.reshape(len(active), -1, y.shape[-1])  # (k, B * T, out)
+            return torch.baddbmm(wide, low, lora_b.transpose(1, 2), alpha=self.scalings[0]).reshape(y.shape)
+        return y + torch.bmm(low * scale.to(lora_a), lora_b.transpose(1, 2)).reshape(y.shape).to(y.dtype)
 
     def delta(self, coefficients: Sequence[float]) -> torch.Tensor:
         """sum_i c_i * scaling_i * B_i A_i: (out, in)."""
@@ -109,6 +113,7 @@ class SpecialistGroup(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        use_few_rows(model)
         self.names = list(names)
         self.loras: dict[str, GroupedLora] = {}
         self.marks = WeightMarks()
