@@ -185,7 +185,9 @@ def _compute(model: UltraFuserForCausalLM, store: FeatureStore, missing: Sequenc
     batches = length_batches([lengths[i] for i in missing], token_budget(model.device))
     batches = [[missing[j] for j in batch] for batch in batches]
     if model.share is not None:
-        batches += [[0]] * model.share.mesh.missing_passes(len(batches))  # a row again, because others still read theirs
+        batches += [[0]] * model.share.mesh.missing_passes(
+            len(batches)
+        )  # a row again, because others still read theirs
     if not batches:
         return
     progress.start("specialists read the rows", sum(lengths[i] for i in missing))

@@ -19,8 +19,8 @@ from ultrafuser.model.quantized import is_quantized
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import JointStage, LoraRecipe, OutcomeStage, Recipe, StageRecipe
 from ultrafuser.specialists import outline
-from ultrafuser.train.sharding import decoder_layers
 from ultrafuser.train.memory import SHARE, activation_bytes, free_bytes, layer_bytes
+from ultrafuser.train.sharding import decoder_layers
 from ultrafuser.train.stages import check_stage
 
 GIB = 2**30

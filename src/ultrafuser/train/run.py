@@ -121,21 +121,22 @@ def _train(
     for index, stage in enumerate(recipe.stages, 1):
         stage_folder = output / f"{index}-{stage.name}"
         if is_sharded(model):  # the next stage changes types or adds adapters, which only whole weights allow
-            del run, model
+            del model
             model = _load_trained(recipe, index - 1, output, progress, mesh)
-        run = StageRun(
-            model,
-            stage,
-            recipe,
-            rows,
-            validation,
-            stage_folder,
-            features,
-            progress,
-            renderer=renderer,
-            preemption=preemption,
+        run_stage(
+            StageRun(
+                model,
+                stage,
+                recipe,
+                rows,
+                validation,
+                stage_folder,
+                features,
+                progress,
+                renderer=renderer,
+                preemption=preemption,
+            )
         )
-        run_stage(run)
     if mesh is not None and PartialState().is_main_process:
         model = _load_trained(recipe, len(recipe.stages), output, progress)
     with progress.waiting("writing the fused folder"):
