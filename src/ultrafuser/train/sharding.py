@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -27,17 +28,22 @@ from ultrafuser.recipe import Recipe
 from ultrafuser.specialists import outline
 
 # The variables with which `accelerate launch` asks for a wrapper of its own.
-_WRAPPERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+_WRAPPERS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism of its own",
+}
 
 
 def refuse_wrappers() -> None:
     """Refuse the wrappers that accelerate would put around the model, which do not know its parts.
 
     Raises:
-        TrainingError: `accelerate launch` was configured for FSDP or DeepSpeed.
+        TrainingError: `accelerate launch` was configured for FSDP, DeepSpeed or another of them.
     """
     for variable, name in _WRAPPERS.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1", "yes", "on"):
+        if parse_flag_from_env(variable):
             raise TrainingError(
                 f"accelerate is configured for {name}, which ultrafuser does not support. Start the processes with torchrun, or "
                 "with another configuration, and set parallel.shard=true to divide the weights among them"

@@ -253,7 +253,7 @@ class FusionTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the trained weights alone, because the frozen ones are in their sources."""
-        if self.mesh is None:
+        if self.mesh is None and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             save_trainable(self.model, folder / WEIGHTS, trained_weights(self.model))
@@ -273,6 +273,7 @@ class FusionTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             save_trainable(self.model, folder / WEIGHTS, weights)
         del weights  # before as many numbers again, twice, are gathered
+        self.accelerator.wait_for_everyone()  # for as long as `ddp_timeout`, which gathering does not know
         states = gather_state(self.optimizer.state_dict(), keep=writes)
         if writes:
             torch.save(states, _share_file(folder / "optimizer.pt", self.mesh.rank))
