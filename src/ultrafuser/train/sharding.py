@@ -9,7 +9,6 @@ Source: torch's `fully_shard` (arXiv 2304.11277 describes its predecessor).
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
