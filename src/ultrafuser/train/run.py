@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -138,6 +139,7 @@ def _train(
             )
         )
     if mesh is not None and PartialState().is_main_process:
+        del model
         model = _load_trained(recipe, len(recipe.stages), output, progress)
     with progress.waiting("writing the fused folder"):
         folder = save_fused_folder(model, tokenizer, recipe, output)
@@ -198,6 +200,7 @@ def _load_trained(
     recipe: Recipe, num_stages: int, output: Path, progress: Progress, mesh: SpecialistMesh | None = None
 ) -> UltraFuserForCausalLM:
     """The model on the CPU after its first stages, from their files. Whole, unless a mesh shares its specialists."""
+    gc.collect()  # divided weights of the stage before are in cycles of references
     model, _ = _load(recipe.model_copy(update={"device": "cpu"}), progress, mesh)
     for index, stage in enumerate(recipe.stages[:num_stages], 1):
         load_stage(model, stage, output / f"{index}-{stage.name}", recipe.seed)
