@@ -18,16 +18,17 @@ for recipe in sys.argv[1:]:
 """
 
 
-def launch(folder: Path, processes: int, *recipes: object) -> subprocess.CompletedProcess:
+def launch(folder: Path, processes: int, *recipes: object, driver: str = DRIVER) -> subprocess.CompletedProcess:
     """Run `ultrafuser train` on recipes, each perhaps with options, in that many processes on the CPU.
 
     Args:
         folder: for the script that the processes run.
+        driver: the script.
     """
-    driver = folder / "driver.py"
-    driver.write_text(DRIVER)
+    script = folder / "driver.py"
+    script.write_text(driver)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-               str(driver), *map(str, recipes)]  # fmt: skip
+               str(script), *map(str, recipes)]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
     assert process.stdout.count(f"a process of {processes}") == processes, process.stderr[-3000:]

@@ -283,6 +283,11 @@ class ParallelRecipe(Node):
         description="Processes that share the specialists of one model. They must be separate models, at least as many. The number of all "
         "processes is a multiple of it, and each group of processes reads rows of its own.",
     )
+    shard: bool = Field(
+        default=False,
+        description="Divide the weights of each specialist, their gradients and optimizer states among the processes that read different rows "
+        "(FSDP2). For specialists of which one alone is too large for a device.",
+    )
 
 
 class Recipe(Node):

@@ -113,9 +113,10 @@ def test_the_paper_s_weights_do_not_fit_one_device_and_adapters_do(paper):
     (stage,) = planned.stages
     assert stage.trained == pytest.approx(39e9, rel=0.01) and stage.total > 39e9 * (4 + 8 + 8)
     with pytest.raises(
-        TrainingError, match=r"stage joint: needs \d{3}\.\d GiB on each device, got 80\.0 GiB\. Use devices"
+        TrainingError, match=r"needs \d{3}\.\d GiB on each device, got 80\.0 GiB\. It fits with parallel\.shard=true"
     ):
         check_plan(planned, 80 * GIB)
+    check_plan(plan(load_recipe(paper, ["parallel.shard=true"]), memory=80 * GIB, processes=16), 80 * GIB)
     overrides = plan(load_recipe(paper), memory=96 * GIB).proposals["joint"]
     assert overrides == ["stages.joint.specialists=lora"], "checkpointing is on already, and one row is the least"
     check_plan(plan(load_recipe(paper, overrides), memory=96 * GIB), 96 * GIB)
@@ -201,6 +202,29 @@ def test_processes_that_do_not_fit_are_refused(tiny_run, tmp_path):
         plan(recipe, memory=1 << 50, processes=4)
     with pytest.raises(TrainingError, match="5 processes cannot share 3 separate models"):
         plan(recipe.model_copy(update={"parallel": ParallelRecipe(specialist=5)}), memory=1 << 50)
+
+
+@pytest.mark.parametrize("stage", [GATE, JOINT, JOINT | FULL])
+def test_processes_that_divide_the_weights_need_less_each(tiny_run, tmp_path, stage):
+    recipe = recipe_of(tiny_run, tmp_path, stages=[stage | {"samples_per_domain": 4}])
+    divided = recipe.model_copy(update={"parallel": ParallelRecipe(shard=True)})
+    whole, part = (planned_stage(each, stage["name"], processes=4) for each in (recipe, divided))
+    model = outline(recipe)
+    gate = sum(p.numel() for p in model.gate.parameters())
+    assert part.trained == whole.trained and part.flops == whole.flops
+    assert part.memory["activations"] == whole.memory["activations"]
+    for name, size, copies in (("weights", 4, 1), ("gradients", 4, 2), ("optimizer", 8, 1)):
+        assert 4 * (part.memory[name] - size * gate) == whole.memory[name] // copies - size * gate, name
+    layers = [layer for group in model.groups for layer in group.model.model.layers]
+    numbers = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    outer = sum(p.numel() for p in model.groups.parameters()) - sum(numbers)
+    copies = 2 if stage.get("specialists") == "full" else 1  # with gradients
+    assert part.memory["gathered"] == copies * 4 * (outer + 2 * max(numbers))
+    grid = recipe.model_copy(update={"parallel": ParallelRecipe(shard=True, specialist=3)})
+    six, twelve = (planned_stage(grid, stage["name"], processes=count).memory["weights"] for count in (6, 12))
+    assert six - 4 * gate == 2 * (twelve - 4 * gate), "two or four of them divide one specialist"
+    with pytest.raises(TrainingError, match=r"plan: parallel.shard divides weights among at least 2 processes, got 1"):
+        plan(divided, memory=GIB)
 
 
 class Lines(Progress):

@@ -173,7 +173,7 @@ def test_optimizer_states_without_names_cannot_be_shared() -> None:
         optimizer.step()
         states.append(optimizer.state_dict())
     named, unnamed = states
-    joined = _join_optimizers(torch.optim.AdamW([("groups.1.w", weight)]).state_dict(), [named])
+    joined = _join_optimizers(torch.optim.AdamW([("groups.1.w", weight)]).state_dict(), [named], [weight])
     assert torch.equal(joined["state"][0]["exp_avg"], named["state"][0]["exp_avg"])
     with pytest.raises(TrainingError, match="no optimizer state for groups.1.w. An older version wrote it"):
-        _join_optimizers(named, [unnamed])
+        _join_optimizers(named, [unnamed], [weight])

@@ -2,7 +2,8 @@
 
 Processes form a grid (data x specialist). Those of one row read the same batch, each with its own specialists. With
 probability mixing two numbers a token and specialist cross between them, the gate's score and log p_k(y). With logit mixing
-one chunk of mixed logits does. Weights, activations and gradients of a specialist stay where it is.
+one chunk of mixed logits does. Activations of a specialist stay where it is, and so do its weights and gradients, unless
+the processes of its column divide them (see `ultrafuser.train.sharding`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
@@ -38,15 +41,20 @@ class AbsentGroup(nn.Module):
 
 @dataclass(frozen=True)
 class SpecialistMesh:
-    """The grid (data x specialist) of all processes."""
+    """The grid (data x specialist) of all processes.
+
+    Attributes:
+        shards: whether the processes of a column divide the weights of their specialists.
+    """
 
     mesh: DeviceMesh
+    shards: bool = False
 
     @classmethod
-    def build(cls, size: int, device_type: str) -> SpecialistMesh:
+    def build(cls, size: int, device_type: str, shards: bool = False) -> SpecialistMesh:
         """The mesh of all processes, with `size` of them for the specialists of one model. It divides their number."""
         shape = (dist.get_world_size() // size, size)
-        return cls(init_device_mesh(device_type, shape, mesh_dim_names=("data", "specialist")))
+        return cls(init_device_mesh(device_type, shape, mesh_dim_names=("data", "specialist")), shards)
 
     @property
     def size(self) -> int:
@@ -70,16 +78,25 @@ class SpecialistMesh:
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add a tensor over the processes that share the specialists of one model, in place."""
-        dist.all_reduce(tensor, group=self.mesh["specialist"].get_group())
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.mesh["specialist"].get_group())
         return tensor
+
+    def missing_passes(self, count: int) -> int:
+        """How many passes a process must add to its `count`, because all that divide weights gather them together."""
+        if not self.shards:
+            return 0
+        most = torch.tensor(count, device=self.mesh.device_type)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.mesh["data"].get_group())
+        return int(most) - count
 
     def reduce_gradients(self, model: Any) -> None:
         """Average the gradients over the batches. Those of the gate are also added over the specialists.
 
-        All processes must have trained the same number of rows, and scaled their loss by the number of batches.
+        The backward pass has averaged those of divided weights. All processes must have trained the same number of rows, and scaled their loss by the number of batches.
         """
         for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or isinstance(parameter, DTensor):
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -92,10 +109,19 @@ class SpecialistMesh:
         trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
         gate = [p for name, p in trained.items() if name.startswith("gate.")]
         rest = [p for name, p in trained.items() if not name.startswith("gate.")]
-        square = self.sum_(get_total_norm([p.grad for p in rest]).to(gate[0].device).square())
+        norm = get_total_norm([p.grad for p in rest])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        square = self.sum_(norm.to(gate[0].device).square())
         norm = (square + get_total_norm([p.grad for p in gate]).square()).sqrt()
-        clip_grads_with_norm_(gate + rest, limit, norm)
+        for parameters in (gate, rest):
+            clip_grads_with_norm_(parameters, limit, norm)
         return norm
+
+
+def gather_outer_weights(group: nn.Module) -> None:
+    """Gather a specialist's weights outside its decoder layers, if several processes divide them. All must do so together."""
+    if isinstance(group, FSDPModule):
+        group.unshard()
 
 
 @dataclass(frozen=True)

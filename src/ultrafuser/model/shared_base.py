@@ -16,6 +16,7 @@ from .errors import CheckpointError, UltraFuserError
 from .few_rows import use_few_rows
 from .fingerprint import WeightMarks
 from .loss import Head
+from .parallel import gather_outer_weights
 from .quantized import dense_state, is_quantized, linear_shape
 
 
@@ -185,6 +186,7 @@ class SpecialistGroup(nn.Module):
         Args:
             vocab_size, end, masked: of the common vocabulary. See `Head`.
         """
+        gather_outer_weights(self)
         rows = vocab_size if end is None else max(vocab_size, end[1] + 1)
         layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
         bias = getattr(layer, "bias", None)

@@ -34,8 +34,7 @@ def last_checkpoint(folder: Path, progress: Progress) -> str | None:
 
 def find_problem(checkpoint: Path) -> str | None:
     """The first file of a checkpoint that is missing or torn, and how. None: the checkpoint is complete."""
-    sharded = any(path.is_dir() for path in checkpoint.iterdir())  # FSDP and DeepSpeed write folders
-    for name in (_STATE,) if sharded else _FILES:
+    for name in _FILES:
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
     if not list(checkpoint.glob("rng_state*.pth")):

@@ -28,6 +28,7 @@ from ultrafuser.model.loss import Head, select_responses
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
+from ultrafuser.train.sharding import whole
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,16 @@ class FeatureStore(Sequence[RowFeatures]):
             TrainingError: the features do not fit on the disk, or some are missing in the end.
         """
         # a fingerprint of the rows' tokens and of the specialists' weights (a sample of each tensor)
-        identity = hash_weights(model.groups.named_parameters(), start=digest_of(rows))
+        weights = ((name, whole(weight)) for name, weight in model.groups.named_parameters())
+        identity = hash_weights(weights, start=digest_of(rows))
+        heads = model.heads()  # in all processes, as those that divide weights gather them together
         if rank == 0:
-            _prepare_folder(folder, identity, rows, model.heads())
+            _prepare_folder(folder, identity, rows, heads)
         barrier()
         if local_rank == 0 and rank != 0 and not _is_identity(folder / "identity.json", identity):  # another disk
-            _prepare_folder(folder, identity, rows, model.heads())
+            _prepare_folder(folder, identity, rows, heads)
         barrier()
-        store = cls(folder, rows, model.heads())
+        store = cls(folder, rows, heads)
         for share in (range(rank, len(rows), num_ranks), range(local_rank, len(rows), num_local_ranks)):
             _compute(model, store, [i for i in share if not store.read[i]], progress or Progress())
             _score(model, store, [i for i in share if not store.scored[i]])
@@ -178,14 +181,19 @@ def _are_whole(folder: Path, sizes: Mapping[str, int]) -> bool:
 @torch.no_grad()
 def _compute(model: UltraFuserForCausalLM, store: FeatureStore, missing: Sequence[int], progress: Progress) -> None:
     """Run the specialists on the missing rows, in batches of similar length within the token budget."""
-    if not missing:
-        return
     lengths = lengths_of(store.rows)
+    batches = length_batches([lengths[i] for i in missing], token_budget(model.device))
+    batches = [[missing[j] for j in batch] for batch in batches]
+    if model.share is not None:
+        batches += [[0]] * model.share.mesh.missing_passes(
+            len(batches)
+        )  # a row again, because others still read theirs
+    if not batches:
+        return
     progress.start("specialists read the rows", sum(lengths[i] for i in missing))
     was_training = model.training
     model.eval()
-    for batch in length_batches([lengths[i] for i in missing], token_budget(model.device)):
-        indices = [missing[j] for j in batch]
+    for indices in batches:
         rows = [store.rows[i] for i in indices]
         inputs = {key: value.to(model.device) for key, value in collate_rows(rows).items()}
         states = model.specialist_states(inputs["specialist_input_ids"])  # K x (B, T, D_k)

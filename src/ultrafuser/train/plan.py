@@ -20,6 +20,7 @@ from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import JointStage, LoraRecipe, OutcomeStage, Recipe, StageRecipe
 from ultrafuser.specialists import outline
 from ultrafuser.train.memory import SHARE, activation_bytes, free_bytes, layer_bytes
+from ultrafuser.train.sharding import decoder_layers
 from ultrafuser.train.stages import check_stage
 
 GIB = 2**30
@@ -75,7 +76,8 @@ class Plan:
 def plan(recipe: Recipe, *, memory: int, processes: int | None = None, kind: str = "cuda") -> Plan:
     """Estimate every stage on the device of the process that needs most.
 
-    Each process has one device. It holds all specialists, or its share of them with `parallel.specialist`.
+    Each process has one device. It holds all specialists, or its share of them with `parallel.specialist`, or its part of
+    their weights with `parallel.shard`.
 
     Args:
         memory: of a device, in bytes.
@@ -98,9 +100,13 @@ def plan(recipe: Recipe, *, memory: int, processes: int | None = None, kind: str
             "recipe without `quantization` for an upper limit"
         )
     share = recipe.parallel.specialist
-    machine = _Machine(memory, processes or share, kind, share)
+    machine = _Machine(memory, processes or share, kind, share, recipe.parallel.shard)
     if machine.processes % share:
         raise TrainingError(f"plan: {processes} processes cannot form groups of {share} (parallel.specialist)")
+    if recipe.parallel.shard and machine.parts == 1:
+        raise TrainingError(
+            f"plan: parallel.shard divides weights among at least {2 * share} processes, got {machine.processes}. Set --processes"
+        )
     if share > len(model.groups):
         raise TrainingError(
             f"plan: {share} processes cannot share {len(model.groups)} separate models (adapters on one base count as one). Lower "
@@ -137,17 +143,24 @@ def check_plan(planned: Plan, memory: int) -> None:
         )
 
 
-def describe_memory(model: UltraFuserForCausalLM, recipe: Recipe, *, processes: int) -> str:
+def describe_memory(
+    model: UltraFuserForCausalLM, recipe: Recipe, *, processes: int, device: torch.device | None = None
+) -> str:
     """One line on what the stages of a loaded model will need on this process's device, and whether that is there.
 
     Empty for quantised weights, which are not estimated.
+
+    Args:
+        device: that the model trains on. Default: where it is now.
     """
+    device = device or model.device
     if any(is_quantized(group.model) for group in model.local_groups):
         return ""
-    machine = _Machine(free_bytes(model.device), processes, model.device.type, recipe.parallel.specialist)
+    parallel = recipe.parallel
+    machine = _Machine(free_bytes(device), processes, device.type, parallel.specialist, parallel.shard)
     plans = [_plan_share(model, recipe, stage, machine) for stage in recipe.stages]
     text = "memory, estimated: " + ", ".join(f"stage {each.name} {each.total / GIB:.2f} GiB" for each in plans)
-    loaded = _size([parameter for parameter in model.parameters() if parameter.device == model.device])[1]
+    loaded = _size([parameter for parameter in model.parameters() if parameter.device == device])[1]
     if max(each.total for each in plans) > loaded + machine.memory:
         text += (
             f". The device has {(loaded + machine.memory) / GIB:.2f} GiB, so it may not suffice. `ultrafuser plan RECIPE` "
@@ -162,6 +175,16 @@ class _Machine:
     processes: int
     kind: str
     share: int  # processes that share the specialists
+    shards: bool = False
+
+    @property
+    def parts(self) -> int:
+        """Processes that divide the weights of a specialist."""
+        return self.processes // self.share if self.shards else 1
+
+    def part(self, gate: int, rest: int) -> int:
+        """Bytes of a process, which has the gate whole."""
+        return gate + math.ceil(rest / self.parts)
 
 
 def _plan_stage(model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe, machine: _Machine) -> StagePlan:
@@ -194,8 +217,9 @@ def _plan_share(model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe
     if isinstance(stage, JointStage):
         return _plan_joint(model, recipe, stage, rows, machine)
     trained, length = _size(list(model.gate.parameters()))[0], recipe.data.max_length
-    memory = _trained_bytes(trained, machine) | {"weights": sum(_base(group)[1] for group in model.local_groups)}
-    memory["weights"] += sum(_adapters(group)[1] for group in model.local_groups) + trained * _FLOAT
+    frozen = sum(_base(group)[1] + _adapters(group)[1] for group in model.local_groups)
+    memory = _trained_bytes(trained, trained, machine) | {"weights": machine.part(trained * _FLOAT, frozen)}
+    memory |= _gathered_bytes(model, machine, trains_all_weights=False)
     widths = [head.weight.shape[1] for head in model.heads()]
     if isinstance(stage, OutcomeStage):
         rows *= stage.answers
@@ -226,8 +250,11 @@ def _plan_joint(
     else:
         trained = gate + sum(_adapters(group)[0] or _new_adapters(group, stage.lora) for group in model.local_groups)
         weights = trained * _FLOAT + sum(_base(group)[1] for group in model.local_groups)
-    memory = _trained_bytes(trained, machine) | {"weights": weights, "logits": _logits_bytes(model, tokens, machine)}
-    if copies:
+    weights = machine.part(gate * _FLOAT, weights - gate * _FLOAT)
+    memory = _trained_bytes(trained, gate, machine)
+    memory |= {"weights": weights, "logits": _logits_bytes(model, tokens, machine)}
+    memory |= _gathered_bytes(model, machine, trains_all_weights=stage.trains_all_weights)
+    if copies and not machine.shards:
         memory["copies for autocast"] = copies
     kept = sum(activation_bytes(group, tokens) for group in model.local_groups)
     checkpointing = stage.gradient_checkpointing
@@ -247,11 +274,13 @@ def _propose(
 ) -> list[str]:
     """The first overrides, each with those before it, with which a stage fits. Empty: it does not fit with all of them."""
     overrides: list[str] = []
-    for field, values in _remedies(model, stage, planned):
+    for field, values in _remedies(model, stage, planned, machine):
         for value in values:
             if field == "dtype":
                 recipe = recipe.model_copy(update={"dtype": value})
                 model, override = outline(recipe), f"dtype={value}"
+            elif field == "shard":
+                machine, override = replace(machine, shards=value), "parallel.shard=true"
             else:
                 stage = stage.model_copy(update={field: value})
                 override = f"stages.{stage.name}.{field}={str(value).lower()}"
@@ -262,7 +291,9 @@ def _propose(
     return []
 
 
-def _remedies(model: UltraFuserForCausalLM, stage: StageRecipe, planned: StagePlan) -> Iterator[tuple[str, list[Any]]]:
+def _remedies(
+    model: UltraFuserForCausalLM, stage: StageRecipe, planned: StagePlan, machine: _Machine
+) -> Iterator[tuple[str, list[Any]]]:
     """Fields and their values, those that cost least first."""
     can_checkpoint = all(group.model.supports_gradient_checkpointing for group in model.local_groups)
     if isinstance(stage, JointStage) and can_checkpoint and not planned.checkpointing:
@@ -272,6 +303,8 @@ def _remedies(model: UltraFuserForCausalLM, stage: StageRecipe, planned: StagePl
         yield "rows_per_device", [rows >> i for i in range(1, rows.bit_length())]
     if any(group.model.dtype.itemsize == _FLOAT for group in model.local_groups):
         yield "dtype", ["bfloat16"]
+    if machine.processes > machine.share and not (machine.shards or isinstance(stage, OutcomeStage)):
+        yield "shard", [True]
     if stage.trains_all_weights and all(group.model.dtype != torch.float16 for group in model.local_groups):
         yield "specialists", ["lora"]
 
@@ -290,10 +323,29 @@ def _rows_per_pass(rows_per_device: int | None, rows: int, machine: _Machine) ->
     return min(rows_per_device or share, share)
 
 
-def _trained_bytes(trained: int, machine: _Machine) -> dict[str, int]:
-    # DistributedDataParallel sends them from buckets of its own. Processes that share the specialists do without it
-    copies = 2 if machine.processes > machine.share == 1 else 1
-    return {"gradients": trained * _FLOAT * copies, "optimizer": trained * _ADAMW}
+def _trained_bytes(trained: int, gate: int, machine: _Machine) -> dict[str, int]:
+    # DistributedDataParallel sends them from buckets of its own. Processes that share specialists or weights do without it
+    copies = 2 if machine.processes > machine.share == 1 and not machine.shards else 1
+    numbers = machine.part(gate, trained - gate)
+    return {"gradients": numbers * _FLOAT * copies, "optimizer": numbers * _ADAMW}
+
+
+def _gathered_bytes(model: UltraFuserForCausalLM, machine: _Machine, *, trains_all_weights: bool) -> dict[str, int]:
+    """Whole weights that a pass holds where they are divided, and their gradients where they are trained.
+
+    These are the weights outside the decoder layers, one layer, and the next one, which is on its way.
+    """
+    if machine.parts == 1:
+        return {}
+    outer = layers = 0
+    for group in model.local_groups:
+        sizes = [_size(list(layer.parameters())) for layer in decoder_layers(group)]
+        numbers, held = _size(list(group.parameters()))
+        numbers, held = numbers - sum(size[0] for size in sizes), held - sum(size[1] for size in sizes)
+        outer += 2 * numbers * _FLOAT if trains_all_weights else held
+        largest = max(sizes)
+        layers = max(layers, 2 * (largest[1] + largest[0] * _FLOAT * trains_all_weights))
+    return {"gathered": outer + layers}
 
 
 def _size(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from ultrafuser.train.metrics import METRICS_FILE, read_metrics, truncate_metric
 from ultrafuser.train.plan import describe_memory
 from ultrafuser.train.preemption import Preemption
 from ultrafuser.train.rows import BAD_ROWS_FILE, read_sources, share_rows
+from ultrafuser.train.sharding import check_sharding, is_sharded, refuse_wrappers
 from ultrafuser.train.stages import FINISHED, StageRun, check_stage, load_stage, run_stage
 
 RECIPE_FILE = "recipe.yaml"
@@ -55,6 +57,7 @@ def train(
         DataError: no rows, or rows that do not fit.
     """
     progress = progress or Progress()
+    refuse_wrappers()
     # the first one starts the process group, on a CPU only if it is told so
     timeout = datetime.timedelta(seconds=recipe.ddp_timeout)
     PartialState(cpu=pick_device(recipe.device) == "cpu", timeout=timeout)
@@ -93,14 +96,13 @@ def _train(
     recipe: Recipe, features: Path | None, progress: Progress, preemption: Preemption, mesh: SpecialistMesh | None
 ) -> Path:
     output = Path(recipe.output)
-    model, tokenizer = _load(recipe, progress, (mesh.rank, mesh.size) if mesh is not None else (0, 1))
+    model, tokenizer = _load(recipe, progress, mesh)
     if recipe.fused is None:
         recipe = recipe.model_copy(update={"date": recipe.date or model.config.date})  # recorded for a resumed run
-    if mesh is not None:
-        model.share = Share(mesh, model.local_indices, len(model.config.specialists))
     for stage in recipe.stages:
         check_stage(model, stage)
-    if needs := describe_memory(model, recipe, processes=PartialState().num_processes):
+    device = PartialState().device if recipe.parallel.shard else None
+    if needs := describe_memory(model, recipe, processes=PartialState().num_processes, device=device):
         progress.log(needs)
     renderer = make_renderer(model, tokenizer, recipe.data.max_length)
     reader = RowReader(recipe.data.on_bad_row)
@@ -119,21 +121,26 @@ def _train(
     truncate_metrics(output / METRICS_FILE)
     for index, stage in enumerate(recipe.stages, 1):
         stage_folder = output / f"{index}-{stage.name}"
-        run = StageRun(
-            model,
-            stage,
-            recipe,
-            rows,
-            validation,
-            stage_folder,
-            features,
-            progress,
-            renderer=renderer,
-            preemption=preemption,
+        if is_sharded(model):  # the next stage changes types or adds adapters, which only whole weights allow
+            del model
+            model = _load_trained(recipe, index - 1, output, progress, mesh)
+        run_stage(
+            StageRun(
+                model,
+                stage,
+                recipe,
+                rows,
+                validation,
+                stage_folder,
+                features,
+                progress,
+                renderer=renderer,
+                preemption=preemption,
+            )
         )
-        run_stage(run)
     if mesh is not None and PartialState().is_main_process:
-        model = _assemble(recipe, output, progress)
+        del model
+        model = _load_trained(recipe, len(recipe.stages), output, progress)
     with progress.waiting("writing the fused folder"):
         folder = save_fused_folder(model, tokenizer, recipe, output)
     if PartialState().is_main_process:
@@ -143,41 +150,59 @@ def _train(
 
 
 def _load(
-    recipe: Recipe, progress: Progress, share: tuple[int, int] = (0, 1)
+    recipe: Recipe, progress: Progress, mesh: SpecialistMesh | None = None
 ) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
-    """The model that a run starts from, and its tokenizer."""
+    """The model that a run starts from, and its tokenizer. Weights that are divided later are on the CPU at first."""
+    share = (0, 1) if mesh is None else (mesh.rank, mesh.size)
+    if mesh is not None and mesh.shards:
+        recipe = recipe.model_copy(update={"device": "cpu"})
     if recipe.fused is None:
         with progress.waiting("loading the specialists"):
-            return fuse(recipe, share=share)
-    options = {"dtype": recipe.dtype, "trust_remote_code": recipe.trusted_code, "share": share}
-    with progress.waiting(f"loading {recipe.fused}"):
-        model, renderer = load(recipe.fused, device_map=pick_device(recipe.device), **options)
-    return model, renderer.tokenizer
+            model, tokenizer = fuse(recipe, share=share)
+    else:
+        options = {"dtype": recipe.dtype, "trust_remote_code": recipe.trusted_code, "share": share}
+        with progress.waiting(f"loading {recipe.fused}"):
+            model, renderer = load(recipe.fused, device_map=pick_device(recipe.device), **options)
+        tokenizer = renderer.tokenizer
+    if mesh is not None:
+        model.share = Share(mesh, model.local_indices, len(model.config.specialists))
+    return model, tokenizer
 
 
 def _build_mesh(recipe: Recipe) -> SpecialistMesh | None:
-    """The mesh of the processes that share the specialists, if the recipe asks for one.
+    """The mesh of the processes that share the specialists or divide their weights, if the recipe asks for one.
 
     Raises:
         TrainingError: the number of processes does not fit, too few models, or a stage that does not run so.
     """
-    size, processes = recipe.parallel.specialist, PartialState().num_processes
-    if size == 1:
+    size, shards, processes = recipe.parallel.specialist, recipe.parallel.shard, PartialState().num_processes
+    if size == 1 and not shards:
         return None
     if any(stage.name == "outcome" for stage in recipe.stages):
-        raise TrainingError("stage outcome: it needs all specialists in each process. Leave parallel.specialist out")
+        field = "parallel.shard" if shards else "parallel.specialist"
+        raise TrainingError(f"stage outcome: it needs all specialists in each process. Leave {field} out")
     if processes % size:
         raise TrainingError(
             f"parallel.specialist is {size}, but {processes} process{'es run' if processes > 1 else ' runs'}. Start a multiple "
             f"of {size}, such as: torchrun --nproc-per-node {size} -m ultrafuser train RECIPE"
         )
-    return SpecialistMesh.build(size, PartialState().device.type)
+    if shards and processes == size:
+        raise TrainingError(
+            f"parallel.shard divides weights among the processes that read different rows, but there is one such process. Start "
+            f"at least {2 * size}, such as: torchrun --nproc-per-node {2 * size} -m ultrafuser train RECIPE"
+        )
+    if shards:
+        check_sharding(recipe)
+    return SpecialistMesh.build(size, PartialState().device.type, shards)
 
 
-def _assemble(recipe: Recipe, output: Path, progress: Progress) -> UltraFuserForCausalLM:
-    """The whole trained model on the CPU, from the files of the finished stages."""
-    model, _ = _load(recipe.model_copy(update={"device": "cpu"}), progress)
-    for index, stage in enumerate(recipe.stages, 1):
+def _load_trained(
+    recipe: Recipe, num_stages: int, output: Path, progress: Progress, mesh: SpecialistMesh | None = None
+) -> UltraFuserForCausalLM:
+    """The model on the CPU after its first stages, from their files. Whole, unless a mesh shares its specialists."""
+    gc.collect()  # divided weights of the stage before are in cycles of references
+    model, _ = _load(recipe.model_copy(update={"device": "cpu"}), progress, mesh)
+    for index, stage in enumerate(recipe.stages[:num_stages], 1):
         load_stage(model, stage, output / f"{index}-{stage.name}", recipe.seed)
     return model
 

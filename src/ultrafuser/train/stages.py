@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from ultrafuser.data.balance import BalancedBatchSampler
@@ -40,7 +39,8 @@ from ultrafuser.train.memory import checkpointing_pays
 from ultrafuser.train.metrics import METRICS_FILE, truncate_metrics
 from ultrafuser.train.outcome import train_outcome
 from ultrafuser.train.preemption import Preemption
-from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, load_shares, save_trainable
+from ultrafuser.train.sharding import is_sharded, shard_weights
+from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, load_weights, save_trainable, trained_weights
 
 VALIDATIONS = 5  # of a stage that keeps the best checkpoint
 FINISHED, MEASURED = "finished.safetensors", "temperatures.json"
@@ -98,12 +98,17 @@ def run_stage(run: StageRun) -> None:
         run.progress.log(f"stage {stage.name}: finished before")
         return
     with _prepared(model, stage, run.recipe.seed) as dtypes:
+        halves = [stage.trains_all_weights and dtype == torch.bfloat16 for dtype in dtypes]  # trained in float32
+        if run.mesh is not None and run.mesh.shards:
+            on_cpu, half = pick_device(run.recipe.device) == "cpu", torch.bfloat16
+            shard_weights(model, run.mesh, [half if trained and not on_cpu else None for trained in halves])
+            halves = []  # gathered layers are cast, which autocast would keep
         if isinstance(stage, GateStage) and stage.calibrate:
             _set_temperatures(run)
         if isinstance(stage, OutcomeStage):
             _train_by_outcomes(run, stage)
             return
-        args = _arguments(run, autocast=stage.trains_all_weights and torch.bfloat16 in dtypes)
+        args = _arguments(run, autocast=any(halves))
         train_rows, validation_rows = _training_rows(run, args)
         with _checkpointing(run):
             _train_stage(run, args, train_rows, validation_rows)
@@ -119,15 +124,14 @@ def load_stage(model: UltraFuserForCausalLM, stage: StageRecipe, folder: Path, s
     with _prepared(model, stage, seed):
         if isinstance(stage, GateStage) and stage.calibrate:
             model.config.set_temperatures(json.loads((folder / MEASURED).read_text(encoding="utf-8")))
-        model.load_state_dict(load_file(folder / FINISHED), strict=False)
-        load_shares(model, folder / FINISHED)
+        load_weights(model, folder / FINISHED)
 
 
 @contextmanager
 def _prepared(model: UltraFuserForCausalLM, stage: StageRecipe, seed: int) -> Iterator[list[torch.dtype]]:
     """In the block the weights that a stage trains require gradients, in the type that it trains them in.
 
-    Yields the types of the groups before.
+    Yields the types of the groups before. Weights that were divided in the block keep the type.
     """
     dtypes = [group.model.dtype for group in model.local_groups]
     torch.manual_seed(seed)
@@ -136,7 +140,7 @@ def _prepared(model: UltraFuserForCausalLM, stage: StageRecipe, seed: int) -> It
     else:
         prepare_gate(model)
     yield dtypes
-    if stage.trains_all_weights:
+    if stage.trains_all_weights and not is_sharded(model):
         for group, dtype in zip(model.local_groups, dtypes, strict=True):
             group.to(dtype)
 
@@ -156,7 +160,7 @@ def _train_by_outcomes(run: StageRun, stage: OutcomeStage) -> None:
         progress=run.progress,
     )
     with atomic_file(run.folder / FINISHED, force=True) as draft:
-        save_trainable(run.model, draft, None)
+        save_trainable(run.model, draft, trained_weights(run.model))
     checkpoint.unlink()
 
 
@@ -201,14 +205,15 @@ def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valid
         run.progress.log(
             f"stage {stage.name}: kept step {trainer.state.best_global_step} of {trainer.state.global_step}, validation loss {best:.4f}"
         )
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    writes = run.mesh is not None or trainer.is_world_process_zero()  # those that divide weights gather them together
+    weights = trained_weights(run.model) if writes else {}
     if run.mesh is not None and run.mesh.rank and not run.mesh.data_rank:
         with disk_errors(run.folder / FINISHED):
-            save_trainable(run.model, run.folder / FINISHED)
+            save_trainable(run.model, run.folder / FINISHED, weights)
     trainer.accelerator.wait_for_everyone()  # the main process writes last what makes a stage finished
     if trainer.is_world_process_zero():
         with atomic_file(run.folder / FINISHED, force=True) as draft:
-            save_trainable(run.model, draft, state)
+            save_trainable(run.model, draft, weights)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -225,7 +230,8 @@ def _set_temperatures(run: StageRun) -> None:
 
     measured = from_main(lambda: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None)
     if measured is None and run.model.share is not None:
-        local = [measure()[k] for k in run.model.share.indices]
+        temperatures = measure()
+        local = [temperatures[k] for k in run.model.share.indices]
         columns = torch.tensor(local, dtype=torch.float64, device=run.model.device)
         measured = [round(temperature, 3) for temperature in run.model.share.gather(columns).tolist()]
     elif measured is None:
@@ -394,7 +400,7 @@ def _training_rows(run: StageRun, args: TrainingArguments) -> tuple[Rows, Rows]:
     rank, num_ranks, local_rank = args.process_index, args.world_size, args.local_process_index
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
     if run.mesh is not None:  # the processes that hold the same specialists fill one cache
-        folder /= str(run.mesh.rank)
+        folder = folder / str(run.mesh.rank) if run.mesh.size > 1 else folder
         rank, num_ranks = run.mesh.data_rank, run.mesh.data_size
         local_rank, num_local_ranks = local_rank // run.mesh.size, max(1, num_local_ranks // run.mesh.size)
     build = partial(

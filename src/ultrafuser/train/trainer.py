@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.progress import Progress
 from ultrafuser.train.features import FeatureStore, RowFeatures, collate_features
 from ultrafuser.train.metrics import append_metrics
+from ultrafuser.train.sharding import divide_like, free_gathered, gather_state, whole
 
+WEIGHTS = "model.safetensors"  # of a checkpoint
 Rows = Sequence[Rendered] | FeatureStore
 
 
@@ -201,12 +203,16 @@ class FusionTrainer(Trainer):
         totals = torch.zeros_like(self._totals)
         budget = TOKENS_PER_BATCH["cpu"]  # the small one on every device, beside the optimizer's states
         lengths = lengths_of(_rows(rows))
-        for batch in length_batches([lengths[i] for i in indices], budget):
-            inputs = self._prepare_inputs(self._collate([rows[indices[j]] for j in batch]))
+        batches = [[indices[j] for j in batch] for batch in length_batches([lengths[i] for i in indices], budget)]
+        # a row again, and not counted, while others that divide weights with this process still read theirs
+        extra = 0 if self.mesh is None else self.mesh.missing_passes(len(batches))
+        for i, batch in enumerate(batches + [[0]] * extra):
+            inputs = self._prepare_inputs(self._collate([rows[j] for j in batch]))
             inputs.pop("row_ids")
             domain_ids = inputs.pop("domain_ids")
             out = self.model(**inputs, output_gate_weights=True)
-            totals += domain_totals(inputs["labels"], domain_ids, out, len(self.domains)).cpu()
+            if i < len(batches):
+                totals += domain_totals(inputs["labels"], domain_ids, out, len(self.domains)).cpu()
         self.model.train(was_training)
         totals = self.accelerator.reduce(totals.to(self.args.device, torch.float32), "sum").cpu()
         means = read_totals(totals, self.domains, self.model.config.names)
@@ -221,6 +227,7 @@ class FusionTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
+            free_gathered(self.model)
             trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             # by name, so that a checkpoint can be read by processes that share the specialists in another way
             gate = [(name, p) for name, p in trained.items() if name.startswith("gate.")]
@@ -237,7 +244,7 @@ class FusionTrainer(Trainer):
         try:
             with disk_errors(folder):
                 if self.mesh is not None:
-                    self._save_share(folder)
+                    self._save_weights(folder)
                 super()._save_checkpoint(*args, **kwargs)
         except DiskError:
             if self.is_world_process_zero():
@@ -246,26 +253,37 @@ class FusionTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the trained weights alone, because the frozen ones are in their sources."""
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_trainable(self.model, folder / "model.safetensors", state_dict)
-
-    def _save_share(self, folder: Path) -> None:
-        """Save the weights and the optimizer of the specialists that the main process does not hold."""
-        assert self.mesh is not None
-        if self.mesh.rank and not self.mesh.data_rank:
+        if self.mesh is None and self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_trainable(self.model, folder / "model.safetensors")
-            torch.save(self.optimizer.state_dict(), _share_file(folder / "optimizer.pt", self.mesh.rank))
+            save_trainable(self.model, folder / WEIGHTS, trained_weights(self.model))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.mesh is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _save_weights(self, folder: Path) -> None:
+        """Save the weights and the optimizer states of all processes, one file for each share of the specialists."""
+        assert self.mesh is not None
+        writes = not self.mesh.data_rank
+        weights = trained_weights(self.model)
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_trainable(self.model, folder / WEIGHTS, weights)
+        del weights  # before as many numbers again, twice, are gathered
+        self.accelerator.wait_for_everyone()  # for as long as `ddp_timeout`, which gathering does not know
+        states = gather_state(self.optimizer.state_dict(), keep=writes)
+        if writes:
+            torch.save(states, _share_file(folder / "optimizer.pt", self.mesh.rank))
         self.accelerator.wait_for_everyone()  # the main process writes last what makes a checkpoint complete
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_shares(self.model, Path(resume_from_checkpoint) / "model.safetensors")
+        load_weights(self.model, Path(resume_from_checkpoint) / WEIGHTS)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        load_shares(self.model, Path(self.state.best_model_checkpoint or "") / "model.safetensors")
+        load_weights(self.model, Path(self.state.best_model_checkpoint or "") / WEIGHTS)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         files = sorted(Path(checkpoint).glob("optimizer*.pt")) if checkpoint else []
@@ -274,38 +292,59 @@ class FusionTrainer(Trainer):
             return
         saved = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
         if saved:
-            self.optimizer.load_state_dict(_join_optimizers(self.optimizer.state_dict(), saved))
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.optimizer.load_state_dict(_join_optimizers(self.optimizer.state_dict(), saved, parameters))
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint or "") / "scheduler.pt", weights_only=True))
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Do not warn: checkpoints lack the frozen weights on purpose."""
+
+def trained_weights(model: UltraFuserForCausalLM) -> dict[str, torch.Tensor]:
+    """The weights that require gradients by their names, whole and on the CPU.
+
+    Processes that divide weights must all call it. It is empty in those that write none.
+    """
+    free_gathered(model)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            weight = whole(parameter.detach())
+            if model.share is None or not model.share.mesh.data_rank:
+                weights[name] = weight.cpu().contiguous()
+    return weights
 
 
-def save_trainable(model: UltraFuserForCausalLM, file: Path, state: dict[str, Any] | None = None) -> None:
-    """Write the weights that require gradients, by name.
+def save_trainable(model: UltraFuserForCausalLM, file: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write what `trained_weights` returned.
 
     Where several processes share the specialists, each writes its own beside `file`, and the main process the gate.
     """
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if model.share is not None and (rank := model.share.mesh.rank):
         file = _share_file(file, rank)
-        names = {name for name in names if not name.startswith("gate.")}
-    state = model.state_dict() if state is None else state
-    save_file({name: state[name].detach().cpu().contiguous() for name in names}, file, metadata={"format": "pt"})
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("gate.")}
+    save_file(dict(weights), file, metadata={"format": "pt"})
 
 
-def load_shares(model: UltraFuserForCausalLM, file: Path) -> None:
-    """Load the weights that other processes than the main one wrote with `save_trainable`, as far as this one holds them."""
-    for share in sorted(file.parent.glob(f"{file.stem}-*{file.suffix}")):
-        model.load_state_dict(load_file(share), strict=False)
+def load_weights(model: UltraFuserForCausalLM, file: Path) -> None:
+    """Load the weights that `save_trainable` wrote in all processes, as far as this one holds them."""
+    free_gathered(model)
+    parameters = dict(model.named_parameters())
+    for part in (file, *sorted(file.parent.glob(f"{file.stem}-*{file.suffix}"))):
+        weights = {name: weight for name, weight in load_file(part).items() if name in parameters}
+        divided = {name: divide_like(weight, parameters[name]) for name, weight in weights.items()}
+        model.load_state_dict(divided, strict=False)  # the frozen weights are in their sources
 
 
 def _share_file(file: Path, rank: int) -> Path:
-    return file.with_stem(f"{file.stem}-{rank}")
+    """The file of one share of the specialists. The first share has the plain name."""
+    return file.with_stem(f"{file.stem}-{rank}") if rank else file
 
 
-def _join_optimizers(state: dict[str, Any], saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _join_optimizers(
+    state: dict[str, Any], saved: Sequence[dict[str, Any]], parameters: Sequence[torch.Tensor]
+) -> dict[str, Any]:
     """The state of an optimizer, with what the saved states of several processes know of its parameters.
+
+    Args:
+        parameters: of the optimizer. Their states are divided as they are.
 
     Raises:
         TrainingError: they do not know all of them.
@@ -325,7 +364,10 @@ def _join_optimizers(state: dict[str, Any], saved: Sequence[dict[str, Any]]) -> 
                     f"the checkpoint has no optimizer state for {name}. An older version wrote it: resume it with as many "
                     "processes as it was started with, and without parallel.specialist"
                 )
-            state["state"][index] = known[name]
+            state["state"][index] = {
+                key: divide_like(value, parameters[index]) if torch.is_tensor(value) else value
+                for key, value in known[name].items()
+            }
     return state
 
 
