@@ -272,19 +272,18 @@ class _Drafting:
         model, group = self.model, self.model.groups[leader]
         members = [model.config.names.index(name) for name in group.names]
         locations = [(leader, i) for i in range(group.size)]
-        heads = [head for k, head in enumerate(model.heads()) if k in members]
-        heads = [heads[sorted(members).index(k)] for k in members]
-        text, steps, probs = input_ids, [], []
+        heads = model.heads()
+        probs: list[Any] = []
+        text, steps = input_ids, []
         for step in range(length + 1):
             states = model.run_groups([leader], text[:, -1:], cache.mask_with(step + 1), cache)
             steps.append(states)
             if step == length:
                 break
-            members_states = [states[location] for location in locations]
-            log_weights = model.gate.score_states(members_states, members).log_softmax(-1)
-            logits = mix_logits(
-                all_logits(members_states, heads), log_weights, model.config.mixing, model.config.masked_token_ids
-            )
+            member_states = [states[location] for location in locations]
+            log_weights = model.gate.score_states(member_states, members).log_softmax(-1)
+            specialist_logits = all_logits(member_states, [heads[k] for k in members])
+            logits = mix_logits(specialist_logits, log_weights, model.config.mixing, model.config.masked_token_ids)
             token, token_probs = chooser.draw(text, logits[:, -1].to(text.device))
             text = torch.cat([text, token[:, None]], dim=-1)
             probs.append(token_probs)
