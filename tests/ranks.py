@@ -11,21 +11,23 @@ from pathlib import Path
 DRIVER = """
 import os
 import sys
+{prelude}
 from ultrafuser.cli.main import app
-os.write(1, f"a process of {os.environ['WORLD_SIZE']}\\n".encode())  # in one piece
+os.write(1, f"a process of {{os.environ['WORLD_SIZE']}}\\n".encode())  # in one piece
 for recipe in sys.argv[1:]:
     app(["train", *recipe.split(), "--json"], standalone_mode=False)
 """
 
 
-def launch(folder: Path, processes: int, *recipes: object) -> subprocess.CompletedProcess:
+def launch(folder: Path, processes: int, *recipes: object, prelude: str = "") -> subprocess.CompletedProcess:
     """Run `ultrafuser train` on recipes, each perhaps with options, in that many processes on the CPU.
 
     Args:
         folder: for the script that the processes run.
+        prelude: Python that each process runs first. `os.environ["RANK"]` tells them apart.
     """
     driver = folder / "driver.py"
-    driver.write_text(DRIVER)
+    driver.write_text(DRIVER.format(prelude=prelude))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
                str(driver), *map(str, recipes)]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

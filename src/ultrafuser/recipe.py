@@ -195,9 +195,10 @@ class _Stage(Node):
 class _RowStage(_Stage):
     """A stage that trains on rows."""
 
-    rows_per_device: PositiveInt | None = Field(
+    rows_per_device: Literal["auto"] | PositiveInt | None = Field(
         default=8,
-        description="Rows of one forward pass on a device. Gradients are accumulated over the global batch. null: the whole batch.",
+        description="Rows of one forward pass on a device. Gradients are accumulated over the global batch. `auto`: as many as fit by the "
+        "estimate of `ultrafuser plan`. null: the whole batch.",
     )
 
 

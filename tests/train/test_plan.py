@@ -213,7 +213,7 @@ class Lines(Progress):
 
 @pytest.mark.parametrize("free", [1 << 40, 1000], ids=["enough", "too-little"])
 def test_a_run_says_first_what_it_needs(tiny_run, tmp_path, monkeypatch, free):
-    monkeypatch.setattr("ultrafuser.train.plan.free_bytes", lambda device: free)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     recipe, progress = recipe_of(tiny_run, tmp_path, shared=True), Lines()
     train(recipe, progress=progress)
     first = progress.lines[0]

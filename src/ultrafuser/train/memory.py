@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import psutil
@@ -42,10 +43,21 @@ def layer_bytes(group: SpecialistGroup, tokens: int, *, kept: bool = True) -> in
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that is free now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available  # with the pages of files that the system would give back
+    """Memory of the device that is free now. Processes of one machine on the CPU have equal shares of it."""
+    if device.type == "cuda":  # torch keeps what it has freed
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    available = psutil.virtual_memory().available  # with the pages of files that the system would give back
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def device_bytes(model: UltraFuserForCausalLM) -> int:
+    """Memory of the model's first device that is free or holds the model's weights."""
+    loaded = [parameter for parameter in model.parameters() if parameter.device == model.device]
+    return free_bytes(model.device) + sum(parameter.numel() * parameter.dtype.itemsize for parameter in loaded)
 
 
 def checkpointing_pays(model: UltraFuserForCausalLM, rows: Sequence[Rendered], rows_per_pass: int) -> bool:
