@@ -1,17 +1,18 @@
-"""Memory of the joint stage: activations, and whether to compute them again in the backward pass instead of keeping them."""
+"""Memory of a device: what is free, what activations take, whether to compute them again, and what to do if it runs out."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import psutil
 import torch
 
-from ultrafuser.data.packed import lengths_of
-from ultrafuser.data.templates import Rendered
+from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
+from ultrafuser.recipe import GateStage, JointStage
 
 # Tensors that a decoder layer with adapters keeps for the backward pass, in units of the hidden and of the
 # intermediate size. They give 9.1 MB a token at Qwen2.5-7B's shape in bfloat16, as measured at 1/8 of its width.
@@ -60,10 +61,32 @@ def device_bytes(model: UltraFuserForCausalLM) -> int:
     return free_bytes(model.device) + sum(parameter.numel() * parameter.dtype.itemsize for parameter in loaded)
 
 
-def checkpointing_pays(model: UltraFuserForCausalLM, rows: Sequence[Rendered], rows_per_pass: int) -> bool:
-    """Whether the activations of the longest micro-batch would take more than half of the free memory of a device."""
-    tokens = max(lengths_of(rows), default=0) * rows_per_pass
+def checkpointing_pays(model: UltraFuserForCausalLM, tokens: int) -> bool:
+    """Whether the activations of a pass over `tokens` would take more than half of the free memory of a device."""
     needs: dict[torch.device, int] = {}
     for group in model.local_groups:
         needs[group.device] = needs.get(group.device, 0) + activation_bytes(group, tokens)
     return any(need > SHARE * free_bytes(device) for device, need in needs.items())
+
+
+@contextmanager
+def memory_errors(stage: GateStage | JointStage) -> Iterator[None]:
+    """Turn a lack of memory on a GPU in the block into an error that says what to do.
+
+    Raises:
+        TrainingError: memory ran out.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        rows, tokens = stage.rows_per_device, stage.tokens_per_device
+        size = f"{tokens} tokens" if tokens else f"{rows or 'all'} row{'s' * (rows != 1)}"
+        if rows == 1:
+            advice = "`ultrafuser plan RECIPE` names overrides that need less"
+        else:
+            field = "tokens_per_device" if tokens else "rows_per_device"
+            advice = f"Lower stages.{stage.name}.{field}, which changes no result, and continue with --resume"
+        raise TrainingError(
+            f"stage {stage.name}: the device has too little memory for {size} in a forward pass. "
+            f"{advice} ({str(error).splitlines()[0].rstrip('.')})"
+        ) from error

@@ -341,7 +341,8 @@ def _remedies(model: UltraFuserForCausalLM, stage: StageRecipe, planned: StagePl
     if isinstance(stage, JointStage) and can_checkpoint and not planned.checkpointing:
         yield "gradient_checkpointing", [True]
     if not isinstance(stage, OutcomeStage):
-        rows = planned.rows_per_device or 1
+        rows, tokens = planned.rows_per_device or 1, stage.tokens_per_device or 0
+        yield "tokens_per_device", [tokens >> i for i in range(1, tokens.bit_length())]
         yield "rows_per_device", [rows >> i for i in range(1, rows.bit_length())]
     if any(group.model.dtype.itemsize == _FLOAT for group in model.local_groups):
         yield "dtype", ["bfloat16"]
@@ -358,10 +359,12 @@ def _num_domains(model: UltraFuserForCausalLM, recipe: Recipe) -> int:
     return len({spec["domain"] for spec in model.config.specialists} if None in named or not named else named)
 
 
-def _pass_size(stage: GateStage | JointStage, setup: _Setup) -> tuple[int, int]:
-    """Rows of one forward pass, and their tokens at most."""
+def _pass_size(stage: GateStage | JointStage, setup: _Setup) -> tuple[int | None, int]:
+    """Rows of one forward pass, if they are set, and their tokens at most."""
     assert stage.rows_per_device != "auto"
     share = setup.rows_of_process(stage)
+    if stage.tokens_per_device:
+        return None, min(max(stage.tokens_per_device, setup.length), share * setup.length)
     rows = min(stage.rows_per_device or share, share)
     return rows, rows * setup.length
 

@@ -288,7 +288,8 @@ def _check_trackers(names: list[str]) -> None:
 def _without_devices(fields: Any) -> dict[str, Any]:
     """A recipe's fields without how devices share the work, which a resumed run may change."""
     stages = [
-        {key: value for key, value in stage.items() if key != "rows_per_device"} for stage in fields.get("stages", [])
+        {key: value for key, value in stage.items() if key not in ("rows_per_device", "tokens_per_device")}
+        for stage in fields.get("stages", [])
     ]
     return {key: value for key, value in fields.items() if key != "parallel"} | {"stages": stages}
 

@@ -26,7 +26,6 @@ from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.files import atomic_file, disk_errors, write_json
 from ultrafuser.data.packed import SampledRows, domains_of, lengths_of
 from ultrafuser.data.templates import Rendered, Renderer
-from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.parallel import AbsentGroup, SpecialistMesh
 from ultrafuser.progress import Progress
@@ -36,7 +35,7 @@ from ultrafuser.train.calibrate import TEMPERATURES, calibrate
 from ultrafuser.train.checkpoints import last_checkpoint
 from ultrafuser.train.checks import check_stage
 from ultrafuser.train.features import FeatureStore, estimate_size_bytes
-from ultrafuser.train.memory import checkpointing_pays, device_bytes
+from ultrafuser.train.memory import checkpointing_pays, device_bytes, memory_errors
 from ultrafuser.train.metrics import METRICS_FILE, truncate_metrics
 from ultrafuser.train.outcome import train_outcome
 from ultrafuser.train.plan import fit_rows
@@ -193,12 +192,13 @@ def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valid
         stage=stage.name,
         metrics_file=run.metrics_file,
         specialist_lr=stage.specialist_lr if isinstance(stage, JointStage) else None,
+        tokens_per_device=stage.tokens_per_device,
         progress=run.progress,
         callbacks=callbacks,
     )
     checkpoint = last_checkpoint(run.folder, run.progress)
     truncate_metrics(run.metrics_file, int(checkpoint.rpartition("-")[2]) if checkpoint else 0, stage.name)
-    with _memory_errors(stage):
+    with memory_errors(stage):
         trainer.train(resume_from_checkpoint=checkpoint)
     if args.load_best_model_at_end:
         best = trainer.state.best_metric
@@ -214,27 +214,6 @@ def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valid
         with atomic_file(run.folder / FINISHED, force=True) as draft:
             save_trainable(run.model, draft, state)
     trainer.accelerator.wait_for_everyone()
-
-
-@contextmanager
-def _memory_errors(stage: GateStage | JointStage) -> Iterator[None]:
-    """Turn a lack of memory on a GPU in the block into an error that says what to do.
-
-    Raises:
-        TrainingError: memory ran out.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        rows = stage.rows_per_device
-        if rows == 1:
-            advice = "`ultrafuser plan RECIPE` names overrides that need less"
-        else:
-            advice = f"Lower stages.{stage.name}.rows_per_device, which changes no result, and continue with --resume"
-        raise TrainingError(
-            f"stage {stage.name}: the device has too little memory for {rows or 'all'} row{'s' * (rows != 1)} in a forward pass. "
-            f"{advice} ({str(error).splitlines()[0].rstrip('.')})"
-        ) from error
 
 
 def _choose_rows(run: StageRun, stage: GateStage | JointStage) -> int:
@@ -388,8 +367,9 @@ def _wants_checkpointing(run: StageRun, stage: JointStage) -> bool:
         return stage.gradient_checkpointing
     is_possible = all(group.model.supports_gradient_checkpointing for group in run.model.local_groups)
     assert stage.rows_per_device != "auto"
-    rows_per_pass = stage.rows_per_device or run.rows_per_step
-    return is_possible and checkpointing_pays(run.model, run.rows, rows_per_pass)
+    longest = max(lengths_of(run.rows))
+    tokens = max(longest, stage.tokens_per_device or longest * (stage.rows_per_device or run.rows_per_step))
+    return is_possible and checkpointing_pays(run.model, tokens)
 
 
 def _set_checkpointing(model: UltraFuserForCausalLM, enabled: bool) -> None:
