@@ -89,7 +89,7 @@ def plan(recipe: Recipe, *, memory: int, processes: int | None = None, kind: str
     Raises:
         TrainingError: a stage that the specialists do not admit, quantised weights, which are not estimated, or a number
             of processes that does not fit.
-        CheckpointError: a specialist without a configuration.
+        CheckpointError: a specialist without a configuration, or more processes than there are models to share.
     """
     model = outline(recipe)
     if quantised := [
@@ -105,11 +105,7 @@ def plan(recipe: Recipe, *, memory: int, processes: int | None = None, kind: str
     setup = _Setup(memory, processes or share, kind, share, _num_domains(model, recipe), recipe.data.max_length)
     if setup.processes % share:
         raise TrainingError(f"plan: {processes} processes cannot form groups of {share} (parallel.specialist)")
-    if share > len(model.groups):
-        raise TrainingError(
-            f"plan: {share} processes cannot share {len(model.groups)} separate models (adapters on one base count as one). Lower "
-            "parallel.specialist, or set share_base=false"
-        )
+    model.config.check_share(share)
     stages, proposals = list[StagePlan](), dict[str, list[str]]()
     for stage in recipe.stages:
         check_stage(model, stage)

@@ -105,10 +105,10 @@ def run_stage(run: StageRun) -> None:
             return
         if stage.rows_per_device == "auto":
             run.stage = stage.model_copy(update={"rows_per_device": _choose_rows(run, stage)})
-        args = _arguments(run, autocast=stage.trains_all_weights and torch.bfloat16 in dtypes)
+        args = training_arguments(run, autocast=stage.trains_all_weights and torch.bfloat16 in dtypes)
         train_rows, validation_rows = _training_rows(run, args)
         with _checkpointing(run):
-            _train_stage(run, args, train_rows, validation_rows)
+            train_stage(run, args, train_rows, validation_rows)
 
 
 def load_stage(model: UltraFuserForCausalLM, stage: StageRecipe, folder: Path, seed: int) -> None:
@@ -146,7 +146,7 @@ def _prepared(model: UltraFuserForCausalLM, stage: StageRecipe, seed: int) -> It
 def _train_by_outcomes(run: StageRun, stage: OutcomeStage) -> None:
     """Train the gate by right answers from the last finished step, and write its weights."""
     assert run.renderer is not None
-    run.model.place(_arguments(run, autocast=False).device)
+    run.model.place(training_arguments(run, autocast=False).device)
     checkpoint = run.folder / "step.pt"
     train_outcome(
         run.model,
@@ -162,7 +162,7 @@ def _train_by_outcomes(run: StageRun, stage: OutcomeStage) -> None:
     checkpoint.unlink()
 
 
-def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, validation_rows: Rows) -> None:
+def train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, validation_rows: Rows) -> None:
     """Train from the last checkpoint, if there is one, and write the trained weights."""
     stage, recipe = run.stage, run.recipe
     assert not isinstance(stage, OutcomeStage) and stage.rows_per_device != "auto"
@@ -309,7 +309,12 @@ def prepare_joint(model: UltraFuserForCausalLM, stage: JointStage, seed: int = 0
             parameter.requires_grad_(True)
 
 
-def _arguments(run: StageRun, *, autocast: bool) -> TrainingArguments:
+def training_arguments(run: StageRun, *, autocast: bool) -> TrainingArguments:
+    """The settings of the Trainer. The sizes of its batches are set by `train_stage`.
+
+    Args:
+        autocast: run passes on a GPU in bfloat16, because all weights of bfloat16 models are trained in float32.
+    """
     stage, recipe, validates = run.stage, run.recipe, bool(run.validation)
     keeps_best = recipe.keep_best and validates
     every = recipe.eval_every or (math.ceil(stage.steps / VALIDATIONS) if keeps_best else stage.steps)
