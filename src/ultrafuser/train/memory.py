@@ -14,9 +14,10 @@ from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import GateStage, JointStage
 
-# Tensors that a decoder layer with adapters keeps for the backward pass, in units of the hidden and of the
-# intermediate size. They give 9.1 MB a token at Qwen2.5-7B's shape in bfloat16, as measured at 1/8 of its width.
-_PER_HIDDEN, _PER_INTERMEDIATE = 24, 4
+# Numbers that a decoder layer with adapters keeps for the backward pass, per token, in units of the hidden and of the
+# intermediate size, by the bytes of the layer's type. In 2 bytes, norms and adapters keep copies in float32.
+# Source: benchmarks/activations.py, three public shapes.
+_KEPT = {2: (19.0, 4.9), 4: (7.2, 4.0)}
 SHARE = 0.5  # of the free memory
 
 
@@ -39,8 +40,9 @@ def layer_bytes(group: SpecialistGroup, tokens: int, *, kept: bool = True) -> in
     config = group.model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * group.width
     inner = max(inner) if isinstance(inner, Sequence) else inner
-    numbers = _PER_HIDDEN * group.width + _PER_INTERMEDIATE * inner if kept else 8 * group.width + 3 * inner
-    return tokens * group.size * numbers * group.model.dtype.itemsize
+    size = group.model.dtype.itemsize
+    per_hidden, per_intermediate = _KEPT.get(size, _KEPT[4]) if kept else (8, 3)
+    return tokens * group.size * round(per_hidden * group.width + per_intermediate * inner) * size
 
 
 def free_bytes(device: torch.device) -> int:

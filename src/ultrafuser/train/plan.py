@@ -25,6 +25,8 @@ from ultrafuser.train.memory import SHARE, activation_bytes, device_bytes, layer
 GIB = 2**30
 _ADAMW = 8  # bytes for each trained number: two averages in float32
 _FLOAT = 4
+# Code, workspaces and temporary arrays. On a CPU they took 1.07 to 1.83 GB beside the other parts (docs/devices.md).
+_LIBRARIES = GIB
 # The share of a device's memory that `rows_per_device: auto` fills by the plan. The rest is for what the plan leaves out.
 _FILL = 0.8
 
@@ -368,7 +370,7 @@ def _pass_size(stage: GateStage | JointStage, setup: _Setup) -> tuple[int | None
 def _trained_bytes(trained: int, setup: _Setup) -> dict[str, int]:
     # DistributedDataParallel sends them from buckets of its own. Processes that share the specialists do without it
     copies = 2 if setup.processes > setup.share == 1 else 1
-    return {"gradients": trained * _FLOAT * copies, "optimizer": trained * _ADAMW}
+    return {"gradients": trained * _FLOAT * copies, "optimizer": trained * _ADAMW, "libraries": _LIBRARIES}
 
 
 def _size(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
