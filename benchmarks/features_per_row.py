@@ -24,7 +24,7 @@ from ultrafuser.specialists import fuse, make_renderer
 from ultrafuser.train.features import FeatureStore, RowFeatures
 from ultrafuser.train.metrics import read_metrics
 from ultrafuser.train.rows import read_sources
-from ultrafuser.train.stages import StageRun, _arguments, _train_stage, prepare_gate
+from ultrafuser.train.stages import StageRun, prepare_gate, train_stage, training_arguments
 
 LIMITS = (32, 64, 128, None)
 
@@ -55,7 +55,7 @@ def measure(
     rows = train if limit is None else SampledStore(train, limit, recipe.seed)
     run = StageRun(model, recipe.stages[0], recipe, train.rows, validation.rows, folder / "1-gate")
     prepare_gate(model)
-    _train_stage(run, _arguments(run, autocast=False), rows, validation)
+    train_stage(run, training_arguments(run, autocast=False), rows, validation)
     row = next(row for row in reversed(read_metrics(folder / "metrics.jsonl")) if "eval_loss" in row)
     losses = {key.removeprefix("eval_"): value for key, value in row.items() if key.startswith("eval_loss")}
     tokens = [min(limit or len(row.labels), len(row.labels)) for row in train.rows]

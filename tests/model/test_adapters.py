@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import ultrafuser
 from tiny_models import force_gate, one_hot, save_adapter, tiny, tokens
 from ultrafuser.errors import CheckpointError
-from ultrafuser.model.checkpoint import is_plain_lora
+from ultrafuser.model.adapters import is_plain_lora
 from ultrafuser.recipe import load_recipe
 from ultrafuser.specialists import fuse
 

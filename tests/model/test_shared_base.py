@@ -24,7 +24,7 @@ from tiny_models import (
     tokens,
 )
 from ultrafuser.errors import CheckpointError
-from ultrafuser.model.checkpoint import is_plain_lora
+from ultrafuser.model.adapters import is_plain_lora
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.saving import plain_model

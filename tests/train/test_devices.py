@@ -19,7 +19,7 @@ from ultrafuser.train.stages import StageRun, run_stage
 
 def test_one_process_that_sees_two_gpus_trains_on_one(tiny_run, tmp_path, monkeypatch):
     """transformers would wrap the model in DataParallel, which fails in the first step."""
-    arguments = stages._arguments
+    arguments = stages.training_arguments
 
     def two_gpus(*args, **kwargs):
         made = arguments(*args, **kwargs)
@@ -27,7 +27,7 @@ def test_one_process_that_sees_two_gpus_trains_on_one(tiny_run, tmp_path, monkey
         return made
 
     expected = losses(tiny_run.train(tmp_path / "one", [GATE, JOINT]))
-    monkeypatch.setattr(stages, "_arguments", two_gpus)
+    monkeypatch.setattr(stages, "training_arguments", two_gpus)
     assert_close(losses(tiny_run.train(tmp_path / "two", [GATE, JOINT])), expected)
 
 

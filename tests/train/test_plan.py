@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tiny_models import save_adapter
 from training_fixtures import GATE, JOINT, NAMES
 from ultrafuser.cli.main import app
-from ultrafuser.errors import TrainingError
+from ultrafuser.errors import CheckpointError, TrainingError
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import ParallelRecipe, load_recipe
 from ultrafuser.specialists import fuse, outline
@@ -200,7 +200,9 @@ def test_processes_that_do_not_fit_are_refused(tiny_run, tmp_path):
     recipe = recipe_of(tiny_run, tmp_path).model_copy(update={"parallel": ParallelRecipe(specialist=3)})
     with pytest.raises(TrainingError, match="4 processes cannot form groups of 3"):
         plan(recipe, memory=1 << 50, processes=4)
-    with pytest.raises(TrainingError, match="5 processes cannot share 3 separate models"):
+    with pytest.raises(
+        CheckpointError, match=r"^5 processes cannot share 3 separate models .*Lower parallel.specialist"
+    ):
         plan(recipe.model_copy(update={"parallel": ParallelRecipe(specialist=5)}), memory=1 << 50)
 
 
@@ -237,7 +239,7 @@ class Lines(Progress):
 
 @pytest.mark.parametrize("free", [1 << 40, 1000], ids=["enough", "too-little"])
 def test_a_run_says_first_what_it_needs(tiny_run, tmp_path, monkeypatch, free):
-    monkeypatch.setattr("ultrafuser.train.plan.free_bytes", lambda device: free)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     recipe, progress = recipe_of(tiny_run, tmp_path, shared=True), Lines()
     train(recipe, progress=progress)
     first = progress.lines[0]

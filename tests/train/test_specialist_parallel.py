@@ -17,6 +17,7 @@ from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.parallel import Share
 from ultrafuser.recipe import Recipe, dump_recipe
 from ultrafuser.specialists import fuse
+from ultrafuser.train.checkpoints import find_problem
 from ultrafuser.train.run import train
 from ultrafuser.train.trainer import _join_optimizers
 
@@ -124,6 +125,48 @@ def _forget_after(output: Path, step: int) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+# The main process dies before it writes the last file of its second checkpoint, or the other one with its weights half written.
+KILLS = {
+    0: """
+def die(self, *args):
+    if self.state.global_step == 2 and os.environ["RANK"] == "0":
+        os.kill(os.getpid(), 9)
+    return rng_state(self, *args)
+rng_state, FusionTrainer._save_rng_state = FusionTrainer._save_rng_state, die
+""",
+    1: """
+def die(self, folder):
+    if self.state.global_step == 2 and os.environ["RANK"] == "1":
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model-1.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), 9)
+    return share(self, folder)
+share, FusionTrainer._save_share = FusionTrainer._save_share, die
+""",
+}
+
+
+@pytest.mark.parametrize("rank", KILLS)
+def test_a_process_killed_in_mid_save_loses_nothing(tiny_run: TinyRun, tmp_path: Path, rank: int) -> None:
+    stages, fields = [FULL], {"save_every": 1, "keep_best": False}
+    tiny_run.train(tmp_path / "alone", stages, **fields)
+    file, output = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(dump_recipe(tiny_run.recipe(output, stages, parallel={"specialist": 2}, **fields)))
+    killed = launch(tmp_path, 2, file, prelude=f"from ultrafuser.train.trainer import FusionTrainer\n{KILLS[rank]}")
+    assert killed.returncode and not (output / "fused").exists()
+    half, whole = (output / "1-joint" / f"checkpoint-{step}" for step in (2, 1))
+    assert find_problem(whole) is None and find_problem(half) is not None
+    assert {path.name for path in whole.glob("model*")} == {"model.safetensors", "model-1.safetensors"}
+    resumed = launch(tmp_path, 2, f"{file} --resume")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    lines = resumed.stderr.replace("\n", "")  # the console breaks them
+    assert "checkpoint-2: incomplete" in lines and "Resuming from checkpoint-1" in lines
+    expected, measured = losses(tmp_path / "alone"), losses(output)
+    assert [row[:2] for row in measured] == [row[:2] for row in expected]
+    for (*location, loss), (*_, other) in zip(measured, expected, strict=True):
+        assert loss == pytest.approx(other, abs=1e-5, rel=1e-5), location
 
 
 # ---------------------------------------------------------------- what is refused

@@ -79,6 +79,7 @@ def _as_json(planned: Plan, available: int, processes: int, tflops: float | None
                 "total_bytes": stage.total,
                 "fits": stage.total <= available,
                 "trained_parameters": stage.trained,
+                "rows_per_device": stage.rows_per_device,
                 "gradient_checkpointing": stage.checkpointing,
                 "flops": stage.flops,
                 "hours": stage.hours(processes, tflops) if tflops else None,
@@ -108,6 +109,7 @@ def _print(planned: Plan, available: int, processes: int, tflops: float | None) 
     table.add_section()
     table.add_row("total", *(f"{stage.total / GIB:.2f}" for stage in planned.stages))
     table.add_row("trained parameters", *(f"{stage.trained / 1e6:.1f}M" for stage in planned.stages))
+    table.add_row("rows in a pass", *(str(stage.rows_per_device or "") for stage in planned.stages))
     table.add_row("gradient checkpointing", *("on" if stage.checkpointing else "off" for stage in planned.stages))
     if tflops:
         table.add_row("hours at most", *(f"{stage.hours(processes, tflops):.1f}" for stage in planned.stages))

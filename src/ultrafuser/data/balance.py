@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
+from ultrafuser.data.collate import length_batches
 from ultrafuser.errors import DataError
 
 
@@ -79,6 +80,35 @@ class BalancedBatchSampler:
         streams = [_endless(rows, f"{self.seed}/{name}") for name, rows in sorted(pools.items())]
         for _ in range(self.num_batches):
             yield [next(stream) for stream in streams for _ in range(rows_per_pool)]
+
+
+class TokenBatches:
+    """The rows of one rank in each global batch, as micro-batches of similar length and at most so many padded tokens.
+
+    Rank r takes the rows r, r + W, r + 2W, ... of the batch in the order of length. Its row i is then no longer than that of
+    the last rank, so micro-batches that fit there fit everywhere: all ranks have equally many, of equally many rows.
+    """
+
+    def __init__(self, sampler: BalancedBatchSampler, max_tokens: int, *, rank: int = 0, num_ranks: int = 1) -> None:
+        """
+        Args:
+            sampler: of the global batches. It knows the lengths of the rows.
+            max_tokens: rows times longest row of a micro-batch. A row that is longer is alone in one.
+        """
+        self.sampler, self.max_tokens, self.rank, self.num_ranks = sampler, max_tokens, rank, num_ranks
+        self.batch_size, self.drop_last = 1, False  # attributes that accelerate reads
+
+    def __len__(self) -> int:
+        return self.sampler.num_batches
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        assert self.sampler.lengths is not None
+        lengths = self.sampler.lengths
+        for rows in self.sampler.global_batches():
+            rows = sorted(rows, key=lengths.__getitem__)
+            longest = [lengths[row] for row in rows[self.num_ranks - 1 :: self.num_ranks]]
+            rank_rows = rows[self.rank :: self.num_ranks]
+            yield [[rank_rows[i] for i in batch] for batch in length_batches(longest, self.max_tokens)]
 
 
 def _endless(rows: Sequence[int], seed: str) -> Iterator[int]:

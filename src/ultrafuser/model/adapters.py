@@ -1,17 +1,23 @@
-"""Read the configuration of PEFT adapters, tell plain LoRA from other kinds, and merge those with PEFT."""
+"""Read PEFT adapters, tell plain LoRA from other kinds, and merge those with PEFT."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from .errors import LOAD_ERRORS, CheckpointError, reason
-from .files import ADAPTER_FILE
+from .files import ADAPTER_FILE, read_safetensors, refuse_pickles
+from .hub import Access
+from .manifest import SpecialistEntry, SpecialistSource
+from .references import resolve
+from .shared_base import AdapterWeights
 
 # Kinds that add virtual tokens or layers of their own, which no merge can express.
 _PROMPTS = {
@@ -25,6 +31,20 @@ _PROMPTS = {
 }
 OUTER_LAYERS = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte")
 _LORA_HALVES = (".lora_A.weight", ".lora_B.weight")
+# Plain LoRA is y = W x + scaling * B A x with one rank and scaling. These keys of PEFT's adapter_config.json keep it
+# plain at any value: they describe the file, the training, or which layers are adapted, as the weights also show.
+_PLAIN_LORA_KEYS = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+    *("ensure_weight_tying", "eva_config", "lora_dropout", "megatron_core", "qalora_group_size"),
+    *("exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "target_modules"),
+    *("lora_alpha", "r", "use_rslora"),
+}
+# These keep it plain at these values: PiSSA, OLoRA and the like also change the base when they start.
+_PLAIN_LORA_VALUES: dict[str, tuple] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
 
 
 def parse_adapter_config(file: Path, owner: str) -> dict[str, Any]:
@@ -106,3 +126,82 @@ def merge_with_peft(model: PreTrainedModel, folder: Path, owner: str) -> PreTrai
         raise CheckpointError(
             f"{owner}: PEFT cannot merge its adapter {folder} into its base: {reason(error)}"
         ) from error
+
+
+def read_adapter_config(
+    source: SpecialistSource, folder: Path | None, name: str, access: Access | None = None
+) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and configuration of the PEFT adapter of the specialist `name`, if it has one."""
+    reference = source.get("adapter")
+    if not reference:
+        return None
+    path = resolve(reference, folder, name)
+    if not isinstance(path, Path):
+        path = (access or Access()).adapter(path, source.get("adapter_revision"), name)
+    if not (path / "adapter_config.json").is_file():
+        raise CheckpointError(f"specialist {name!r}: {path} has no adapter_config.json. Expected a PEFT adapter")
+    refuse_pickles(path, f"specialist {name!r}")
+    return path, parse_adapter_config(path / "adapter_config.json", f"specialist {name!r}")
+
+
+def is_plain_lora(adapter_config: Mapping[str, Any]) -> bool:
+    """Whether an adapter can run beside others on one base. Other kinds are merged into a separate base.
+
+    An option that is not known here and not off, such as one that PEFT adds later, counts as another kind.
+    """
+    targets = adapter_config.get("target_modules") or []
+    if isinstance(targets, str):  # PEFT reads it as a regular expression over whole names
+        outer = any(re.fullmatch(targets, name) for name in OUTER_LAYERS)
+    else:
+        outer = any(name.rpartition(".")[2] in OUTER_LAYERS for name in targets)
+    is_lora = adapter_config.get("peft_type") == "LORA"
+    return is_lora and not outer and all(_keeps_lora_plain(key, value) for key, value in adapter_config.items())
+
+
+def _keeps_lora_plain(key: str, value: Any) -> bool:
+    """Whether an option of an adapter's configuration leaves it a plain LoRA."""
+    if key in _PLAIN_LORA_VALUES:
+        return value in _PLAIN_LORA_VALUES[key]
+    return key in _PLAIN_LORA_KEYS or not value
+
+
+def read_adapter(
+    spec: SpecialistEntry, folder: Path | None, dtype: torch.dtype, access: Access | None = None
+) -> AdapterWeights | None:
+    """A specialist's LoRA weights, by the names of the base's layers.
+
+    Raises:
+        CheckpointError: weights whose names are not LoRA's, or whose rank is not that of the configuration.
+    """
+    adapter = read_adapter_config(spec["source"], folder, spec["name"], access)
+    if adapter is None:
+        return None
+    path, config = adapter
+    tensors = read_safetensors(path / ADAPTER_FILE)
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        if half not in ("lora_A", "lora_B"):
+            raise CheckpointError(f"specialist {spec['name']!r}: {path} holds {key!r}, which is no plain LoRA weight")
+        halves.setdefault(name, {})[half] = tensor.to(dtype)
+    if single := [name for name, pair in halves.items() if len(pair) < 2]:
+        raise CheckpointError(
+            f"specialist {spec['name']!r}: {path} holds one half of the adapter of {single[0]!r}. Copy the adapter again"
+        )
+    r, alpha = config["r"], config["lora_alpha"]
+    for name, pair in halves.items():
+        if (rank := pair["lora_A"].shape[0]) != r:  # it would be scaled wrongly
+            raise CheckpointError(
+                f"specialist {spec['name']!r}: the adapter in {path} has rank {rank} at {name!r}, but its adapter_config.json "
+                f"has r: {r}. Copy the adapter again"
+            )
+    scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
+    return AdapterWeights({name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}, scaling)
+
+
+def merge_adapter(
+    model: PreTrainedModel, spec: SpecialistEntry, folder: Path | None, access: Access
+) -> PreTrainedModel:
+    """Merge an adapter that is no plain LoRA into its own copy of the base, by PEFT."""
+    adapter = read_adapter_config(spec["source"], folder, spec["name"], access)
+    return model if adapter is None else merge_with_peft(model, adapter[0], f"specialist {spec['name']!r}")

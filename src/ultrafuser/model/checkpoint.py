@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -23,10 +21,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .adapters import OUTER_LAYERS, merge_with_peft, parse_adapter_config
+from .adapters import merge_adapter, read_adapter
 from .configuration_ultrafuser import UltraFuserConfig, specialist_config
+from .empty import empty_model
 from .errors import LOAD_ERRORS, CheckpointError, reason
-from .files import ADAPTER_FILE, refuse_links, refuse_pickles
+from .files import read_safetensors, refuse_links, refuse_pickles
 from .fitness import check_output_layer
 from .hub import Access, is_commit, needs_code
 from .inputs import OUTPUTS, refuse_keywords
@@ -38,20 +37,6 @@ from .saving import GATE_FILE, TOKENIZERS, mark_unchanged
 from .shared_base import AdapterWeights, SpecialistGroup
 
 logger = logging.getLogger(__name__)
-# Plain LoRA is y = W x + scaling * B A x with one rank and scaling. These keys of PEFT's adapter_config.json keep it
-# plain at any value: they describe the file, the training, or which layers are adapted, as the weights also show.
-_PLAIN_LORA_KEYS = {
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
-    *("ensure_weight_tying", "eva_config", "lora_dropout", "megatron_core", "qalora_group_size"),
-    *("exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "target_modules"),
-    *("lora_alpha", "r", "use_rslora"),
-}
-# These keep it plain at these values: PiSSA, OLoRA and the like also change the base when they start.
-_PLAIN_LORA_VALUES: dict[str, tuple] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
-}
 
 
 def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -74,7 +59,7 @@ def load_fused(cls: type, name_or_path: str | os.PathLike, **kwargs: Any) -> Any
     info = kwargs.pop("output_loading_info", False)
     groups = load_groups(config, folder, access=access, **kwargs)
     model = cls(config, groups)
-    state = _read_safetensors(folder / GATE_FILE)
+    state = read_safetensors(folder / GATE_FILE)
     check_files(folder, getattr(config, "gate_files", None) or {}, "the gate")
     try:
         model.gate.load_state_dict({k.removeprefix("gate."): v for k, v in state.items()})
@@ -225,7 +210,8 @@ def load_groups(
         kwargs: of AutoModelForCausalLM.from_pretrained.
 
     Raises:
-        CheckpointError: a reference is gone, a file changed, weights are pickled, an adapter does not fit its base.
+        CheckpointError: a reference is gone, a file changed, weights are pickled, an adapter does not fit its base, or there are
+            fewer groups than processes.
     """
     access = access or Access()
     for spec in config.specialists:
@@ -234,11 +220,7 @@ def load_groups(
                 "specialist %r: no commit of %s is recorded. Loading %s. Save the model to record it",
                 spec["name"], repository, commit,
             )  # fmt: skip
-    if share[1] > (count := len(config.groups())):
-        raise CheckpointError(
-            f"{share[1]} processes cannot share {count} separate model{'s' if count > 1 else ''} (adapters on one base count as one). "
-            "Lower parallel.specialist, or set share_base=false"
-        )
+    config.check_share(share[1])
     groups, checked = list[SpecialistGroup | AbsentGroup](), set[Path]()
     for spec in config.specialists:
         quantization = spec.get("quantization") or spec["config"].get("quantization_config") or {}
@@ -246,7 +228,7 @@ def load_groups(
     for g, indices in enumerate(config.groups()):
         specs = [config.specialists[k] for k in indices]
         if g % share[1] != share[0]:
-            model = _empty_model(specs[0], torch.float32)
+            model = empty_model(specs[0], torch.float32)
             groups.append(AbsentGroup([spec["name"] for spec in specs], model.get_output_embeddings().weight.shape[1]))
             continue
         for spec in specs if verify else ():
@@ -261,40 +243,6 @@ def load_groups(
         check_output_layer(group)
         groups.append(group)
     return groups
-
-
-def empty_groups(
-    config: UltraFuserConfig, folder: Path | None, dtype: str = "auto", access: Access | None = None
-) -> list[SpecialistGroup]:
-    """The specialists without weights, on torch's meta device: shapes, types and adapters as `load_groups` gives them.
-
-    Only configurations and adapters are read.
-
-    Raises:
-        CheckpointError: an adapter does not fit its base, or a model's own code would have to run.
-    """
-    groups = []
-    for indices in config.groups():
-        specs = [config.specialists[k] for k in indices]
-        described = specialist_config(specs[0]["config"])
-        kind = specs[0].get("dtype") or dtype
-        declared = (getattr(described, "dtype", None) or torch.float32) if kind == "auto" else kind
-        number = getattr(torch, declared) if isinstance(declared, str) else declared
-        adapters: list[AdapterWeights | None] = []
-        if not specs[0].get("separate"):
-            adapters = [read_adapter(spec, folder, number, access) for spec in specs]
-        groups.append(SpecialistGroup(_empty_model(specs[0], number), [spec["name"] for spec in specs], adapters))
-    return groups
-
-
-def _empty_model(spec: SpecialistEntry, dtype: torch.dtype) -> PreTrainedModel:
-    """A specialist's base without weights, on torch's meta device."""
-    try:
-        with torch.device("meta"):
-            config = specialist_config(spec["config"])
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).to(dtype)
-    except LOAD_ERRORS as error:
-        raise CheckpointError(f"specialist {spec['name']!r}: cannot be built: {reason(error)}") from error
 
 
 def check_recorded_files(spec: SpecialistEntry, folder: Path | None, checked: set[Path]) -> None:
@@ -411,91 +359,3 @@ def _loading_options(
     else:
         options["config"] = specialist_config(spec["config"])  # parsing a GGUF file for it is slow
     return options
-
-
-def read_adapter_config(
-    source: SpecialistSource, folder: Path | None, name: str, access: Access | None = None
-) -> tuple[Path, dict[str, Any]] | None:
-    """Folder and configuration of the PEFT adapter of the specialist `name`, if it has one."""
-    reference = source.get("adapter")
-    if not reference:
-        return None
-    path = resolve(reference, folder, name)
-    if not isinstance(path, Path):
-        path = (access or Access()).adapter(path, source.get("adapter_revision"), name)
-    if not (path / "adapter_config.json").is_file():
-        raise CheckpointError(f"specialist {name!r}: {path} has no adapter_config.json. Expected a PEFT adapter")
-    refuse_pickles(path, f"specialist {name!r}")
-    return path, parse_adapter_config(path / "adapter_config.json", f"specialist {name!r}")
-
-
-def is_plain_lora(adapter_config: Mapping[str, Any]) -> bool:
-    """Whether an adapter can run beside others on one base. Other kinds are merged into a separate base.
-
-    An option that is not known here and not off, such as one that PEFT adds later, counts as another kind.
-    """
-    targets = adapter_config.get("target_modules") or []
-    if isinstance(targets, str):  # PEFT reads it as a regular expression over whole names
-        outer = any(re.fullmatch(targets, name) for name in OUTER_LAYERS)
-    else:
-        outer = any(name.rpartition(".")[2] in OUTER_LAYERS for name in targets)
-    is_lora = adapter_config.get("peft_type") == "LORA"
-    return is_lora and not outer and all(_keeps_lora_plain(key, value) for key, value in adapter_config.items())
-
-
-def _keeps_lora_plain(key: str, value: Any) -> bool:
-    """Whether an option of an adapter's configuration leaves it a plain LoRA."""
-    if key in _PLAIN_LORA_VALUES:
-        return value in _PLAIN_LORA_VALUES[key]
-    return key in _PLAIN_LORA_KEYS or not value
-
-
-def read_adapter(
-    spec: SpecialistEntry, folder: Path | None, dtype: torch.dtype, access: Access | None = None
-) -> AdapterWeights | None:
-    """A specialist's LoRA weights, by the names of the base's layers.
-
-    Raises:
-        CheckpointError: weights whose names are not LoRA's, or whose rank is not that of the configuration.
-    """
-    adapter = read_adapter_config(spec["source"], folder, spec["name"], access)
-    if adapter is None:
-        return None
-    path, config = adapter
-    tensors = _read_safetensors(path / ADAPTER_FILE)
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        if half not in ("lora_A", "lora_B"):
-            raise CheckpointError(f"specialist {spec['name']!r}: {path} holds {key!r}, which is no plain LoRA weight")
-        halves.setdefault(name, {})[half] = tensor.to(dtype)
-    if single := [name for name, pair in halves.items() if len(pair) < 2]:
-        raise CheckpointError(
-            f"specialist {spec['name']!r}: {path} holds one half of the adapter of {single[0]!r}. Copy the adapter again"
-        )
-    r, alpha = config["r"], config["lora_alpha"]
-    for name, pair in halves.items():
-        if (rank := pair["lora_A"].shape[0]) != r:  # it would be scaled wrongly
-            raise CheckpointError(
-                f"specialist {spec['name']!r}: the adapter in {path} has rank {rank} at {name!r}, but its adapter_config.json "
-                f"has r: {r}. Copy the adapter again"
-            )
-    scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
-    return AdapterWeights({name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}, scaling)
-
-
-def merge_adapter(
-    model: PreTrainedModel, spec: SpecialistEntry, folder: Path | None, access: Access
-) -> PreTrainedModel:
-    """Merge an adapter that is no plain LoRA into its own copy of the base, by PEFT."""
-    adapter = read_adapter_config(spec["source"], folder, spec["name"], access)
-    return model if adapter is None else merge_with_peft(model, adapter[0], f"specialist {spec['name']!r}")
-
-
-def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: missing. The folder is half written or is no checkpoint")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: corrupted or half written: {error}") from error

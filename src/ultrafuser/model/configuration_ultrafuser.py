@@ -208,3 +208,15 @@ class UltraFuserConfig(PreTrainedConfig):
             key += [specialist.get(field) for field in ("dtype", "device_map", "quantization")]
             groups.setdefault(repr(key) if shared else f"alone-{k}", []).append(k)
         return list(groups.values())
+
+    def check_share(self, processes: int) -> None:
+        """Check that each of the processes that share the specialists of one model has one to load.
+
+        Raises:
+            CheckpointError: there are fewer separate models than processes.
+        """
+        if processes > (count := len(self.groups())):
+            raise CheckpointError(
+                f"{processes} processes cannot share {count} separate model{'s' if count > 1 else ''} (adapters on one base count as "
+                "one). Lower parallel.specialist, or set share_base=false"
+            )

@@ -6,6 +6,10 @@ import json
 import shutil
 from pathlib import Path, PurePosixPath
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
 from .errors import CheckpointError
 
 WEIGHTS = ("*.safetensors", "*.gguf")
@@ -152,3 +156,17 @@ def copy_model(
         place = target / file.relative_to(folder)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, place)
+
+
+def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        CheckpointError: it is missing or cannot be read.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing. The folder is half written or is no checkpoint")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: corrupted or half written: {error}") from error

@@ -39,7 +39,7 @@ from .shared_base import SpecialistGroup
 GATE_FILE = "model.safetensors"
 TOKENIZERS = "tokenizers"
 MAX_SHARD_SIZE = "50GB"  # as in transformers
-CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "adapters", "saving", "references", "files", "hub",
+CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "adapters", "empty", "saving", "references", "files", "hub",
         "shared_base", "gate", "generation", "inputs", "cache", "growing", "loss", "mixing", "parallel", "manifest", "fingerprint", "fitness",
         "quantized", "few_rows", "speculation", "errors", "card")  # fmt: skip
 

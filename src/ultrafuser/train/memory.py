@@ -1,20 +1,24 @@
-"""Memory of the joint stage: activations, and whether to compute them again in the backward pass instead of keeping them."""
+"""Memory of a device: what is free, what activations take, whether to compute them again, and what to do if it runs out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import psutil
 import torch
+from torch.distributed.tensor import DTensor
 
-from ultrafuser.data.packed import lengths_of
-from ultrafuser.data.templates import Rendered
+from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
+from ultrafuser.recipe import GateStage, JointStage
 
-# Tensors that a decoder layer with adapters keeps for the backward pass, in units of the hidden and of the
-# intermediate size. They give 9.1 MB a token at Qwen2.5-7B's shape in bfloat16, as measured at 1/8 of its width.
-_PER_HIDDEN, _PER_INTERMEDIATE = 24, 4
+# Numbers that a decoder layer with adapters keeps for the backward pass, per token, in units of the hidden and of the
+# intermediate size, by the bytes of the layer's type. In 2 bytes, norms and adapters keep copies in float32.
+# Source: benchmarks/activations.py, three public shapes.
+_KEPT = {2: (19.0, 4.9), 4: (7.2, 4.0)}
 SHARE = 0.5  # of the free memory
 
 
@@ -37,21 +41,57 @@ def layer_bytes(group: SpecialistGroup, tokens: int, *, kept: bool = True) -> in
     config = group.model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * group.width
     inner = max(inner) if isinstance(inner, Sequence) else inner
-    numbers = _PER_HIDDEN * group.width + _PER_INTERMEDIATE * inner if kept else 8 * group.width + 3 * inner
-    return tokens * group.size * numbers * group.model.dtype.itemsize
+    size = group.model.dtype.itemsize
+    per_hidden, per_intermediate = _KEPT.get(size, _KEPT[4]) if kept else (8, 3)
+    return tokens * group.size * round(per_hidden * group.width + per_intermediate * inner) * size
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that is free now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available  # with the pages of files that the system would give back
+    """Memory of the device that is free now. Processes of one machine on the CPU have equal shares of it."""
+    if device.type == "cuda":  # torch keeps what it has freed
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    available = psutil.virtual_memory().available  # with the pages of files that the system would give back
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def checkpointing_pays(model: UltraFuserForCausalLM, rows: Sequence[Rendered], rows_per_pass: int) -> bool:
-    """Whether the activations of the longest micro-batch would take more than half of the free memory of a device."""
-    tokens = max(lengths_of(rows), default=0) * rows_per_pass
+def device_bytes(model: UltraFuserForCausalLM, device: torch.device | None = None) -> int:
+    """Memory of a device that is free or holds the model's weights. Default: the model's first device."""
+    device = device or model.device
+    loaded = [parameter for parameter in model.parameters() if parameter.device == device]
+    local = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in loaded]
+    return free_bytes(device) + sum(parameter.numel() * parameter.dtype.itemsize for parameter in local)
+
+
+def checkpointing_pays(model: UltraFuserForCausalLM, tokens: int) -> bool:
+    """Whether the activations of a pass over `tokens` would take more than half of the free memory of a device."""
     needs: dict[torch.device, int] = {}
     for group in model.local_groups:
         needs[group.device] = needs.get(group.device, 0) + activation_bytes(group, tokens)
     return any(need > SHARE * free_bytes(device) for device, need in needs.items())
+
+
+@contextmanager
+def memory_errors(stage: GateStage | JointStage) -> Iterator[None]:
+    """Turn a lack of memory on a GPU in the block into an error that says what to do.
+
+    Raises:
+        TrainingError: memory ran out.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        rows, tokens = stage.rows_per_device, stage.tokens_per_device
+        size = f"{tokens} tokens" if tokens else f"{rows or 'all'} row{'s' * (rows != 1)}"
+        if rows == 1:
+            advice = "`ultrafuser plan RECIPE` names overrides that need less"
+        else:
+            field = "tokens_per_device" if tokens else "rows_per_device"
+            advice = f"Lower stages.{stage.name}.{field}, which changes no result, and continue with --resume"
+        raise TrainingError(
+            f"stage {stage.name}: the device has too little memory for {size} in a forward pass. "
+            f"{advice} ({str(error).splitlines()[0].rstrip('.')})"
+        ) from error

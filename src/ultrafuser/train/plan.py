@@ -17,15 +17,19 @@ from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.parallel import AbsentGroup
 from ultrafuser.model.quantized import is_quantized
 from ultrafuser.model.shared_base import SpecialistGroup
-from ultrafuser.recipe import JointStage, LoraRecipe, OutcomeStage, Recipe, StageRecipe
+from ultrafuser.recipe import GateStage, JointStage, LoraRecipe, OutcomeStage, Recipe, StageRecipe
 from ultrafuser.specialists import outline
-from ultrafuser.train.memory import SHARE, activation_bytes, free_bytes, layer_bytes
+from ultrafuser.train.checks import check_stage
+from ultrafuser.train.memory import SHARE, activation_bytes, device_bytes, layer_bytes
 from ultrafuser.train.sharding import decoder_layers
-from ultrafuser.train.stages import check_stage
 
 GIB = 2**30
 _ADAMW = 8  # bytes for each trained number: two averages in float32
 _FLOAT = 4
+# Code, workspaces and temporary arrays. On a CPU they took 1.07 to 1.83 GB beside the other parts (docs/devices.md).
+_LIBRARIES = GIB
+# The share of a device's memory that `rows_per_device: auto` fills by the plan. The rest is for what the plan leaves out.
+_FILL = 0.8
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class StagePlan:
 
     Attributes:
         name: of the stage.
+        rows_per_device: rows of one forward pass. None: a number of tokens bounds it, or the stage draws no rows.
         memory: bytes by what holds them.
         trained: numbers that the optimizer changes.
         checkpointing: whether activations are computed again in the backward pass.
@@ -41,6 +46,7 @@ class StagePlan:
     """
 
     name: str
+    rows_per_device: int | None
     memory: dict[str, int]
     trained: int
     checkpointing: bool
@@ -87,7 +93,7 @@ def plan(recipe: Recipe, *, memory: int, processes: int | None = None, kind: str
     Raises:
         TrainingError: a stage that the specialists do not admit, quantised weights, which are not estimated, or a number
             of processes that does not fit.
-        CheckpointError: a specialist without a configuration.
+        CheckpointError: a specialist without a configuration, or more processes than there are models to share.
     """
     model = outline(recipe)
     if quantised := [
@@ -100,25 +106,29 @@ def plan(recipe: Recipe, *, memory: int, processes: int | None = None, kind: str
             "recipe without `quantization` for an upper limit"
         )
     share = recipe.parallel.specialist
-    machine = _Machine(memory, processes or share, kind, share, recipe.parallel.shard)
-    if machine.processes % share:
+    setup = _Setup(
+        memory,
+        processes or share,
+        kind,
+        share,
+        _num_domains(model, recipe),
+        recipe.data.max_length,
+        recipe.parallel.shard,
+    )
+    if setup.processes % share:
         raise TrainingError(f"plan: {processes} processes cannot form groups of {share} (parallel.specialist)")
-    if recipe.parallel.shard and machine.parts == 1:
+    if recipe.parallel.shard and setup.parts == 1:
         raise TrainingError(
-            f"plan: parallel.shard divides weights among at least {2 * share} processes, got {machine.processes}. Set --processes"
+            f"plan: parallel.shard divides weights among at least {2 * share} processes, got {setup.processes}. Set --processes"
         )
-    if share > len(model.groups):
-        raise TrainingError(
-            f"plan: {share} processes cannot share {len(model.groups)} separate models (adapters on one base count as one). Lower "
-            "parallel.specialist, or set share_base=false"
-        )
+    model.config.check_share(share)
     stages, proposals = list[StagePlan](), dict[str, list[str]]()
     for stage in recipe.stages:
         check_stage(model, stage)
-        planned = _plan_stage(model, recipe, stage, machine)
+        planned = _plan_stage(model, recipe, stage, setup)
         stages.append(planned)
         if planned.total > memory:
-            proposals[stage.name] = _propose(model, recipe, stage, planned, machine)
+            proposals[stage.name] = _propose(model, recipe, stage, planned, setup)
     return Plan(
         parameters={", ".join(group.names): _base(group)[0] for group in model.groups},
         feature_bytes=sum(head.weight.shape[1] * head.weight.dtype.itemsize + 4 for head in model.heads()),
@@ -156,25 +166,78 @@ def describe_memory(
     device = device or model.device
     if any(is_quantized(group.model) for group in model.local_groups):
         return ""
-    parallel = recipe.parallel
-    machine = _Machine(free_bytes(device), processes, device.type, parallel.specialist, parallel.shard)
-    plans = [_plan_share(model, recipe, stage, machine) for stage in recipe.stages]
+    memory, parallel = device_bytes(model, device), recipe.parallel
+    setup = _Setup(
+        memory,
+        processes,
+        device.type,
+        parallel.specialist,
+        _num_domains(model, recipe),
+        recipe.data.max_length,
+        parallel.shard,
+    )
+    plans = [_plan_share(model, recipe, _with_rows([model], recipe, stage, setup), setup) for stage in recipe.stages]
     text = "memory, estimated: " + ", ".join(f"stage {each.name} {each.total / GIB:.2f} GiB" for each in plans)
-    loaded = _size([parameter for parameter in model.parameters() if parameter.device == device])[1]
-    if max(each.total for each in plans) > loaded + machine.memory:
+    if max(each.total for each in plans) > memory:
         text += (
-            f". The device has {(loaded + machine.memory) / GIB:.2f} GiB, so it may not suffice. `ultrafuser plan RECIPE` "
-            "names overrides that need less"
+            f". The device has {memory / GIB:.2f} GiB, so it may not suffice. `ultrafuser plan RECIPE` names overrides "
+            "that need less"
         )
     return text
 
 
+def fit_rows(
+    model: UltraFuserForCausalLM,
+    recipe: Recipe,
+    stage: GateStage | JointStage,
+    *,
+    memory: int,
+    processes: int,
+    num_domains: int,
+    length: int,
+) -> int:
+    """The rows of one forward pass that fit on this process's device, by the plan.
+
+    It is the largest number that divides the process's rows of a global batch, so that passes are equal. Where the stage
+    may choose gradient checkpointing, a smaller number that needs none comes first. If nothing fits, it is 1.
+
+    Args:
+        memory: of the device, in bytes, with what the model holds already.
+        num_domains: of the rows.
+        length: tokens of the longest row.
+
+    Raises:
+        TrainingError: quantised weights, which are not estimated.
+    """
+    if names := [name for group in model.local_groups if is_quantized(group.model) for name in group.names]:
+        raise TrainingError(
+            f"stage {stage.name}: rows_per_device is auto, but the weights of {', '.join(names)} are quantised, and their memory "
+            f"is not estimated. Set a number, such as stages.{stage.name}.rows_per_device=1"
+        )
+    parallel = recipe.parallel
+    setup = _Setup(memory, processes, model.device.type, parallel.specialist, num_domains, length, parallel.shard)
+    return _fit_rows(model, recipe, stage, setup)
+
+
 @dataclass(frozen=True)
-class _Machine:
+class _Setup:
+    """What a stage runs on.
+
+    Attributes:
+        memory: of a device, in bytes.
+        kind: of the devices, as torch calls it.
+        share: processes that share the specialists.
+        num_domains: of the rows.
+        length: tokens of the longest row.
+        shards: the processes that do not share specialists divide the weights of each.
+    """
+
     memory: int
     processes: int
     kind: str
-    share: int  # processes that share the specialists
+    share: int
+    num_domains: int
+    length: int
     shards: bool = False
 
     @property
@@ -186,15 +249,40 @@ class _Machine:
         """Bytes of a process, which has the gate whole."""
         return gate + math.ceil(rest / self.parts)
 
+    def rows_of_process(self, stage: StageRecipe) -> int:
+        """Rows of a global batch that one process reads."""
+        return math.ceil(stage.samples_per_domain * self.num_domains * self.share / self.processes)
 
-def _plan_stage(model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe, machine: _Machine) -> StagePlan:
+
+def _fit_rows(model: UltraFuserForCausalLM, recipe: Recipe, stage: GateStage | JointStage, setup: _Setup) -> int:
+    share = setup.rows_of_process(stage)
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    plans = [_plan_share(model, recipe, stage.model_copy(update={"rows_per_device": size}), setup) for size in sizes]
+    fitting = [planned for planned in plans if planned.total <= _FILL * setup.memory]
+    best = [planned for planned in fitting if not planned.checkpointing] or fitting or plans[-1:]
+    return best[0].rows_per_device or 1
+
+
+def _with_rows(
+    parts: Sequence[UltraFuserForCausalLM], recipe: Recipe, stage: StageRecipe, setup: _Setup
+) -> StageRecipe:
+    """The stage with a number of rows in place of `auto`: that which fits on the devices of all processes."""
+    if isinstance(stage, OutcomeStage) or stage.rows_per_device != "auto":
+        return stage
+    rows = min(_fit_rows(part, recipe, stage, setup) for part in parts)
+    return stage.model_copy(update={"rows_per_device": rows})
+
+
+def _plan_stage(model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe, setup: _Setup) -> StagePlan:
     """The plan of the process that needs most memory, with the numbers of all and the time of the slowest."""
-    plans = [_plan_share(part, recipe, stage, machine) for part in _shares(model, machine.share)]
+    parts = _shares(model, setup.share)
+    stage = _with_rows(parts, recipe, stage, setup)
+    plans = [_plan_share(part, recipe, stage, setup) for part in parts]
     gate = _size(list(model.gate.parameters()))[0]
     return replace(
         max(plans, key=lambda planned: planned.total),
         trained=gate + sum(planned.trained - gate for planned in plans),
-        flops=machine.share * max(planned.flops for planned in plans),
+        flops=setup.share * max(planned.flops for planned in plans),
     )
 
 
@@ -212,14 +300,14 @@ def _shares(model: UltraFuserForCausalLM, size: int) -> list[UltraFuserForCausal
         ]
 
 
-def _plan_share(model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe, machine: _Machine) -> StagePlan:
-    rows = stage.samples_per_domain * _num_domains(model, recipe)
+def _plan_share(model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe, setup: _Setup) -> StagePlan:
+    rows = stage.samples_per_domain * setup.num_domains
     if isinstance(stage, JointStage):
-        return _plan_joint(model, recipe, stage, rows, machine)
-    trained, length = _size(list(model.gate.parameters()))[0], recipe.data.max_length
+        return _plan_joint(model, stage, rows, setup)
+    trained, length, rows_per_pass = _size(list(model.gate.parameters()))[0], setup.length, None
     frozen = sum(_base(group)[1] + _adapters(group)[1] for group in model.local_groups)
-    memory = _trained_bytes(trained, trained, machine) | {"weights": machine.part(trained * _FLOAT, frozen)}
-    memory |= _gathered_bytes(model, machine, trains_all_weights=False)
+    memory = _trained_bytes(trained, trained, setup) | {"weights": setup.part(trained * _FLOAT, frozen)}
+    memory |= _gathered_bytes(model, setup, trains_all_weights=False)
     widths = [head.weight.shape[1] for head in model.heads()]
     if isinstance(stage, OutcomeStage):
         rows *= stage.answers
@@ -227,21 +315,19 @@ def _plan_share(model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe
         memory["key-value cache"] = sum(_cache_bytes(group, rows * length) for group in model.local_groups)
         tokens = rows * stage.max_new_tokens
     else:
-        tokens = _rows_per_pass(stage.rows_per_device, rows, machine) * length
+        rows_per_pass, tokens = _pass_size(stage, setup)
         memory["reading"] = max(
-            layer_bytes(group, token_budget(torch.device(machine.kind)), kept=False) for group in model.local_groups
+            layer_bytes(group, token_budget(torch.device(setup.kind)), kept=False) for group in model.local_groups
         )
     hidden = model.config.gate_hidden_size if model.config.gate_type == "mlp" else 1
     memory["activations"] = tokens * sum(2 * width + 2 * hidden for width in widths) * _FLOAT
-    memory["logits"] = _logits_bytes(model, tokens, machine)
+    memory["logits"] = _logits_bytes(model, tokens, setup)
     flops = 2.0 * _forward_parameters(model) * rows * length * stage.steps
-    return StagePlan(stage.name, memory, trained, False, flops)
+    return StagePlan(stage.name, rows_per_pass, memory, trained, False, flops)
 
 
-def _plan_joint(
-    model: UltraFuserForCausalLM, recipe: Recipe, stage: JointStage, rows: int, machine: _Machine
-) -> StagePlan:
-    tokens = _rows_per_pass(stage.rows_per_device, rows, machine) * recipe.data.max_length
+def _plan_joint(model: UltraFuserForCausalLM, stage: JointStage, rows: int, setup: _Setup) -> StagePlan:
+    rows_per_pass, tokens = _pass_size(stage, setup)
     gate, copies = _size(list(model.gate.parameters()))[0], 0
     if stage.trains_all_weights:  # in float32, and autocast keeps a copy in bfloat16
         trained = gate + sum(_base(group)[0] for group in model.local_groups)
@@ -250,60 +336,61 @@ def _plan_joint(
     else:
         trained = gate + sum(_adapters(group)[0] or _new_adapters(group, stage.lora) for group in model.local_groups)
         weights = trained * _FLOAT + sum(_base(group)[1] for group in model.local_groups)
-    weights = machine.part(gate * _FLOAT, weights - gate * _FLOAT)
-    memory = _trained_bytes(trained, gate, machine)
-    memory |= {"weights": weights, "logits": _logits_bytes(model, tokens, machine)}
-    memory |= _gathered_bytes(model, machine, trains_all_weights=stage.trains_all_weights)
-    if copies and not machine.shards:
+    weights = setup.part(gate * _FLOAT, weights - gate * _FLOAT)
+    memory = _trained_bytes(trained, gate, setup)
+    memory |= {"weights": weights, "logits": _logits_bytes(model, tokens, setup)}
+    memory |= _gathered_bytes(model, setup, trains_all_weights=stage.trains_all_weights)
+    if copies and not setup.shards:
         memory["copies for autocast"] = copies
     kept = sum(activation_bytes(group, tokens) for group in model.local_groups)
     checkpointing = stage.gradient_checkpointing
     if checkpointing == "auto":
         is_possible = all(group.model.supports_gradient_checkpointing for group in model.local_groups)
-        checkpointing = is_possible and kept > SHARE * (machine.memory - weights)  # the stage decides before the others
+        checkpointing = is_possible and kept > SHARE * (setup.memory - weights)  # the stage decides before the others
     if checkpointing:
         kept = sum(activation_bytes(group, tokens, checkpointing=True) for group in model.local_groups)
     memory["activations"] = kept
     passes = 2 + (4 if stage.trains_all_weights else 2) + (2 if checkpointing else 0)
-    flops = float(passes) * _forward_parameters(model) * rows * recipe.data.max_length * stage.steps
-    return StagePlan(stage.name, memory, trained, bool(checkpointing), flops)
+    flops = float(passes) * _forward_parameters(model) * rows * setup.length * stage.steps
+    return StagePlan(stage.name, rows_per_pass, memory, trained, bool(checkpointing), flops)
 
 
 def _propose(
-    model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe, planned: StagePlan, machine: _Machine
+    model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe, planned: StagePlan, setup: _Setup
 ) -> list[str]:
     """The first overrides, each with those before it, with which a stage fits. Empty: it does not fit with all of them."""
     overrides: list[str] = []
-    for field, values in _remedies(model, stage, planned, machine):
+    for field, values in _remedies(model, stage, planned, setup):
         for value in values:
             if field == "dtype":
                 recipe = recipe.model_copy(update={"dtype": value})
                 model, override = outline(recipe), f"dtype={value}"
             elif field == "shard":
-                machine, override = replace(machine, shards=value), "parallel.shard=true"
+                setup, override = replace(setup, shards=value), "parallel.shard=true"
             else:
                 stage = stage.model_copy(update={field: value})
                 override = f"stages.{stage.name}.{field}={str(value).lower()}"
             attempt = [other for other in overrides if other.partition("=")[0] != override.partition("=")[0]]
             overrides = [*attempt, override]
-            if _plan_stage(model, recipe, stage, machine).total <= machine.memory:
+            if _plan_stage(model, recipe, stage, setup).total <= setup.memory:
                 return overrides
     return []
 
 
 def _remedies(
-    model: UltraFuserForCausalLM, stage: StageRecipe, planned: StagePlan, machine: _Machine
+    model: UltraFuserForCausalLM, stage: StageRecipe, planned: StagePlan, setup: _Setup
 ) -> Iterator[tuple[str, list[Any]]]:
     """Fields and their values, those that cost least first."""
     can_checkpoint = all(group.model.supports_gradient_checkpointing for group in model.local_groups)
     if isinstance(stage, JointStage) and can_checkpoint and not planned.checkpointing:
         yield "gradient_checkpointing", [True]
     if not isinstance(stage, OutcomeStage):
-        rows = stage.rows_per_device or 64
+        rows, tokens = planned.rows_per_device or 1, stage.tokens_per_device or 0
+        yield "tokens_per_device", [tokens >> i for i in range(1, tokens.bit_length())]
         yield "rows_per_device", [rows >> i for i in range(1, rows.bit_length())]
     if any(group.model.dtype.itemsize == _FLOAT for group in model.local_groups):
         yield "dtype", ["bfloat16"]
-    if machine.processes > machine.share and not (machine.shards or isinstance(stage, OutcomeStage)):
+    if setup.processes > setup.share and not (setup.shards or isinstance(stage, OutcomeStage)):
         yield "shard", [True]
     if stage.trains_all_weights and all(group.model.dtype != torch.float16 for group in model.local_groups):
         yield "specialists", ["lora"]
@@ -318,24 +405,29 @@ def _num_domains(model: UltraFuserForCausalLM, recipe: Recipe) -> int:
     return len({spec["domain"] for spec in model.config.specialists} if None in named or not named else named)
 
 
-def _rows_per_pass(rows_per_device: int | None, rows: int, machine: _Machine) -> int:
-    share = math.ceil(rows * machine.share / machine.processes)
-    return min(rows_per_device or share, share)
+def _pass_size(stage: GateStage | JointStage, setup: _Setup) -> tuple[int | None, int]:
+    """Rows of one forward pass, if they are set, and their tokens at most."""
+    assert stage.rows_per_device != "auto"
+    share = setup.rows_of_process(stage)
+    if stage.tokens_per_device:
+        return None, min(max(stage.tokens_per_device, setup.length), share * setup.length)
+    rows = min(stage.rows_per_device or share, share)
+    return rows, rows * setup.length
 
 
-def _trained_bytes(trained: int, gate: int, machine: _Machine) -> dict[str, int]:
+def _trained_bytes(trained: int, gate: int, setup: _Setup) -> dict[str, int]:
     # DistributedDataParallel sends them from buckets of its own. Processes that share specialists or weights do without it
-    copies = 2 if machine.processes > machine.share == 1 and not machine.shards else 1
-    numbers = machine.part(gate, trained - gate)
-    return {"gradients": numbers * _FLOAT * copies, "optimizer": numbers * _ADAMW}
+    copies = 2 if setup.processes > setup.share == 1 and not setup.shards else 1
+    numbers = setup.part(gate, trained - gate)
+    return {"gradients": numbers * _FLOAT * copies, "optimizer": numbers * _ADAMW, "libraries": _LIBRARIES}
 
 
-def _gathered_bytes(model: UltraFuserForCausalLM, machine: _Machine, *, trains_all_weights: bool) -> dict[str, int]:
+def _gathered_bytes(model: UltraFuserForCausalLM, setup: _Setup, *, trains_all_weights: bool) -> dict[str, int]:
     """Whole weights that a pass holds where they are divided, and their gradients where they are trained.
 
     These are the weights outside the decoder layers, one layer, and the next one, which is on its way.
     """
-    if machine.parts == 1:
+    if setup.parts == 1:
         return {}
     outer = layers = 0
     for group in model.local_groups:
@@ -388,8 +480,8 @@ def _cache_bytes(group: SpecialistGroup, tokens: int) -> int:
     return 2 * config.num_hidden_layers * width * tokens * group.size * group.model.dtype.itemsize
 
 
-def _logits_bytes(model: UltraFuserForCausalLM, tokens: int, machine: _Machine) -> int:
+def _logits_bytes(model: UltraFuserForCausalLM, tokens: int, setup: _Setup) -> int:
     """Logits that are held at once, in float32: of each specialist and of the mixture, or of one specialist and its gradient."""
     size = max(head.weight.shape[0] for head in model.heads())
     arrays = len(model.heads()) + 1 if model.config.mixing == "logits" else 2
-    return arrays * min(tokens * size, chunk_values(machine.kind)) * _FLOAT
+    return arrays * min(tokens * size, chunk_values(setup.kind)) * _FLOAT

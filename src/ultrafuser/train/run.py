@@ -28,12 +28,13 @@ from ultrafuser.progress import Progress
 from ultrafuser.recipe import GateRecipe, Recipe, SourceRecipe, dump_recipe
 from ultrafuser.specialists import fuse, load, make_renderer, pick_device
 from ultrafuser.train.card import write_card
+from ultrafuser.train.checks import check_stage
 from ultrafuser.train.metrics import METRICS_FILE, read_metrics, truncate_metrics
 from ultrafuser.train.plan import describe_memory
 from ultrafuser.train.preemption import Preemption
 from ultrafuser.train.rows import BAD_ROWS_FILE, read_sources, share_rows
 from ultrafuser.train.sharding import check_sharding, is_sharded, refuse_wrappers
-from ultrafuser.train.stages import FINISHED, StageRun, check_stage, load_stage, run_stage
+from ultrafuser.train.stages import FINISHED, StageRun, load_stage, run_stage
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -309,9 +310,13 @@ def _check_trackers(names: list[str]) -> None:
         raise TrainingError(f"report_to: {', '.join(names)}: {error}") from error
 
 
-def _without_parallel(fields: Any) -> dict[str, Any]:
-    """A recipe's fields without how processes share the work, which a resumed run may change."""
-    return {key: value for key, value in fields.items() if key != "parallel"}
+def _without_devices(fields: Any) -> dict[str, Any]:
+    """A recipe's fields without how devices share the work, which a resumed run may change."""
+    stages = [
+        {key: value for key, value in stage.items() if key not in ("rows_per_device", "tokens_per_device")}
+        for stage in fields.get("stages", [])
+    ]
+    return {key: value for key, value in fields.items() if key != "parallel"} | {"stages": stages}
 
 
 def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
@@ -325,7 +330,7 @@ def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
         return
     old, new = saved.read_text(encoding="utf-8"), dump_recipe(recipe)
     before, now = typed_yaml.parse(old, str(saved)), typed_yaml.parse(new, "recipe")
-    if _without_parallel(before) != _without_parallel(now):
+    if _without_devices(before) != _without_devices(now):
         added = [line.strip() for line in new.splitlines() if line not in old.splitlines()]
         removed = [line.strip() for line in old.splitlines() if line not in new.splitlines()]
         raise TrainingError(

@@ -18,32 +18,32 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from ultrafuser.data.balance import BalancedBatchSampler
 from ultrafuser.data.files import atomic_file, disk_errors, write_json
 from ultrafuser.data.packed import SampledRows, domains_of, lengths_of
 from ultrafuser.data.templates import Rendered, Renderer
-from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.parallel import AbsentGroup, SpecialistMesh
-from ultrafuser.model.quantized import is_quantized
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import GateStage, JointStage, OutcomeStage, Recipe, StageRecipe
 from ultrafuser.specialists import pick_device
 from ultrafuser.train.calibrate import TEMPERATURES, calibrate
 from ultrafuser.train.checkpoints import last_checkpoint
+from ultrafuser.train.checks import check_stage
 from ultrafuser.train.features import FeatureStore, estimate_size_bytes
-from ultrafuser.train.memory import checkpointing_pays
+from ultrafuser.train.memory import checkpointing_pays, device_bytes, memory_errors
 from ultrafuser.train.metrics import METRICS_FILE, truncate_metrics
 from ultrafuser.train.outcome import train_outcome
+from ultrafuser.train.plan import fit_rows
 from ultrafuser.train.preemption import Preemption
 from ultrafuser.train.sharding import is_sharded, shard_weights
 from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, load_weights, save_trainable, trained_weights
 
 VALIDATIONS = 5  # of a stage that keeps the best checkpoint
-FINISHED, MEASURED = "finished.safetensors", "temperatures.json"
+FINISHED, MEASURED, ROWS = "finished.safetensors", "temperatures.json", "rows-per-device.json"
 # The cache pays if rows are drawn more than once. Its size is bounded, so that a large run does not fill the disk.
 _CACHE_LIMIT_BYTES = 200 << 30
 
@@ -108,10 +108,12 @@ def run_stage(run: StageRun) -> None:
         if isinstance(stage, OutcomeStage):
             _train_by_outcomes(run, stage)
             return
-        args = _arguments(run, autocast=any(halves))
+        if stage.rows_per_device == "auto":
+            run.stage = stage.model_copy(update={"rows_per_device": _choose_rows(run, stage)})
+        args = training_arguments(run, autocast=any(halves))
         train_rows, validation_rows = _training_rows(run, args)
         with _checkpointing(run):
-            _train_stage(run, args, train_rows, validation_rows)
+            train_stage(run, args, train_rows, validation_rows)
 
 
 def load_stage(model: UltraFuserForCausalLM, stage: StageRecipe, folder: Path, seed: int) -> None:
@@ -148,7 +150,7 @@ def _prepared(model: UltraFuserForCausalLM, stage: StageRecipe, seed: int) -> It
 def _train_by_outcomes(run: StageRun, stage: OutcomeStage) -> None:
     """Train the gate by right answers from the last finished step, and write its weights."""
     assert run.renderer is not None
-    run.model.place(_arguments(run, autocast=False).device)
+    run.model.place(training_arguments(run, autocast=False).device)
     checkpoint = run.folder / "step.pt"
     train_outcome(
         run.model,
@@ -164,10 +166,10 @@ def _train_by_outcomes(run: StageRun, stage: OutcomeStage) -> None:
     checkpoint.unlink()
 
 
-def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, validation_rows: Rows) -> None:
+def train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, validation_rows: Rows) -> None:
     """Train from the last checkpoint, if there is one, and write the trained weights."""
     stage, recipe = run.stage, run.recipe
-    assert not isinstance(stage, OutcomeStage)
+    assert not isinstance(stage, OutcomeStage) and stage.rows_per_device != "auto"
     sampler = BalancedBatchSampler(
         domains_of(run.rows),
         stage.samples_per_domain,
@@ -194,12 +196,14 @@ def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valid
         stage=stage.name,
         metrics_file=run.metrics_file,
         specialist_lr=stage.specialist_lr if isinstance(stage, JointStage) else None,
+        tokens_per_device=stage.tokens_per_device,
         progress=run.progress,
         callbacks=callbacks,
     )
     checkpoint = last_checkpoint(run.folder, run.progress)
     truncate_metrics(run.metrics_file, int(checkpoint.rpartition("-")[2]) if checkpoint else 0, stage.name)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with memory_errors(stage):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if args.load_best_model_at_end:
         best = trainer.state.best_metric
         run.progress.log(
@@ -217,26 +221,54 @@ def _train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valid
     trainer.accelerator.wait_for_everyone()
 
 
+def _choose_rows(run: StageRun, stage: GateStage | JointStage) -> int:
+    """The rows of one forward pass that fit on the devices of all processes, or with which this stage began."""
+    file, source = run.folder / ROWS, "as before"
+    rows = _from_main(partial(_read_json, file))
+    if rows is None:
+        memory = device_bytes(run.model)
+        fitting = fit_rows(
+            run.model,
+            run.recipe,
+            stage,
+            memory=memory,
+            processes=PartialState().num_processes,
+            num_domains=len(set(domains_of(run.rows))),
+            length=max(lengths_of(run.rows)),
+        )
+        rows, source = min(gather_object([fitting])), f"estimated for {memory / 2**30:.1f} GiB"
+        if PartialState().is_main_process:
+            write_json(file, rows)
+    run.progress.log(f"stage {stage.name}: {rows} row{'s' * (rows > 1)} in a forward pass ({source})")
+    return rows
+
+
+def _from_main(compute: Callable[[], Any]) -> Any:
+    """What the main process computes. Other nodes may not see its files."""
+    return broadcast_object_list([compute() if PartialState().is_main_process else None])[0]
+
+
+def _read_json(file: Path) -> Any:
+    """What a file of this stage holds. None: it is not there yet."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
 def _set_temperatures(run: StageRun) -> None:
     """Measure the specialists' temperatures, or read those that this stage began with."""
-    config, file, is_main = run.model.config, run.folder / MEASURED, PartialState().is_main_process
-
-    def from_main(compute: Callable[[], Any]) -> Any:
-        """What the main process computes. Other nodes may not see its files."""
-        return broadcast_object_list([compute() if is_main else None])[0]
+    config, file = run.model.config, run.folder / MEASURED
 
     def measure() -> list[float]:
         return calibrate(run.model, run.rows, seed=run.recipe.seed, progress=run.progress)
 
-    measured = from_main(lambda: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None)
+    measured = _from_main(partial(_read_json, file))
     if measured is None and run.model.share is not None:
         temperatures = measure()
         local = [temperatures[k] for k in run.model.share.indices]
         columns = torch.tensor(local, dtype=torch.float64, device=run.model.device)
         measured = [round(temperature, 3) for temperature in run.model.share.gather(columns).tolist()]
     elif measured is None:
-        measured = from_main(measure)
-    if is_main and not file.is_file():
+        measured = _from_main(measure)
+    if PartialState().is_main_process and not file.is_file():
         write_json(file, measured)
     config.set_temperatures(measured)
     pairs = list(zip(config.names, config.temperatures, strict=True))
@@ -252,40 +284,6 @@ def prepare_gate(model: UltraFuserForCausalLM) -> None:
     """Stage 1: the gate alone learns."""
     model.requires_grad_(False)
     model.gate.requires_grad_(True)
-
-
-def check_stage(model: UltraFuserForCausalLM, stage: StageRecipe) -> None:
-    """Refuse a stage that the specialists do not admit.
-
-    Raises:
-        TrainingError: `specialists: full` where several specialists share one base, or where weights are quantised.
-            Adapters in float16, whose gradients underflow without loss scaling. Gradient checkpointing of a model that has none.
-    """
-    if not isinstance(stage, JointStage):
-        return
-    for group in model.local_groups:
-        names = ", ".join(group.names)
-        if stage.gradient_checkpointing is True and not group.model.supports_gradient_checkpointing:
-            raise TrainingError(
-                f"specialists {names}: {type(group.model).__name__} has no gradient checkpointing. Set "
-                "stages.joint.gradient_checkpointing=false"
-            )
-        if stage.specialists == "lora":
-            if group.model.dtype == torch.float16:
-                raise TrainingError(
-                    f"specialists {names}: the joint stage cannot train adapters of a float16 model, because their gradients "
-                    "underflow. Use dtype=bfloat16 or dtype=float32"
-                )
-        elif group.size > 1:
-            raise TrainingError(
-                f"specialists {names} share one base, so training all its weights would tie them. "
-                "Use stages.joint.specialists=lora, or share_base=false"
-            )
-        elif is_quantized(group.model):
-            raise TrainingError(
-                f"specialist {group.names[0]!r}: its weights are quantised and cannot be trained. Use "
-                "stages.joint.specialists=lora"
-            )
 
 
 def prepare_joint(model: UltraFuserForCausalLM, stage: JointStage, seed: int = 0) -> None:
@@ -317,7 +315,12 @@ def prepare_joint(model: UltraFuserForCausalLM, stage: JointStage, seed: int = 0
             parameter.requires_grad_(True)
 
 
-def _arguments(run: StageRun, *, autocast: bool) -> TrainingArguments:
+def training_arguments(run: StageRun, *, autocast: bool) -> TrainingArguments:
+    """The settings of the Trainer. The sizes of its batches are set by `train_stage`.
+
+    Args:
+        autocast: run passes on a GPU in bfloat16, because all weights of bfloat16 models are trained in float32.
+    """
     stage, recipe, validates = run.stage, run.recipe, bool(run.validation)
     keeps_best = recipe.keep_best and validates
     every = recipe.eval_every or (math.ceil(stage.steps / VALIDATIONS) if keeps_best else stage.steps)
@@ -374,8 +377,10 @@ def _wants_checkpointing(run: StageRun, stage: JointStage) -> bool:
     if stage.gradient_checkpointing != "auto":
         return stage.gradient_checkpointing
     is_possible = all(group.model.supports_gradient_checkpointing for group in run.model.local_groups)
-    rows_per_pass = stage.rows_per_device or run.rows_per_step
-    return is_possible and checkpointing_pays(run.model, run.rows, rows_per_pass)
+    assert stage.rows_per_device != "auto"
+    longest = max(lengths_of(run.rows))
+    tokens = max(longest, stage.tokens_per_device or longest * (stage.rows_per_device or run.rows_per_step))
+    return is_possible and checkpointing_pays(run.model, tokens)
 
 
 def _set_checkpointing(model: UltraFuserForCausalLM, enabled: bool) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ultrafuser.data.balance import BalancedBatchSampler
+from ultrafuser.data.balance import BalancedBatchSampler, TokenBatches
 from ultrafuser.data.collate import TOKENS_PER_BATCH, collate_rows, length_batches
 from ultrafuser.data.files import disk_errors
 from ultrafuser.data.packed import domains_of, lengths_of
@@ -56,6 +56,7 @@ class FusionTrainer(Trainer):
         stage: str,
         metrics_file: Path,
         specialist_lr: float | None = None,
+        tokens_per_device: int | None = None,
         progress: Progress | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
@@ -63,7 +64,8 @@ class FusionTrainer(Trainer):
             {domain for rows in (train_rows, validation_rows or []) for domain in domains_of(_rows(rows))}
         )
         self.sampler, self.stage, self.metrics_file = sampler, stage, metrics_file
-        self.specialist_lr = specialist_lr
+        self.specialist_lr, self.tokens_per_device = specialist_lr, tokens_per_device
+        self._num_passes = args.gradient_accumulation_steps  # of a step
         self.mesh = None if model.share is None else model.share.mesh
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would copy every specialist to every GPU
         super().__init__(
@@ -92,7 +94,19 @@ class FusionTrainer(Trainer):
         batch["row_ids"] = [row.row_id for row in rows]
         return batch
 
+    def _collate_passes(self, passes: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """A whole step as one batch of the Trainer, which counts its labels. `training_step` takes it apart."""
+        batches = [self._collate(items) for items in passes]
+        return {"passes": batches, "labels": torch.cat([batch["labels"].flatten() for batch in batches])}
+
     def get_train_dataloader(self) -> DataLoader:
+        if self.tokens_per_device is not None:
+            rank, num_ranks = self.args.process_index, self.args.world_size
+            if self.mesh is not None:
+                rank, num_ranks = self.mesh.data_rank, self.mesh.data_size
+            steps = TokenBatches(self.sampler, self.tokens_per_device, rank=rank, num_ranks=num_ranks)
+            passes = DataLoader(_RowLists(self.train_dataset), batch_sampler=steps, collate_fn=self._collate_passes)
+            return prepare_data_loader(passes, num_processes=1, process_index=0)
         loader = DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=self._collate)
         if self.mesh is None:
             return self.accelerator.prepare(loader)
@@ -128,11 +142,20 @@ class FusionTrainer(Trainer):
             loss = loss * num_batches  # ranks average their gradients, which must be summed
         extra = self.extra_loss(inputs)
         if extra is not None:  # its gradient alone, so that the logged loss stays nats per response token
-            loss = loss + (extra - extra.detach()) / self.args.gradient_accumulation_steps
+            loss = loss + (extra - extra.detach()) / self._num_passes
         return (loss, out) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and backward pass of a micro-batch, or of all those of a step where their tokens are bounded."""
+        passes = inputs.get("passes", [inputs])
+        self._num_passes = len(passes) * self.args.gradient_accumulation_steps
+        losses = []
+        for batch in passes[:-1]:
+            with self.accelerator.no_sync(model=model):  # the last pass exchanges the gradients of all
+                losses.append(super().training_step(model, batch, num_items_in_batch))
+        loss = sum(losses, super().training_step(model, passes[-1], num_items_in_batch))
         if self.mesh is not None and self.accelerator.sync_gradients:
             self.mesh.reduce_gradients(self.model)
         return loss
@@ -390,6 +413,19 @@ def read_totals(totals: torch.Tensor, domains: Sequence[str], names: Sequence[st
     out = {f"loss/{d}": nats / count for d, (nats, count) in zip(domains, by_domain, strict=True) if count}
     out |= {f"gate_weight/{name}": weight / tokens for name, weight in zip(names, rest[:-1], strict=True)}
     return out | {"gate_entropy": rest[-1] / tokens}
+
+
+class _RowLists(Dataset[list[Any]]):
+    """The rows at lists of indices."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: Any) -> Any:
+        return [self.rows[i] for i in indices]
 
 
 def _rows(rows: Rows) -> Sequence[Rendered]:

@@ -12,7 +12,8 @@ from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 
 from ultrafuser.errors import CheckpointError, UltraFuserError
-from ultrafuser.model.checkpoint import check_recorded_files, fused_folder, read_adapter
+from ultrafuser.model.adapters import read_adapter
+from ultrafuser.model.checkpoint import check_recorded_files, fused_folder
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.gate import Gate, StaticGate
 from ultrafuser.model.hub import Access

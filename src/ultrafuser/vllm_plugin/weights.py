@@ -11,7 +11,8 @@ from vllm.config import LoadConfig
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
 from ultrafuser.errors import CheckpointError
-from ultrafuser.model.checkpoint import load_base, locate_model, merge_adapter
+from ultrafuser.model.adapters import merge_adapter
+from ultrafuser.model.checkpoint import load_base, locate_model
 from ultrafuser.model.files import ADAPTER_FILE, refuse_pickles, weight_files
 from ultrafuser.model.hub import Access
 from ultrafuser.model.manifest import SpecialistEntry
