@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +29,8 @@ from rich.table import Table
 from ultrafuser.data.collate import prompt_inputs
 from ultrafuser.data.templates import Renderer
 from ultrafuser.model import few_rows
+from ultrafuser.model.loss import all_logits
+from ultrafuser.model.mixing import mix_logits
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.model.speculation import Speculation
@@ -38,6 +39,7 @@ from ultrafuser.zoo.exams import EXAMS, questions
 
 ONE, SHARED, SEPARATE = "one specialist", "shared base", "whole specialists"
 USUAL = f"{SHARED}, usual products"
+PART_ROUNDS = 40
 MIN_ANSWER = 24  # tokens of the fused answer, so that times are not those of the first token
 console = Console(stderr=True)
 
@@ -54,18 +56,28 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     shared, renderer = load(args.folder, dtype="float32", device_map="cpu")
     shared.eval()
-    systems = _systems(shared)
+    separate = _separate(shared)
+    weights = {
+        name: round(sum(p.numel() * p.dtype.itemsize for p in model.parameters()) / 2**20)
+        for name, model in {
+            ONE: separate.specialist(separate.config.names[0]),
+            SHARED: shared,
+            SEPARATE: separate,
+        }.items()
+    }
+    systems = _systems(shared, separate)
     systems = {name: system for name, system in systems.items() if not args.only or any(w in name for w in args.only)}
     prompts = _prompts(args.prompts, shared, renderer, args.tokens)
     rows: list[dict[str, Any]] = []
     for number, (domain, chat) in enumerate(prompts):
         rows += _round(systems, renderer, shared, domain, chat, args.tokens, number)
     result = {
-        "machine": {"processor": _processor(), "threads": args.threads, "torch": torch.__version__},
+        "machine": {"processor": processor(), "threads": args.threads, "torch": torch.__version__},
         "versions": {name: version(name) for name in ("transformers", "ultrafuser")},
         "tokens": args.tokens,
         "rounds": len(prompts),
-        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "weights_mib": weights,
+        "step_ms": _parts(shared, renderer, prompts[0][1]),
         "systems": _summary(rows, list(systems)),
         "rows": rows,
     }
@@ -74,9 +86,8 @@ def main() -> None:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def _systems(shared: UltraFuserForCausalLM) -> dict[str, Callable[..., Any]]:
-    """A function for each system: (inputs, options) -> tokens (1, T)."""
-    separate = _separate(shared)
+def _systems(shared: UltraFuserForCausalLM, separate: UltraFuserForCausalLM) -> dict[str, Callable[..., Any]]:
+    """A function for each system: (domain, inputs, options) -> tokens (1, T)."""
 
     def plain(model: Any) -> Callable[..., Any]:
         return lambda domain, inputs, **options: model.generate(**inputs, **options)
@@ -175,6 +186,29 @@ def _round(
     return rows
 
 
+@torch.inference_mode()
+def _parts(model: UltraFuserForCausalLM, renderer: Renderer, chat: list[dict[str, str]]) -> dict[str, float]:
+    """Milliseconds of the parts of one decoding step of the shared base, medians."""
+    cache = model.new_cache()
+    model(**prompt_inputs(renderer, [chat], model.device), past_key_values=cache, logits_to_keep=1)
+    token = torch.zeros(1, 1, dtype=torch.long)
+    times: dict[str, list[float]] = {name: [] for name in ("specialists", "gate", "output layers", "mixing")}
+    for _ in range(PART_ROUNDS):
+        marks = [time.perf_counter()]
+        states = model.specialist_states(token, cache=cache)
+        marks.append(time.perf_counter())
+        log_weights = model.gate(states)
+        marks.append(time.perf_counter())
+        logits = list(all_logits(states, model.heads()))
+        marks.append(time.perf_counter())
+        mix_logits(logits, log_weights, model.config.mixing)
+        marks.append(time.perf_counter())
+        cache.crop(-1)
+        for name, began, ended in zip(times, marks[:-1], marks[1:], strict=True):
+            times[name].append(1e3 * (ended - began))
+    return {name: round(statistics.median(values), 2) for name, values in times.items()}
+
+
 def _seconds(work: Callable[[], Any]) -> float:
     began = time.perf_counter()
     work()
@@ -209,7 +243,8 @@ def _summary(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any
     return out
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

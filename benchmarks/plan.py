@@ -9,7 +9,6 @@ in a process of its own. Measured is the peak of its resident memory beyond what
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import resource
 import subprocess
@@ -36,15 +35,15 @@ SHAPES = {  # width, intermediate size, layers, rows of a pass, tokens of a row,
 }
 NAMES = ("text", "code", "math")
 PUBLIC = {  # the shapes of models that people fuse
-    "3 x Qwen2.5-1.5B": {
+    "Qwen2.5-1.5B": {
         "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
         "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
     },
-    "3 x Qwen2.5-7B": {
+    "Qwen2.5-7B": {
         "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
         "num_attention_heads": 28, "num_key_value_heads": 4,
     },
-    "3 x Llama-2-13B": {
+    "Llama-2-13B": {
         "vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
         "num_attention_heads": 40,
     },
@@ -98,26 +97,31 @@ def measure(shape: str) -> dict[str, int]:
 
 
 def table() -> str:
-    """Plans of three public shapes with whole weights and with adapters, one row of 2,048 tokens in a pass, in GiB."""
+    """Plans of public shapes with whole weights and with adapters, one row of 2,048 tokens in a pass, in GiB."""
     lines = ["| | gate stage | joint, adapters | joint, all weights |", "|---|---:|---:|---:|"]
-    for (label, fields), share in itertools.product(PUBLIC.items(), (1, 3)):
-        cells = []
+    for count, label in ((3, "Qwen2.5-1.5B"), (3, "Qwen2.5-7B"), (10, "Qwen2.5-7B"), (3, "Llama-2-13B")):
+        settings = {
+            "one device": ({}, 1),
+            f"{count} devices, one specialist each": ({"specialist": count}, count),
+            "16 devices, weights divided": ({"shard": True}, 16),
+        }
         with tempfile.TemporaryDirectory() as folder:
-            LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16", **fields).save_pretrained(folder)
-            for kind in ("lora", "full"):
-                joint = {"name": "joint", "specialists": kind, "rows_per_device": 1, "gradient_checkpointing": True}
-                recipe = load_recipe(
-                    {
-                        "specialists": [{"name": name, "model": folder} for name in NAMES],
-                        "data": {"max_length": 2048},
-                        "stages": [{"name": "gate"}, joint],
-                        "parallel": {"specialist": share},
-                    }
-                )
-                gate, joint = plan(recipe, memory=80 * GIB).stages
-                cells += [gate.total, joint.total]
-        devices = "one device" if share == 1 else "three devices, one specialist each"
-        lines.append(f"| {label}, {devices} | " + " | ".join(f"{cells[i] / GIB:.0f}" for i in (0, 1, 3)) + " |")
+            LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16", **PUBLIC[label]).save_pretrained(folder)
+            for devices, (parallel, processes) in settings.items():
+                cells = []
+                for kind in ("lora", "full"):
+                    joint = {"name": "joint", "specialists": kind, "rows_per_device": 1, "gradient_checkpointing": True}
+                    recipe = load_recipe(
+                        {
+                            "specialists": [{"name": f"s{i}", "model": folder} for i in range(count)],
+                            "data": {"max_length": 2048},
+                            "stages": [{"name": "gate"}, joint],
+                            "parallel": parallel,
+                        }
+                    )
+                    cells += [stage.total for stage in plan(recipe, memory=80 * GIB, processes=processes).stages]
+                values = " | ".join(f"{cells[i] / GIB:.0f}" for i in (0, 1, 3))
+                lines.append(f"| {count} x {label}, {devices} | {values} |")
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ _MODULES = {
     "prompt_inputs": "ultrafuser.data.collate",
     "fuse": "ultrafuser.specialists",
     "load": "ultrafuser.specialists",
+    "Speculation": "ultrafuser.model.speculation",
 }
 
 __all__ = [*_MODULES, "UltraFuserError", "__version__"]

@@ -225,6 +225,12 @@ class _Acceptance:
         self._accepted = _FORGET * self._accepted + (1 - _FORGET) * _PRIOR[0] + accepted
         self._rejected = _FORGET * self._rejected + (1 - _FORGET) * _PRIOR[1] + (accepted < drafted)
 
+    def next_length(self, limit: int) -> int:
+        """The best length. Where that is 0, the estimate drifts back to where it began, so that drafts get another chance."""
+        if not (length := self.best_length(limit)):
+            self.learn(0, 0)
+        return length
+
     def best_length(self, limit: int) -> int:
         """The length from 0 to `limit` that gives the most tokens in the time it takes."""
         rate = self._accepted / (self._accepted + self._rejected)
@@ -255,13 +261,13 @@ class _Drafting:
     ) -> _Drafts:
         """Up to `limit` tokens behind the text (B, T), the last of which the cache does not hold yet."""
         limit = max(0, min(limit, self.speculation.max_draft))
-        if self._text is not None and (length := self._text.best_length(limit)):
+        if self._text is not None and (length := self._text.next_length(limit)):
             tokens = _continuations(input_ids, length, unfinished)
             if tokens.shape[1]:
                 return _Drafts(tokens, source=self._text)
         if len(self._groups) > 1 and self.speculation.mode != "ngram":
             leader = int(self._mass.argmax())
-            if length := self._groups[leader].best_length(limit):
+            if length := self._groups[leader].next_length(limit):
                 return self._run_ahead(leader, input_ids, cache, length, chooser)
         return _Drafts(input_ids[:, :0])
 
