@@ -25,6 +25,7 @@ lint: $(VENV)/.ready
 	$(BIN)/python scripts/exams_page.py --check
 	$(BIN)/python scripts/gate_page.py --check
 	$(BIN)/python scripts/serving_page.py --check
+	$(BIN)/python scripts/speed_page.py --check
 	$(BIN)/python scripts/tree.py --check
 	$(BIN)/python scripts/words.py
 	$(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site

@@ -64,6 +64,7 @@ class GroupedLora(nn.Module):
         self.lora_B = nn.Parameter(lora_b)
         self.ranks = [0 if pair is None else pair[0].shape[0] for pair in pairs]
         self.scalings = tuple(scalings)
+        self._scaling = scalings[0] if len(set(scalings)) == 1 else None  # of all
         self._scale: torch.Tensor
         self.register_buffer("_scale", a0.new_tensor(self.scalings)[:, None, None], persistent=False)  # (k, 1, 1)
         self.dropout = nn.Dropout(dropout)
@@ -82,9 +83,9 @@ class GroupedLora(nn.Module):
             lora_a, lora_b, scale = lora_a[active], lora_b[active], scale[active]
         grouped = self.dropout(x).to(lora_a.dtype).reshape(len(active), -1, x.shape[-1])  # (k, B * T, in)
         low = torch.bmm(grouped, lora_a.transpose(1, 2))  # (k, B * T, r)
-        if len(set(self.scalings)) == 1 and y.dtype == low.dtype:  # one product does it all
+        if self._scaling is not None and y.dtype == low.dtype:  # one product does it all
             wide = y.reshape(len(active), -1, y.shape[-1])  # (k, B * T, out)
-            return torch.baddbmm(wide, low, lora_b.transpose(1, 2), alpha=self.scalings[0]).reshape(y.shape)
+            return torch.baddbmm(wide, low, lora_b.transpose(1, 2), alpha=self._scaling).reshape(y.shape)
         return y + torch.bmm(low * scale.to(lora_a), lora_b.transpose(1, 2)).reshape(y.shape).to(y.dtype)
 
     def delta(self, coefficients: Sequence[float]) -> torch.Tensor:
