@@ -19,18 +19,15 @@ for recipe in sys.argv[1:]:
 """
 
 
-def launch(
-    folder: Path, processes: int, *recipes: object, driver: str = DRIVER, prelude: str = ""
-) -> subprocess.CompletedProcess:
+def launch(folder: Path, processes: int, *recipes: object, prelude: str = "") -> subprocess.CompletedProcess:
     """Run `ultrafuser train` on recipes, each perhaps with options, in that many processes on the CPU.
 
     Args:
         folder: for the script that the processes run.
-        driver: the script.
-        prelude: Python that each process of the usual script runs first. `os.environ["RANK"]` tells them apart.
+        prelude: Python that each process runs first. `os.environ["RANK"]` tells them apart.
     """
     script = folder / "driver.py"
-    script.write_text(driver.format(prelude=prelude) if driver is DRIVER else driver)
+    script.write_text(DRIVER.format(prelude=prelude))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
                str(script), *map(str, recipes)]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

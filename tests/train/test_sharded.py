@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaForCausalLM
 
-from ranks import DRIVER, launch
+from ranks import launch
 from tiny_models import save_adapter
 from training_fixtures import GATE, JOINT, NAMES, Interruption, StopAt, TinyRun, losses, trained_weights
 from ultrafuser.errors import TrainingError
@@ -43,8 +43,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "full-clipped": ([GATE, FULL | CLIPPED | {"steps": 4}], {"cache_features": True, "save_every": 1}, "separate"),
     "shared-base-logits": ([GATE, JOINT], {"cache_features": True, "mixing": "logits"}, "shared"),
 }
-KILLED = f"""
-import os
+KILLED = """
 from ultrafuser.train import trainer
 gather = trainer.gather_state
 def gather_or_die(state, keep):
@@ -53,7 +52,6 @@ def gather_or_die(state, keep):
         os._exit(1)  # in mid-save, when the weights are written and the optimizer's states are not
     return gather(state, keep)
 trainer.gather_state = gather_or_die
-{DRIVER}
 """
 
 
@@ -108,7 +106,7 @@ def folders(cases: Cases) -> Path:
     with pytest.raises(Interruption):
         train(cases.recipe("full-clipped", "moved", **moved), progress=StopAt("joint", 2))
     file = cases.file("full-clipped", "moved", **moved, parallel={"shard": True})
-    process = launch(cases.folder, 2, f"{file} --resume", driver=KILLED)
+    process = launch(cases.folder, 2, f"{file} --resume", prelude=KILLED)
     stage = cases.folder / "moved" / "full-clipped" / "2-joint"
     assert process.returncode != 0 and {path.name for path in stage.glob("checkpoint-*")} >= {
         "checkpoint-2",

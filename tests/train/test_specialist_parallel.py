@@ -143,7 +143,7 @@ def die(self, folder):
         (folder / "model-1.safetensors").write_bytes(b"half")
         os.kill(os.getpid(), 9)
     return share(self, folder)
-share, FusionTrainer._save_share = FusionTrainer._save_share, die
+share, FusionTrainer._save_weights = FusionTrainer._save_weights, die
 """,
 }
 

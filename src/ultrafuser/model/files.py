@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = ("*.safetensors", "*.gguf")
 WEIGHTS_FILE, INDEX_FILE, ADAPTER_FILE = (
@@ -166,6 +168,8 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     """
     if not file.is_file():
         raise CheckpointError(f"{file}: missing. The folder is half written or is no checkpoint")
+    from safetensors.torch import load_file  # it loads torch, which commands that read no weights do without
+
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
