@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from test_generation import generate, three
-from transformers import LogitsProcessorList, TextStreamer
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from tiny_models import VOCAB, force_gate, fuse, left_pad, one_hot, tiny, tokens
 from ultrafuser.errors import UltraFuserError
@@ -91,6 +91,25 @@ def test_finished_rows_are_padded(mode):
     options = {"new": 16, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
     expected = generate(model, ids, **options)
     assert generate(model, ids, speculative=mode, **options).tolist() == expected.tolist()
+
+
+class EndsRows(StoppingCriteria):
+    """Ends each row at a token that is a multiple of five."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] % 5 == 0
+
+
+@modes
+def test_rows_that_a_criterion_ends_go_on_as_in_plain_decoding(mode):
+    model, ids = three(), repeated(3)
+    options = {
+        "new": 16,
+        "do_sample": False,
+        "eos_token_id": None,
+        "stopping_criteria": StoppingCriteriaList([EndsRows()]),
+    }
+    assert generate(model, ids, speculative=mode, **options).tolist() == generate(model, ids, **options).tolist()
 
 
 @modes

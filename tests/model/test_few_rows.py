@@ -54,6 +54,19 @@ def test_the_usual_order_where_the_other_one_does_not_apply(faster):
     assert not faster
 
 
+class Packed(torch.Tensor):
+    """Stands for the weights of quantisation libraries, which are tensors of types of their own."""
+
+
+def test_packed_weights_keep_their_product(faster):
+    layer = nn.Linear(BIG[1], BIG[0])
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed))
+    use_few_rows(layer)
+    with torch.no_grad():
+        layer(torch.randn(3, BIG[1]))
+    assert not faster
+
+
 def test_a_model_keeps_its_names_weights_and_copies():
     model = tiny("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+_PLAIN = (torch.Tensor, nn.Parameter)  # quantised weights have types and products of their own
 _FILLED = (4, 8, 16)  # rows that the kernels of the other order are made for
 _MIN_WEIGHTS = 2**16  # of smaller layers the extra calls take longer than the product
 _GAIN = 0.85  # take the other order where it needs this share of the time at most
@@ -53,7 +54,7 @@ def _filled_rows(x: torch.Tensor, weight: torch.Tensor) -> int:
         return 0
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return 0
-    if x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+    if x.dtype != weight.dtype or torch.is_autocast_enabled("cpu") or type(weight) not in _PLAIN:
         return 0
     return next(filled for filled in _FILLED if rows <= filled)
 

@@ -119,7 +119,7 @@ def decode_speculatively(
             speculation.tokens += 1
             if streamer is not None:
                 streamer.put(token.cpu())
-            same = same | ~unfinished
+            same = same | ~unfinished if has_end else same  # without an end token, finished rows go on, as in `_sample`
             unfinished = unfinished & ~stopping_criteria(input_ids, None)
             if not unfinished.any() or not same.all():
                 break
@@ -129,7 +129,7 @@ def decode_speculatively(
             break
         model.check_length(input_ids[:, -1:], cache)
         room = min([stopping_criteria.max_length or 2**31, *model.config.contexts.values()]) - input_ids.shape[1] - 1
-        drafts = drafting.draft(input_ids, cache, room, chooser, unfinished)
+        drafts = drafting.draft(input_ids, cache, room, chooser, unfinished if has_end else torch.ones_like(unfinished))
         logits = drafting.verify(torch.cat([input_ids[:, -1:], drafts.tokens], dim=-1), cache, drafts)
     if streamer is not None:
         streamer.end()
