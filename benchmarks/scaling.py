@@ -26,7 +26,7 @@ from ultrafuser.recipe import load_recipe
 from ultrafuser.specialists import fuse
 
 SIZES = (1, 2, 3, 6, 10)
-SETTINGS = ((64, 1), (512, 1), (2048, 1), (64, 8), (64, 32))  # context, batch
+SETTINGS = ((64, 1), (512, 1), (2048, 1), (64, 8))  # context, batch
 ONE = "one specialist"
 
 

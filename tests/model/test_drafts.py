@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from test_generation import generate, three
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from tiny_models import VOCAB, force_gate, fuse, left_pad, one_hot, tiny, tokens
 from ultrafuser.errors import UltraFuserError
@@ -121,6 +121,49 @@ def test_each_specialist_continues_its_own_prompt(mode):
     inputs["attention_mask"] = mask[None, 0]
     expected = generate(model, ids, new=20, do_sample=False, **inputs)
     assert generate(model, ids, new=20, do_sample=False, speculative=mode, **inputs).tolist() == expected.tolist()
+
+
+@modes
+def test_tokens_of_one_specialist_alone_are_not_drafted(mode):
+    model = fuse([tiny(seed=0, vocab_size=VOCAB + 8), tiny(seed=1)], names=["a", "b"])
+    for first in range(3, 9):  # one of them follows the repeated text
+        own = torch.tensor([20, first, VOCAB + 3, 20, first, VOCAB + 3, 9, 20, first])
+        prompts = torch.stack([own, tokens(1, 9, seed=2)[0]])[None]
+        options = {"new": 8, "do_sample": False, "eos_token_id": None, "specialist_input_ids": prompts}
+        expected = generate(model, prompts[:, 0], **options)
+        assert generate(model, prompts[:, 0], speculative=mode, **options).tolist() == expected.tolist()
+
+
+class Counting(LogitsProcessor):
+    """Forbids the token that its number of calls names, so that a call too many shows."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        scores[:, 3 + self.calls % 40] = -torch.inf
+        return scores
+
+
+@modes
+def test_processors_that_count_see_each_token_once(mode):
+    model, ids = three(), repeated()
+    answers = [
+        generate(
+            model, ids, new=16, logits_processor=LogitsProcessorList([Counting()]), do_sample=False, speculative=way
+        )
+        for way in (None, mode)
+    ]
+    assert answers[0].tolist() == answers[1].tolist()
+
+
+def test_windows_do_not_grow_after_a_speculative_turn():
+    model, ids = fuse([tiny("mistral", s, sliding_window=8) for s in range(2)]), repeated()
+    cache = model.new_cache()
+    answer = generate(model, ids, new=6, do_sample=False, past_key_values=cache, speculative="auto")
+    generate(model, torch.cat([answer, tokens(1, 30)], dim=1), new=6, do_sample=False, past_key_values=cache)
+    assert all(layer.keys.shape[2] <= 8 for layer in cache.layers)
 
 
 @modes
@@ -301,7 +344,8 @@ def test_an_estimate_follows_what_happens():
     ("options", "message"),
     [
         ({"speculative": "fast"}, "speculative='fast' is not known. Use auto, ngram, specialist"),
-        ({"speculative": Speculation(max_draft=-1)}, "max_draft=-1 is negative"),
+        ({"speculative": Speculation(max_draft=-1)}, "max_draft=-1 is no number of tokens"),
+        ({"speculative": Speculation(max_draft=2.5)}, "max_draft=2.5 is no number of tokens"),
         ({"num_beams": 2}, "no beams"),
         ({"output_scores": True, "return_dict_in_generate": True}, "Leave out output_scores or speculative"),
         ({"use_cache": False}, "needs use_cache=True"),

@@ -52,7 +52,7 @@ def _filled_rows(x: torch.Tensor, weight: torch.Tensor) -> int:
     rows = x.numel() // x.shape[-1]
     if rows < 2 or rows > _FILLED[-1] or x.device.type != "cpu" or weight.numel() < _MIN_WEIGHTS:
         return 0
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return 0
     if x.dtype != weight.dtype or torch.is_autocast_enabled("cpu") or type(weight) not in _PLAIN:
         return 0
@@ -74,8 +74,10 @@ def _other_order(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 def _other_order_is_faster(filled: int, dtype: torch.dtype, threads: int) -> bool:
     """Compare both orders on this machine. It takes a few milliseconds, once for each key."""
     with torch.inference_mode():
-        weights = [torch.zeros(_TRIAL_SHAPE, dtype=dtype) for _ in range(4)]  # the next one is not in the cache
-        x = torch.zeros(filled - 1, _TRIAL_SHAPE[1], dtype=dtype)
+        weights = [
+            torch.zeros(_TRIAL_SHAPE, dtype=dtype, device="cpu") for _ in range(4)
+        ]  # the next one is not in the cache
+        x = torch.zeros(filled - 1, _TRIAL_SHAPE[1], dtype=dtype, device="cpu")
         usual = _shortest(lambda weight: functional.linear(x, weight), weights)
         other = _shortest(lambda weight: _other_order(x, weight, None, filled), weights)
     return other < _GAIN * usual

@@ -10,6 +10,7 @@ sampling (algorithm 1 of arXiv 2211.17192). Drafts come from
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -66,8 +67,8 @@ def read_speculation(model: Any, value: Any) -> Speculation:
     speculation = value if isinstance(value, Speculation) else Speculation("auto" if value is True else value)
     if speculation.mode not in MODES:
         raise UltraFuserError(f"speculative={speculation.mode!r} is not known. Use {', '.join(MODES)}, or leave it out")
-    if speculation.max_draft < 0:
-        raise UltraFuserError(f"max_draft={speculation.max_draft} is negative. Give a number of tokens")
+    if type(speculation.max_draft) is not int or speculation.max_draft < 0:
+        raise UltraFuserError(f"max_draft={speculation.max_draft!r} is no number of tokens. Give 0 or more")
     if speculation.mode == "specialist" and len(model.groups) < 2:
         raise UltraFuserError(
             "speculative='specialist' needs specialists that run apart, but those of this model run together on one base, so "
@@ -107,6 +108,7 @@ def decode_speculatively(
         raise UltraFuserError(
             "speculative decoding takes tokens back, which the cache of a recurrent specialist cannot. Leave out speculative"
         )
+    recording = [getattr(layer, "record_past", None) for layer in cache.layers]
     cache.activate_past_recording()
     drafting = _Drafting(model, speculation)
     drafts = _Drafts(input_ids[:, :0])
@@ -131,6 +133,9 @@ def decode_speculatively(
         room = min([stopping_criteria.max_length or 2**31, *model.config.contexts.values()]) - input_ids.shape[1] - 1
         drafts = drafting.draft(input_ids, cache, room, chooser, unfinished if has_end else torch.ones_like(unfinished))
         logits = drafting.verify(torch.cat([input_ids[:, -1:], drafts.tokens], dim=-1), cache, drafts)
+    for layer, was_recording in zip(cache.layers, recording, strict=True):
+        if was_recording is False:  # a sliding window, which plain decoding would let grow without end
+            layer.record_past = False
     if streamer is not None:
         streamer.end()
     if generation_config.return_dict_in_generate:
@@ -147,7 +152,7 @@ def _check_options(generation_config: Any, model_kwargs: dict[str, Any], synced_
     if generation_config.guidance_scale not in (None, 1):
         raise UltraFuserError("speculative decoding has no guidance. Leave out guidance_scale or speculative")
     if not model_kwargs.get("use_cache"):
-        raise UltraFuserError("speculative decoding needs use_cache=True, got use_cache=False. Leave out one of them")
+        raise UltraFuserError("speculative decoding needs use_cache=True. Leave out use_cache or speculative")
     if model_kwargs.get("position_ids") is not None:
         raise UltraFuserError("speculative decoding takes no position_ids. Leave out one of them")
 
@@ -181,7 +186,7 @@ class _Chooser:
 
     def draw(self, input_ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The next token of each row, (B), and the probabilities that it was drawn from, (B, V). None: it has the most."""
-        scores = self.logits_processor(input_ids, logits.to(torch.float32, copy=True))
+        scores = self.logits_processor(input_ids, logits.to(input_ids.device, torch.float32, copy=True))
         if not self.do_sample:
             return scores.argmax(-1), None
         probs = scores.softmax(-1)
@@ -198,7 +203,8 @@ class _Chooser:
         if not self.do_sample:
             token, _ = self.draw(input_ids, logits)
             return token, token == draft
-        target = self.logits_processor(input_ids, logits.to(torch.float32, copy=True)).softmax(-1)  # (B, V)
+        scores = self.logits_processor(input_ids, logits.to(input_ids.device, torch.float32, copy=True))
+        target = scores.softmax(-1)  # (B, V)
         certain = torch.nn.functional.one_hot(draft, target.shape[-1]).to(target)
         proposal = certain if drafts.probs is None else drafts.probs[:, i]
         ratio = target.gather(1, draft[:, None]) / proposal.gather(1, draft[:, None])
@@ -263,6 +269,10 @@ class _Drafting:
         limit = max(0, min(limit, self.speculation.max_draft))
         if self._text is not None and (length := self._text.next_length(limit)):
             tokens = _continuations(input_ids, length, unfinished)
+            unknown = (
+                (tokens >= self.model.config.vocab_size).any(0).nonzero()
+            )  # a prompt may hold tokens of one specialist
+            tokens = tokens[:, : int(unknown[0])] if len(unknown) else tokens
             if tokens.shape[1]:
                 return _Drafts(tokens, source=self._text)
         if len(self._groups) > 1 and self.speculation.mode != "ngram":
@@ -276,6 +286,7 @@ class _Drafting:
     ) -> _Drafts:
         """Let a group draft, and read its last draft, so that its states are complete."""
         model, group = self.model, self.model.groups[leader]
+        chooser = copy.deepcopy(chooser)  # processors may count tokens, and the check will show them these again
         members = [model.config.names.index(name) for name in group.names]
         locations = [(leader, i) for i in range(group.size)]
         heads = model.heads()
@@ -290,7 +301,7 @@ class _Drafting:
             log_weights = model.gate.score_states(member_states, members).log_softmax(-1)
             specialist_logits = all_logits(member_states, [heads[k] for k in members])
             logits = mix_logits(specialist_logits, log_weights, model.config.mixing, model.config.masked_token_ids)
-            token, token_probs = chooser.draw(text, logits[:, -1].to(text.device))
+            token, token_probs = chooser.draw(text, logits[:, -1])
             text = torch.cat([text, token[:, None]], dim=-1)
             probs.append(token_probs)
         joined = {location: torch.cat([states[location] for states in steps], dim=1) for location in locations}
