@@ -1,6 +1,6 @@
 """Write the tables of docs/speed.md. With --check, fail when they are out of date.
 
-benchmarks/decoding.py, benchmarks/few_rows.py and benchmarks/scaling.py wrote the results.
+benchmarks/decoding.py and benchmarks/few_rows.py wrote the results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ def main() -> None:
     for name, file, tables in (
         ("decoding", "decoding.json", decoding_tables),
         ("products", "few-rows.json", product_table),
-        ("scaling", "scaling.json", scaling_table),
     ):
         results = json.loads((RESULTS / file).read_text(encoding="utf-8"))
         refresh(PAGE, f"<!-- {name}:start -->", f"<!-- {name}:end -->", tables(results), "speed_page")
@@ -66,23 +65,6 @@ def product_table(results: dict) -> str:
         for order in ("usual", "other"):
             values = " | ".join(f"{of_shape[count][f'{order}_ms']:.2f}" for count in rows)
             lines.append(f"| {shape[0]} x {shape[1]} | {order} | {values} |")
-    return "\n".join(lines)
-
-
-def scaling_table(results: dict) -> str:
-    machine, steps = results["machine"], results["steps"]
-    settings = list(dict.fromkeys((step["context"], step["batch"]) for step in steps))
-    columns = " | ".join(f"{context:,} tokens, batch {batch}" for context, batch in settings)
-    lines = [
-        f"The machine reads {machine['read_gb_per_s']} GB/s and multiplies at {machine['gflops']} GFLOP/s, with {machine['threads']} "
-        f"thread{'s' * (machine['threads'] > 1)}. Medians of {results['rounds']} rounds, ms a step:",
-        "",
-        f"| | weights, MiB | {columns} |",
-        "|---|---:|" + "---:|" * len(settings),
-    ]
-    for name, weights in results["weights_mib"].items():
-        times = {(step["context"], step["batch"]): step["ms"] for step in steps if step["system"] == name}
-        lines.append(f"| {name} | {weights:,} | {' | '.join(f'{times[setting]:,.0f}' for setting in settings)} |")
     return "\n".join(lines)
 
 
