@@ -31,6 +31,7 @@ def launch(folder: Path, processes: int, *recipes: object, prelude: str = "") ->
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
                str(script), *map(str, recipes)]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env["COLUMNS"] = "1000"  # the console would break lines in the middle of a path
     process = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
     assert process.stdout.count(f"a process of {processes}") == processes, process.stderr[-3000:]
     return process
