@@ -23,6 +23,7 @@ TOKENS = 16
 
 
 def make_group(shape: tuple[int, int, int, int], layers: int, dtype: torch.dtype) -> SpecialistGroup:
+    """A model of such a shape (see `SHAPES`), with an adapter of rank 16 in float32."""
     width, inner, heads, key_heads = shape
     config = LlamaConfig(
         vocab_size=64,
@@ -46,8 +47,8 @@ def make_group(shape: tuple[int, int, int, int], layers: int, dtype: torch.dtype
     return group
 
 
-def count_saved(group: SpecialistGroup) -> int:
-    """Bytes that a pass keeps for the backward pass, weights left out."""
+def count_saved(group: SpecialistGroup, tokens: int) -> int:
+    """Bytes that a pass over so many tokens keeps for the backward pass, weights left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in group.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -56,7 +57,7 @@ def count_saved(group: SpecialistGroup) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        group(torch.zeros(1, 1, TOKENS, dtype=torch.long))
+        group(torch.zeros(1, 1, tokens, dtype=torch.long))
     return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in weights)
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     for label, shape in SHAPES.items():
         for dtype in (torch.bfloat16, torch.float32):
             one, two = (make_group(shape, layers, dtype) for layers in (1, 2))
-            counted, estimate = count_saved(two) - count_saved(one), layer_bytes(one, TOKENS)
+            counted, estimate = count_saved(two, TOKENS) - count_saved(one, TOKENS), layer_bytes(one, TOKENS)
             print(
                 f"{label}, {dtype}: counted {counted / TOKENS / 1000:.1f} KB per token and layer, estimated "
                 f"{estimate / TOKENS / 1000:.1f} KB, ratio {estimate / counted:.3f}",

@@ -72,7 +72,7 @@ def main() -> None:
     for number, (domain, chat) in enumerate(prompts):
         rows += _round(systems, renderer, shared, domain, chat, args.tokens, number)
     result = {
-        "machine": {"processor": processor(), "threads": args.threads, "torch": torch.__version__},
+        "machine": describe_machine(args.threads),
         "versions": {name: version(name) for name in ("transformers", "ultrafuser")},
         "tokens": args.tokens,
         "rounds": len(prompts),
@@ -243,11 +243,12 @@ def _summary(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any
     return out
 
 
-def processor() -> str:
-    """The name of this machine's processor."""
+def describe_machine(threads: int) -> dict[str, Any]:
+    """What the figures depend on besides the code."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {"processor": next(names, platform.machine()), "threads": threads, "torch": torch.__version__}
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from decoding import processor
+from decoding import describe_machine
 from ultrafuser.model.few_rows import _FILLED, _other_order
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (49152, 576))  # (out, in) of SmolLM2-135M
@@ -39,7 +39,7 @@ def main() -> None:
             for rows in ROWS:
                 results.append(_measure(shape, rows, weights, args.rounds))
                 print(results[-1], flush=True)
-    machine = {"processor": processor(), "threads": args.threads, "torch": torch.__version__}
+    machine = describe_machine(args.threads)
     if args.json:
         args.json.write_text(
             json.dumps({"machine": machine, "rounds": args.rounds, "products": results}, indent=1) + "\n",

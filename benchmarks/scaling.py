@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from decoding import processor
+from decoding import describe_machine
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import package_path
 from ultrafuser.recipe import load_recipe
@@ -58,13 +58,7 @@ def main() -> None:
     weights = {
         name: round(sum(p.numel() * p.dtype.itemsize for p in m.parameters()) / 2**20) for name, m in models.items()
     }
-    machine = {
-        "processor": processor(),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "read_gb_per_s": bandwidth,
-        "gflops": product_speed(),
-    }
+    machine = describe_machine(args.threads) | {"read_gb_per_s": bandwidth, "gflops": product_speed()}
     if args.json:
         content = {"machine": machine, "rounds": args.rounds, "weights_mib": weights, "steps": results}
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from activations import count_saved, make_group
 from tiny_models import save_adapter
 from training_fixtures import GATE, JOINT, RecordingProgress, losses
 from ultrafuser.errors import TrainingError
-from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.train import memory
 from ultrafuser.train.memory import activation_bytes
 
@@ -63,37 +63,8 @@ def test_a_model_without_it_is_refused_where_it_is_asked_for_and_left_alone_othe
 )
 def test_the_estimate_is_what_a_layer_keeps(shape, dtype):
     """Counted at 1/8 of the width of public models, where an adapter of rank 16 weighs more than in the models themselves."""
-    one, two = (saved_bytes(*shape, layers, dtype, tokens=32) for layers in (1, 2))
-    group = new_group(*shape, 1, dtype)
-    assert memory.layer_bytes(group, 32) == pytest.approx(two - one, rel=0.05)
-
-
-def new_group(width: int, inner: int, layers: int, dtype: torch.dtype) -> SpecialistGroup:
-    """A model with an adapter of rank 16."""
-    fields = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
-    config = LlamaConfig(vocab_size=64, num_attention_heads=8, num_key_value_heads=4, **fields)
-    group = SpecialistGroup(LlamaForCausalLM(config).to(dtype), ["text"], [None])
-    group.new_adapters(16, 32.0, 0.0, "all-linear")
-    group.requires_grad_(False)
-    for parameter in group.adapter_parameters():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    return group
-
-
-def saved_bytes(width: int, inner: int, layers: int, dtype: torch.dtype, tokens: int) -> int:
-    """Bytes that a pass keeps for the backward pass, weights left out."""
-    group = new_group(width, inner, layers, dtype)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in group.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        group(torch.zeros(1, 1, tokens, dtype=torch.long))
-    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in weights)
+    one, two = (make_group((*shape, 8, 4), layers, dtype) for layers in (1, 2))
+    assert memory.layer_bytes(one, 32) == pytest.approx(count_saved(two, 32) - count_saved(one, 32), rel=0.05)
 
 
 def test_the_estimate_at_the_shape_of_qwen2_5_7b():

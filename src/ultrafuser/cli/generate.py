@@ -70,7 +70,9 @@ def generate_command(
 ) -> None:
     """Answer prompts, in batches."""
     if speculative is not None:
-        check_choice("--speculative", speculative, ("auto", "ngram", "specialist"))
+        from ultrafuser.model.speculation import MODES
+
+        check_choice("--speculative", speculative, MODES)
     progress = ConsoleProgress()
     chats = _conversations(prompt, file, system, on_bad_row, progress)
     model, renderer = load_folder(folder, dtype, device, seed, trust_remote_code)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,14 +91,6 @@ class UltraFuserCache(Cache):
         if cached is None:
             cached = ids.new_ones(*ids.shape[:2], self.get_seq_length())
         return torch.cat([cached.to(ids.device), ids.new_ones(ids.shape) if mask is None else mask.to(cached)], dim=-1)
-
-    def mask_with(self, new: int) -> torch.Tensor | None:
-        """The attention mask of the cached columns and `new` real tokens, (B, K, C + new). None if nothing is padded."""
-        if self.attention_mask is None:
-            return None
-        return torch.cat(
-            [self.attention_mask, self.attention_mask.new_ones(*self.attention_mask.shape[:2], new)], dim=-1
-        )
 
     def record(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Remember the tokens whose states were just added: (B, K, T), and the mask of all columns, (B, K, C + T)."""
@@ -226,6 +219,18 @@ class UltraFuserCache(Cache):
         """Drop everything."""
         super().reset()
         self.input_ids = self.attention_mask = None
+
+    @contextmanager
+    def recording_past(self) -> Iterator[None]:
+        """In the block, `crop` can take back more tokens than a sliding window holds. Call it after every pass."""
+        recording = [getattr(layer, "record_past", None) for layer in self.layers]
+        self.activate_past_recording()
+        try:
+            yield
+        finally:
+            for layer, was_recording in zip(self.layers, recording, strict=True):
+                if was_recording is False:  # without `crop` it would grow without end
+                    layer.record_past = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as many as the negative number says."""

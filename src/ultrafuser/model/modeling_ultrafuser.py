@@ -174,6 +174,7 @@ class UltraFuserForCausalLM(
         attention_mask: torch.Tensor | None = None,
         cache: UltraFuserCache | None = None,
         position_ids: torch.Tensor | None = None,
+        known: Mapping[tuple[int, int], torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """Last hidden states of the specialists in `local_indices`: of all, unless several processes share them.
 
@@ -181,6 +182,7 @@ class UltraFuserForCausalLM(
             input_ids: (B, T) for all alike, or (B, K, T).
             attention_mask: the same shape, preceded by the cached tokens or not. None if none of these is padding.
             position_ids: (B, T). By default the positions count the tokens that are no padding.
+            known: what `run_groups` returned for groups that have read these tokens. They do not run again.
 
         Returns:
             K tensors (B, T, D_k).
@@ -194,11 +196,14 @@ class UltraFuserForCausalLM(
             if input_ids.dim() == 2:
                 input_ids = input_ids[:, None].expand(-1, len(self._order), -1)
             attention_mask = cache.full_mask(attention_mask, input_ids)
-        present = [g for g, group in enumerate(self.groups) if not isinstance(group, AbsentGroup)]
-        states = self.run_groups(present, input_ids, attention_mask, cache, position_ids)
+        states = dict(known or {})
+        missing = [
+            g for g, group in enumerate(self.groups) if not isinstance(group, AbsentGroup) and (g, 0) not in states
+        ]
+        states |= self.run_groups(missing, input_ids, attention_mask, cache, position_ids)
         if cache is not None:
             cache.record(input_ids, attention_mask)
-        return self.ordered_states(states)
+        return [states[location] for location in self._order if location in states]
 
     def run_groups(
         self,
@@ -224,19 +229,22 @@ class UltraFuserForCausalLM(
             states |= {(g, i): out[i] for i in range(group.size)}
         return states
 
-    def ordered_states(self, states: Mapping[tuple[int, int], torch.Tensor]) -> list[torch.Tensor]:
-        """The states of `run_groups` in the order of `local_indices`."""
-        return [states[location] for location in self._order if location in states]
-
     def log_weights(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
         """Log weights of all specialists at the states of `local_indices`: (..., K)."""
         if self.share is None:
             return self.gate(states)
         return self.share.gather(self.gate.score_states(states, self.local_indices)).log_softmax(dim=-1)
 
-    def mix(self, states: Sequence[torch.Tensor], log_weights: torch.Tensor) -> torch.Tensor:
-        """Mixed logits of K states (..., D_k) by log weights (..., K): (..., V). See `mix_logits`."""
-        logits = all_logits(states, self.heads())  # K x (..., V)
+    def mix(
+        self, states: Sequence[torch.Tensor], log_weights: torch.Tensor, indices: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Mixed logits of K states (..., D_k) by log weights (..., K): (..., V). See `mix_logits`.
+
+        Args:
+            indices: the specialists that the states are of. Default: all.
+        """
+        heads = self.heads()
+        logits = all_logits(states, heads if indices is None else [heads[k] for k in indices])  # K x (..., V)
         return mix_logits(logits, log_weights, self.config.mixing, self.config.masked_token_ids)
 
     def forward(

@@ -93,7 +93,8 @@ class SpecialistMesh:
     def reduce_gradients(self, model: Any) -> None:
         """Average the gradients over the batches. Those of the gate are also added over the specialists.
 
-        The backward pass has averaged those of divided weights. All processes must have trained the same number of rows, and scaled their loss by the number of batches.
+        The backward pass has averaged those of divided weights. All processes must have trained the same number of rows, and
+        scaled their loss by the number of batches.
         """
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad or isinstance(parameter, DTensor):

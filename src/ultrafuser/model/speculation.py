@@ -19,8 +19,6 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache import UltraFuserCache
 from .errors import UltraFuserError
-from .loss import all_logits
-from .mixing import mix_logits
 
 MODES = ("auto", "ngram", "specialist")
 _NGRAM = (2, 8)  # tokens that must stand in the text before, and that are compared at most
@@ -97,50 +95,34 @@ def decode_speculatively(
         UltraFuserError: an option that this loop lacks, or a cache that cannot take back tokens.
     """
     _check_options(generation_config, model_kwargs, synced_gpus)
-    chooser = _Chooser(logits_processor, generation_config.do_sample)
-    pad_id = generation_config._pad_token_tensor
-    has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     cache, logits = outputs.past_key_values, outputs.logits[:, -1:]  # (B, 1, V)
     if not isinstance(cache, UltraFuserCache) or not cache.can_join:
         raise UltraFuserError(
             "speculative decoding takes tokens back, which the cache of a recurrent specialist cannot. Leave out speculative"
         )
-    recording = [getattr(layer, "record_past", None) for layer in cache.layers]
-    cache.activate_past_recording()
+    chooser = _Chooser(logits_processor, generation_config.do_sample)
+    answers = _Answers(input_ids, chooser, stopping_criteria, generation_config._pad_token_tensor, streamer)
     drafting = _Drafting(model, speculation)
+    longest = min([stopping_criteria.max_length or 2**31, *model.config.contexts.values()])
     drafts = _Drafts(input_ids[:, :0])
-    while True:
-        for kept in range(drafts.size + 1):  # the number of drafts that every row has kept
-            token, same = chooser.check(input_ids, logits[:, kept], drafts, kept)
-            if has_end:
-                token = torch.where(unfinished, token, pad_id.to(token.device))
-            input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
-            speculation.tokens += 1
-            if streamer is not None:
-                streamer.put(token.cpu())
-            same = same | ~unfinished if has_end else same  # without an end token, finished rows go on, as in `_sample`
-            unfinished = unfinished & ~stopping_criteria(input_ids, None)
-            if not unfinished.any() or not same.all():
+    with cache.recording_past():
+        while True:
+            kept = answers.add(logits, drafts)
+            speculation.tokens += kept + 1
+            cache.crop(kept - drafts.size)
+            drafting.learn(drafts, kept)
+            if not answers.unfinished.any():
                 break
-        cache.crop(kept - drafts.size)
-        drafting.learn(drafts, kept)
-        if not unfinished.any():
-            break
-        model.check_length(input_ids[:, -1:], cache)
-        room = min([stopping_criteria.max_length or 2**31, *model.config.contexts.values()]) - input_ids.shape[1] - 1
-        drafts = drafting.draft(input_ids, cache, room, chooser, unfinished if has_end else torch.ones_like(unfinished))
-        logits = drafting.verify(torch.cat([input_ids[:, -1:], drafts.tokens], dim=-1), cache, drafts)
-    for layer, was_recording in zip(cache.layers, recording, strict=True):
-        if was_recording is False:  # a sliding window, which plain decoding would let grow without end
-            layer.record_past = False
+            ids = answers.input_ids
+            model.check_length(ids[:, -1:], cache)
+            drafts = drafting.draft(ids, cache, longest - ids.shape[1] - 1, chooser, answers.going_on)
+            logits = drafting.verify(torch.cat([ids[:, -1:], drafts.tokens], dim=-1), cache, drafts)
     if streamer is not None:
         streamer.end()
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
-    return input_ids
+        return GenerateDecoderOnlyOutput(sequences=answers.input_ids, past_key_values=cache)
+    return answers.input_ids
 
 
 def _check_options(generation_config: Any, model_kwargs: dict[str, Any], synced_gpus: bool) -> None:
@@ -186,7 +168,7 @@ class _Chooser:
 
     def draw(self, input_ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The next token of each row, (B), and the probabilities that it was drawn from, (B, V). None: it has the most."""
-        scores = self.logits_processor(input_ids, logits.to(input_ids.device, torch.float32, copy=True))
+        scores = self._scores(input_ids, logits)
         if not self.do_sample:
             return scores.argmax(-1), None
         probs = scores.softmax(-1)
@@ -196,15 +178,11 @@ class _Chooser:
         self, input_ids: torch.Tensor, logits: torch.Tensor, drafts: _Drafts, i: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The next token of each row, and whether it is the i-th draft, so that the logits behind that one are valid."""
-        if i == drafts.size:  # behind the drafts
+        draft = drafts.tokens[:, i] if i < drafts.size else None
+        if draft is None or not self.do_sample:
             token, _ = self.draw(input_ids, logits)
-            return token, torch.zeros_like(token, dtype=torch.bool)
-        draft = drafts.tokens[:, i]
-        if not self.do_sample:
-            token, _ = self.draw(input_ids, logits)
-            return token, token == draft
-        scores = self.logits_processor(input_ids, logits.to(input_ids.device, torch.float32, copy=True))
-        target = scores.softmax(-1)  # (B, V)
+            return token, torch.zeros_like(token, dtype=torch.bool) if draft is None else token == draft
+        target = self._scores(input_ids, logits).softmax(-1)  # (B, V)
         certain = torch.nn.functional.one_hot(draft, target.shape[-1]).to(target)
         proposal = certain if drafts.probs is None else drafts.probs[:, i]
         ratio = target.gather(1, draft[:, None]) / proposal.gather(1, draft[:, None])
@@ -213,6 +191,50 @@ class _Chooser:
         rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, target)  # equal distributions, which reject nothing
         other = torch.multinomial(rest, 1)[:, 0]
         return torch.where(accepted, draft, other), accepted
+
+    def _scores(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return self.logits_processor(input_ids, logits.to(input_ids.device, torch.float32, copy=True))
+
+
+class _Answers:
+    """The rows as far as they are written.
+
+    Attributes:
+        input_ids: (B, T).
+        unfinished: (B), the rows that no criterion has ended.
+    """
+
+    def __init__(
+        self, input_ids: torch.Tensor, chooser: _Chooser, stopping_criteria: Any, pad_id: Any, streamer: Any
+    ) -> None:
+        self.input_ids, self._chooser, self._pad_id, self._streamer = input_ids, chooser, pad_id, streamer
+        self._criteria = stopping_criteria
+        self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    @property
+    def going_on(self) -> torch.Tensor:
+        """(B), the rows that get more than padding. Without an end token these are all, as in `_sample`."""
+        return self.unfinished if self._pads else torch.ones_like(self.unfinished)
+
+    def add(self, logits: torch.Tensor, drafts: _Drafts) -> int:
+        """Add tokens up to the first that is no draft, and return how many drafts all rows have kept.
+
+        Args:
+            logits: of the fused model before each draft and behind the last, (B, n + 1, V).
+        """
+        for kept in range(drafts.size + 1):
+            token, same = self._chooser.check(self.input_ids, logits[:, kept], drafts, kept)
+            going_on = self.going_on
+            if self._pads:
+                token = torch.where(going_on, token, self._pad_id.to(token.device))
+            self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
+            if self._streamer is not None:
+                self._streamer.put(token.cpu())
+            self.unfinished = self.unfinished & ~self._criteria(self.input_ids, None)
+            if not self.unfinished.any() or not (same | ~going_on).all():
+                break
+        return kept
 
 
 class _Acceptance:
@@ -259,6 +281,7 @@ class _Drafting:
         self._text = _Acceptance(position) if speculation.mode != "specialist" else None
         # a group that runs ahead takes a pass of its own for each draft, and spares it later
         self._groups = [_Acceptance(1 / size + (1 - 1 / size) * position) for _ in range(size)]
+        self._members = [[model.config.names.index(name) for name in group.names] for group in model.groups]
         self._mass = torch.zeros(size)  # recent gate weight of each group
         self._last_weights: torch.Tensor | None = None  # (B, n + 1, K)
 
@@ -269,9 +292,8 @@ class _Drafting:
         limit = max(0, min(limit, self.speculation.max_draft))
         if self._text is not None and (length := self._text.next_length(limit)):
             tokens = _continuations(input_ids, length, unfinished)
-            unknown = (
-                (tokens >= self.model.config.vocab_size).any(0).nonzero()
-            )  # a prompt may hold tokens of one specialist
+            # a prompt may hold tokens of one specialist
+            unknown = (tokens >= self.model.config.vocab_size).any(0).nonzero()
             tokens = tokens[:, : int(unknown[0])] if len(unknown) else tokens
             if tokens.shape[1]:
                 return _Drafts(tokens, source=self._text)
@@ -285,37 +307,31 @@ class _Drafting:
         self, leader: int, input_ids: torch.Tensor, cache: UltraFuserCache, length: int, chooser: _Chooser
     ) -> _Drafts:
         """Let a group draft, and read its last draft, so that its states are complete."""
-        model, group = self.model, self.model.groups[leader]
+        model, members = self.model, self._members[leader]
         chooser = copy.deepcopy(chooser)  # processors may count tokens, and the check will show them these again
-        members = [model.config.names.index(name) for name in group.names]
-        locations = [(leader, i) for i in range(group.size)]
-        heads = model.heads()
         probs: list[Any] = []
         text, steps = input_ids, []
         for step in range(length + 1):
-            states = model.run_groups([leader], text[:, -1:], cache.mask_with(step + 1), cache)
+            new = text[:, input_ids.shape[1] - 1 :]  # (B, step + 1), which the cache has not recorded
+            mask = cache.full_mask(None, new[:, None].expand(-1, len(model.config.specialists), -1))
+            states = model.run_groups([leader], new[:, -1:], mask, cache)
             steps.append(states)
             if step == length:
                 break
-            member_states = [states[location] for location in locations]
+            member_states = list(states.values())
             log_weights = model.gate.score_states(member_states, members).log_softmax(-1)
-            specialist_logits = all_logits(member_states, [heads[k] for k in members])
-            logits = mix_logits(specialist_logits, log_weights, model.config.mixing, model.config.masked_token_ids)
+            logits = model.mix(member_states, log_weights, members)
             token, token_probs = chooser.draw(text, logits[:, -1])
             text = torch.cat([text, token[:, None]], dim=-1)
             probs.append(token_probs)
-        joined = {location: torch.cat([states[location] for states in steps], dim=1) for location in locations}
+        joined = {location: torch.cat([states[location] for states in steps], dim=1) for location in steps[0]}
         drawn = torch.stack(probs, dim=1) if chooser.do_sample else None
         return _Drafts(text[:, input_ids.shape[1] :], drawn, joined, self._groups[leader])
 
     def verify(self, ids: torch.Tensor, cache: UltraFuserCache, drafts: _Drafts) -> torch.Tensor:
         """Logits (B, n + 1, V) of the fused model at the tokens (B, n + 1) that the cache does not hold yet."""
         model = self.model
-        drafted = {g for g, _ in drafts.states}
-        others = [g for g in range(len(model.groups)) if g not in drafted]
-        mask = cache.mask_with(ids.shape[1])
-        states = model.ordered_states(drafts.states | model.run_groups(others, ids, mask, cache))
-        cache.record(ids[:, None].expand(-1, len(states), -1), mask)
+        states = model.specialist_states(ids, cache=cache, known=drafts.states)
         log_weights = model.gate(states)
         self._last_weights = log_weights.exp()
         self.speculation.passes += 1
@@ -329,9 +345,8 @@ class _Drafting:
             drafts.source.learn(kept, drafts.size)
         if self._last_weights is not None and len(self._groups) > 1:
             weights = self._last_weights[:, : kept + 1].mean((0, 1)).cpu()  # (K,)
-            for g, group in enumerate(self.model.groups):
-                mass = sum(float(weights[self.model.config.names.index(name)]) for name in group.names)
-                self._mass[g] = 0.5 * self._mass[g] + 0.5 * mass
+            mass = torch.stack([weights[members].sum() for members in self._members])
+            self._mass = 0.5 * self._mass + 0.5 * mass.to(self._mass)
 
 
 def _continuations(input_ids: torch.Tensor, length: int, unfinished: torch.Tensor) -> torch.Tensor:

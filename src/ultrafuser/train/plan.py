@@ -106,15 +106,7 @@ def plan(recipe: Recipe, *, memory: int, processes: int | None = None, kind: str
             "recipe without `quantization` for an upper limit"
         )
     share = recipe.parallel.specialist
-    setup = _Setup(
-        memory,
-        processes or share,
-        kind,
-        share,
-        _num_domains(model, recipe),
-        recipe.data.max_length,
-        recipe.parallel.shard,
-    )
+    setup = _make_setup(model, recipe, memory, processes or share, kind)
     if setup.processes % share:
         raise TrainingError(f"plan: {processes} processes cannot form groups of {share} (parallel.specialist)")
     if recipe.parallel.shard and setup.parts == 1:
@@ -166,16 +158,8 @@ def describe_memory(
     device = device or model.device
     if any(is_quantized(group.model) for group in model.local_groups):
         return ""
-    memory, parallel = device_bytes(model, device), recipe.parallel
-    setup = _Setup(
-        memory,
-        processes,
-        device.type,
-        parallel.specialist,
-        _num_domains(model, recipe),
-        recipe.data.max_length,
-        parallel.shard,
-    )
+    memory = device_bytes(model, device)
+    setup = _make_setup(model, recipe, memory, processes, device.type)
     plans = [_plan_share(model, recipe, _with_rows([model], recipe, stage, setup), setup) for stage in recipe.stages]
     text = "memory, estimated: " + ", ".join(f"stage {each.name} {each.total / GIB:.2f} GiB" for each in plans)
     if max(each.total for each in plans) > memory:
@@ -214,9 +198,8 @@ def fit_rows(
             f"stage {stage.name}: rows_per_device is auto, but the weights of {', '.join(names)} are quantised, and their memory "
             f"is not estimated. Set a number, such as stages.{stage.name}.rows_per_device=1"
         )
-    parallel = recipe.parallel
-    setup = _Setup(memory, processes, model.device.type, parallel.specialist, num_domains, length, parallel.shard)
-    return _fit_rows(model, recipe, stage, setup)
+    setup = _make_setup(model, recipe, memory, processes, model.device.type)
+    return _fit_rows(model, recipe, stage, replace(setup, num_domains=num_domains, length=length))
 
 
 @dataclass(frozen=True)
@@ -238,7 +221,7 @@ class _Setup:
     share: int
     num_domains: int
     length: int
-    shards: bool = False
+    shards: bool
 
     @property
     def parts(self) -> int:
@@ -252,6 +235,12 @@ class _Setup:
     def rows_of_process(self, stage: StageRecipe) -> int:
         """Rows of a global batch that one process reads."""
         return math.ceil(stage.samples_per_domain * self.num_domains * self.share / self.processes)
+
+
+def _make_setup(model: UltraFuserForCausalLM, recipe: Recipe, memory: int, processes: int, kind: str) -> _Setup:
+    """What the stages of a recipe run on, as far as it is known before its rows are read."""
+    parallel, num_domains = recipe.parallel, _num_domains(model, recipe)
+    return _Setup(memory, processes, kind, parallel.specialist, num_domains, recipe.data.max_length, parallel.shard)
 
 
 def _fit_rows(model: UltraFuserForCausalLM, recipe: Recipe, stage: GateStage | JointStage, setup: _Setup) -> int:

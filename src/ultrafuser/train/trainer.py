@@ -99,11 +99,15 @@ class FusionTrainer(Trainer):
         batches = [self._collate(items) for items in passes]
         return {"passes": batches, "labels": torch.cat([batch["labels"].flatten() for batch in batches])}
 
+    def _data_rank(self) -> tuple[int, int]:
+        """Which of the processes that read different rows this is, and how many they are."""
+        if self.mesh is None:
+            return self.args.process_index, self.args.world_size
+        return self.mesh.data_rank, self.mesh.data_size
+
     def get_train_dataloader(self) -> DataLoader:
         if self.tokens_per_device is not None:
-            rank, num_ranks = self.args.process_index, self.args.world_size
-            if self.mesh is not None:
-                rank, num_ranks = self.mesh.data_rank, self.mesh.data_size
+            rank, num_ranks = self._data_rank()
             steps = TokenBatches(self.sampler, self.tokens_per_device, rank=rank, num_ranks=num_ranks)
             passes = DataLoader(_RowLists(self.train_dataset), batch_sampler=steps, collate_fn=self._collate_passes)
             return prepare_data_loader(passes, num_processes=1, process_index=0)
@@ -219,9 +223,7 @@ class FusionTrainer(Trainer):
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
         was_training = self.model.training
         self.model.eval()
-        rank, num_ranks = self.args.process_index, self.args.world_size
-        if self.mesh is not None:
-            rank, num_ranks = self.mesh.data_rank, self.mesh.data_size
+        rank, num_ranks = self._data_rank()
         indices = range(rank, len(rows), num_ranks)
         totals = torch.zeros_like(self._totals)
         budget = TOKENS_PER_BATCH["cpu"]  # the small one on every device, beside the optimizer's states
