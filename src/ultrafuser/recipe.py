@@ -252,6 +252,11 @@ class JointStage(_RowStage):
         default="lora", description="Train adapters of the specialists, or all their weights."
     )
     lora: LoraRecipe = Field(default_factory=LoraRecipe, description="The adapters.")
+    kl_coef: NonNegativeFloat = Field(
+        default=0.0,
+        description="Hold each specialist to its predictions from before the stage where they were right: the loss gains `kl_coef` times the mean "
+        "over tokens of q(label) KL(q || p), with q its distribution before and p the present one.",
+    )
     gradient_checkpointing: Literal["auto"] | bool = Field(
         default="auto",
         description="Compute activations again in the backward pass instead of keeping them. `auto`: if they would take more than half "
@@ -376,6 +381,8 @@ class Recipe(Node):
             raise ValueError("got both 'specialists' and 'fused', expected one of them. Remove the other")
         if self.fused is None and not self.specialists:
             raise ValueError("no specialists. List at least one under 'specialists' or give a 'fused' folder")
+        if self.parallel.shard and any(isinstance(stage, JointStage) and stage.kl_coef for stage in self.stages):
+            raise ValueError("got both 'kl_coef' and 'parallel.shard', expected one of them. Set kl_coef to 0")
         if not self.stages:
             raise ValueError("'stages' is empty, expected at least one of gate and joint")
         for key in ("specialists", "stages"):

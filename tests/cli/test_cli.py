@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -348,6 +349,35 @@ def test_inspect_gives_means_by_domain_of_a_file(run, folder, tiny_run, tmp_path
 
 
 # ---------------------------------------------------------------- train
+
+
+def test_a_sweep_prints_the_lowest_loss_first(run, folder, tiny_run, tmp_path):
+    data = {"validation": [str(tiny_run.folder / "held-out.jsonl")]}
+    fields = tiny_run.fields(tmp_path / "runs", [GATE | {"calibrate": False}], fused=str(folder), data=data)
+    fields.pop("specialists")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(fields))
+    words = ["train", recipe, "--sweep", "stages.gate.lr=1e-6,1e-2", "--sweep", "seed=0,1"]
+    made = run(*words)
+    assert made.code == 0, made.err
+    loss = {
+        (run["overrides"][0][-4:], run["overrides"][1]): run["loss"]["mean"]
+        for run in json.loads((tmp_path / "runs" / "sweep.json").read_text())
+    }
+    best = min(loss, key=loss.__getitem__)
+    assert best[0] == "1e-2"
+    lines = [
+        line for line in made.out.splitlines() if line.strip().startswith("stages.gate.lr=") and "over" not in line
+    ]
+    assert [line.split()[1] for line in lines if line.split()[0].endswith("1e-2")] == [
+        seed for lr, seed in sorted(loss, key=loss.__getitem__) if lr == "1e-2"
+    ]
+    assert lines[0].split()[-1] == f"{loss[best]:.4f}"
+    assert made.out.count("over 2 seeds") == 2
+    assert f"next: ultrafuser chat {tmp_path / 'runs'}/stages.gate.lr=1e-2,{best[1]}/fused" in made.out
+    assert run(*words).code == 2
+    again = run(*words, "--resume", "--json")
+    assert [each["loss"]["mean"] for each in again.json()] == list(loss.values())
 
 
 def test_train_starts_from_a_fused_folder_and_the_result_generates(run, folder, tiny_run, tmp_path):

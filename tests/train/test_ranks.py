@@ -17,7 +17,7 @@ from ultrafuser.specialists import fuse
 ROOT = Path(__file__).parents[2]
 
 CASES = {
-    "cached-lora": ({"cache_features": True}, [GATE, JOINT]),
+    "cached-lora": ({"cache_features": True}, [GATE, JOINT | {"kl_coef": 500}]),
     "uncached-full": (
         {"cache_features": False, "mixing": "logits"},
         [GATE | {"rows_per_device": 1}, {"name": "joint", "steps": 2, "samples_per_domain": 2, "specialists": "full"}],

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import ultrafuser
 from training_fixtures import (
@@ -182,6 +183,28 @@ def test_another_recipe_is_not_resumed(tiny_run, tmp_path):
     tiny_run.train(tmp_path / "run", [GATE | {"steps": 1}])
     with pytest.raises(TrainingError, match=r"has another recipe \(differs in: steps: 2\)"):
         tiny_run.train(tmp_path / "run", [GATE | {"steps": 2}], resume=True)
+
+
+def test_a_run_of_an_older_version_is_resumed(tiny_run, tmp_path):
+    """Its recipe lacks the fields that came later, which have their defaults."""
+    tiny_run.train(tmp_path / "run", [GATE | {"steps": 1}])
+    saved = tmp_path / "run" / "recipe.yaml"
+    fields = yaml.safe_load(saved.read_text())
+    del fields["stages"][0]["features_per_row"], fields["parallel"]
+    saved.write_text(yaml.safe_dump(fields))
+    tiny_run.train(tmp_path / "run", [GATE | {"steps": 1}], resume=True)
+    del fields["stages"][0]["calibrate"]
+    saved.write_text(yaml.safe_dump(fields))
+    with pytest.raises(TrainingError, match=r"has another recipe \(differs in: calibrate: false\)"):
+        tiny_run.train(tmp_path / "run", [GATE | {"steps": 1, "calibrate": False}], resume=True)
+
+
+def test_a_recipe_with_a_field_of_a_newer_version_is_not_resumed(tiny_run, tmp_path):
+    tiny_run.train(tmp_path / "run", [GATE | {"steps": 1}])
+    with (tmp_path / "run" / "recipe.yaml").open("a") as file:
+        file.write("later: 1\n")
+    with pytest.raises(TrainingError, match=r"has another recipe \(differs in: later: 1\)"):
+        tiny_run.train(tmp_path / "run", [GATE | {"steps": 1}], resume=True)
 
 
 def test_a_run_is_not_overwritten(tiny_run, tmp_path):

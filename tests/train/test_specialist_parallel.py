@@ -25,7 +25,7 @@ FULL = {"name": "joint", "steps": 3, "samples_per_domain": 2, "specialists": "fu
 # (processes, those that share the specialists): 2 x 2, where one holds two of the three specialists, and one for each
 MESHES = {"two": (4, 2), "three": (3, 3)}
 CASES = {
-    "lora-probabilities": (JOINT | {"rows_per_device": 1}, {"cache_features": True, "save_every": 1}),
+    "lora-probabilities": (JOINT | {"rows_per_device": 1, "kl_coef": 500}, {"cache_features": True, "save_every": 1}),
     "full-logits": (FULL, {"cache_features": False, "mixing": "logits", "save_every": 1}),
 }
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from rich.box import HORIZONTALS
 from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
@@ -98,10 +99,11 @@ def _specialists(options: list[str], templates: list[str]) -> list[dict[str, Any
     return list(specialists.values())
 
 
-def _how_to_resume(recipe: Path, overrides: list[str] | None, **options: Any) -> str:
+def _how_to_resume(recipe: Path, overrides: list[str] | None, sweep: list[str] | None, **options: Any) -> str:
     from ultrafuser.recipe import load_recipe
 
-    started = (Path(load_recipe(recipe, overrides or []).output) / "recipe.yaml").is_file()
+    output = Path(load_recipe(recipe, overrides or []).output)
+    started = (output / ("sweep.json" if sweep else "recipe.yaml")).is_file()
     return "Continue with the same command and --resume" if started else AGAIN
 
 
@@ -110,19 +112,31 @@ def train_command(
     recipe: Annotated[Path, Argument(help="Recipe (YAML). `docs/recipes.md` lists the fields.")],
     overrides: Overrides = None,
     resume: Annotated[bool, Option("--resume", help="Resume the interrupted run in `output`.")] = False,
+    sweep: Annotated[
+        list[str] | None,
+        Option(
+            help="FIELD=VALUE,VALUE,...: a run for each value, in folders of `output`, over one feature cache. Repeat it to train all "
+            "combinations.",
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Train the stages of a recipe: the gate, then the gate and the specialists."""
     from ultrafuser.recipe import load_recipe
 
-    typed = load_recipe(recipe, [*(overrides or []), *(TRUST if trust_remote_code else [])])
+    changes = [*(overrides or []), *(TRUST if trust_remote_code else [])]
+    typed = load_recipe(recipe, changes)
     is_first = int(os.environ.get("RANK", "0")) == 0  # only the first of several processes prints
+    progress = ConsoleProgress() if is_first else Progress()
     quiet_libraries()
+    if sweep:
+        _sweep(recipe, changes, sweep, resume, progress, as_json)
+        return
     from ultrafuser.train.metrics import read_metrics
     from ultrafuser.train.run import train
 
-    folder = train(typed, resume=resume, progress=ConsoleProgress() if is_first else Progress())
+    folder = train(typed, resume=resume, progress=progress)
     if not is_first:
         return
     last = {row["stage"]: row for row in read_metrics(folder / "metrics.jsonl")}
@@ -132,6 +146,44 @@ def train_command(
     for stage, row in last.items():
         echo(f"{stage}: " + ", ".join(f"{key} {value:.4f}" for key, value in row.items() if "loss/" in key))
     echo(f"fused checkpoint: {folder}\nnext: ultrafuser chat {folder}")
+
+
+def _sweep(
+    recipe: Path, changes: list[str], fields: list[str], resume: bool, progress: Progress, as_json: bool
+) -> None:
+    """Train a recipe with all combinations of some values, and print their losses, the lowest first."""
+    import statistics
+    from dataclasses import asdict
+
+    from ultrafuser.train.sweep import over_seeds, sweep
+
+    runs = sweep(recipe, changes, fields, resume=resume, progress=progress)
+    if type(progress) is Progress:  # not the first of several processes
+        return
+    if as_json:
+        echo(json.dumps([asdict(run) for run in runs]))
+        return
+    done = sorted((run for run in runs if run.loss), key=lambda run: run.loss["mean"] if run.loss else 0.0)
+    columns = list(done[0].loss or {})
+    table = Table(
+        title="nats per response token, lowest mean first", title_justify="left", header_style="bold", box=HORIZONTALS
+    )
+    table.add_column(Text("run"))
+    for column in columns:
+        table.add_column(Text(column), justify="right")
+    for run in done:
+        table.add_row(
+            Text(" ".join(run.overrides)), *(f"{(run.loss or {}).get(column, float('nan')):.4f}" for column in columns)
+        )
+    for rest, losses in over_seeds(runs):
+        if len(losses) > 1:
+            spread = f"mean {statistics.mean(losses):.4f}, standard deviation {statistics.stdev(losses):.4f}"
+            echo(f"{' '.join(rest) or 'all'}: {spread} over {len(losses)} seeds")
+    PlainConsole().print(table)
+    for run in runs:
+        if run.error:
+            echo(f"failed: {' '.join(run.overrides)}: {run.error}")
+    echo(f"best: {done[0].folder}/fused\nnext: ultrafuser chat {done[0].folder}/fused")
 
 
 @how_to_go_on(f"{AGAIN}, which starts the demo from its beginning")

@@ -42,6 +42,7 @@ class UltraFuserOutput(ModelOutput):
         past_key_values: the cache of all specialists.
         gate_weights: (B, T, K), or (B, R, K) at the labels, with `output_gate_weights=True`.
         token_loss: (B, R) nats at the labels, zero at other positions, with `output_gate_weights=True`.
+        response_states: K tensors (N, D_k), the specialists' states at the N labels, with `output_gate_weights=True`.
     """
 
     loss: torch.Tensor | None = None
@@ -49,6 +50,7 @@ class UltraFuserOutput(ModelOutput):
     past_key_values: Cache | None = None
     gate_weights: torch.Tensor | None = None
     token_loss: torch.Tensor | None = None
+    response_states: list[torch.Tensor] | None = None
 
 
 class UltraFuserForCausalLM(
@@ -308,7 +310,7 @@ class UltraFuserForCausalLM(
                 out = self._cross_entropy(selected, labels, None, num_items_in_batch)
             out.past_key_values = cache
         if labels is not None and not output_gate_weights:
-            out.gate_weights = out.token_loss = None
+            out.gate_weights = out.token_loss = out.response_states = None
         return out if return_dict else out.to_tuple()
 
     def _logits(
@@ -364,7 +366,9 @@ class UltraFuserForCausalLM(
         token_loss[labelled] = -log_p.detach()
         gate_weights = log_p.new_zeros(*labels.shape, log_weights.shape[-1])
         gate_weights[labelled] = log_weights.detach().exp().to(gate_weights)
-        return UltraFuserOutput(loss=-log_p.sum() / count, gate_weights=gate_weights, token_loss=token_loss)
+        return UltraFuserOutput(
+            loss=-log_p.sum() / count, gate_weights=gate_weights, token_loss=token_loss, response_states=selected
+        )
 
     def label_log_probs(
         self,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -319,6 +320,15 @@ def _without_devices(fields: Any) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key != "parallel"} | {"stages": stages}
 
 
+def _in_this_version(saved: Path) -> str:
+    """The recipe that a run has saved, with the defaults of fields that its version did not have."""
+    text = saved.read_text(encoding="utf-8")
+    try:
+        return dump_recipe(Recipe.model_validate(typed_yaml.parse(text, str(saved))))
+    except ValidationError:  # it has a field that this version does not have
+        return text
+
+
 def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
     """Check that no run is overwritten, and that a resumed run has the same recipe."""
     if not PartialState().is_main_process:
@@ -328,7 +338,7 @@ def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
         if saved.exists():
             raise TrainingError(f"{output} holds a run already. Continue it with --resume, or choose another output=")
         return
-    old, new = saved.read_text(encoding="utf-8"), dump_recipe(recipe)
+    old, new = _in_this_version(saved), dump_recipe(recipe)
     before, now = typed_yaml.parse(old, str(saved)), typed_yaml.parse(new, "recipe")
     if _without_devices(before) != _without_devices(now):
         added = [line.strip() for line in new.splitlines() if line not in old.splitlines()]

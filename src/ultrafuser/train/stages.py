@@ -39,6 +39,7 @@ from ultrafuser.train.metrics import METRICS_FILE, truncate_metrics
 from ultrafuser.train.outcome import train_outcome
 from ultrafuser.train.plan import fit_rows
 from ultrafuser.train.preemption import Preemption
+from ultrafuser.train.reference import ReferenceTrainer
 from ultrafuser.train.sharding import is_sharded, shard_weights
 from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, load_weights, save_trainable, trained_weights
 
@@ -187,7 +188,10 @@ def train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valida
         callbacks.append(SaveEvery(recipe.save_every))
     if recipe.early_stop_patience and run.validation:
         callbacks.append(EarlyStoppingCallback(recipe.early_stop_patience))
-    trainer = run.trainer(
+    make_trainer: Callable[..., FusionTrainer] = run.trainer
+    if isinstance(stage, JointStage) and stage.kl_coef:
+        make_trainer = partial(ReferenceTrainer, kl_coef=stage.kl_coef)
+    trainer = make_trainer(
         run.model,
         args,
         train_rows,
@@ -395,11 +399,15 @@ def _set_checkpointing(model: UltraFuserForCausalLM, enabled: bool) -> None:
 
 def _training_rows(run: StageRun, args: TrainingArguments) -> tuple[Rows, Rows]:
     """Training and validation rows: their cached features where the specialists are frozen and a cache pays."""
-    rows = run.rows
+    rows, validation = run.rows, run.validation
     if isinstance(run.stage, GateStage) and run.stage.features_per_row:
         rows = SampledRows(rows, run.stage.features_per_row, run.recipe.seed)
-    if isinstance(run.stage, JointStage) or not _caching_pays(run, rows):
-        return rows, run.validation
+    if isinstance(run.stage, JointStage):
+        if not run.stage.kl_coef:
+            return rows, validation
+        validation = []  # no reference is needed there
+    elif not _caching_pays(run, rows):
+        return rows, validation
     folder = run.features or run.folder.parent / "features"
     run.model.place(args.device)  # reading the device also starts the process group, where there is one
     rank, num_ranks, local_rank = args.process_index, args.world_size, args.local_process_index
@@ -419,7 +427,7 @@ def _training_rows(run: StageRun, args: TrainingArguments) -> tuple[Rows, Rows]:
         progress=run.progress,
     )
     train_rows = build(rows, folder / "train")
-    return train_rows, build(run.validation, folder / "validation") if run.validation else []
+    return train_rows, build(validation, folder / "validation") if validation else run.validation
 
 
 def _caching_pays(run: StageRun, rows: Sequence[Rendered]) -> bool:

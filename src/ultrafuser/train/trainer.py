@@ -24,7 +24,7 @@ from ultrafuser.data.files import disk_errors
 from ultrafuser.data.packed import domains_of, lengths_of
 from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import DiskError, TrainingError
-from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM, UltraFuserOutput
 from ultrafuser.progress import Progress
 from ultrafuser.train.features import FeatureStore, RowFeatures, collate_features
 from ultrafuser.train.metrics import append_metrics
@@ -66,6 +66,7 @@ class FusionTrainer(Trainer):
         self.sampler, self.stage, self.metrics_file = sampler, stage, metrics_file
         self.specialist_lr, self.tokens_per_device = specialist_lr, tokens_per_device
         self._num_passes = args.gradient_accumulation_steps  # of a step
+        self._mean_labels: Any = 1  # of its micro-batches
         self.mesh = None if model.share is None else model.share.mesh
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would copy every specialist to every GPU
         super().__init__(
@@ -144,7 +145,8 @@ class FusionTrainer(Trainer):
         loss = out.loss
         if num_items_in_batch is not None:
             loss = loss * num_batches  # ranks average their gradients, which must be summed
-        extra = self.extra_loss(inputs)
+            self._mean_labels = num_items_in_batch / num_batches / self._num_passes
+        extra = self.extra_loss(inputs, out)
         if extra is not None:  # its gradient alone, so that the logged loss stays nats per response token
             loss = loss + (extra - extra.detach()) / self._num_passes
         return (loss, out) if return_outputs else loss
@@ -174,11 +176,12 @@ class FusionTrainer(Trainer):
             return super()._get_grad_norm(model, grad_norm)
         return self.mesh.clip_gradients(self.model, float("inf"))
 
-    def extra_loss(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+    def extra_loss(self, inputs: dict[str, Any], out: UltraFuserOutput) -> torch.Tensor | None:
         """A further term of the training loss, for subclasses: the mean over the micro-batches of a step counts.
 
         Args:
             inputs: the micro-batch that the model has just read, as `collate_rows` made it.
+            out: what the model made of it.
         """
         return None
 

@@ -22,7 +22,7 @@ from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import CheckpointError, UltraFuserError
 from ultrafuser.model.configuration_ultrafuser import UltraFuserConfig
 from ultrafuser.model.manifest import SpecialistEntry
-from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM, UltraFuserOutput
 from ultrafuser.model.saving import atomic_directory
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
@@ -100,7 +100,7 @@ class BtxTrainer(FusionTrainer):
 
     balance_weight = BALANCE_WEIGHT
 
-    def extra_loss(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+    def extra_loss(self, inputs: dict[str, Any], out: UltraFuserOutput) -> torch.Tensor | None:
         ids, index = inputs["specialist_input_ids"][:, 0], inputs["response_index"][:, 0]
         lengths = index.amax(1, keepdim=True) + 1  # a row ends with the token that predicts the last response token
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths  # (B, T)
@@ -121,7 +121,9 @@ def train_btx(
         model: of `as_fused`.
         folder: of checkpoints and metrics.
     """
-    stage = next(stage for stage in recipe.stages if stage.name == "joint").model_copy(update={"specialists": "full"})
+    stage = next(stage for stage in recipe.stages if stage.name == "joint").model_copy(
+        update={"specialists": "full", "kl_coef": 0.0}
+    )
     recipe = recipe.model_copy(update={"balanced": True})
     progress = progress or Progress()
     run_stage(StageRun(model, stage, recipe, rows, [], folder / "1-joint", progress=progress, trainer=trainer))
