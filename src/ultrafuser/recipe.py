@@ -257,10 +257,15 @@ class JointStage(_RowStage):
         description="Hold each specialist to its predictions from before the stage where they were right: the loss gains `kl_coef` times the mean "
         "over tokens of q(label) KL(q || p), with q its distribution before and p the present one.",
     )
-    gradient_checkpointing: Literal["auto"] | bool = Field(
+    optim: Literal["adamw_torch", "adafactor", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
+        default="adamw_torch",
+        description="Optimizer, by its name in transformers. `adamw_8bit` keeps 2 bytes for each trained number in place of 8, and a paged one "
+        "moves to the host's memory when a GPU is full. Both need bitsandbytes. `adafactor` keeps less than 1 byte, without a momentum.",
+    )
+    gradient_checkpointing: Literal["auto", "offload"] | bool = Field(
         default="auto",
         description="Compute activations again in the backward pass instead of keeping them. `auto`: if they would take more than half "
-        "of the free memory.",
+        "of the free memory. `offload`: what is still kept waits in the host's memory, which makes steps slower.",
     )
 
     @model_validator(mode="after")
@@ -383,6 +388,10 @@ class Recipe(Node):
             raise ValueError("no specialists. List at least one under 'specialists' or give a 'fused' folder")
         if self.parallel.shard and any(isinstance(stage, JointStage) and stage.kl_coef for stage in self.stages):
             raise ValueError("got both 'kl_coef' and 'parallel.shard', expected one of them. Set kl_coef to 0")
+        if self.parallel.shard and any(
+            isinstance(stage, JointStage) and stage.optim != "adamw_torch" for stage in self.stages
+        ):
+            raise ValueError("parallel.shard divides the states of 'adamw_torch' alone. Leave 'optim' out")
         if not self.stages:
             raise ValueError("'stages' is empty, expected at least one of gate and joint")
         for key in ("specialists", "stages"):

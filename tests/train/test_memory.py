@@ -13,6 +13,9 @@ from ultrafuser.errors import TrainingError
 from ultrafuser.train import memory
 from ultrafuser.train.memory import activation_bytes
 
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+)
 LINE = "stage joint: gradient checkpointing is on"
 
 
@@ -35,6 +38,20 @@ def test_it_changes_no_loss(tiny_run, tmp_path, shared):
     for (*step, plain), (*same, again) in zip(*runs, strict=True):
         assert step == same and again == pytest.approx(plain, abs=1e-6)
     assert kept[1] < 0.6 * kept[0], "fewer numbers are kept for the backward pass"
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_offload_changes_no_loss_and_says_so(tiny_run, tmp_path, device):
+    runs = []
+    for value in (True, "offload"):
+        progress = RecordingProgress()
+        stages = [GATE, JOINT | {"gradient_checkpointing": value}]
+        runs.append(losses(tiny_run.train(tmp_path / str(value), stages, progress=progress, device=device)))
+    for (*step, loss), (*same, expected) in zip(*runs, strict=True):
+        assert step == same
+        assert loss == pytest.approx(expected, abs=1e-6)
+    where = "" if device == "cpu" else ", and what it keeps is in the host's memory"
+    assert LINE + where in progress.news
 
 
 @pytest.mark.parametrize("free, chosen", [(1 << 40, False), (1 << 10, True)])
@@ -84,6 +101,9 @@ def test_the_estimate_at_the_shape_of_qwen2_5_7b():
 
     assert activation_bytes(Group(), 1) == pytest.approx(9.0e6, rel=0.01)
     assert 3 * activation_bytes(Group(), 1024, checkpointing=True) < 1.7e9
+    inputs = 1024 * 28 * 3584 * 2
+    offloaded = activation_bytes(Group(), 1024, checkpointing=True, offload=True)
+    assert offloaded == activation_bytes(Group(), 1024, checkpointing=True) - inputs
 
 
 def test_free_memory_of_this_machine_is_some():

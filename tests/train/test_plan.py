@@ -75,6 +75,17 @@ def test_processes_share_the_batch_and_hold_gradients_twice(tiny_run, tmp_path):
     assert four.flops == alone.flops and four.hours(4, 100) == pytest.approx(alone.hours(1, 100) / 4)
 
 
+def test_optimizers_and_offload_take_what_they_keep(tiny_run, tmp_path):
+    def memory(kind="cpu", **fields):
+        return planned_stage(recipe_of(tiny_run, tmp_path, stages=[JOINT | FULL | fields]), kind=kind).memory
+
+    states = {optim: memory(optim=optim)["optimizer"] for optim in ("adamw_torch", "adamw_8bit", "paged_adamw_32bit")}
+    assert states["adamw_torch"] == states["paged_adamw_32bit"] == 4 * states["adamw_8bit"]
+    kept = {value: memory("cuda", gradient_checkpointing=value)["activations"] for value in (False, True, "offload")}
+    assert kept["offload"] < kept[True] < kept[False]
+    assert memory(gradient_checkpointing="offload") == memory(gradient_checkpointing=True), "a CPU is the host"
+
+
 def test_checkpointing_is_chosen_as_the_stage_chooses_it(tiny_run, tmp_path):
     """`auto` compares the activations with the memory beside the weights."""
     recipe = recipe_of(tiny_run, tmp_path, stages=[JOINT])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from ultrafuser.errors import TrainingError
@@ -16,12 +18,17 @@ def check_stage(model: UltraFuserForCausalLM, stage: StageRecipe) -> None:
     Raises:
         TrainingError: `specialists: full` where several specialists share one base, or where weights are quantised.
             Adapters in float16, whose gradients underflow without loss scaling. Gradient checkpointing of a model that has none.
+            An optimizer without its package.
     """
     if not isinstance(stage, JointStage):
         return
+    if stage.optim.endswith("bit") and importlib.util.find_spec("bitsandbytes") is None:
+        raise TrainingError(
+            f"stages.joint.optim={stage.optim} needs 'bitsandbytes', which is not installed. Run: pip install bitsandbytes"
+        )
     for group in model.local_groups:
         names = ", ".join(group.names)
-        if stage.gradient_checkpointing is True and not group.model.supports_gradient_checkpointing:
+        if stage.gradient_checkpointing in (True, "offload") and not group.model.supports_gradient_checkpointing:
             raise TrainingError(
                 f"specialists {names}: {type(group.model).__name__} has no gradient checkpointing. Set "
                 "stages.joint.gradient_checkpointing=false"

@@ -22,13 +22,16 @@ _KEPT = {2: (19.0, 4.9), 4: (7.2, 4.0)}
 SHARE = 0.5  # of the free memory
 
 
-def activation_bytes(group: SpecialistGroup, tokens: int, *, checkpointing: bool = False) -> int:
+def activation_bytes(group: SpecialistGroup, tokens: int, *, checkpointing: bool = False, offload: bool = False) -> int:
     """Estimated bytes that one pass over `tokens` keeps for the backward pass, for all specialists of the group.
 
-    With checkpointing these are the inputs of all layers, and one layer's tensors while it is computed again.
+    With checkpointing these are the inputs of all layers, and one layer's tensors while it is computed again. With offload
+    the inputs are in the host's memory.
     """
     layers, of_layer = group.model.config.get_text_config().num_hidden_layers, layer_bytes(group, tokens)
     inputs = tokens * group.size * layers * group.width * group.model.dtype.itemsize
+    if offload:
+        return of_layer
     return inputs + of_layer if checkpointing else layers * of_layer
 
 

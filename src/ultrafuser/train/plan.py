@@ -24,7 +24,8 @@ from ultrafuser.train.memory import SHARE, activation_bytes, device_bytes, layer
 from ultrafuser.train.sharding import decoder_layers
 
 GIB = 2**30
-_ADAMW = 8  # bytes for each trained number: two averages in float32
+# Bytes of the optimizer's states for each trained number: two averages in float32, in 8 bits, or sums of rows and columns.
+_STATES = {"adamw_torch": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 1}
 _FLOAT = 4
 # Code, workspaces and temporary arrays. On a CPU they took 1.07 to 1.83 GB beside the other parts (docs/devices.md).
 _LIBRARIES = GIB
@@ -326,7 +327,7 @@ def _plan_joint(model: UltraFuserForCausalLM, stage: JointStage, rows: int, setu
         trained = gate + sum(_adapters(group)[0] or _new_adapters(group, stage.lora) for group in model.local_groups)
         weights = trained * _FLOAT + sum(_base(group)[1] for group in model.local_groups)
     weights = setup.part(gate * _FLOAT, weights - gate * _FLOAT)
-    memory = _trained_bytes(trained, gate, setup)
+    memory = _trained_bytes(trained, gate, setup, stage.optim)
     memory |= {"weights": weights, "logits": _logits_bytes(model, tokens, setup)}
     memory |= _gathered_bytes(model, setup, trains_all_weights=stage.trains_all_weights)
     if copies and not setup.shards:
@@ -337,7 +338,8 @@ def _plan_joint(model: UltraFuserForCausalLM, stage: JointStage, rows: int, setu
         is_possible = all(group.model.supports_gradient_checkpointing for group in model.local_groups)
         checkpointing = is_possible and kept > SHARE * (setup.memory - weights)  # the stage decides before the others
     if checkpointing:
-        kept = sum(activation_bytes(group, tokens, checkpointing=True) for group in model.local_groups)
+        offload = checkpointing == "offload" and setup.kind != "cpu"
+        kept = sum(activation_bytes(group, tokens, checkpointing=True, offload=offload) for group in model.local_groups)
     memory["activations"] = kept
     passes = 2 + (4 if stage.trains_all_weights else 2) + (2 if checkpointing else 0)
     flops = float(passes) * _forward_parameters(model) * rows * setup.length * stage.steps
@@ -404,11 +406,11 @@ def _pass_size(stage: GateStage | JointStage, setup: _Setup) -> tuple[int | None
     return rows, rows * setup.length
 
 
-def _trained_bytes(trained: int, gate: int, setup: _Setup) -> dict[str, int]:
+def _trained_bytes(trained: int, gate: int, setup: _Setup, optim: str = "adamw_torch") -> dict[str, int]:
     # DistributedDataParallel sends them from buckets of its own. Processes that share specialists or weights do without it
     copies = 2 if setup.processes > setup.share == 1 and not setup.shards else 1
     numbers = setup.part(gate, trained - gate)
-    return {"gradients": numbers * _FLOAT * copies, "optimizer": numbers * _ADAMW, "libraries": _LIBRARIES}
+    return {"gradients": numbers * _FLOAT * copies, "optimizer": numbers * _STATES[optim], "libraries": _LIBRARIES}
 
 
 def _gathered_bytes(model: UltraFuserForCausalLM, setup: _Setup, *, trains_all_weights: bool) -> dict[str, int]:

@@ -336,6 +336,7 @@ def training_arguments(run: StageRun, *, autocast: bool) -> TrainingArguments:
         lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[stage.schedule],
         warmup_steps=round(stage.warmup_ratio * stage.steps),
         weight_decay=stage.weight_decay,
+        optim=stage.optim if isinstance(stage, JointStage) else "adamw_torch",
         max_grad_norm=stage.max_grad_norm,
         logging_strategy="steps",
         logging_steps=recipe.log_every,
@@ -369,8 +370,10 @@ def _checkpointing(run: StageRun) -> Iterator[None]:
     if not isinstance(stage, JointStage) or not _wants_checkpointing(run, stage):
         yield
         return
-    run.progress.log(f"stage {stage.name}: gradient checkpointing is on")
-    _set_checkpointing(run.model, True)
+    offload = stage.gradient_checkpointing == "offload" and pick_device(run.recipe.device) != "cpu"
+    where = ", and what it keeps is in the host's memory" if offload else ""
+    run.progress.log(f"stage {stage.name}: gradient checkpointing is on{where}")
+    _set_checkpointing(run.model, True, offload)
     try:
         yield
     finally:
@@ -379,7 +382,7 @@ def _checkpointing(run: StageRun) -> Iterator[None]:
 
 def _wants_checkpointing(run: StageRun, stage: JointStage) -> bool:
     if stage.gradient_checkpointing != "auto":
-        return stage.gradient_checkpointing
+        return bool(stage.gradient_checkpointing)
     is_possible = all(group.model.supports_gradient_checkpointing for group in run.model.local_groups)
     assert stage.rows_per_device != "auto"
     longest = max(lengths_of(run.rows))
@@ -387,12 +390,12 @@ def _wants_checkpointing(run: StageRun, stage: JointStage) -> bool:
     return is_possible and checkpointing_pays(run.model, tokens)
 
 
-def _set_checkpointing(model: UltraFuserForCausalLM, enabled: bool) -> None:
+def _set_checkpointing(model: UltraFuserForCausalLM, enabled: bool, offload: bool = False) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases of transformers have other names for these
         for group in model.local_groups:
             if enabled:
-                group.model.gradient_checkpointing_enable({"use_reentrant": False})
+                group.model.gradient_checkpointing_enable({"use_reentrant": False}, offload=offload)
             else:
                 group.model.gradient_checkpointing_disable()
 

@@ -263,7 +263,8 @@ class FusionTrainer(Trainer):
             groups = [{"params": gate, "lr": self.args.learning_rate}]
             if rest:
                 groups.append({"params": rest, "lr": self.specialist_lr or self.args.learning_rate})
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
+            make_optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = make_optimizer(groups, weight_decay=self.args.weight_decay, **settings)
         return self.optimizer
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
