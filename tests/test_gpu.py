@@ -85,3 +85,13 @@ def test_gradients_equal_those_of_the_cpu(save, tmp_path, mixing):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad.cpu(), on_cpu[name], atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_specialists_are_spread_over_two_devices(save, tmp_path, mixing):
+    model = shake_gate(fuse_entries([entry("a", save("a")), entry("b", save("b", seed=1))], mixing=mixing))
+    model.save_pretrained(tmp_path / "fused")
+    loaded = type(model).from_pretrained(tmp_path / "fused", device_map="auto")
+    assert len(set(map(str, loaded.hf_device_map.values()))) == 2
+    ids = tokens(2, 7)
+    torch.testing.assert_close(loaded(ids.cuda()).logits.cpu(), model(ids).logits, atol=2e-4, rtol=1e-3)

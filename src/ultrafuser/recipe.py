@@ -331,6 +331,11 @@ class Recipe(Node):
     share_base: bool = Field(default=True, description="Load a base model once for all adapters on it.")
     dtype: Dtype = Field(default="auto", description="Type of the weights. `auto`: the type of each checkpoint.")
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or another torch device.")
+    device_map: Literal["auto"] | None = Field(
+        default=None,
+        description="`auto`: spread the specialists over all devices that the process sees, whole where they fit, in training too. null: all are on `device`. "
+        "A specialist's own `device_map` comes first.",
+    )
     date: Annotated[str | None, BeforeValidator(_day)] = Field(
         default=None,
         description="The day, as YYYY-MM-DD, that chat templates which read the clock see. null: the day of the run, which "
@@ -388,6 +393,10 @@ class Recipe(Node):
             raise ValueError("no specialists. List at least one under 'specialists' or give a 'fused' folder")
         if self.parallel.shard and any(isinstance(stage, JointStage) and stage.kl_coef for stage in self.stages):
             raise ValueError("got both 'kl_coef' and 'parallel.shard', expected one of them. Set kl_coef to 0")
+        if self.device_map and (self.parallel.shard or self.parallel.specialist > 1):
+            raise ValueError(
+                "got both 'device_map' and 'parallel', expected one of them. The former spreads the specialists of one process"
+            )
         if self.parallel.shard and any(
             isinstance(stage, JointStage) and stage.optim != "adamw_torch" for stage in self.stages
         ):

@@ -82,7 +82,7 @@ def fuse(
         masked_token_ids=[token for token in vocabulary.masked if token != end],
         date=date if any(chat_format.reads_clock for chat_format in formats) else None,
     )
-    device = pick_device(recipe.device)
+    device = recipe.device_map or pick_device(recipe.device)
     groups = load_groups(config, None, verify=False, access=access, share=share, dtype=recipe.dtype, device_map=device)
     _record_files(config)
     torch.manual_seed(recipe.seed)

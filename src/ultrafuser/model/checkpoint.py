@@ -31,6 +31,7 @@ from .hub import Access, is_commit, needs_code
 from .inputs import OUTPUTS, refuse_keywords
 from .manifest import REVISIONS, SpecialistEntry, SpecialistSource, weight_sources
 from .parallel import AbsentGroup
+from .placement import SPREAD, accelerators, place_groups
 from .quantized import check_packages, finish_loading
 from .references import check_files, is_hub_id, resolve
 from .saving import GATE_FILE, TOKENIZERS, mark_unchanged
@@ -207,7 +208,8 @@ def load_groups(
         verify: compare local weight files with the recorded sizes and checksums first.
         access: to the hub. Sources without a commit are pinned to the one that is loaded.
         share: (i, n): of each n groups in turn load the i-th alone. The others are left to other processes.
-        kwargs: of AutoModelForCausalLM.from_pretrained.
+        kwargs: of AutoModelForCausalLM.from_pretrained. With `device_map="auto"`, whole specialists are spread over the
+            accelerators of this process.
 
     Raises:
         CheckpointError: a reference is gone, a file changed, weights are pickled, an adapter does not fit its base, or there are
@@ -225,8 +227,13 @@ def load_groups(
     for spec in config.specialists:
         quantization = spec.get("quantization") or spec["config"].get("quantization_config") or {}
         check_packages(quantization, f"specialist {spec['name']!r}")
+    placed: list[str] = []
+    if kwargs.get("device_map") in SPREAD and len(free := accelerators()) > 1:
+        placed = place_groups(config, folder, str(kwargs.get("dtype") or "auto").removeprefix("torch."), access, free)
     for g, indices in enumerate(config.groups()):
         specs = [config.specialists[k] for k in indices]
+        if placed:
+            kwargs["device_map"] = placed[g]
         if g % share[1] != share[0]:
             model = empty_model(specs[0], torch.float32)
             groups.append(AbsentGroup([spec["name"] for spec in specs], model.get_output_embeddings().weight.shape[1]))

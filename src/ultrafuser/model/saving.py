@@ -41,7 +41,7 @@ TOKENIZERS = "tokenizers"
 MAX_SHARD_SIZE = "50GB"  # as in transformers
 CODE = ("configuration_ultrafuser", "modeling_ultrafuser", "checkpoint", "adapters", "empty", "saving", "references", "files", "hub",
         "shared_base", "gate", "generation", "inputs", "cache", "growing", "loss", "mixing", "parallel", "manifest", "fingerprint", "fitness",
-        "quantized", "few_rows", "speculation", "errors", "card")  # fmt: skip
+        "quantized", "placement", "few_rows", "speculation", "errors", "card")  # fmt: skip
 
 WRITE_ERRORS = (OSError, RuntimeError, TypeError, ValueError)  # of torch, transformers, safetensors and our own
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 
@@ -18,14 +19,9 @@ def check_stage(model: UltraFuserForCausalLM, stage: StageRecipe) -> None:
     Raises:
         TrainingError: `specialists: full` where several specialists share one base, or where weights are quantised.
             Adapters in float16, whose gradients underflow without loss scaling. Gradient checkpointing of a model that has none.
-            An optimizer without its package.
     """
     if not isinstance(stage, JointStage):
         return
-    if stage.optim.endswith("bit") and importlib.util.find_spec("bitsandbytes") is None:
-        raise TrainingError(
-            f"stages.joint.optim={stage.optim} needs 'bitsandbytes', which is not installed. Run: pip install bitsandbytes"
-        )
     for group in model.local_groups:
         names = ", ".join(group.names)
         if stage.gradient_checkpointing in (True, "offload") and not group.model.supports_gradient_checkpointing:
@@ -48,4 +44,16 @@ def check_stage(model: UltraFuserForCausalLM, stage: StageRecipe) -> None:
             raise TrainingError(
                 f"specialist {group.names[0]!r}: its weights are quantised and cannot be trained. Use "
                 "stages.joint.specialists=lora"
+            )
+
+
+def check_optimizer(stages: Sequence[StageRecipe]) -> None:
+    """
+    Raises:
+        TrainingError: the package of a stage's optimizer is not installed.
+    """
+    for stage in stages:
+        if isinstance(stage, JointStage) and stage.optim.endswith("bit") and not find_spec("bitsandbytes"):
+            raise TrainingError(
+                f"stages.joint.optim={stage.optim} needs 'bitsandbytes', which is not installed. Run: pip install bitsandbytes"
             )

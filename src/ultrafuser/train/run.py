@@ -29,7 +29,7 @@ from ultrafuser.progress import Progress
 from ultrafuser.recipe import GateRecipe, Recipe, SourceRecipe, dump_recipe
 from ultrafuser.specialists import fuse, load, make_renderer, pick_device
 from ultrafuser.train.card import write_card
-from ultrafuser.train.checks import check_stage
+from ultrafuser.train.checks import check_optimizer, check_stage
 from ultrafuser.train.metrics import METRICS_FILE, read_metrics, truncate_metrics
 from ultrafuser.train.plan import describe_memory
 from ultrafuser.train.preemption import Preemption
@@ -67,6 +67,12 @@ def train(
     if recipe.early_stop_patience and not recipe.data.validation:
         raise TrainingError("early_stop_patience needs validation rows. Add sources under data.validation")
     _check_trackers(recipe.report_to)
+    check_optimizer(recipe.stages)
+    if recipe.device_map and (processes := PartialState().num_processes) > 1:
+        raise TrainingError(
+            f"device_map spreads the specialists of one process over all devices, but {processes} processes run. Start one, or "
+            "leave device_map out"
+        )
     mesh = _build_mesh(recipe)
     output = Path(recipe.output)
     if resume and not (output / RECIPE_FILE).is_file():
@@ -164,7 +170,7 @@ def _load(
     else:
         options = {"dtype": recipe.dtype, "trust_remote_code": recipe.trusted_code, "share": share}
         with progress.waiting(f"loading {recipe.fused}"):
-            model, renderer = load(recipe.fused, device_map=pick_device(recipe.device), **options)
+            model, renderer = load(recipe.fused, device_map=recipe.device_map or pick_device(recipe.device), **options)
         tokenizer = renderer.tokenizer
     if mesh is not None:
         model.share = Share(mesh, model.local_indices, len(model.config.specialists))
