@@ -234,6 +234,10 @@ class GateStage(_RowStage):
         default=None,
         description="Response tokens of each row, drawn at random, that the feature cache keeps and the gate learns from. null: all.",
     )
+    feature_dtype: Literal["auto", "bfloat16", "int8"] = Field(
+        default="auto",
+        description="Type of the states in the feature cache. `auto`: that of the specialists. `int8` has a scale for each 64 values.",
+    )
 
 
 class JointStage(_RowStage):

@@ -20,6 +20,7 @@ from ultrafuser.data.templates import Renderer
 from ultrafuser.errors import DataError, RecipeError, TrainingError
 from ultrafuser.recipe import JointStage, load_recipe
 from ultrafuser.specialists import fuse
+from ultrafuser.train.features import FeatureStore, Int8States, estimate_size_bytes
 from ultrafuser.train.rows import read_sources
 from ultrafuser.train.run import train
 from ultrafuser.train.stages import StageRun, prepare_gate, prepare_joint, run_stage
@@ -67,6 +68,53 @@ def test_the_cache_holds_the_sample_alone(tiny_run, tmp_path):
     sizes = {name: (tmp_path / "features" / name / "states-0.bin").stat().st_size for name in ("train", "validation")}
     assert sizes["train"] == sum(min(3, len(row.labels)) for row in rows) * model.groups[0].width * 4
     assert sizes["validation"] == sum(len(row.labels) for row in rows) * model.groups[0].width * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "nearly", "per_value"), [("bfloat16", 2e-3, 2), ("int8", 5e-3, 1 + 4 / 32)], ids=["bfloat16", "int8"]
+)
+def test_states_of_fewer_bytes_train_nearly_alike(tiny_run, tmp_path, kind, nearly, per_value):
+    model, rows, recipe = fused_and_rows(tiny_run, tmp_path / "run", [GATE | {"feature_dtype": kind}])
+    width = model.groups[0].width
+    run_stage(StageRun(model, recipe.stages[0], recipe, rows, rows, tmp_path / "run" / "1-gate"))
+    tokens = sum(len(row.labels) for row in rows)
+    features = tmp_path / "run" / "features" / "train"
+    assert sum(file.stat().st_size for file in features.glob("s*-0.bin")) == pytest.approx(tokens * width * per_value)
+    assert estimate_size_bytes(model, rows, kind) == 3 * tokens * (width * per_value + 4)
+    whole, rows, recipe = fused_and_rows(tiny_run, tmp_path / "whole")
+    run_stage(StageRun(whole, recipe.stages[0], recipe, rows, rows, tmp_path / "whole" / "1-gate"))
+    got, expected = losses(tmp_path / "run"), losses(tmp_path / "whole")
+    assert got != expected
+    assert_close(got, expected, atol=nearly)
+
+
+def test_int8_states_have_a_scale_for_each_block():
+    """One large value costs precision in its block alone, and zeros stay zeros."""
+    torch.manual_seed(0)
+    states = torch.randn(5, 150)
+    states[1, 3], states[2] = 1000.0, 0.0
+    width, block = states.shape[1], Int8States.BLOCK
+    stored = Int8States(torch.zeros(9, width, dtype=torch.int8), torch.zeros(9, 3), torch.float32)
+    stored[2:7] = states
+    assert stored[:2].eq(0).all()
+    assert torch.equal(stored[torch.tensor([3])][0], stored[2:7][1])
+    error = (stored[2:7] - states).abs()
+    bounds = torch.nn.functional.pad(states, (0, 42)).unflatten(-1, (3, block)).abs().amax(-1) / 127 / 2
+    assert (error <= bounds.repeat_interleave(block, -1)[:, :width] * 1.001 + 1e-7).all()
+    assert error[1, block:].max() < 0.02
+    assert error[2].eq(0).all()
+
+
+def test_a_cache_of_another_type_is_computed_again(tiny_run, tmp_path):
+    model, rows, _ = fused_and_rows(tiny_run, tmp_path)
+    for kind in ("auto", "int8", "bfloat16", "auto"):
+        progress = RecordingProgress()
+        store = FeatureStore.build(model, rows, tmp_path / "features", precision=kind, progress=progress)
+        assert [label for label, _ in progress.started] == ["specialists read the rows"]
+    again = RecordingProgress()
+    FeatureStore.build(model, rows, tmp_path / "features", progress=again)
+    assert not again.started
+    assert store[0].states[0].dtype == torch.float32
 
 
 # ---------------------------------------------------------------- what moves

@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,6 +30,8 @@ from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.progress import Progress
 from ultrafuser.train.sharding import whole
+
+Precision = Literal["auto", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -45,24 +48,57 @@ class RowFeatures:
     log_probs: torch.Tensor
 
 
+class Int8States:
+    """States in 8 bits, with a scale for each BLOCK of a token's values, so that one large value costs its block alone.
+
+    They are read and written as a tensor (N, D) of `dtype` would be.
+    """
+
+    BLOCK = 64
+
+    def __init__(self, values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
+        """values: (N, D), int8. scales: (N, D / BLOCK rounded up), float32."""
+        self.values, self.scales, self.dtype, self.shape = values, scales, dtype, values.shape
+
+    def __getitem__(self, tokens: Any) -> torch.Tensor:
+        scales = self.scales[tokens].repeat_interleave(self.BLOCK, -1)[..., : self.shape[1]]
+        return (self.values[tokens] * scales).to(self.dtype)
+
+    def __setitem__(self, tokens: Any, states: torch.Tensor) -> None:
+        states = states.float()
+        blocks = torch.nn.functional.pad(states, (0, -states.shape[-1] % self.BLOCK)).unflatten(-1, (-1, self.BLOCK))
+        scales = blocks.abs().amax(-1) / 127
+        rounded = (blocks / scales.clamp(min=1e-30)[..., None]).round()
+        self.values[tokens] = rounded.flatten(-2)[..., : self.shape[1]].to(torch.int8)
+        self.scales[tokens] = scales
+
+
 class FeatureStore(Sequence[RowFeatures]):
     """Features of many rows in files that are mapped into memory. An interrupted computation is resumed.
 
-    The states keep the specialists' precision, so losses are the same with and without the cache. Where several processes
-    share the specialists, K counts those of this process, and each process has a store of its own.
+    With `precision="auto"` the states keep the specialists' own, so losses are the same with and without the cache. Where
+    several processes share the specialists, K counts those of this process, and each process has a store of its own.
     """
 
-    def __init__(self, folder: Path, rows: Sequence[Rendered], heads: Sequence[Head]) -> None:
+    def __init__(
+        self, folder: Path, rows: Sequence[Rendered], heads: Sequence[Head], precision: Precision = "auto"
+    ) -> None:
         def mapped(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.from_file(str(folder / name), shared=True, size=size, dtype=dtype)
 
         self.folder, self.rows = folder, rows
         self.offsets = [0, *itertools.accumulate(label_counts_of(rows))]
         total, size = self.offsets[-1], len(heads)
-        self.states = [
-            mapped(f"states-{k}.bin", total * head.weight.shape[1], head.weight.dtype).view(total, head.weight.shape[1])
-            for k, head in enumerate(heads)
-        ]
+        self.states: list[Any] = []  # (N, D_k) each, tensors or Int8States
+        for k, head in enumerate(heads):
+            width, dtype = head.weight.shape[1], _stored_type(head, precision)
+            values = mapped(f"states-{k}.bin", total * width, dtype).view(total, width)
+            if precision == "int8":
+                blocks = math.ceil(width / Int8States.BLOCK)
+                scales = mapped(f"scales-{k}.bin", total * blocks, torch.float32).view(total, blocks)
+                self.states.append(Int8States(values, scales, head.weight.dtype))
+            else:
+                self.states.append(values)
         suffix = _temperatures(heads)
         self.log_probs = mapped(f"log-probs-{suffix}.bin", total * size, torch.float32).view(total, size)
         # which rows have states, which log-probabilities
@@ -89,6 +125,7 @@ class FeatureStore(Sequence[RowFeatures]):
         local_rank: int = 0,
         num_local_ranks: int = 1,
         barrier: Callable[[], None] = lambda: None,
+        precision: Precision = "auto",
         progress: Progress | None = None,
     ) -> FeatureStore:
         """Compute the missing features, every rank its share. A node that does not see the files of the others computes all.
@@ -98,6 +135,7 @@ class FeatureStore(Sequence[RowFeatures]):
                 replaced otherwise.
             rank, num_ranks: this process and the number of all.
             local_rank, num_local_ranks: the same among the processes of this machine.
+            precision: of the states in the files. `auto`: that of the specialists.
 
         Raises:
             TrainingError: the features do not fit on the disk, or some are missing in the end.
@@ -105,14 +143,16 @@ class FeatureStore(Sequence[RowFeatures]):
         # a fingerprint of the rows' tokens and of the specialists' weights (a sample of each tensor)
         weights = ((name, whole(weight)) for name, weight in model.groups.named_parameters())
         identity = hash_weights(weights, start=digest_of(rows))
+        if precision != "auto":
+            identity += f"-{precision}"
         heads = model.heads()  # in all processes, as those that divide weights gather them together
         if rank == 0:
-            _prepare_folder(folder, identity, rows, heads)
+            _prepare_folder(folder, identity, rows, heads, precision)
         barrier()
         if local_rank == 0 and rank != 0 and not _is_identity(folder / "identity.json", identity):  # another disk
-            _prepare_folder(folder, identity, rows, heads)
+            _prepare_folder(folder, identity, rows, heads, precision)
         barrier()
-        store = cls(folder, rows, heads)
+        store = cls(folder, rows, heads, precision)
         for share in (range(rank, len(rows), num_ranks), range(local_rank, len(rows), num_local_ranks)):
             _compute(model, store, [i for i in share if not store.read[i]], progress or Progress())
             _score(model, store, [i for i in share if not store.scored[i]])
@@ -125,21 +165,40 @@ class FeatureStore(Sequence[RowFeatures]):
         return store
 
 
-def estimate_size_bytes(model: UltraFuserForCausalLM, rows: Sequence[Rendered]) -> int:
+def estimate_size_bytes(model: UltraFuserForCausalLM, rows: Sequence[Rendered], precision: Precision = "auto") -> int:
     """The size of the features of these rows in bytes."""
-    per_token = sum(head.weight.shape[1] * head.weight.dtype.itemsize + 4 for head in model.heads())
-    return sum(label_counts_of(rows)) * per_token
+    return sum(label_counts_of(rows)) * token_bytes(model.heads(), precision)
+
+
+def token_bytes(heads: Sequence[Head], precision: Precision = "auto") -> int:
+    """The features of one response token in bytes: the states and the log-probabilities."""
+    return sum(sum(_state_bytes(head, precision).values()) + 4 for head in heads)
+
+
+def _state_bytes(head: Head, precision: Precision) -> dict[str, int]:
+    """Bytes of one specialist's state at one token, by the file that holds them."""
+    width = head.weight.shape[1]
+    sizes = {"states": width * _stored_type(head, precision).itemsize}
+    return sizes | ({"scales": 4 * math.ceil(width / Int8States.BLOCK)} if precision == "int8" else {})
+
+
+def _stored_type(head: Head, precision: Precision) -> torch.dtype:
+    return head.weight.dtype if precision == "auto" else getattr(torch, precision)
 
 
 def _temperatures(heads: Sequence[Head]) -> str:
     return "-".join(f"{head.temperature:g}" for head in heads)
 
 
-def _prepare_folder(folder: Path, identity: str, rows: Sequence[Rendered], heads: Sequence[Head]) -> None:
+def _prepare_folder(
+    folder: Path, identity: str, rows: Sequence[Rendered], heads: Sequence[Head], precision: Precision
+) -> None:
     """Reuse the whole files of an earlier run on the same specialists and rows, and allocate the others."""
     facts, total, suffix = folder / "identity.json", sum(label_counts_of(rows)), _temperatures(heads)
     states = {
-        f"states-{k}.bin": total * head.weight.shape[1] * head.weight.dtype.itemsize for k, head in enumerate(heads)
+        f"{name}-{k}.bin": total * size
+        for k, head in enumerate(heads)
+        for name, size in _state_bytes(head, precision).items()
     } | {"read.bin": len(rows)}
     scores = {f"log-probs-{suffix}.bin": total * len(heads) * 4, f"scored-{suffix}.bin": len(rows)}
     if not _is_identity(facts, identity) or not _are_whole(folder, states):

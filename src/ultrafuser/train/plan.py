@@ -20,6 +20,7 @@ from ultrafuser.model.shared_base import SpecialistGroup
 from ultrafuser.recipe import GateStage, JointStage, LoraRecipe, OutcomeStage, Recipe, StageRecipe
 from ultrafuser.specialists import outline
 from ultrafuser.train.checks import check_stage
+from ultrafuser.train.features import Precision, token_bytes
 from ultrafuser.train.memory import SHARE, activation_bytes, device_bytes, layer_bytes
 from ultrafuser.train.sharding import decoder_layers
 
@@ -122,9 +123,10 @@ def plan(recipe: Recipe, *, memory: int, processes: int | None = None, kind: str
         stages.append(planned)
         if planned.total > memory:
             proposals[stage.name] = _propose(model, recipe, stage, planned, setup)
+    kinds: list[Precision] = [stage.feature_dtype for stage in recipe.stages if isinstance(stage, GateStage)]
     return Plan(
         parameters={", ".join(group.names): _base(group)[0] for group in model.groups},
-        feature_bytes=sum(head.weight.shape[1] * head.weight.dtype.itemsize + 4 for head in model.heads()),
+        feature_bytes=token_bytes(model.heads(), *kinds[:1]),
         stages=stages,
         proposals=proposals,
     )

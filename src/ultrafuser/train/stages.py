@@ -33,7 +33,7 @@ from ultrafuser.specialists import pick_device
 from ultrafuser.train.calibrate import TEMPERATURES, calibrate
 from ultrafuser.train.checkpoints import last_checkpoint
 from ultrafuser.train.checks import check_stage
-from ultrafuser.train.features import FeatureStore, estimate_size_bytes
+from ultrafuser.train.features import FeatureStore, Precision, estimate_size_bytes
 from ultrafuser.train.memory import checkpointing_pays, device_bytes, memory_errors
 from ultrafuser.train.metrics import METRICS_FILE, truncate_metrics
 from ultrafuser.train.outcome import train_outcome
@@ -427,6 +427,7 @@ def _training_rows(run: StageRun, args: TrainingArguments) -> tuple[Rows, Rows]:
         local_rank=local_rank,
         num_local_ranks=num_local_ranks,
         barrier=PartialState().wait_for_everyone,
+        precision=_precision(run.stage),
         progress=run.progress,
     )
     train_rows = build(rows, folder / "train")
@@ -437,8 +438,13 @@ def _caching_pays(run: StageRun, rows: Sequence[Rendered]) -> bool:
     if run.recipe.cache_features != "auto":
         return bool(run.recipe.cache_features)
     drawn = run.stage.steps * run.rows_per_step
-    pays = drawn > len(rows) and estimate_size_bytes(run.model, rows) < _CACHE_LIMIT_BYTES
+    pays = drawn > len(rows) and estimate_size_bytes(run.model, rows, _precision(run.stage)) < _CACHE_LIMIT_BYTES
     if run.mesh is None:
         return pays
     votes = run.mesh.sum_(torch.tensor(int(pays), device=run.model.device))  # the states of some may be wider
     return int(votes) == run.mesh.size
+
+
+def _precision(stage: StageRecipe) -> Precision:
+    """Of the cached states. The reference of a joint stage keeps that of the specialists."""
+    return stage.feature_dtype if isinstance(stage, GateStage) else "auto"

@@ -1,32 +1,35 @@
-"""What it costs to keep a sample of each row's response tokens in the feature cache: the loss of the gate stage.
+"""What a smaller feature cache costs: the loss of the gate stage.
 
-    python benchmarks/features_per_row.py --folder runs/features-per-row --output docs/results/features-per-row.json
+    python benchmarks/feature_cache.py --folder runs/feature-cache --output docs/results/feature-cache.json
 
-The gate of the zoo's specialists is trained with `stages.gate.features_per_row` of 32, 64, 128 and all, three seeds each, on
-the rows of `ultrafuser/zoo/fuse.yaml`. The losses are those of its validation rows, of which all tokens count. They are
-the mean over the domains, in nats per response token.
+The gate of the zoo's specialists is trained with `stages.gate.features_per_row` of 32, 64, 128 and all, and with a
+`feature_dtype` of bfloat16 and int8, three seeds each, on the rows of `ultrafuser/zoo/fuse.yaml`. The losses are those of its
+validation rows, of which all tokens count, in float32. They are the mean over the domains, in nats per response token.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+import torch
 
 from ultrafuser.data.packed import SampledRows
 from ultrafuser.model.references import package_path
 from ultrafuser.progress import ConsoleProgress, Progress
 from ultrafuser.recipe import Recipe, load_recipe
 from ultrafuser.specialists import fuse, make_renderer
-from ultrafuser.train.features import FeatureStore, RowFeatures
+from ultrafuser.train.features import FeatureStore, Int8States, RowFeatures
 from ultrafuser.train.metrics import read_metrics
 from ultrafuser.train.rows import read_sources
 from ultrafuser.train.stages import StageRun, prepare_gate, train_stage, training_arguments
 
-LIMITS = (32, 64, 128, None)
+VARIANTS = ("32", "64", "128", "all", "bfloat16", "int8")
 
 
 class SampledStore(FeatureStore):
@@ -45,14 +48,39 @@ class SampledStore(FeatureStore):
         return RowFeatures(row, [states[picked] for states in whole.states], whole.log_probs[picked])
 
 
+class RoundedStore(FeatureStore):
+    """The features that a cache with another `feature_dtype` holds."""
+
+    def __init__(self, store: FeatureStore, precision: str) -> None:
+        self.store, self.rows, self.precision = store, store.rows, precision
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: Any) -> RowFeatures:
+        whole = self.store[i]
+        return RowFeatures(whole.row, [self._round(states) for states in whole.states], whole.log_probs)
+
+    def _round(self, states: torch.Tensor) -> torch.Tensor:
+        if self.precision == "bfloat16":
+            return states.bfloat16()
+        scales = torch.empty(len(states), math.ceil(states.shape[1] / Int8States.BLOCK))
+        stored = Int8States(torch.empty_like(states, dtype=torch.int8), scales, states.dtype)
+        stored[:] = states
+        return stored[:]
+
+
 def measure(
-    recipe: Recipe, model: Any, train: FeatureStore, validation: FeatureStore, limit: int | None, folder: Path
+    recipe: Recipe, model: Any, train: FeatureStore, validation: FeatureStore, variant: str, folder: Path
 ) -> dict[str, float]:
     """Train one gate. Returns its validation losses, and the share of the response tokens that it learned from."""
+    limit = int(variant) if variant.isdigit() else None
     fresh, _ = fuse(recipe)  # with the gate of this seed
     model.gate.load_state_dict(fresh.gate.state_dict())
     shutil.rmtree(folder, ignore_errors=True)
     rows = train if limit is None else SampledStore(train, limit, recipe.seed)
+    if variant in ("bfloat16", "int8"):
+        rows = RoundedStore(train, variant)
     run = StageRun(model, recipe.stages[0], recipe, train.rows, validation.rows, folder / "1-gate")
     prepare_gate(model)
     train_stage(run, training_arguments(run, autocast=False), rows, validation)
@@ -64,9 +92,12 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/features-per-row"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/feature-cache"))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="The others keep their results."
+    )
     args = parser.parse_args()
     overrides = ["stages=[gate]", "stages.gate.steps=100", "stages.gate.samples_per_domain=8", "eval_every=100"]
     overrides += ["stages.gate.rows_per_device=null", "stages.gate.calibrate=false"]
@@ -80,19 +111,18 @@ def main() -> None:
         )
         for name, sources in (("training", recipe.data.train), ("validation", recipe.data.validation))
     ]
-    results: dict[str, list[dict[str, float]]] = {str(limit or "all"): [] for limit in LIMITS}
-    for seed in range(args.seeds):
-        for limit in LIMITS:
+    results = json.loads(args.output.read_text())["results"] if args.output and args.output.is_file() else {}
+    for variant in args.variants:
+        results[variant] = []
+        for seed in range(args.seeds):
             seeded = recipe.model_copy(update={"seed": seed})
-            measured = measure(seeded, model, stores[0], stores[1], limit, args.folder / f"{limit or 'all'}-{seed}")
-            results[str(limit or "all")].append(measured)
-            print(limit, seed, measured, flush=True)
-    for label, runs in results.items():
+            results[variant].append(measure(seeded, model, *stores, variant, args.folder / f"{variant}-{seed}"))
+            print(variant, seed, results[variant][-1], flush=True)
+    for variant, runs in results.items():
         losses = [run["loss"] for run in runs]
         spread = stdev(losses) if len(losses) > 1 else 0.0
-        print(
-            f"{label}: {mean(losses):.4f} (deviation {spread:.4f}), {mean(run['share'] for run in runs):.0%} of the tokens"
-        )
+        tokens = mean(run["share"] for run in runs)
+        print(f"{variant}: {mean(losses):.4f} (deviation {spread:.4f}), {tokens:.0%} of the tokens")
     if args.output:
         args.output.write_text(json.dumps({"seeds": args.seeds, "results": results}, indent=1) + "\n", encoding="utf-8")
 
