@@ -86,6 +86,12 @@ def test_optimizers_and_offload_take_what_they_keep(tiny_run, tmp_path):
     assert memory(gradient_checkpointing="offload") == memory(gradient_checkpointing=True), "a CPU is the host"
 
 
+def test_a_reference_is_read_and_compared(tiny_run, tmp_path):
+    plain, held = (planned_stage(recipe_of(tiny_run, tmp_path, stages=[JOINT | {"kl_coef": k}])) for k in (0, 1))
+    assert held.memory["logits"] == 3 * plain.memory["logits"]
+    assert held.memory["reading"] > 0 and "reading" not in plain.memory
+
+
 def test_checkpointing_is_chosen_as_the_stage_chooses_it(tiny_run, tmp_path):
     """`auto` compares the activations with the memory beside the weights."""
     recipe = recipe_of(tiny_run, tmp_path, stages=[JOINT])

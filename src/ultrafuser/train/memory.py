@@ -1,4 +1,4 @@
-"""Memory of a device: what is free, what activations take, whether to compute them again, and what to do if it runs out."""
+"""Memory of a device: what is free, what weights and activations take, whether to compute these again, and what to do if it runs out."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from contextlib import contextmanager
 
 import psutil
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ultrafuser.errors import TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.shared_base import SpecialistGroup
-from ultrafuser.recipe import GateStage, JointStage
+from ultrafuser.recipe import GateStage, JointStage, LoraRecipe
 
 # Numbers that a decoder layer with adapters keeps for the backward pass, per token, in units of the hidden and of the
 # intermediate size, by the bytes of the layer's type. In 2 bytes, norms and adapters keep copies in float32.
@@ -47,6 +48,46 @@ def layer_bytes(group: SpecialistGroup, tokens: int, *, kept: bool = True) -> in
     size = group.model.dtype.itemsize
     per_hidden, per_intermediate = _KEPT.get(size, _KEPT[4]) if kept else (8, 3)
     return tokens * group.size * round(per_hidden * group.width + per_intermediate * inner) * size
+
+
+def parameter_size(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
+    """Numbers, and their bytes."""
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.dtype.itemsize for p in parameters)
+
+
+def base_size(group: SpecialistGroup) -> tuple[int, int]:
+    """Parameters of the base without adapters, and their bytes."""
+    adapters = {id(parameter) for parameter in group.adapter_parameters()}
+    return parameter_size([parameter for parameter in group.model.parameters() if id(parameter) not in adapters])
+
+
+def adapter_size(group: SpecialistGroup) -> tuple[int, int]:
+    """Parameters of the adapters, and their bytes."""
+    return parameter_size(group.adapter_parameters())
+
+
+def new_adapter_parameters(group: SpecialistGroup, lora: LoraRecipe) -> int:
+    """Parameters of the adapters that the joint stage would add."""
+    return lora.r * sum(map(sum, group.linear_layers(lora.target_modules).values()))
+
+
+def forward_parameters(model: UltraFuserForCausalLM) -> int:
+    """Parameters that multiply each token in one pass of all specialists. A table that is only looked up does not."""
+    total = 0
+    for group in model.local_groups:
+        table, head = group.model.get_input_embeddings().weight, group.model.get_output_embeddings().weight
+        total += group.size * (base_size(group)[0] - (0 if table is head else table.numel())) + adapter_size(group)[0]
+    return total
+
+
+def cache_bytes(group: SpecialistGroup, tokens: int) -> int:
+    """Keys and values of `tokens` for all specialists of the group."""
+    config = group.model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * (
+        getattr(config, "num_key_value_heads", None) or heads
+    )
+    return 2 * config.num_hidden_layers * width * tokens * group.size * group.model.dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from ultrafuser.data.collate import token_budget
 from ultrafuser.errors import TrainingError
@@ -16,12 +15,22 @@ from ultrafuser.model.loss import chunk_values
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.parallel import AbsentGroup
 from ultrafuser.model.quantized import is_quantized
-from ultrafuser.model.shared_base import SpecialistGroup
-from ultrafuser.recipe import GateStage, JointStage, LoraRecipe, OutcomeStage, Recipe, StageRecipe
+from ultrafuser.recipe import GateStage, JointStage, OutcomeStage, Recipe, StageRecipe
 from ultrafuser.specialists import outline
 from ultrafuser.train.checks import check_stage
 from ultrafuser.train.features import Precision, token_bytes
-from ultrafuser.train.memory import SHARE, activation_bytes, device_bytes, layer_bytes
+from ultrafuser.train.memory import (
+    SHARE,
+    activation_bytes,
+    adapter_size,
+    base_size,
+    cache_bytes,
+    device_bytes,
+    forward_parameters,
+    layer_bytes,
+    new_adapter_parameters,
+    parameter_size,
+)
 from ultrafuser.train.sharding import decoder_layers
 
 GIB = 2**30
@@ -125,7 +134,7 @@ def plan(recipe: Recipe, *, memory: int, processes: int | None = None, kind: str
             proposals[stage.name] = _propose(model, recipe, stage, planned, setup)
     kinds: list[Precision] = [stage.feature_dtype for stage in recipe.stages if isinstance(stage, GateStage)]
     return Plan(
-        parameters={", ".join(group.names): _base(group)[0] for group in model.groups},
+        parameters={", ".join(group.names): base_size(group)[0] for group in model.groups},
         feature_bytes=token_bytes(model.heads(), *kinds[:1]),
         stages=stages,
         proposals=proposals,
@@ -270,7 +279,7 @@ def _plan_stage(model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe
     parts = _shares(model, setup.share)
     stage = _with_rows(parts, recipe, stage, setup)
     plans = [_plan_share(part, recipe, stage, setup) for part in parts]
-    gate = _size(list(model.gate.parameters()))[0]
+    gate = parameter_size(list(model.gate.parameters()))[0]
     return replace(
         max(plans, key=lambda planned: planned.total),
         trained=gate + sum(planned.trained - gate for planned in plans),
@@ -296,41 +305,43 @@ def _plan_share(model: UltraFuserForCausalLM, recipe: Recipe, stage: StageRecipe
     rows = stage.samples_per_domain * setup.num_domains
     if isinstance(stage, JointStage):
         return _plan_joint(model, stage, rows, setup)
-    trained, length, rows_per_pass = _size(list(model.gate.parameters()))[0], setup.length, None
-    frozen = sum(_base(group)[1] + _adapters(group)[1] for group in model.local_groups)
+    trained, length, rows_per_pass = parameter_size(list(model.gate.parameters()))[0], setup.length, None
+    frozen = sum(base_size(group)[1] + adapter_size(group)[1] for group in model.local_groups)
     memory = _trained_bytes(trained, trained, setup) | {"weights": setup.part(trained * _FLOAT, frozen)}
     memory |= _gathered_bytes(model, setup, trains_all_weights=False)
     widths = [head.weight.shape[1] for head in model.heads()]
     if isinstance(stage, OutcomeStage):
         rows *= stage.answers
         length += stage.max_new_tokens
-        memory["key-value cache"] = sum(_cache_bytes(group, rows * length) for group in model.local_groups)
+        memory["key-value cache"] = sum(cache_bytes(group, rows * length) for group in model.local_groups)
         tokens = rows * stage.max_new_tokens
     else:
         rows_per_pass, tokens = _pass_size(stage, setup)
-        memory["reading"] = max(
-            layer_bytes(group, token_budget(torch.device(setup.kind)), kept=False) for group in model.local_groups
-        )
+        memory["reading"] = _reading_bytes(model, setup)
     hidden = model.config.gate_hidden_size if model.config.gate_type == "mlp" else 1
     memory["activations"] = tokens * sum(2 * width + 2 * hidden for width in widths) * _FLOAT
     memory["logits"] = _logits_bytes(model, tokens, setup)
-    flops = 2.0 * _forward_parameters(model) * rows * length * stage.steps
+    flops = 2.0 * forward_parameters(model) * rows * length * stage.steps
     return StagePlan(stage.name, rows_per_pass, memory, trained, False, flops)
 
 
 def _plan_joint(model: UltraFuserForCausalLM, stage: JointStage, rows: int, setup: _Setup) -> StagePlan:
     rows_per_pass, tokens = _pass_size(stage, setup)
-    gate, copies = _size(list(model.gate.parameters()))[0], 0
+    gate, copies = parameter_size(list(model.gate.parameters()))[0], 0
     if stage.trains_all_weights:  # in float32, and autocast keeps a copy in bfloat16
-        trained = gate + sum(_base(group)[0] for group in model.local_groups)
+        trained = gate + sum(base_size(group)[0] for group in model.local_groups)
         weights = trained * _FLOAT
-        copies = sum(_base(group)[1] for group in model.local_groups if group.model.dtype.itemsize < _FLOAT)
+        copies = sum(base_size(group)[1] for group in model.local_groups if group.model.dtype.itemsize < _FLOAT)
     else:
-        trained = gate + sum(_adapters(group)[0] or _new_adapters(group, stage.lora) for group in model.local_groups)
-        weights = trained * _FLOAT + sum(_base(group)[1] for group in model.local_groups)
+        trained = gate + sum(
+            adapter_size(group)[0] or new_adapter_parameters(group, stage.lora) for group in model.local_groups
+        )
+        weights = trained * _FLOAT + sum(base_size(group)[1] for group in model.local_groups)
     weights = setup.part(gate * _FLOAT, weights - gate * _FLOAT)
     memory = _trained_bytes(trained, gate, setup, stage.optim)
-    memory |= {"weights": weights, "logits": _logits_bytes(model, tokens, setup)}
+    memory |= {"weights": weights, "logits": _logits_bytes(model, tokens, setup, compares=stage.kl_coef > 0)}
+    if stage.kl_coef:  # the specialists read the rows before the stage
+        memory["reading"] = _reading_bytes(model, setup)
     memory |= _gathered_bytes(model, setup, trains_all_weights=stage.trains_all_weights)
     if copies and not setup.shards:
         memory["copies for autocast"] = copies
@@ -344,7 +355,7 @@ def _plan_joint(model: UltraFuserForCausalLM, stage: JointStage, rows: int, setu
         kept = sum(activation_bytes(group, tokens, checkpointing=True, offload=offload) for group in model.local_groups)
     memory["activations"] = kept
     passes = 2 + (4 if stage.trains_all_weights else 2) + (2 if checkpointing else 0)
-    flops = float(passes) * _forward_parameters(model) * rows * setup.length * stage.steps
+    flops = float(passes) * forward_parameters(model) * rows * setup.length * stage.steps
     return StagePlan(stage.name, rows_per_pass, memory, trained, bool(checkpointing), flops)
 
 
@@ -424,8 +435,8 @@ def _gathered_bytes(model: UltraFuserForCausalLM, setup: _Setup, *, trains_all_w
         return {}
     outer = layers = 0
     for group in model.local_groups:
-        sizes = [_size(list(layer.parameters())) for layer in decoder_layers(group)]
-        numbers, held = _size(list(group.parameters()))
+        sizes = [parameter_size(list(layer.parameters())) for layer in decoder_layers(group)]
+        numbers, held = parameter_size(list(group.parameters()))
         numbers, held = numbers - sum(size[0] for size in sizes), held - sum(size[1] for size in sizes)
         outer += 2 * numbers * _FLOAT if trains_all_weights else held
         largest = max(sizes)
@@ -433,48 +444,18 @@ def _gathered_bytes(model: UltraFuserForCausalLM, setup: _Setup, *, trains_all_w
     return {"gathered": outer + layers}
 
 
-def _size(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
-    """Numbers, and their bytes."""
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.dtype.itemsize for p in parameters)
+def _reading_bytes(model: UltraFuserForCausalLM, setup: _Setup) -> int:
+    """The largest pass that fills the feature cache."""
+    tokens = token_budget(torch.device(setup.kind))
+    return max(layer_bytes(group, tokens, kept=False) for group in model.local_groups)
 
 
-def _base(group: SpecialistGroup) -> tuple[int, int]:
-    """Parameters of the base without adapters, and their bytes."""
-    adapters = {id(parameter) for parameter in group.adapter_parameters()}
-    return _size([parameter for parameter in group.model.parameters() if id(parameter) not in adapters])
+def _logits_bytes(model: UltraFuserForCausalLM, tokens: int, setup: _Setup, *, compares: bool = False) -> int:
+    """Logits that are held at once, in float32: of each specialist and of the mixture, or of one specialist and its gradient.
 
-
-def _adapters(group: SpecialistGroup) -> tuple[int, int]:
-    """Parameters of the adapters, and their bytes."""
-    return _size(group.adapter_parameters())
-
-
-def _new_adapters(group: SpecialistGroup, lora: LoraRecipe) -> int:
-    """Parameters of the adapters that the joint stage would add."""
-    return lora.r * sum(map(sum, group.linear_layers(lora.target_modules).values()))
-
-
-def _forward_parameters(model: UltraFuserForCausalLM) -> int:
-    """Parameters that multiply each token in one pass of all specialists. A table that is only looked up does not."""
-    total = 0
-    for group in model.local_groups:
-        table, head = group.model.get_input_embeddings().weight, group.model.get_output_embeddings().weight
-        total += group.size * (_base(group)[0] - (0 if table is head else table.numel())) + _adapters(group)[0]
-    return total
-
-
-def _cache_bytes(group: SpecialistGroup, tokens: int) -> int:
-    """Keys and values of `tokens` for all specialists of the group."""
-    config = group.model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * (
-        getattr(config, "num_key_value_heads", None) or heads
-    )
-    return 2 * config.num_hidden_layers * width * tokens * group.size * group.model.dtype.itemsize
-
-
-def _logits_bytes(model: UltraFuserForCausalLM, tokens: int, setup: _Setup) -> int:
-    """Logits that are held at once, in float32: of each specialist and of the mixture, or of one specialist and its gradient."""
+    Args:
+        compares: with `kl_coef` one specialist's distribution before the stage and the present one, their divergence, and gradients.
+    """
     size = max(head.weight.shape[0] for head in model.heads())
-    arrays = len(model.heads()) + 1 if model.config.mixing == "logits" else 2
+    arrays = max(len(model.heads()) + 1 if model.config.mixing == "logits" else 2, 6 if compares else 0)
     return arrays * min(tokens * size, chunk_values(setup.kind)) * _FLOAT

@@ -31,6 +31,7 @@ from ultrafuser.progress import Progress
 from ultrafuser.recipe import GateStage, JointStage, OutcomeStage, Recipe, StageRecipe
 from ultrafuser.specialists import pick_device
 from ultrafuser.train.calibrate import TEMPERATURES, calibrate
+from ultrafuser.train.callbacks import SaveEvery
 from ultrafuser.train.checkpoints import last_checkpoint
 from ultrafuser.train.checks import check_stage
 from ultrafuser.train.features import FeatureStore, Precision, estimate_size_bytes
@@ -41,7 +42,7 @@ from ultrafuser.train.plan import fit_rows
 from ultrafuser.train.preemption import Preemption
 from ultrafuser.train.reference import ReferenceTrainer
 from ultrafuser.train.sharding import is_sharded, shard_weights
-from ultrafuser.train.trainer import FusionTrainer, Rows, SaveEvery, load_weights, save_trainable, trained_weights
+from ultrafuser.train.trainer import FusionTrainer, Rows, load_weights, save_trainable, trained_weights
 
 VALIDATIONS = 5  # of a stage that keeps the best checkpoint
 FINISHED, MEASURED, ROWS = "finished.safetensors", "temperatures.json", "rows-per-device.json"

@@ -26,6 +26,7 @@ from ultrafuser.data.templates import Rendered
 from ultrafuser.errors import DiskError, TrainingError
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM, UltraFuserOutput
 from ultrafuser.progress import Progress
+from ultrafuser.train.callbacks import StepBar
 from ultrafuser.train.features import FeatureStore, RowFeatures, collate_features
 from ultrafuser.train.metrics import append_metrics
 from ultrafuser.train.sharding import divide_like, free_gathered, gather_state, whole
@@ -75,7 +76,7 @@ class FusionTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=validation_rows,
             data_collator=self._collate,
-            callbacks=[_Bar(progress or Progress(), stage), *callbacks],
+            callbacks=[StepBar(progress or Progress(), stage), *callbacks],
         )
         if self.mesh is not None:  # the processes hold different weights, which the usual wrapper would make equal
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
@@ -440,37 +441,3 @@ def _rows(rows: Rows) -> Sequence[Rendered]:
 
 def _rendered(item: Rendered | RowFeatures) -> Rendered:
     return item.row if isinstance(item, RowFeatures) else item
-
-
-class _Bar(TrainerCallback):
-    """Show each step with its losses."""
-
-    def __init__(self, progress: Progress, stage: str) -> None:
-        self.progress, self.stage, self.note = progress, stage, ""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.start(f"stage {self.stage}", state.max_steps)
-        if state.global_step:
-            self.progress.advance(state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        losses = {key.removeprefix("loss/"): loss for key, loss in (logs or {}).items() if key.startswith("loss/")}
-        if losses:
-            self.note = " ".join(f"{domain} {loss:.3f}" for domain, loss in losses.items())
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.advance(1, self.note)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.finish()
-
-
-class SaveEvery(TrainerCallback):
-    """Also save checkpoints between validations: to keep the best one, transformers saves at validations alone."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.steps == 0:
-            control.should_save = True
