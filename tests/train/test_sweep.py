@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ranks import launch
 from training_fixtures import GATE, JOINT, Interruption, RecordingProgress, StopAt, TinyRun, losses, metrics
 from ultrafuser.errors import RecipeError, TrainingError
 from ultrafuser.recipe import load_recipe
@@ -157,3 +158,15 @@ def test_both_stages(recipe: Path) -> None:
     stages = ["stages=[{name: gate, steps: 2, samples_per_domain: 2}, {name: joint, steps: 2, samples_per_domain: 2}]"]
     runs = sweep(recipe, [*stages, f"stages.joint.lora.r={JOINT['lora']['r']}"], ["stages.joint.kl_coef=0,1"])
     assert [run.stage for run in runs] == ["joint", "joint"]
+
+
+def test_two_processes_give_the_losses_of_one(recipe: Path, tmp_path: Path) -> None:
+    alone = sweep(recipe, [], FIELDS)
+    process = launch(tmp_path, 2, f"{recipe} output={tmp_path / 'two'} --sweep {FIELDS[0]} --sweep {FIELDS[1]}")
+    assert process.returncode == 0, process.stderr[-3000:]
+    shared = json.loads((tmp_path / "two" / "sweep.json").read_text())
+    for run, expected in zip(shared, alone, strict=True):
+        assert run["overrides"] == expected.overrides
+        assert run["loss"] == pytest.approx(expected.loss, abs=1e-5)
+    assert process.stdout.count("stages.gate.lr=1e-2") >= 1
+    assert not (tmp_path / "two" / "features").exists()

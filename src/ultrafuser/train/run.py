@@ -60,9 +60,7 @@ def train(
     """
     progress = progress or Progress()
     refuse_wrappers()
-    # the first one starts the process group, on a CPU only if it is told so
-    timeout = datetime.timedelta(seconds=recipe.ddp_timeout)
-    PartialState(cpu=pick_device(recipe.device) == "cpu", timeout=timeout)
+    join_processes(recipe)
     recipe = _settle(recipe)
     if recipe.early_stop_patience and not recipe.data.validation:
         raise TrainingError("early_stop_patience needs validation rows. Add sources under data.validation")
@@ -84,6 +82,12 @@ def train(
     with run_lock(output), preemption.listening():
         _check_output(output, recipe, resume)
         return _train(recipe, features, progress, preemption, mesh)
+
+
+def join_processes(recipe: Recipe) -> None:
+    """Start the process group, where there is one. The first state of accelerate does it, on a CPU only if it is told so."""
+    timeout = datetime.timedelta(seconds=recipe.ddp_timeout)
+    PartialState(cpu=pick_device(recipe.device) == "cpu", timeout=timeout)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ultrafuser.errors import RecipeError, TrainingError
 from ultrafuser.progress import Progress
 from ultrafuser.recipe import Recipe, load_recipe
 from ultrafuser.train.metrics import METRICS_FILE, read_metrics
-from ultrafuser.train.run import RECIPE_FILE, run_lock, train
+from ultrafuser.train.run import RECIPE_FILE, join_processes, run_lock, train
 
 SWEEP_FILE = "sweep.json"
 _NAME_LIMIT = 120  # characters of a run's folder
@@ -71,6 +71,7 @@ def sweep(
     """
     progress = progress or Progress()
     base = load_recipe(source, overrides)
+    join_processes(base)
     output = Path(base.output)
     runs = _plan(output, fields)
     recipes = [load_recipe(source, [*overrides, *run.overrides, f"output={run.folder}"]) for run in runs]
@@ -80,7 +81,7 @@ def sweep(
             if resume
             else f"{output} holds a run already. Continue a sweep with --resume, or choose another output="
         )
-    PartialState(cpu=base.device == "cpu")
+    PartialState().wait_for_everyone()  # all have looked before the first one writes
     with run_lock(output):
         for index, (run, recipe) in enumerate(zip(runs, recipes, strict=True), 1):
             _write(output, runs)
