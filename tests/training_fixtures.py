@@ -111,9 +111,9 @@ def metrics(output: Path, without: Sequence[str] = TIMES) -> list[dict[str, Any]
 
 
 def losses(output: Path) -> list[tuple[str, int, dict[str, float]]]:
-    """(stage, step, every loss) of each row of metrics."""
+    """(stage, step, every loss and divergence) of each row of metrics."""
     return [
-        (row["stage"], row["step"], {key: value for key, value in row.items() if "loss" in key})
+        (row["stage"], row["step"], {key: value for key, value in row.items() if "loss" in key or key == "kl"})
         for row in metrics(output)
     ]
 

@@ -259,17 +259,17 @@ class JointStage(_RowStage):
     kl_coef: NonNegativeFloat = Field(
         default=0.0,
         description="Hold each specialist to its predictions from before the stage where they were right: the loss gains `kl_coef` times the mean "
-        "over tokens of q(label) KL(q || p), with q its distribution before and p the present one.",
+        "over tokens of q(label) KL(q || p), with q its distribution before and p the present one. Labels with q below .01 are left out.",
     )
     optim: Literal["adamw_torch", "adafactor", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
         default="adamw_torch",
         description="Optimizer, by its name in transformers. `adamw_8bit` keeps 2 bytes for each trained number in place of 8, and a paged one "
-        "moves to the host's memory when a GPU is full. Both need bitsandbytes. `adafactor` keeps less than 1 byte, without a momentum.",
+        "moves to the host's memory when a GPU is full. Both need bitsandbytes. `adafactor` keeps sums of rows and columns alone, without a momentum.",
     )
     gradient_checkpointing: Literal["auto", "offload"] | bool = Field(
         default="auto",
         description="Compute activations again in the backward pass instead of keeping them. `auto`: if they would take more than half "
-        "of the free memory. `offload`: what is still kept waits in the host's memory, which makes steps slower.",
+        "of the free memory. `offload`: and keep the inputs of the layers in the host's memory, which makes steps slower.",
     )
 
     @model_validator(mode="after")
@@ -337,8 +337,8 @@ class Recipe(Node):
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or another torch device.")
     device_map: Literal["auto"] | None = Field(
         default=None,
-        description="`auto`: spread the specialists over all devices that the process sees, whole where they fit, in training too. null: all are on `device`. "
-        "A specialist's own `device_map` comes first.",
+        description="`auto`: spread the specialists over all devices that the process sees, in training too. If one is too large for each device, or has a "
+        "`device_map` of its own, transformers divides the others. null: all are on `device`.",
     )
     date: Annotated[str | None, BeforeValidator(_day)] = Field(
         default=None,
@@ -397,6 +397,8 @@ class Recipe(Node):
             raise ValueError("no specialists. List at least one under 'specialists' or give a 'fused' folder")
         if self.parallel.shard and any(isinstance(stage, JointStage) and stage.kl_coef for stage in self.stages):
             raise ValueError("got both 'kl_coef' and 'parallel.shard', expected one of them. Set kl_coef to 0")
+        if self.device_map and self.device != "auto":
+            raise ValueError("got both 'device' and 'device_map', expected one of them. Leave one out")
         if self.device_map and (self.parallel.shard or self.parallel.specialist > 1):
             raise ValueError(
                 "got both 'device_map' and 'parallel', expected one of them. The former spreads the specialists of one process"

@@ -9,8 +9,8 @@ import torch
 
 from tiny_models import entry, fuse_entries, save_adapter, tiny
 from training_fixtures import GATE, TinyRun
-from ultrafuser.errors import RecipeError, TrainingError
-from ultrafuser.model import checkpoint
+from ultrafuser.errors import CheckpointError, RecipeError, TrainingError
+from ultrafuser.model import checkpoint, placement
 from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.placement import spread
 from ultrafuser.recipe import load_recipe
@@ -24,8 +24,8 @@ IDS = torch.arange(5, 12)[None]
     [
         ([10, 10], {"a": 100, "b": 100}, ["a", "b"]),
         ([10, 60, 50], {"a": 100, "b": 100}, ["b", "a", "b"]),
-        ([10, 200, 10], {"a": 100, "b": 90}, ["a", "auto", "b"]),
-        ([91], {"a": 100}, ["auto"]),  # a tenth is left for caches
+        ([10, 200, 10], {"a": 100, "b": 90}, []),  # one fits nowhere, and takes room that is not known
+        ([91], {"a": 100}, []),  # a tenth is left for caches
         ([90], {"a": 100}, ["a"]),
     ],
 )
@@ -64,7 +64,28 @@ def test_adapters_on_one_base_stay_together(save, tmp_path: Path, maps: list) ->
     fuse_entries([entry(name, base, path) for name, path in adapters.items()]).save_pretrained(tmp_path / "fused")
     maps.clear()
     UltraFuserForCausalLM.from_pretrained(tmp_path / "fused", device_map="auto")
-    assert maps == ["cpu"]
+    assert maps == ["auto"], "one group is left to transformers"
+
+
+def test_what_cannot_be_measured_is_left_to_transformers(
+    save, tmp_path: Path, maps: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuse_entries([entry("a", save("a")), entry("b", save("b"))]).save_pretrained(tmp_path / "fused")
+
+    def refuse(*args):
+        raise CheckpointError("needs its own code")
+
+    monkeypatch.setattr(placement, "empty_groups", refuse)
+    maps.clear()
+    UltraFuserForCausalLM.from_pretrained(tmp_path / "fused", device_map="auto")
+    assert maps == ["auto", "auto"]
+
+
+def test_a_specialist_with_its_own_map_leaves_the_others_to_transformers(save, tmp_path: Path, maps: list) -> None:
+    fuse_entries([entry("a", save("a"), device_map="cpu"), entry("b", save("b"))]).save_pretrained(tmp_path / "fused")
+    maps.clear()
+    UltraFuserForCausalLM.from_pretrained(tmp_path / "fused", device_map="auto")
+    assert maps == ["auto", "auto"], "load_base puts the entry's own first"
 
 
 def test_one_device_is_left_to_transformers(save, tmp_path: Path, maps: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +99,7 @@ def test_one_device_is_left_to_transformers(save, tmp_path: Path, maps: list, mo
 def test_a_recipe_spreads_its_specialists_in_training(tiny_run: TinyRun, tmp_path: Path, maps: list) -> None:
     plain = tiny_run.train(tmp_path / "plain")
     maps.clear()
-    output = tiny_run.train(tmp_path / "spread", device_map="auto")
+    output = tiny_run.train(tmp_path / "spread", device_map="auto", device="auto")
     assert set(maps) == {"cpu", "cpu:0"}
     models = [UltraFuserForCausalLM.from_pretrained(folder / "fused", device_map="cpu") for folder in (plain, output)]
     torch.testing.assert_close(models[0](IDS).logits, models[1](IDS).logits)
@@ -86,7 +107,9 @@ def test_a_recipe_spreads_its_specialists_in_training(tiny_run: TinyRun, tmp_pat
 
 def test_several_processes_are_refused(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="got both 'device_map' and 'parallel', expected one of them"):
-        load_recipe(tiny_run.fields(tmp_path, device_map="auto", parallel={"specialist": 3}))
+        load_recipe(tiny_run.fields(tmp_path, device_map="auto", device="auto", parallel={"specialist": 3}))
+    with pytest.raises(RecipeError, match="got both 'device' and 'device_map', expected one of them. Leave one out"):
+        load_recipe(tiny_run.fields(tmp_path, device_map="auto", device="cpu"))
 
     class Two:
         num_processes, is_main_process = 2, True
@@ -99,4 +122,4 @@ def test_several_processes_are_refused(tiny_run: TinyRun, tmp_path: Path, monkey
     with pytest.raises(
         TrainingError, match="device_map spreads .* but 2 processes run. Start one, or leave device_map out"
     ):
-        tiny_run.train(tmp_path / "two", [GATE], device_map="auto")
+        tiny_run.train(tmp_path / "two", [GATE], device_map="auto", device="auto")

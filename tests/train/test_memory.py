@@ -50,8 +50,8 @@ def test_offload_changes_no_loss_and_says_so(tiny_run, tmp_path, device):
     for (*step, loss), (*same, expected) in zip(*runs, strict=True):
         assert step == same
         assert loss == pytest.approx(expected, abs=1e-6)
-    where = "" if device == "cpu" else ", and what it keeps is in the host's memory"
-    assert LINE + where in progress.news
+    host = "" if device == "cpu" else ", with the inputs of the layers in the host's memory"
+    assert LINE + host in progress.news
 
 
 @pytest.mark.parametrize("free, chosen", [(1 << 40, False), (1 << 10, True)])

@@ -114,7 +114,7 @@ def test_specialists_stay_nearer_to_what_they_were(tiny_run: TinyRun, tmp_path: 
 
 def test_the_logged_divergence_is_the_plain_one(tiny_run: TinyRun, tmp_path: Path, monkeypatch) -> None:
     """The last step's value belongs to the weights before it: those of a run that is one step shorter at a constant rate."""
-    monkeypatch.setattr(reference, "_LEAST", 0.0)
+    monkeypatch.setattr(reference, "_MIN_PROBABILITY", 0.0)
     stage = JOINT | {"kl_coef": 1, "samples_per_domain": 5, "schedule": "constant"}
     outputs = {
         steps: tiny_run.train(tmp_path / str(steps), [GATE | {"calibrate": False}, stage | {"steps": steps}])

@@ -158,32 +158,35 @@ def _sweep(
     from ultrafuser.train.sweep import over_seeds, sweep
 
     runs = sweep(recipe, changes, fields, resume=resume, progress=progress)
-    if type(progress) is Progress:  # not the first of several processes
+    if int(os.environ.get("RANK", "0")):  # only the first of several processes prints
         return
     if as_json:
         echo(json.dumps([asdict(run) for run in runs]))
         return
-    done = sorted((run for run in runs if run.loss), key=lambda run: run.loss["mean"] if run.loss else 0.0)
-    columns = list(done[0].loss or {})
+    losses = {" ".join(run.overrides): run.loss for run in runs if run.loss is not None}
+    columns = list(dict.fromkeys(column for loss in losses.values() for column in loss))
     table = Table(
         title="nats per response token, lowest mean first", title_justify="left", header_style="bold", box=HORIZONTALS
     )
     table.add_column(Text("run"))
     for column in columns:
         table.add_column(Text(column), justify="right")
-    for run in done:
-        table.add_row(
-            Text(" ".join(run.overrides)), *(f"{(run.loss or {}).get(column, float('nan')):.4f}" for column in columns)
-        )
-    for rest, losses in over_seeds(runs):
-        if len(losses) > 1:
-            spread = f"mean {statistics.mean(losses):.4f}, standard deviation {statistics.stdev(losses):.4f}"
-            echo(f"{' '.join(rest) or 'all'}: {spread} over {len(losses)} seeds")
-    PlainConsole().print(table)
+    for name, loss in sorted(losses.items(), key=lambda item: item[1]["mean"]):
+        table.add_row(Text(name), *(f"{loss[column]:.4f}" if column in loss else "" for column in columns))
+    if losses:
+        PlainConsole().print(table)
+    for overrides, means in over_seeds(runs):
+        if len(means) > 1:
+            spread = f"mean {statistics.mean(means):.4f}, standard deviation {statistics.stdev(means):.4f}"
+            echo(f"{' '.join(overrides) or 'all'}: {spread} over {len(means)} seeds")
     for run in runs:
         if run.error:
             echo(f"failed: {' '.join(run.overrides)}: {run.error}")
-    echo(f"best: {done[0].folder}/fused\nnext: ultrafuser chat {done[0].folder}/fused")
+        elif run.loss is None:
+            echo(f"no loss: {' '.join(run.overrides)}: stage {run.stage} has logged none")
+    finished = [run for run in runs if not run.error]
+    best = min(finished, key=lambda run: run.loss["mean"] if run.loss else float("inf"))
+    echo(f"{'best' if best.loss else 'first'}: {best.folder}/fused\nnext: ultrafuser chat {best.folder}/fused")
 
 
 @how_to_go_on(f"{AGAIN}, which starts the demo from its beginning")

@@ -227,13 +227,14 @@ def load_groups(
     for spec in config.specialists:
         quantization = spec.get("quantization") or spec["config"].get("quantization_config") or {}
         check_packages(quantization, f"specialist {spec['name']!r}")
-    placed: list[str] = []
-    if kwargs.get("device_map") in SPREAD and len(free := accelerators()) > 1:
-        placed = place_groups(config, folder, str(kwargs.get("dtype") or "auto").removeprefix("torch."), access, free)
+    devices: list[str] = []
+    if kwargs.get("device_map") in SPREAD and len(free_bytes := accelerators()) > 1:
+        dtype = str(kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto").removeprefix("torch.")
+        devices = place_groups(config, folder, dtype, access, free_bytes)
     for g, indices in enumerate(config.groups()):
         specs = [config.specialists[k] for k in indices]
-        if placed:
-            kwargs["device_map"] = placed[g]
+        if devices:
+            kwargs["device_map"] = devices[g]
         if g % share[1] != share[0]:
             model = empty_model(specs[0], torch.float32)
             groups.append(AbsentGroup([spec["name"] for spec in specs], model.get_output_embeddings().weight.shape[1]))

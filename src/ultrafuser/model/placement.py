@@ -9,10 +9,11 @@ import torch
 
 from .configuration_ultrafuser import UltraFuserConfig
 from .empty import empty_groups
+from .errors import CheckpointError
 from .hub import Access
 
 SPREAD = ("auto", "balanced")  # the values of `device_map` that spread the specialists
-_ROOM = 0.9  # of a device's free memory: the rest is for caches and activations
+_FILL = 0.9  # of a device's free memory: the remainder is for caches and activations
 
 
 def accelerators() -> dict[str, int]:
@@ -29,24 +30,33 @@ def accelerators() -> dict[str, int]:
 def place_groups(
     config: UltraFuserConfig, folder: Path | None, dtype: str, access: Access, free: Mapping[str, int]
 ) -> list[str]:
-    """A `device_map` for each group of specialists: a device, or `auto` for one that is too large for each device.
+    """The device of each group of specialists.
+
+    Empty if transformers must divide them: a specialist has its own `device_map` or cannot be measured, one does not fit as a
+    whole, or all would be on one device.
 
     Args:
         folder, dtype, access: as for `load_groups`.
         free: of `accelerators`.
     """
-    groups = empty_groups(config, folder, dtype, access)
+    if any(spec.get("device_map") for spec in config.specialists):
+        return []
+    try:
+        groups = empty_groups(config, folder, dtype, access)
+    except CheckpointError:  # its own code would have to run. If something else is wrong, loading says so
+        return []
     sizes = [sum(p.numel() * p.dtype.itemsize for p in group.parameters()) for group in groups]
-    return spread(sizes, free)
+    devices = spread(sizes, free)
+    return devices if len(set(devices)) > 1 else []
 
 
 def spread(sizes: Sequence[int], free: Mapping[str, int]) -> list[str]:
-    """The device with the most room for each size in bytes, the largest size first. `auto` where none has room."""
-    room = {device: int(_ROOM * free_bytes) for device, free_bytes in free.items()}
-    devices = ["auto"] * len(sizes)
+    """The device with the most room for each size in bytes, the largest size first. Empty if one fits nowhere."""
+    room = {device: int(_FILL * free_bytes) for device, free_bytes in free.items()}
+    devices = [""] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        device = max(room, key=lambda device: room[device])
-        if sizes[i] <= room[device]:
-            devices[i] = device
-            room[device] -= sizes[i]
+        devices[i] = max(room, key=lambda device: room[device])
+        room[devices[i]] -= sizes[i]
+        if room[devices[i]] < 0:
+            return []
     return devices

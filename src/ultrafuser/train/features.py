@@ -86,7 +86,7 @@ class FeatureStore(Sequence[RowFeatures]):
         def mapped(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.from_file(str(folder / name), shared=True, size=size, dtype=dtype)
 
-        self.folder, self.rows = folder, rows
+        self.folder, self.rows, self.precision = folder, rows, precision
         self.offsets = [0, *itertools.accumulate(label_counts_of(rows))]
         total, size = self.offsets[-1], len(heads)
         self.states: list[Any] = []  # (N, D_k) each, tensors or Int8States
@@ -140,11 +140,7 @@ class FeatureStore(Sequence[RowFeatures]):
         Raises:
             TrainingError: the features do not fit on the disk, or some are missing in the end.
         """
-        # a fingerprint of the rows' tokens and of the specialists' weights (a sample of each tensor)
-        weights = ((name, whole(weight)) for name, weight in model.groups.named_parameters())
-        identity = hash_weights(weights, start=digest_of(rows))
-        if precision != "auto":
-            identity += f"-{precision}"
+        identity = _identify(model, rows, precision)
         heads = model.heads()  # in all processes, as those that divide weights gather them together
         if rank == 0:
             _prepare_folder(folder, identity, rows, heads, precision)
@@ -163,6 +159,17 @@ class FeatureStore(Sequence[RowFeatures]):
                 "Choose an output on a disk that all processes of a machine share, or set cache_features: false"
             )
         return store
+
+
+def holds_features(folder: Path, model: UltraFuserForCausalLM, rows: Sequence[Rendered]) -> bool:
+    """Whether a folder has features of these specialists on these rows, in the specialists' precision."""
+    return _is_identity(folder / "identity.json", _identify(model, rows, "auto"))
+
+
+def _identify(model: UltraFuserForCausalLM, rows: Sequence[Rendered], precision: Precision) -> str:
+    """A fingerprint of the rows' tokens and of the specialists' weights (a sample of each tensor)."""
+    weights = ((name, whole(weight)) for name, weight in model.groups.named_parameters())
+    return hash_weights(weights, start=digest_of(rows)) + ("" if precision == "auto" else f"-{precision}")
 
 
 def estimate_size_bytes(model: UltraFuserForCausalLM, rows: Sequence[Rendered], precision: Precision = "auto") -> int:
@@ -222,7 +229,7 @@ def _prepare_folder(
             (folder / name).unlink(missing_ok=True)
         raise TrainingError(
             f"{folder}: the feature cache needs {sum(missing.values()) / 1e9:.1f} GB: {problem}. Free space, choose another "
-            "output, or set cache_features: false in a training recipe"
+            "output, or set cache_features: false, and kl_coef: 0, in a training recipe"
         ) from error
 
 
@@ -259,15 +266,17 @@ def _compute(model: UltraFuserForCausalLM, store: FeatureStore, missing: Sequenc
         labelled = inputs["labels"] != -100  # (B, R)
         index = inputs["response_index"][:, model.local_indices]
         selected = select_responses(states, index, labelled)  # K x (N, D_k)
+        lengths_of_rows = [len(row.labels) for row in rows]
+        slices = [slice(store.offsets[i], store.offsets[i + 1]) for i in indices]
+        for k, (stored, values) in enumerate(zip(store.states, selected, strict=True)):
+            for tokens, states in zip(slices, values.cpu().split(lengths_of_rows), strict=True):
+                stored[tokens] = states
+            if store.precision != "auto":  # so that a change of the temperatures alone gives the same
+                selected[k] = torch.cat([stored[tokens] for tokens in slices]).to(values.device)
         log_probs = model.specialist_log_probs(selected, inputs["labels"][labelled])  # (N, K)
-        start = 0
-        for i, row in zip(indices, rows, strict=True):
-            tokens, end = slice(store.offsets[i], store.offsets[i + 1]), start + len(row.labels)
-            for stored, values in zip(store.states, selected, strict=True):
-                stored[tokens] = values[start:end].cpu()
-            store.log_probs[tokens] = log_probs[start:end].cpu()
+        for i, tokens, scores in zip(indices, slices, log_probs.cpu().split(lengths_of_rows), strict=True):
+            store.log_probs[tokens] = scores
             store.read[i] = store.scored[i] = 1
-            start = end
         progress.advance(sum(row.num_tokens for row in rows))
     model.train(was_training)
     progress.finish()

@@ -342,6 +342,8 @@ def _plan_joint(model: UltraFuserForCausalLM, stage: JointStage, rows: int, setu
     memory |= {"weights": weights, "logits": _logits_bytes(model, tokens, setup, compares=stage.kl_coef > 0)}
     if stage.kl_coef:  # the specialists read the rows before the stage
         memory["reading"] = _reading_bytes(model, setup)
+        if stage.trains_all_weights:  # the output layers before the stage, and their gradients
+            memory["reference"] = sum(2 * head.weight.numel() * _FLOAT for head in model.heads())
     memory |= _gathered_bytes(model, setup, trains_all_weights=stage.trains_all_weights)
     if copies and not setup.shards:
         memory["copies for autocast"] = copies

@@ -14,14 +14,14 @@ from ultrafuser.model.modeling_ultrafuser import UltraFuserOutput
 from ultrafuser.train.features import RowFeatures
 from ultrafuser.train.trainer import FusionTrainer
 
-_LEAST = 0.01  # labels that the reference gave a lower probability are left out: they hardly count, but cost as much
+_MIN_PROBABILITY = 0.01  # labels below it before the stage are left out: they hardly count, but cost as much
 
 
 class ReferenceTrainer(FusionTrainer):
     """Add `kl_coef` * mean over tokens of sum_k q_k(y) KL(q_k || p_k) to the loss. Metrics show the mean as `kl`.
 
     q_k is the distribution of specialist k before the stage, p_k the present one, both at its temperature, and y the
-    label. So a specialist is held where it was right, and free where it was wrong. q_k comes from cached states.
+    label, if q_k(y) is .01 at least. So a specialist is held where it was right, and free where it was wrong. q_k comes from cached states.
 
     Args:
         train_rows: features from before the stage.
@@ -53,8 +53,8 @@ class ReferenceTrainer(FusionTrainer):
         heads, states = self.model.heads(), out.response_states
         assert states is not None
         divergences = [
-            weighted_kl(state, head, reference, old, column.exp())
-            for state, head, reference, old, column in zip(
+            weighted_kl(state, head, reference, reference_head, column.exp())
+            for state, head, reference, reference_head, column in zip(
                 states, heads, references, self._heads, log_probs.unbind(-1), strict=True
             )
         ]
@@ -81,9 +81,9 @@ def weighted_kl(
         head, reference_head: its output layers.
         weights: (N,). Tokens with a weight below .01 are left out.
     """
-    counted = weights >= _LEAST
-    at = counted.to(state.device)
-    present, reference, weights = state[at], reference[counted].to(state.device), weights[counted]
+    mask = weights >= _MIN_PROBABILITY
+    present, weights = state[mask.to(state.device)], weights[mask]
+    reference = reference[mask.to(reference.device)].to(state.device)
     # The gradients are computed chunk by chunk with the values, so that no logits are kept for the backward pass.
     leaf = present.detach().requires_grad_()
     sources = [(leaf, present)] + [(t, t) for t in (head.weight, head.bias) if t is not None and t.requires_grad]
@@ -91,13 +91,15 @@ def weighted_kl(
     total = weights.new_zeros((), dtype=torch.float32)
     for chunk in token_chunks(len(leaf), head.weight):
         with torch.no_grad():
-            old = reference_head.logits(reference[chunk]).log_softmax(-1)  # (n, V)
+            log_q = reference_head.logits(reference[chunk]).log_softmax(-1)  # (n, V)
         with torch.enable_grad():
-            new = head.logits(leaf[chunk]).log_softmax(-1)
-            by_token = kl_div(new, old, reduction="none", log_target=True).sum(-1)  # (n,)
+            log_p = head.logits(leaf[chunk]).log_softmax(-1)
+            by_token = kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)  # (n,)
             divergence = (weights[chunk].to(by_token) * by_token).sum()
-            for gradient, part in zip(gradients, torch.autograd.grad(divergence, [s for s, _ in sources]), strict=True):
-                gradient += part
+            for total_gradient, gradient in zip(
+                gradients, torch.autograd.grad(divergence, [source for source, _ in sources]), strict=True
+            ):
+                total_gradient += gradient
         total += divergence.detach().to(total)
     for gradient, (_, tensor) in zip(gradients, sources, strict=True):
         term = (tensor * gradient).sum()

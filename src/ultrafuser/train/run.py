@@ -61,7 +61,7 @@ def train(
     progress = progress or Progress()
     refuse_wrappers()
     join_processes(recipe)
-    recipe = _settle(recipe)
+    recipe = settle(recipe, resume=resume)
     if recipe.early_stop_patience and not recipe.data.validation:
         raise TrainingError("early_stop_patience needs validation rows. Add sources under data.validation")
     _check_trackers(recipe.report_to)
@@ -72,15 +72,9 @@ def train(
             "leave device_map out"
         )
     mesh = _build_mesh(recipe)
-    output = Path(recipe.output)
-    if resume and not (output / RECIPE_FILE).is_file():
-        raise TrainingError(f"{output}: no run to resume there (no {RECIPE_FILE}). Start it without --resume")
-    if resume and recipe.date is None:  # the templates must see the day of the run's start
-        saved = typed_yaml.parse((output / RECIPE_FILE).read_text(encoding="utf-8"), str(output / RECIPE_FILE))
-        recipe = recipe.model_copy(update={"date": saved.get("date") and str(saved["date"])})
     preemption = Preemption()
-    with run_lock(output), preemption.listening():
-        _check_output(output, recipe, resume)
+    with run_lock(Path(recipe.output)), preemption.listening():
+        check_output(recipe, resume=resume)
         return _train(recipe, features, progress, preemption, mesh)
 
 
@@ -289,12 +283,19 @@ def write_fused_folder(
         write_card(draft, model.config, recipe if metrics else None, rows, title=title)
 
 
-def _settle(recipe: Recipe) -> Recipe:
-    """A recipe with the settings of the fused folder that it starts from.
+def settle(recipe: Recipe, *, resume: bool) -> Recipe:
+    """A recipe with the settings of the fused folder that it starts from, and of the run that it resumes.
 
     Raises:
         RecipeError: the recipe sets one of them to another value.
+        TrainingError: there is no run to resume.
     """
+    saved = Path(recipe.output) / RECIPE_FILE
+    if resume and not saved.is_file():
+        raise TrainingError(f"{recipe.output}: no run to resume there (no {RECIPE_FILE}). Start it without --resume")
+    if resume and recipe.date is None:  # the templates must see the day of the run's start
+        fields = typed_yaml.parse(saved.read_text(encoding="utf-8"), str(saved))
+        recipe = recipe.model_copy(update={"date": fields.get("date") and str(fields["date"])})
     if recipe.fused is None:
         return recipe
     config = read_manifest(fused_folder(recipe.fused))
@@ -327,7 +328,7 @@ def _without_devices(fields: Any) -> dict[str, Any]:
         {key: value for key, value in stage.items() if key not in ("rows_per_device", "tokens_per_device")}
         for stage in fields.get("stages", [])
     ]
-    return {key: value for key, value in fields.items() if key != "parallel"} | {"stages": stages}
+    return {key: value for key, value in fields.items() if key not in ("parallel", "device_map")} | {"stages": stages}
 
 
 def _in_this_version(saved: Path) -> str:
@@ -339,11 +340,18 @@ def _in_this_version(saved: Path) -> str:
         return text
 
 
-def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
-    """Check that no run is overwritten, and that a resumed run has the same recipe."""
+def check_output(recipe: Recipe, *, resume: bool) -> None:
+    """Check that no run is overwritten, and that a resumed run has the same recipe.
+
+    Args:
+        recipe: from `settle`.
+
+    Raises:
+        TrainingError: it would be, or has another one.
+    """
     if not PartialState().is_main_process:
         return
-    saved = output / RECIPE_FILE
+    output, saved = Path(recipe.output), Path(recipe.output) / RECIPE_FILE
     if not resume:
         if saved.exists():
             raise TrainingError(f"{output} holds a run already. Continue it with --resume, or choose another output=")

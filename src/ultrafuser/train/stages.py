@@ -34,7 +34,7 @@ from ultrafuser.train.calibrate import TEMPERATURES, calibrate
 from ultrafuser.train.callbacks import SaveEvery
 from ultrafuser.train.checkpoints import last_checkpoint
 from ultrafuser.train.checks import check_stage
-from ultrafuser.train.features import FeatureStore, Precision, estimate_size_bytes
+from ultrafuser.train.features import FeatureStore, Precision, estimate_size_bytes, holds_features
 from ultrafuser.train.memory import checkpointing_pays, device_bytes, memory_errors
 from ultrafuser.train.metrics import METRICS_FILE, truncate_metrics
 from ultrafuser.train.outcome import train_outcome
@@ -372,8 +372,8 @@ def _checkpointing(run: StageRun) -> Iterator[None]:
         yield
         return
     offload = stage.gradient_checkpointing == "offload" and pick_device(run.recipe.device) != "cpu"
-    where = ", and what it keeps is in the host's memory" if offload else ""
-    run.progress.log(f"stage {stage.name}: gradient checkpointing is on{where}")
+    host = ", with the inputs of the layers in the host's memory" if offload else ""
+    run.progress.log(f"stage {stage.name}: gradient checkpointing is on{host}")
     _set_checkpointing(run.model, True, offload)
     try:
         yield
@@ -431,7 +431,10 @@ def _training_rows(run: StageRun, args: TrainingArguments) -> tuple[Rows, Rows]:
         precision=_precision(run.stage),
         progress=run.progress,
     )
-    train_rows = build(rows, folder / "train")
+    name = "train"
+    if isinstance(run.stage, JointStage) and not _from_main(partial(holds_features, folder / name, run.model, rows)):
+        name = "reference"  # beside the cache of the gate's stage, which another run may need
+    train_rows = build(rows, folder / name)
     return train_rows, build(validation, folder / "validation") if validation else run.validation
 
 

@@ -182,7 +182,7 @@ class FusionTrainer(Trainer):
 
         Args:
             inputs: the micro-batch that the model has just read, as `collate_rows` made it.
-            out: what the model made of it.
+            out: the model's output.
         """
         return None
 

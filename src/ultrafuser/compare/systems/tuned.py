@@ -38,4 +38,5 @@ class Tuned(TrainedSystem):
     def build(self, workspace: Workspace) -> int:
         recipe = self.run_recipe(workspace)
         specialists = [specialist for specialist in recipe.specialists if specialist.name == self.specialist]
-        return self.train(workspace, recipe.model_copy(update={"specialists": specialists}))
+        stages = [stage.model_copy(update={"kl_coef": 0.0}) for stage in recipe.stages]  # it has no others to rely on
+        return self.train(workspace, recipe.model_copy(update={"specialists": specialists, "stages": stages}))
