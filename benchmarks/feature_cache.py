@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ultrafuser.data.packed import SampledRows
+from ultrafuser.model.modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.model.references import package_path
 from ultrafuser.progress import ConsoleProgress, Progress
 from ultrafuser.recipe import Recipe, load_recipe
@@ -51,43 +52,44 @@ class SampledStore(FeatureStore):
 class RoundedStore(FeatureStore):
     """The features that a cache with another `feature_dtype` holds."""
 
-    def __init__(self, store: FeatureStore, precision: str) -> None:
-        self.store, self.rows, self.precision = store, store.rows, precision
+    def __init__(self, store: FeatureStore, precision: str, model: UltraFuserForCausalLM) -> None:
+        self.store, self.rows, self.model = store, store.rows, model
+        self.round = {"bfloat16": torch.Tensor.bfloat16, "int8": _in_8_bits}[precision]
+        self.features: dict[int, RowFeatures] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: Any) -> RowFeatures:
-        whole = self.store[i]
-        return RowFeatures(whole.row, [self._round(states) for states in whole.states], whole.log_probs)
+        if i not in self.features:
+            row, states = self.rows[i], [self.round(states) for states in self.store[i].states]
+            log_probs = self.model.specialist_log_probs(states, torch.tensor(row.labels))
+            self.features[i] = RowFeatures(row, states, log_probs)
+        return self.features[i]
 
-    def _round(self, states: torch.Tensor) -> torch.Tensor:
-        if self.precision == "bfloat16":
-            return states.bfloat16()
-        scales = torch.empty(len(states), math.ceil(states.shape[1] / Int8States.BLOCK))
-        stored = Int8States(torch.empty_like(states, dtype=torch.int8), scales, states.dtype)
-        stored[:] = states
-        return stored[:]
+
+def _in_8_bits(states: torch.Tensor) -> torch.Tensor:
+    scales = torch.empty(len(states), math.ceil(states.shape[1] / Int8States.BLOCK))
+    stored = Int8States(torch.empty_like(states, dtype=torch.int8), scales, states.dtype)
+    stored[:] = states
+    return stored[:]
 
 
 def measure(
-    recipe: Recipe, model: Any, train: FeatureStore, validation: FeatureStore, variant: str, folder: Path
+    recipe: Recipe, model: Any, train: FeatureStore, validation: FeatureStore, limit: int | None, folder: Path
 ) -> dict[str, float]:
     """Train one gate. Returns its validation losses, and the share of the response tokens that it learned from."""
-    limit = int(variant) if variant.isdigit() else None
     fresh, _ = fuse(recipe)  # with the gate of this seed
     model.gate.load_state_dict(fresh.gate.state_dict())
     shutil.rmtree(folder, ignore_errors=True)
     rows = train if limit is None else SampledStore(train, limit, recipe.seed)
-    if variant in ("bfloat16", "int8"):
-        rows = RoundedStore(train, variant)
     run = StageRun(model, recipe.stages[0], recipe, train.rows, validation.rows, folder / "1-gate")
     prepare_gate(model)
     train_stage(run, training_arguments(run, autocast=False), rows, validation)
     row = next(row for row in reversed(read_metrics(folder / "metrics.jsonl")) if "eval_loss" in row)
     losses = {key.removeprefix("eval_"): value for key, value in row.items() if key.startswith("eval_loss")}
-    tokens = [min(limit or len(row.labels), len(row.labels)) for row in train.rows]
-    return losses | {"share": sum(tokens) / train.offsets[-1]}
+    counts = [len(row.labels) for row in train.rows]
+    return losses | {"share": sum(min(limit or count, count) for count in counts) / sum(counts)}
 
 
 def main() -> None:
@@ -114,9 +116,11 @@ def main() -> None:
     results = json.loads(args.output.read_text())["results"] if args.output and args.output.is_file() else {}
     for variant in args.variants:
         results[variant] = []
+        limit = int(variant) if variant.isdigit() else None
+        train = RoundedStore(stores[0], variant, model) if variant in ("bfloat16", "int8") else stores[0]
         for seed in range(args.seeds):
-            seeded = recipe.model_copy(update={"seed": seed})
-            results[variant].append(measure(seeded, model, *stores, variant, args.folder / f"{variant}-{seed}"))
+            seeded, folder = recipe.model_copy(update={"seed": seed}), args.folder / f"{variant}-{seed}"
+            results[variant].append(measure(seeded, model, train, stores[1], limit, folder))
             print(variant, seed, results[variant][-1], flush=True)
     for variant, runs in results.items():
         losses = [run["loss"] for run in runs]
