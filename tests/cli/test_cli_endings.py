@@ -280,7 +280,7 @@ def test_a_disk_that_fills_in_training_is_one_line(size, run, tiny_run, tmp_path
         ("Free space or make it writable. Continue with the same command and --resume",
          "Free space or make it writable. Run the same command again",  # nothing was trained yet
          "Remove the cause, and --resume writes them without training",
-         "Free space, choose another output, or set cache_features: false in a training recipe")
+         "Free space, choose another output, or set cache_features: false, and kl_coef: 0, in a training recipe")
     ), line  # fmt: skip
     resumed = run("train", recipe, *([] if line.endswith("Run the same command again") else ["--resume"]))
     assert resumed.code == 0, resumed.err
@@ -290,7 +290,7 @@ def test_a_disk_that_fills_in_eval_is_one_line(run, fused, tiny_run, tmp_path):
     words = ["eval", fused, "--tasks", "loss", "--data", tiny_run.folder / "held-out.jsonl", "-o", tmp_path / "eval"]
     with file_limit(5_000):
         line = one_line(run(*words))
-    assert "eval/fused/features" in line and line.endswith("or set cache_features: false in a training recipe")
+    assert "eval/fused/features" in line and line.endswith("and kl_coef: 0, in a training recipe")
     with small_disk(tmp_path / "disk", size_kb=40) as disk:
         line = one_line(run(*words[:-1], disk / "eval"))
     assert "the disk is full" in line
