@@ -22,6 +22,7 @@ from ultrafuser.data.packed import lengths_of
 from ultrafuser.data.sources import load_rows
 from ultrafuser.evaluate.intervals import Stratum, difference, estimate
 from ultrafuser.model.loss import select_responses, token_chunks
+from ultrafuser.model.mixing import mix_logits
 from ultrafuser.progress import ConsoleProgress
 
 TOKENS_PER_PASS = 1024
@@ -43,9 +44,10 @@ def read(folder: str, files: list[Path], limit: int) -> dict[str, dict[str, list
         labels, log_weights = inputs["labels"][labelled], model.log_weights(states)
         scores = []
         for chunk in token_chunks(len(labels), model.heads()[0].weight):
-            own = [h.logits(s[chunk]).log_softmax(-1) for h, s in zip(model.heads(), states, strict=True)]
-            fused = model.mix([s[None, chunk] for s in states], log_weights[None, chunk])[0].log_softmax(-1)
-            scores.append(torch.stack([_score(log_p, labels[chunk]) for log_p in (fused, *own)], 1))  # (n, 1 + K, 2)
+            logits = [head.logits(state[chunk]) for head, state in zip(model.heads(), states, strict=True)]
+            scored = [_score(z, labels[chunk]) for z in logits]
+            fused = mix_logits(logits, log_weights[chunk], model.config.mixing, model.config.masked_token_ids)
+            scores.append(torch.stack([_score(fused, labels[chunk]), *scored], 1))  # (n, 1 + K, 2)
         for i, values in zip(batch, torch.cat(scores).split([len(rows[i].labels) for i in batch]), strict=True):
             for k, name in enumerate(("fused", *model.config.names)):
                 nats, likely = values[:, k].unbind(-1)
@@ -61,8 +63,9 @@ def read(folder: str, files: list[Path], limit: int) -> dict[str, dict[str, list
     return results
 
 
-def _score(log_p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Nats of each label, and whether it is the most likely token: (n, V), (n,) -> (n, 2)."""
+    log_p = logits.log_softmax(-1)
     return torch.stack([-log_p.gather(1, labels[:, None])[:, 0], (log_p.argmax(-1) == labels).float()], -1)
 
 

@@ -95,7 +95,9 @@ def _default_in_words(default: Any) -> str:
 
 def table(root: type[Node]) -> str:
     rows = ["| Field | Type | Default | Meaning |", "|---|---|---|---|"]
-    rows += [f"| `{path}` | {kind} | {default} | {text} |" for path, kind, default, text in describe(root)]
+    for path, kind, default, text in describe(root):
+        meaning = text.replace("|", "\\|")  # a bar would end the cell
+        rows.append(f"| `{path}` | {kind} | {default} | {meaning} |")
     return "\n".join(rows)
 
 

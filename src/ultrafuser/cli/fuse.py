@@ -115,8 +115,8 @@ def train_command(
     sweep: Annotated[
         list[str] | None,
         Option(
-            help="FIELD=VALUE,VALUE,...: a run for each value, in folders of `output`, over one feature cache. Repeat it to train all "
-            "combinations.",
+            help="Train one run for each value, as FIELD=VALUE,VALUE,..., in folders of `output` and with one feature cache. Repeat it to "
+            "train all combinations.",
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -131,7 +131,7 @@ def train_command(
     progress = ConsoleProgress() if is_first else Progress()
     quiet_libraries()
     if sweep:
-        _sweep(recipe, changes, sweep, resume, progress, as_json)
+        _sweep(recipe, changes, sweep, resume, progress, is_first=is_first, as_json=as_json)
         return
     from ultrafuser.train.metrics import read_metrics
     from ultrafuser.train.run import train
@@ -149,7 +149,14 @@ def train_command(
 
 
 def _sweep(
-    recipe: Path, changes: list[str], fields: list[str], resume: bool, progress: Progress, as_json: bool
+    recipe: Path,
+    changes: list[str],
+    fields: list[str],
+    resume: bool,
+    progress: Progress,
+    *,
+    is_first: bool,
+    as_json: bool,
 ) -> None:
     """Train a recipe with all combinations of some values, and print their losses, the lowest first."""
     import statistics
@@ -158,7 +165,7 @@ def _sweep(
     from ultrafuser.train.sweep import over_seeds, sweep
 
     runs = sweep(recipe, changes, fields, resume=resume, progress=progress)
-    if int(os.environ.get("RANK", "0")):  # only the first of several processes prints
+    if not is_first:
         return
     if as_json:
         echo(json.dumps([asdict(run) for run in runs]))

@@ -229,7 +229,7 @@ def train_stage(run: StageRun, args: TrainingArguments, train_rows: Rows, valida
 def _choose_rows(run: StageRun, stage: GateStage | JointStage) -> int:
     """The rows of one forward pass that fit on the devices of all processes, or with which this stage began."""
     file, source = run.folder / ROWS, "as before"
-    rows = _from_main(partial(_read_json, file))
+    rows = from_main(partial(_read_json, file))
     if rows is None:
         memory = device_bytes(run.model)
         fitting = fit_rows(
@@ -248,7 +248,7 @@ def _choose_rows(run: StageRun, stage: GateStage | JointStage) -> int:
     return rows
 
 
-def _from_main(compute: Callable[[], Any]) -> Any:
+def from_main(compute: Callable[[], Any]) -> Any:
     """What the main process computes. Other nodes may not see its files."""
     return broadcast_object_list([compute() if PartialState().is_main_process else None])[0]
 
@@ -265,14 +265,14 @@ def _set_temperatures(run: StageRun) -> None:
     def measure() -> list[float]:
         return calibrate(run.model, run.rows, seed=run.recipe.seed, progress=run.progress)
 
-    measured = _from_main(partial(_read_json, file))
+    measured = from_main(partial(_read_json, file))
     if measured is None and run.model.share is not None:
         temperatures = measure()
         local = [temperatures[k] for k in run.model.share.indices]
         columns = torch.tensor(local, dtype=torch.float64, device=run.model.device)
         measured = [round(temperature, 3) for temperature in run.model.share.gather(columns).tolist()]
     elif measured is None:
-        measured = _from_main(measure)
+        measured = from_main(measure)
     if PartialState().is_main_process and not file.is_file():
         write_json(file, measured)
     config.set_temperatures(measured)
@@ -432,7 +432,7 @@ def _training_rows(run: StageRun, args: TrainingArguments) -> tuple[Rows, Rows]:
         progress=run.progress,
     )
     name = "train"
-    if isinstance(run.stage, JointStage) and not _from_main(partial(holds_features, folder / name, run.model, rows)):
+    if isinstance(run.stage, JointStage) and not from_main(partial(holds_features, folder / name, run.model, rows)):
         name = "reference"  # beside the cache of the gate's stage, which another run may need
     train_rows = build(rows, folder / name)
     return train_rows, build(validation, folder / "validation") if validation else run.validation

@@ -10,12 +10,12 @@ import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from ultrafuser import typed_yaml
 from ultrafuser.data.files import write_json
@@ -24,6 +24,7 @@ from ultrafuser.progress import Progress
 from ultrafuser.recipe import Recipe, dump_recipe, load_recipe
 from ultrafuser.train.metrics import METRICS_FILE, read_metrics
 from ultrafuser.train.run import RECIPE_FILE, check_output, join_processes, run_lock, settle, train
+from ultrafuser.train.stages import from_main
 
 SWEEP_FILE = "sweep.json"
 _NAME_LIMIT = 120  # characters of a run's folder
@@ -178,8 +179,7 @@ def _train(run: SweepRun, recipe: Recipe, features: Path, progress: Progress) ->
         progress.log(f"failed: {error}")
         return
     run.stage = recipe.stages[-1].name
-    loss = _read_loss(folder, run.stage, recipe.keep_best) if PartialState().is_main_process else None
-    (run.loss,) = broadcast_object_list([loss])  # the others may not see the file
+    run.loss = from_main(partial(_read_loss, folder, run.stage, recipe.keep_best))
 
 
 def _read_loss(folder: Path, stage: str, keep_best: bool) -> dict[str, float] | None:
